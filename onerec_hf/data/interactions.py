@@ -1,0 +1,278 @@
+"""Interaction logs as numpy arrays: the container, and loading with checked input.
+
+Time order inside a user is the order of the timestamps; equal timestamps keep the row order of the source.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+from transformers.utils import logging
+
+from .tables import (
+    feature_values,
+    id_array,
+    index_ids,
+    numpy_values,
+    read_table,
+    select_columns,
+    timestamp_array,
+    without_nulls,
+)
+
+logger = logging.get_logger(__name__)
+
+SPLIT_COLUMNS = ("user", "history", "targets", "timestamp")
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Interactions:
+    """Events of U users on N items, sorted by user, then by time.
+
+    An *item index* is a row 0..N-1 of everything that describes items: `item_ids`, the values of `items`, item
+    embeddings (N, D), semantic IDs (N, L). Original ids occur in `item_ids` and `user_ids` only.
+
+    Args:
+        user_index (`np.ndarray` of shape (M,), int64): user of each event, 0..U-1, not decreasing.
+        item_index (`np.ndarray` of shape (M,), int64): item of each event, 0..N-1.
+        timestamp (`np.ndarray` of shape (M,), int64 or float64): time of each event in any unit, not decreasing
+            inside a user; 0, 1, 2, ... inside each user where only the order is known.
+        user_ids (`np.ndarray` of shape (U,)): original ids, integers or strings.
+        item_ids (`np.ndarray` of shape (N,)): original ids, integers or strings.
+        feedback (`dict[str, np.ndarray]`): one array of shape (M,) per event feature (`play_time_ms`, `is_like`, ...).
+        items (`dict[str, np.ndarray | list]`): item features or text, N values each.
+        users (`dict[str, np.ndarray | list]`): user features, U values each.
+
+    Raises:
+        ValueError: lengths that differ, an index out of range, or events that are not sorted.
+    """
+
+    user_index: np.ndarray
+    item_index: np.ndarray
+    timestamp: np.ndarray
+    user_ids: np.ndarray
+    item_ids: np.ndarray
+    feedback: dict[str, np.ndarray] = field(default_factory=dict)
+    items: dict[str, np.ndarray | list] = field(default_factory=dict)
+    users: dict[str, np.ndarray | list] = field(default_factory=dict)
+
+    def __post_init__(self):
+        _check_lengths({"item_index": self.item_index, "timestamp": self.timestamp}, len(self), "event")
+        _check_lengths(self.feedback, len(self), "event")
+        _check_lengths(self.items, self.num_items, "item")
+        _check_lengths(self.users, self.num_users, "user")
+        if reserved := sorted(set(self.feedback) & set(SPLIT_COLUMNS)):
+            raise ValueError(f"feedback may not be named {reserved}: these are columns of the splits; rename it")
+        for name, index, size in (
+            ("user_index", self.user_index, self.num_users),
+            ("item_index", self.item_index, self.num_items),
+        ):
+            if index.dtype != np.int64:
+                raise ValueError(f"{name} must be int64, got {index.dtype}")
+            if len(index) and (index.min() < 0 or index.max() >= size):
+                raise ValueError(f"{name} must lie in 0..{size - 1}, got {index.min()}..{index.max()}")
+        if self.timestamp.dtype not in (np.int64, np.float64):
+            raise ValueError(f"timestamp must be int64 or float64, got {self.timestamp.dtype}")
+        if not _is_sorted(self.user_index, self.timestamp):
+            raise ValueError("events must be sorted by user, then by timestamp; load_interactions() sorts them")
+
+    def __len__(self) -> int:
+        return len(self.user_index)
+
+    def __repr__(self) -> str:
+        return (
+            f"Interactions({len(self)} events, {self.num_users} users, {self.num_items} items, "
+            f"feedback={list(self.feedback)}, items={list(self.items)}, users={list(self.users)})"
+        )
+
+    @property
+    def num_users(self) -> int:
+        return len(self.user_ids)
+
+    @property
+    def num_items(self) -> int:
+        return len(self.item_ids)
+
+    @property
+    def user_offsets(self) -> np.ndarray:
+        """`np.ndarray` of shape (U + 1,): the events of user u are rows `user_offsets[u]` to `user_offsets[u + 1] - 1`."""
+        return np.concatenate([[0], np.cumsum(np.bincount(self.user_index, minlength=self.num_users))])
+
+
+def _check_lengths(columns: Mapping[str, Any], expected: int, per: str) -> None:
+    for name, values in columns.items():
+        if len(values) != expected:
+            raise ValueError(f"{name} has {len(values)} values, expected {expected}, one per {per}")
+
+
+def _is_sorted(user_index: np.ndarray, timestamp: np.ndarray) -> bool:
+    same_user = user_index[1:] == user_index[:-1]
+    return bool(((user_index[1:] > user_index[:-1]) | (same_user & (timestamp[1:] >= timestamp[:-1]))).all())
+
+
+def load_interactions(
+    source: Any,
+    *,
+    columns: Mapping[str, str | None] | None = None,
+    feedback: Sequence[str] = (),
+    items: Any = None,
+    items_columns: Mapping[str, str] | None = None,
+    users: Any = None,
+    users_columns: Mapping[str, str] | None = None,
+    split: str = "train",
+    drop_nulls: bool = False,
+    drop_duplicates: bool = False,
+    drop_unknown: bool = False,
+) -> Interactions:
+    """Reads an interaction log, one row per event, and joins item and user features by id.
+
+    Args:
+        source: a `.parquet`, `.csv`, `.jsonl` or `.json` (one object a line) file, a folder of parquet files, a
+            `datasets.Dataset`, a pandas `DataFrame`, a `pyarrow.Table`, a dict of arrays, or the name of a data set
+            on the Hub (of which `split` is read).
+        columns: our name -> column of the source, for `user_id`, `item_id`, `timestamp` and the names in `feedback`;
+            a name that is left out is itself the column. `{"timestamp": None}`: the rows are in time order, and the
+            timestamps become 0, 1, 2, ... inside each user.
+        feedback: event features to carry, by our name: numbers, booleans or strings, in the type of the source.
+        items: table of item features (same kinds as `source`). Its rows, in their order, **become** the item
+            indices, items without events included. Without it, the item indices are the ids of the log, sorted.
+        items_columns: as `columns`, for `items`; columns that are not named keep their name. Default: the `item_id`
+            of `columns`.
+        users, users_columns: the same for users. Users without events are left out: user indices are always the ids
+            of the log, sorted.
+        split: split of a Hub data set.
+        drop_nulls: drop events with null or NaN (counted in a warning) in place of raising.
+        drop_duplicates: drop the repeats of events that are equal in user, item, timestamp and all feedback. By
+            default they are counted in a warning and kept.
+        drop_unknown: drop events of items (users) that `items` (`users`) does not have, in place of raising.
+
+    Timestamps are integers, floats, dates, or ISO 8601 strings; the last two become milliseconds since 1970 UTC (no
+    zone: UTC). Unsorted logs are sorted; equal timestamps of a user keep their row order and are counted in a warning.
+
+    Returns:
+        [`Interactions`]
+
+    Raises:
+        ValueError: a missing column, no rows, nulls, timestamps that are neither numbers nor ISO strings, ids that
+            the joined table lacks or has twice.
+        TypeError: a source or a column of an unknown kind.
+        FileNotFoundError: a path that does not exist.
+    """
+    names = {name: name for name in ("user_id", "item_id", "timestamp", *feedback)}
+    if unused := sorted(set(columns or {}) - set(names)):
+        raise ValueError(f"columns names {unused}; allowed are {list(names)} (add event features to feedback=[...])")
+    names |= columns or {}
+    log = select_columns(read_table(source, split), {k: v for k, v in names.items() if v is not None}, "columns")
+    log = without_nulls(log, drop_nulls)
+    tables = {}
+    for table_name, id_name, table_source, table_columns in (
+        ("items", "item_id", items, items_columns),
+        ("users", "user_id", users, users_columns),
+    ):
+        if table_source is not None:
+            renamed = {id_name: names[id_name]} | dict(table_columns or {})
+            tables[table_name] = _feature_table(table_source, table_name, id_name, renamed, split)
+            log = _known_only(log, id_name, table_name, tables[table_name], drop_unknown)
+
+    user_ids, user_index = index_ids(id_array(log["user_id"], "user_id"))
+    item_ids, item_index = index_ids(id_array(log["item_id"], "item_id"))
+    if items is not None:
+        position = pc.index_in(item_ids, value_set=tables["items"]["item_id"]).to_numpy()
+        item_ids, item_index = tables["items"]["item_id"], position[item_index].astype(np.int64)
+    if users is not None:
+        rows = pc.index_in(user_ids, value_set=tables["users"]["user_id"])
+        tables["users"] = {name: column.take(rows) for name, column in tables["users"].items()}
+    timestamp = None if names["timestamp"] is None else timestamp_array(log["timestamp"])
+    values = {name: numpy_values(log[name], name) for name in feedback}
+    user_index, item_index, timestamp, values = _sort(user_index, item_index, timestamp, values, drop_duplicates)
+    return Interactions(
+        user_index=user_index,
+        item_index=item_index,
+        timestamp=timestamp,
+        user_ids=_numpy_ids(user_ids),
+        item_ids=_numpy_ids(item_ids),
+        feedback=values,
+        items={name: feature_values(c) for name, c in tables.get("items", {}).items() if name != "item_id"},
+        users={name: feature_values(c) for name, c in tables.get("users", {}).items() if name != "user_id"},
+    )
+
+
+def _numpy_ids(ids: pa.Array) -> np.ndarray:
+    return ids.to_numpy() if pa.types.is_integer(ids.type) else np.array(ids.to_pylist(), dtype=str)
+
+
+def _feature_table(source: Any, table_name: str, id_name: str, renamed: Mapping[str, str], split: str) -> dict:
+    table = read_table(source, split)
+    names = dict(renamed) | {name: name for name in table.column_names if name not in renamed.values()}
+    columns = dict(zip(names, select_columns(table, names, f"{table_name}_columns").columns))
+    if nulls := columns[id_name].null_count:
+        raise ValueError(f"{table_name}: {nulls} of {table.num_rows} values of {id_name} are null; remove these rows")
+    columns[id_name] = ids = id_array(columns[id_name], f"{id_name} of {table_name}")
+    if repeats := len(ids) - pc.count_distinct(ids).as_py():
+        raise ValueError(
+            f"{table_name}: {repeats} of {len(ids)} rows repeat an earlier {id_name}; keep one row per id"
+        )
+    return columns
+
+
+def _known_only(log: pa.Table, id_name: str, table_name: str, table: dict, drop: bool) -> pa.Table:
+    """Events whose id the joined table has; others raise, or are dropped (logged)."""
+    ids = id_array(log[id_name], id_name)
+    if ids.type != table[id_name].type:
+        raise TypeError(f"{id_name} is {ids.type} in the log and {table[id_name].type} in {table_name}; use one type")
+    known = pc.is_in(ids, value_set=table[id_name])
+    if not (unknown := len(ids) - known.true_count):
+        return log
+    absent = pc.unique(ids.filter(pc.invert(known)))
+    found = f"{unknown} of {len(ids)} events have one of {len(absent)} {id_name} values that {table_name} lacks"
+    if not drop or unknown == len(ids):
+        raise ValueError(
+            f"{found}, such as {absent[:5].to_pylist()}; add them to {table_name}, or pass drop_unknown=True to leave "
+            "these events out"
+        )
+    logger.warning(f"dropped events: {found}")
+    return log.filter(known)
+
+
+def _sort(
+    user_index: np.ndarray,
+    item_index: np.ndarray,
+    timestamp: np.ndarray | None,
+    feedback: dict[str, np.ndarray],
+    drop_duplicates: bool,
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, dict[str, np.ndarray]]:
+    """Stable sort by user and time; counts equal timestamps and exact duplicates."""
+    if timestamp is None:
+        order = np.argsort(user_index, kind="stable")
+        counts = np.bincount(user_index)
+        timestamp_sorted = np.arange(len(order)) - np.repeat(np.cumsum(counts) - counts, counts)
+    else:
+        order = slice(None) if _is_sorted(user_index, timestamp) else np.lexsort((timestamp, user_index))
+        timestamp_sorted = timestamp[order]
+    user_index, item_index, timestamp = user_index[order], item_index[order], timestamp_sorted
+    feedback = {name: values[order] for name, values in feedback.items()}
+    tied = np.zeros(len(user_index) + 1, dtype=bool)  # event i has the user and time of event i - 1
+    tied[1:-1] = (user_index[1:] == user_index[:-1]) & (timestamp[1:] == timestamp[:-1])
+    if not tied.any():
+        return user_index, item_index, timestamp, feedback
+
+    rows = np.flatnonzero(tied[:-1] | tied[1:])
+    keys = [np.unique(values[rows], return_inverse=True)[1] for values in feedback.values()]
+    keys += [item_index[rows], timestamp[rows], user_index[rows]]
+    by_key = np.lexsort(keys)  # stable: of equal events the first comes first
+    repeats = np.logical_and.reduce([key[by_key][1:] == key[by_key][:-1] for key in keys])
+    duplicates = rows[by_key[1:][repeats]]
+    logger.warning(
+        f"{tied.sum()} of {len(user_index)} events have the user and timestamp of the event before (their row order is "
+        f"kept), {len(duplicates)} of them repeat an event in all columns and are "
+        f"{'dropped' if drop_duplicates else 'kept (drop_duplicates=True drops them)'}"
+    )
+    if not drop_duplicates:
+        return user_index, item_index, timestamp, feedback
+    keep = np.ones(len(user_index), dtype=bool)
+    keep[duplicates] = False
+    feedback = {name: values[keep] for name, values in feedback.items()}
+    return user_index[keep], item_index[keep], timestamp[keep], feedback

@@ -1,0 +1,167 @@
+"""k-core filter and time-ordered splits: leave last out (S3-Rec protocol, arXiv:2008.07873) and global time.
+
+A split has one row per user with flat lists, so that a collator slices and reshapes without nested Python objects.
+"""
+
+import datasets
+import numpy as np
+import pyarrow as pa
+from transformers.utils import logging
+
+from .interactions import Interactions
+
+logger = logging.get_logger(__name__)
+
+
+def k_core(interactions: Interactions, k: int) -> Interactions:
+    """Keeps users and items with at least `k` events each, repeated until nothing changes; indices are made anew.
+
+    Item and user features follow their rows; items without events are dropped.
+
+    Raises:
+        ValueError: `k` below 1, or no event is left.
+    """
+    if k < 1:
+        raise ValueError(f"k must be at least 1, got {k}")
+    user_index, item_index = interactions.user_index, interactions.item_index
+    rows = np.arange(len(interactions))
+    while True:
+        users = np.bincount(user_index[rows], minlength=interactions.num_users)
+        items = np.bincount(item_index[rows], minlength=interactions.num_items)
+        kept = rows[(users[user_index[rows]] >= k) & (items[item_index[rows]] >= k)]
+        if len(kept) == len(rows):
+            break
+        rows = kept
+    if not len(rows):
+        raise ValueError(f"the {k}-core of {interactions!r} is empty; lower k")
+    keep_user, keep_item = users >= k, items >= k
+    return Interactions(
+        user_index=(np.cumsum(keep_user) - 1)[user_index[rows]],
+        item_index=(np.cumsum(keep_item) - 1)[item_index[rows]],
+        timestamp=interactions.timestamp[rows],
+        user_ids=interactions.user_ids[keep_user],
+        item_ids=interactions.item_ids[keep_item],
+        feedback={name: values[rows] for name, values in interactions.feedback.items()},
+        items=_take_features(interactions.items, keep_item),
+        users=_take_features(interactions.users, keep_user),
+    )
+
+
+def _take_features(features: dict[str, np.ndarray | list], keep: np.ndarray) -> dict[str, np.ndarray | list]:
+    return {
+        name: values[keep] if isinstance(values, np.ndarray) else [v for v, kept in zip(values, keep) if kept]
+        for name, values in features.items()
+    }
+
+
+def leave_last_out(interactions: Interactions) -> datasets.DatasetDict:
+    """The last event of each user is the test target, the one before it the validation target, the rest is training.
+
+    A user with two events has no validation row (the first event is training, the second the test target); a user
+    with one event has a training row only. Both are counted in a warning.
+
+    Returns:
+        `datasets.DatasetDict` with `train`, `validation`, `test`, one row per user, sorted by user:
+
+        - `user` (int32): user index.
+        - `history` (`List(int32)`): item indices in time order. Validation: what precedes the validation target;
+          test: what precedes the test target, the validation target included.
+        - `timestamp` and one column per `feedback`: parallel to `history`.
+        - `targets` (`List(int32)`, validation and test only): the one target item.
+    """
+    first, end = interactions.user_offsets[:-1], interactions.user_offsets[1:]
+    count = end - first
+    if short := (count < 3).sum():
+        logger.warning(
+            f"{short} of {len(count)} users have fewer than 3 events: they have no validation row, and the "
+            f"{(count < 2).sum()} with one event no test row; k_core(interactions, 3) removes them"
+        )
+    users = np.arange(len(count))
+    train_end = np.where(count >= 3, end - 2, np.maximum(end - 1, first + 1))
+    two, three = count >= 2, count >= 3
+    return datasets.DatasetDict(
+        train=_rows(interactions, users, first, train_end),
+        validation=_rows(interactions, users[three], first[three], end[three] - 2, end[three] - 1),
+        test=_rows(interactions, users[two], first[two], end[two] - 1, end[two]),
+    )
+
+
+def global_time_split(
+    interactions: Interactions, validation_start: float, test_start: float, min_history: int = 0
+) -> datasets.DatasetDict:
+    """One boundary in time for all users, as in a deployed system.
+
+    Training: events before `validation_start`. Validation: users with events in `[validation_start, test_start)`;
+    these are the `targets`, what is before `validation_start` is the history. Test: users with events from
+    `test_start` on, history before it (the validation period included).
+
+    Args:
+        validation_start, test_start: in the unit of `interactions.timestamp`.
+        min_history: validation and test users with fewer events before the boundary are left out (counted in a
+            warning). 0 keeps users with an empty history (cold users, also counted).
+
+    Returns:
+        `datasets.DatasetDict` with the columns of [`leave_last_out`]; `targets` holds every item of the period.
+
+    Raises:
+        ValueError: boundaries that are not in order, or a split without rows.
+    """
+    if not validation_start < test_start:
+        raise ValueError(f"validation_start ({validation_start}) must lie before test_start ({test_start})")
+    first, end = interactions.user_offsets[:-1], interactions.user_offsets[1:]
+    validation_first = first + _count_before(interactions, validation_start)
+    test_first = first + _count_before(interactions, test_start)
+    users = np.flatnonzero(validation_first > first)
+    splits = {"train": _rows(interactions, users, first[users], validation_first[users])}
+    for name, start, stop in (("validation", validation_first, test_first), ("test", test_first, end)):
+        active = stop > start
+        cold, short = active & (start == first), active & (start - first < min_history)
+        if cold.any() or short.any():
+            logger.warning(
+                f"{name}: {cold.sum()} of {active.sum()} users have no history before the boundary; "
+                f"{short.sum()} with fewer than min_history={min_history} events are left out"
+            )
+        users = np.flatnonzero(active & ~short)
+        splits[name] = _rows(interactions, users, first[users], start[users], stop[users])
+    if empty := [name for name, split in splits.items() if not len(split)]:
+        time = interactions.timestamp
+        raise ValueError(
+            f"no rows in {empty}: the timestamps reach from {time.min()} to {time.max()}, the boundaries are "
+            f"{validation_start} and {test_start}"
+        )
+    return datasets.DatasetDict(splits)
+
+
+def _count_before(interactions: Interactions, time: float) -> np.ndarray:
+    before = interactions.user_index[interactions.timestamp < time]
+    return np.bincount(before, minlength=interactions.num_users)
+
+
+def _rows(
+    interactions: Interactions,
+    users: np.ndarray,
+    first: np.ndarray,
+    stop: np.ndarray,
+    target_stop: np.ndarray | None = None,
+) -> datasets.Dataset:
+    """One row per user: history = events first..stop-1 (row numbers), targets = events stop..target_stop-1."""
+    history, offsets = _ranges(first, stop)
+    lists = {"history": interactions.item_index[history].astype(np.int32)}
+    lists |= {"timestamp": interactions.timestamp[history]}
+    lists |= {name: values[history] for name, values in interactions.feedback.items()}
+    columns = {"user": pa.array(users, pa.int32())}
+    columns |= {name: pa.ListArray.from_arrays(offsets, pa.array(values)) for name, values in lists.items()}
+    if target_stop is not None:
+        targets, target_offsets = _ranges(stop, target_stop)
+        items = pa.array(interactions.item_index[targets].astype(np.int32))
+        columns["targets"] = pa.ListArray.from_arrays(target_offsets, items)
+    table = pa.table(columns)
+    features = datasets.Features.from_arrow_schema(table.schema)
+    return datasets.Dataset(datasets.table.InMemoryTable(table), info=datasets.DatasetInfo(features=features))
+
+
+def _ranges(first: np.ndarray, stop: np.ndarray) -> tuple[np.ndarray, pa.Array]:
+    """Row numbers of the ranges first..stop-1 one after another, and their offsets."""
+    offsets = np.concatenate([[0], np.cumsum(stop - first)])
+    rows = np.arange(offsets[-1]) + np.repeat(first - offsets[:-1], stop - first)
+    return rows, pa.array(offsets, pa.int32())

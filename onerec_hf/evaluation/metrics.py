@@ -1,0 +1,108 @@
+"""Ranking metrics at item level over the full catalogue, for one user's list or many (S3-Rec's protocol, arXiv:2008.07873).
+
+Shapes: **U** users, **K** slots of a list, **N** items. A slot holds an item index in `0..N-1`, best first, or -1: nothing valid
+was recommended there. A slot of -1 is never a hit, and the slots after it keep their rank.
+"""
+
+from collections.abc import Sequence
+
+import numpy as np
+
+
+def match_targets(
+    predictions: np.ndarray, targets: Sequence[Sequence[int]], num_items: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Which slots hold a target. A user's targets are a set: an item that occurs twice counts once.
+
+    Args:
+        predictions (`np.ndarray` of shape `(U, K)`): item indices, -1 for an empty slot.
+        targets (list of U lists): item indices in `0..num_items-1`, at least one per user.
+        num_items (`int`): N.
+
+    Returns:
+        `hits` (bool, `(U, K)`) and `num_targets` (int64, `(U,)`).
+    """
+    counts = np.fromiter((len(t) for t in targets), dtype=np.int64, count=len(targets))
+    if len(counts) != len(predictions) or (counts == 0).any():
+        empty = int((counts == 0).sum())
+        raise ValueError(
+            f"targets must hold one non-empty list per row of predictions, got {len(counts)} lists ({empty} of them "
+            f"empty) for {len(predictions)} rows; drop users without a target before evaluating."
+        )
+    items = np.fromiter((i for t in targets for i in t), dtype=np.int64, count=int(counts.sum()))
+    if items.min() < 0 or items.max() >= num_items:
+        raise ValueError(f"targets must be item indices in 0..{num_items - 1}, got {items.min()}..{items.max()}.")
+    keys = np.unique(np.repeat(np.arange(len(counts)), counts) * num_items + items)  # one key per (user, item)
+    slots = np.arange(len(predictions))[:, None] * num_items + predictions
+    return np.isin(slots, keys) & (predictions >= 0), np.bincount(keys // num_items, minlength=len(counts))
+
+
+def recall_at_k(hits: np.ndarray, num_targets: np.ndarray, k: int) -> np.ndarray:
+    """Share of a user's targets among the first k slots, `(U,)` in [0, 1]; with one target it equals `hit_at_k`."""
+    return _first(hits, k).sum(1) / num_targets
+
+
+def hit_at_k(hits: np.ndarray, k: int) -> np.ndarray:
+    """1.0 where at least one target is among the first k slots, else 0.0, `(U,)`."""
+    return _first(hits, k).any(1).astype(np.float64)
+
+
+def ndcg_at_k(hits: np.ndarray, num_targets: np.ndarray, k: int) -> np.ndarray:
+    """DCG@k / ideal DCG@k, `(U,)` in [0, 1]: a target at rank r (from 1) gains 1 / log2(r + 1); the ideal list has
+    min(k, number of targets) targets on top. With one target this is 1 / log2(rank + 1)."""
+    discounts = 1.0 / np.log2(np.arange(2, k + 2))
+    ideal = np.cumsum(discounts)[np.minimum(num_targets, k) - 1]
+    return _first(hits, k) @ discounts / ideal
+
+
+def coverage_at_k(predictions: np.ndarray, k: int, num_items: int) -> float:
+    """Share of the N items that are in the first k slots of at least one user."""
+    items = np.unique(_first(predictions, k))
+    return float((items >= 0).sum() / num_items)
+
+
+def diversity_at_k(predictions: np.ndarray, k: int, item_embeddings: np.ndarray) -> np.ndarray:
+    """Intra-list diversity, `(U,)`: mean cosine distance (1 - cosine, in [0, 2]) over the pairs of items among the first
+    k slots; NaN for a user with fewer than two items there. An all-zero embedding has cosine 0 with everything.
+
+    Args:
+        item_embeddings (`np.ndarray` of shape `(N, D)`): one row per item index.
+    """
+    first = _first(predictions, k)
+    norms = np.linalg.norm(item_embeddings, axis=1, keepdims=True)
+    unit = item_embeddings / np.where(norms > 0, norms, 1.0)
+    diversity = np.full(len(first), np.nan)
+    for user, row in enumerate(first):  # one user at a time: (U, K, D) at once may not fit in memory
+        vectors = unit[row[row >= 0]]
+        pairs = len(vectors) * (len(vectors) - 1)
+        if pairs:  # the sum over all ordered pairs is |sum of vectors|^2 - sum of |vector|^2
+            total = vectors.sum(0)
+            diversity[user] = 1.0 - (total @ total - (vectors * vectors).sum()) / pairs
+    return diversity
+
+
+def paired_bootstrap(
+    a: np.ndarray, b: np.ndarray, *, seed: int = 0, num_samples: int = 1000, confidence: float = 0.95
+) -> tuple[float, float]:
+    """Percentile interval of mean(a - b) when users are drawn again with replacement (Efron and Tibshirani 1993, ch. 13).
+
+    Args:
+        a, b (`np.ndarray` of shape `(U,)`): the same metric of the same users, in the same order, for two recommenders.
+        seed (`int`): the same seed gives the same interval.
+
+    Returns:
+        `(low, high)`: the difference is significant at `1 - confidence` where 0 lies outside.
+    """
+    a, b = np.asarray(a, dtype=np.float64), np.asarray(b, dtype=np.float64)
+    if a.ndim != 1 or a.shape != b.shape or len(a) == 0:
+        raise ValueError(f"a and b must be two non-empty vectors over the same users, got {a.shape} and {b.shape}.")
+    difference, rng = a - b, np.random.default_rng(seed)
+    means = [difference[rng.integers(len(difference), size=len(difference))].mean() for _ in range(num_samples)]
+    low, high = np.quantile(means, [(1 - confidence) / 2, (1 + confidence) / 2])
+    return float(low), float(high)
+
+
+def _first(array: np.ndarray, k: int) -> np.ndarray:
+    if not 1 <= k <= array.shape[1]:
+        raise ValueError(f"k must be in 1..{array.shape[1]} (the slots of the lists), got {k}.")
+    return array[:, :k]

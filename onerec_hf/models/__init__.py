@@ -1,0 +1,36 @@
+"""The models, their tokenizer, the catalogue and the search: what ships to the Hub. Needs torch and transformers alone."""
+
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer
+
+from .beam_search import BeamSearchOutput, CatalogueLogitsProcessor, beam_search
+from .catalogue import Catalogue
+from .configuration_onerec import OneRecV2Config
+from .layers import ContextKV
+from .modeling_onerec_v2 import OneRecV2ForCausalLM, OneRecV2Model, OneRecV2PreTrainedModel
+from .modeling_semantic_id import SemanticIdCausalLMOutput
+from .tokenization_semantic_id import SemanticIdTokenizer
+
+
+for _config, _model in ((OneRecV2Config, OneRecV2ForCausalLM),):
+    AutoConfig.register(_config.model_type, _config, exist_ok=True)
+    AutoModel.register(_config, _model, exist_ok=True)  # AutoModel.from_pretrained(...).generate() works
+    AutoModelForCausalLM.register(_config, _model, exist_ok=True)
+    AutoTokenizer.register(_config, tokenizer_class=SemanticIdTokenizer, exist_ok=True)
+    # save_pretrained copies this folder's files and writes auto_map, so that repositories load without the package
+    _config.register_for_auto_class()
+    _model.register_for_auto_class("AutoModelForCausalLM")
+SemanticIdTokenizer.register_for_auto_class()
+
+__all__ = [
+    "BeamSearchOutput",
+    "Catalogue",
+    "CatalogueLogitsProcessor",
+    "ContextKV",
+    "OneRecV2Config",
+    "OneRecV2ForCausalLM",
+    "OneRecV2Model",
+    "OneRecV2PreTrainedModel",
+    "SemanticIdCausalLMOutput",
+    "SemanticIdTokenizer",
+    "beam_search",
+]

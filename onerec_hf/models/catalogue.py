@@ -1,0 +1,297 @@
+"""The items that may be generated: their semantic IDs and a flat, sorted prefix index over them.
+
+None of the papers says how decoding is kept to existing items (OneRec Technical Report, section 2.4, only counts illegal
+semantic IDs); the index follows the flat layout of STATIC (arXiv:2602.22647) without its dense tables: the nodes of a level are
+sorted by prefix, so that a node's id is its position and its children are one run of the next level.
+"""
+
+import json
+import os
+
+import numpy as np
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from transformers.utils.hub import cached_file
+
+
+CATALOGUE_NAME = "catalogue.safetensors"
+
+
+class Catalogue:
+    r"""
+    N items and their semantic IDs, indexed for constrained generation.
+
+    An *item index* is a row 0..N-1 of `semantic_ids` and `item_ids`. Several items may share a semantic ID (a collision); they
+    are then one leaf of the index, and are listed in it by falling `popularity`.
+
+    Args:
+        semantic_ids (array or tensor of shape (N, L)): Code of every item on every level, 0 to `codebook_sizes[l] - 1`.
+        codebook_sizes (`list[int]`): Codes per level.
+        item_ids (array of shape (N,), *optional*): The ids by which the outside knows the items, integers or strings, all
+            different. Defaults to 0..N-1.
+        popularity (array of shape (N,), *optional*): Larger is more popular; orders the items that share a semantic ID.
+
+    Raises:
+        ValueError: On shapes that do not fit, codes outside their codebook, repeated item ids, or an empty catalogue.
+    """
+
+    def __init__(self, semantic_ids, codebook_sizes, item_ids=None, popularity=None):
+        self.codebook_sizes = [int(size) for size in codebook_sizes]
+        self.semantic_ids = torch.as_tensor(np.asarray(semantic_ids)).long()  # (N, L)
+        self._check_semantic_ids()
+        self.item_ids = np.arange(self.num_items) if item_ids is None else np.asarray(item_ids)
+        if self.item_ids.shape != (self.num_items,):
+            raise ValueError(f"item_ids has shape {self.item_ids.shape}, semantic_ids has {self.num_items} rows.")
+        if self.item_ids.dtype.kind not in "iuU":
+            self.item_ids = self.item_ids.astype(str)
+        popularity = np.zeros(self.num_items) if popularity is None else np.asarray(popularity, dtype=np.float64)
+        if popularity.shape != (self.num_items,):
+            raise ValueError(f"popularity has shape {popularity.shape}, semantic_ids has {self.num_items} rows.")
+        self.popularity = popularity
+        self._sorted_item_ids = None  # built on the first look-up
+        self._build_index()
+
+    def _check_semantic_ids(self):
+        shape, levels = tuple(self.semantic_ids.shape), len(self.codebook_sizes)
+        if len(shape) != 2 or shape[1] != levels or shape[0] == 0:
+            raise ValueError(
+                f"semantic_ids has shape {shape}: expected (num_items, {levels}) with at least one item, because "
+                f"codebook_sizes={self.codebook_sizes} has {levels} levels."
+            )
+        sizes = torch.tensor(self.codebook_sizes)
+        outside = (self.semantic_ids < 0) | (self.semantic_ids >= sizes)
+        if outside.any():
+            row, level = outside.nonzero()[0].tolist()
+            raise ValueError(
+                f"{int(outside.any(1).sum())} items have a code outside their codebook; the first is item index {row}: level "
+                f"{level + 1} holds {int(self.semantic_ids[row, level])}, allowed is 0 to {self.codebook_sizes[level] - 1}."
+            )
+        bits = sum((size - 1).bit_length() for size in self.codebook_sizes)
+        if bits > 62:
+            raise ValueError(f"codebook_sizes={self.codebook_sizes} need {bits} bits per semantic ID; 62 is the most.")
+
+    def _build_index(self):
+        codes = self.semantic_ids
+        key = torch.zeros(self.num_items, dtype=torch.long)
+        for level, size in enumerate(self.codebook_sizes):
+            key = key * size + codes[:, level]
+        order = np.lexsort((-self.popularity, key.numpy()))  # by semantic ID, popular items first inside one
+        self.item_order = torch.from_numpy(order)  # (N,) items, leaf by leaf
+        key = key[self.item_order]
+        self.codes, self.first_child, below = [], [], None
+        for level in reversed(range(self.num_levels)):
+            starts = torch.cat([torch.ones(1, dtype=torch.bool), key[1:] != key[:-1]]).nonzero()[:, 0]
+            node = torch.zeros(len(key), dtype=torch.long)
+            node[starts[1:]] = 1
+            node = node.cumsum(0)  # the node of this level that each node (or item) of the level below belongs to
+            self.first_child.insert(0, torch.cat([starts, torch.tensor([len(key)])]).int())
+            self.codes.insert(0, (key[starts] % self.codebook_sizes[level]).int())
+            if below is None:
+                self.leaf = torch.empty(self.num_items, dtype=torch.long)
+                self.leaf[self.item_order] = node  # (N,) leaf of every item
+            below = node
+            key = key[starts] // self.codebook_sizes[level]
+        self.max_children = [len(self.codes[0])] + [
+            int((first[1:] - first[:-1]).max()) for first in self.first_child[:-1]
+        ]
+
+    def __len__(self) -> int:
+        return self.num_items
+
+    def __repr__(self) -> str:
+        return (
+            f"Catalogue({self.num_items} items, {self.num_semantic_ids} semantic IDs, "
+            f"codebook_sizes={self.codebook_sizes})"
+        )
+
+    @property
+    def num_items(self) -> int:
+        return self.semantic_ids.shape[0]
+
+    @property
+    def num_levels(self) -> int:
+        return len(self.codebook_sizes)
+
+    @property
+    def num_semantic_ids(self) -> int:
+        """Leaves of the index: different semantic IDs; fewer than items where semantic IDs collide."""
+        return len(self.codes[-1])
+
+    @property
+    def device(self) -> torch.device:
+        return self.semantic_ids.device
+
+    def to(self, device) -> "Catalogue":
+        """The catalogue with its index on `device`; moves in place, costs nothing when it is already there."""
+        if torch.device(device) != self.device:
+            for name in ("semantic_ids", "item_order", "leaf"):
+                setattr(self, name, getattr(self, name).to(device))
+            self.codes = [codes.to(device) for codes in self.codes]
+            self.first_child = [first.to(device) for first in self.first_child]
+        return self
+
+    # ---- items -------------------------------------------------------------------------------------------------------
+
+    def index_of(self, item_ids) -> np.ndarray:
+        """
+        Item indices of original item ids.
+
+        Args:
+            item_ids (array of any shape): Ids as given at construction.
+
+        Returns:
+            `np.ndarray` int64 of the same shape.
+
+        Raises:
+            KeyError: Naming how many ids are unknown, and the first of them.
+        """
+        if self._sorted_item_ids is None:
+            order = np.argsort(self.item_ids, kind="stable")
+            self._sorted_item_ids = (self.item_ids[order], order)
+        known, order = self._sorted_item_ids
+        wanted = np.asarray(item_ids)
+        if wanted.size == 0:
+            return np.zeros(wanted.shape, dtype=np.int64)
+        if known.dtype.kind == "U" and wanted.dtype.kind != "U":
+            wanted = wanted.astype(str)
+        if known.dtype.kind != "U" and wanted.dtype.kind not in "iu":
+            raise KeyError(f"the item ids of this catalogue are integers, given were {wanted.dtype} values.")
+        place = np.searchsorted(known, wanted).clip(max=len(known) - 1)
+        unknown = known[place] != wanted
+        if unknown.any():
+            raise KeyError(
+                f"{int(unknown.sum())} of {wanted.size} item ids are not in the catalogue of {self.num_items} items; the "
+                f"first is {wanted[unknown].flat[0]!r}. Remove them from the histories, or add the items first."
+            )
+        return order[place]
+
+    def items_of(self, leaves: torch.LongTensor, k: int) -> torch.LongTensor:
+        """
+        The first `k` items of ranked semantic IDs, collisions expanded (popular items first inside a semantic ID).
+
+        Args:
+            leaves (`torch.LongTensor` of shape (B, S)): Ranked leaves, best first, -1 for none.
+            k (`int`): Items wanted per row.
+
+        Returns:
+            `torch.LongTensor` of shape (B, k): item indices, -1 where the leaves hold fewer than `k` items.
+        """
+        first = self.first_child[-1].long()
+        start = first[leaves.clamp(min=0)]
+        count = torch.where(leaves >= 0, first[leaves.clamp(min=0) + 1] - start, 0)  # (B, S) items per leaf
+        end = count.cumsum(1)
+        slot = torch.arange(k, device=leaves.device).expand(len(leaves), k).contiguous()
+        source = torch.searchsorted(end, slot, right=True)  # which leaf fills this slot
+        inside = source < leaves.shape[1]
+        source = source.clamp(max=leaves.shape[1] - 1)
+        offset = slot - (end - count).gather(1, source)
+        place = (start.gather(1, source) + offset).clamp(max=self.num_items - 1)
+        return torch.where(inside, self.item_order[place], -1)
+
+    def leaves_of(self, codes) -> torch.LongTensor:
+        """Leaves of semantic IDs (S, L) -> (S,); -1 where no item carries the codes."""
+        codes, node = torch.as_tensor(np.asarray(codes), device=self.device), None
+        for level in range(self.num_levels):
+            node = self.step(node, level, codes[:, level])
+        return node
+
+    def items_with(self, codes) -> list[np.ndarray]:
+        """Item indices that carry each of the semantic IDs (S, L), popular ones first; an empty array where there is none."""
+        first, order = self.first_child[-1].cpu().numpy(), self.item_order.cpu().numpy()
+        leaves = self.leaves_of(codes).tolist()
+        return [order[first[leaf] : first[leaf + 1]] if leaf >= 0 else order[:0] for leaf in leaves]
+
+    def alive(self, allowed: torch.BoolTensor) -> list[torch.BoolTensor]:
+        """
+        Per level, the nodes that still lead to an allowed item: a subset of the catalogue, without rebuilding it.
+
+        Args:
+            allowed (`torch.BoolTensor` of shape (B, N)): Items that may be generated, one row per request.
+
+        Returns:
+            `list[torch.BoolTensor]`: One (B, nodes of the level) mask per level.
+        """
+        if allowed.dtype != torch.bool or allowed.dim() != 2 or allowed.shape[1] != self.num_items:
+            raise ValueError(
+                f"allowed is {allowed.dtype} of shape {tuple(allowed.shape)}: expected a bool mask (batch, {self.num_items}), "
+                "one row per request and one column per item of the catalogue."
+            )
+        mask, masks = allowed[:, self.item_order], []
+        for first in reversed(self.first_child):
+            total = torch.nn.functional.pad(mask.int().cumsum(1), (1, 0))
+            mask = total[:, first[1:].long()] > total[:, first[:-1].long()]
+            masks.insert(0, mask)
+        return masks
+
+    # ---- prefixes ----------------------------------------------------------------------------------------------------
+
+    def children(self, node: torch.LongTensor | None, level: int):
+        """
+        Children on `level` (0-based) of nodes of the level above; `node=None` is the root.
+
+        Returns:
+            codes (…, W), node ids (…, W) and a bool mask (…, W) of real children; W is the largest fan-out of the level.
+        """
+        if node is None:
+            child = torch.arange(len(self.codes[0]), device=self.device)
+            return self.codes[0].long(), child, torch.ones_like(child, dtype=torch.bool)
+        first = self.first_child[level - 1].long()
+        child = first[node].unsqueeze(-1) + torch.arange(self.max_children[level], device=self.device)
+        real = child < first[node + 1].unsqueeze(-1)
+        child = torch.where(real, child, 0)
+        return self.codes[level][child].long(), child, real
+
+    def step(self, node: torch.LongTensor | None, level: int, code: torch.LongTensor) -> torch.LongTensor:
+        """The child of `node` that carries `code` on `level`, or -1; a dead parent (-1) stays dead. Shapes are equal."""
+        codes, child, real = self.children(None if node is None else node.clamp(min=0), level)
+        match = (codes == code.unsqueeze(-1)) & real
+        found = match.any(-1) if node is None else match.any(-1) & (node >= 0)
+        child = torch.where(match, child, 0).sum(-1)
+        return torch.where(found, child, -1)
+
+    # ---- files -------------------------------------------------------------------------------------------------------
+
+    def save_pretrained(self, save_directory: str | os.PathLike) -> None:
+        """Write `catalogue.safetensors` into the folder (made if it does not exist)."""
+        os.makedirs(save_directory, exist_ok=True)
+        tensors = {
+            "semantic_ids": self.semantic_ids.cpu().to(torch.int32),
+            "popularity": torch.from_numpy(self.popularity),
+        }
+        if self.item_ids.dtype.kind == "U":
+            encoded = [item.encode() for item in self.item_ids.tolist()]
+            tensors["item_id_ends"] = torch.tensor([len(item) for item in encoded]).cumsum(0)
+            tensors["item_id_bytes"] = torch.from_numpy(np.frombuffer(b"".join(encoded), dtype=np.uint8).copy())
+        else:
+            tensors["item_ids"] = torch.from_numpy(self.item_ids.astype(np.int64))
+        metadata = {"format": "pt", "codebook_sizes": json.dumps(self.codebook_sizes)}
+        save_file(tensors, os.path.join(save_directory, CATALOGUE_NAME), metadata=metadata)
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs) -> "Catalogue":
+        """
+        Load the catalogue of a folder or a Hub repository.
+
+        Raises:
+            OSError: When there is no `catalogue.safetensors`.
+            ValueError: When the file cannot be read as a catalogue.
+        """
+        path = cached_file(str(pretrained_model_name_or_path), CATALOGUE_NAME, **kwargs)
+        try:
+            with safe_open(path, framework="pt") as file:
+                sizes = json.loads(file.metadata()["codebook_sizes"])
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+        except Exception as error:
+            raise ValueError(
+                f"{path} is not a readable catalogue ({error}). Download or save it again; the file may be cut off."
+            ) from error
+        if "item_ids" in tensors:
+            item_ids = tensors["item_ids"].numpy()
+        else:
+            raw, ends = tensors["item_id_bytes"].numpy().tobytes(), tensors["item_id_ends"].tolist()
+            item_ids = np.array([raw[a:b].decode() for a, b in zip([0, *ends], ends)])
+        return cls(tensors["semantic_ids"], sizes, item_ids, tensors["popularity"].numpy())
+
+
+__all__ = ["CATALOGUE_NAME", "Catalogue"]

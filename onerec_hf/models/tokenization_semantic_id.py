@@ -1,0 +1,138 @@
+"""Tokenizer of semantic IDs, in OpenOneRec's spelling (arXiv:2512.24762): <|sid_begin|><s_a_12><s_b_7><s_c_255><|sid_end|>."""
+
+import os
+
+import numpy as np
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+from transformers import TokenizersBackend
+from transformers.utils.hub import cached_file
+
+from .catalogue import CATALOGUE_NAME, Catalogue
+from .configuration_onerec import NUM_SPECIAL_TOKENS
+
+
+LEVEL_NAMES = "abcdefghijklmnopqrstuvwxyz"
+
+
+class SemanticIdTokenizer(TokenizersBackend):
+    r"""
+    A word-level tokenizer over the codes of every level, and exact arithmetic between items, codes and token ids.
+
+    The vocabulary is `<|pad|> <|sid_begin|> <|sid_end|> <|unk|>`, then the codes of level 1, level 2, ... `<|sid_begin|>` is the
+    BOS token in front of every generated item. Bulk work goes through `encode_items`, which never touches text.
+
+    Args:
+        codebook_sizes (`list[int]`): Codes per level.
+        catalogue (`Catalogue`, *optional*): The items; needed by `encode_items` and `decode_items`, saved with the tokenizer.
+    """
+
+    model_input_names = ["input_ids", "attention_mask"]
+    model = models.WordLevel
+
+    def __init__(
+        self,
+        vocab=None,
+        codebook_sizes=(8192, 8192, 8192),
+        pad_token="<|pad|>",
+        bos_token="<|sid_begin|>",
+        eos_token="<|sid_end|>",
+        unk_token="<|unk|>",
+        catalogue: Catalogue | None = None,
+        **kwargs,
+    ):
+        codebook_sizes = [int(size) for size in codebook_sizes]
+        if not 1 <= len(codebook_sizes) <= len(LEVEL_NAMES):
+            raise ValueError(f"codebook_sizes={codebook_sizes}: a semantic ID has 1 to {len(LEVEL_NAMES)} levels.")
+        if vocab is None:
+            vocab = {str(token): i for i, token in enumerate([pad_token, bos_token, eos_token, unk_token])}
+            for name, size in zip(LEVEL_NAMES, codebook_sizes):
+                vocab.update({f"<s_{name}_{code}>": len(vocab) + code for code in range(size)})
+        self._tokenizer = Tokenizer(models.WordLevel(vocab=vocab, unk_token=str(unk_token)))
+        self._tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"<[^<>\s]+>"), behavior="removed", invert=True)
+        self._tokenizer.decoder = decoders.Fuse()
+        super().__init__(
+            codebook_sizes=codebook_sizes,
+            pad_token=pad_token,
+            bos_token=bos_token,
+            eos_token=eos_token,
+            unk_token=unk_token,
+            **kwargs,
+        )
+        self.codebook_sizes = codebook_sizes
+        self.level_offsets = NUM_SPECIAL_TOKENS + np.concatenate([[0], np.cumsum(codebook_sizes)[:-1]]).astype(np.int64)
+        self.catalogue = catalogue
+
+    def encode_semantic_ids(self, semantic_ids) -> np.ndarray:
+        """Codes (..., L) -> token ids (..., L), int64."""
+        codes = np.asarray(semantic_ids)
+        sizes = np.asarray(self.codebook_sizes)
+        if codes.shape[-1] != len(sizes) or (codes < 0).any() or (codes >= sizes).any():
+            raise ValueError(f"semantic IDs of shape {codes.shape} do not fit codebook_sizes={self.codebook_sizes}.")
+        return codes + self.level_offsets
+
+    def decode_semantic_ids(self, token_ids) -> np.ndarray:
+        """Token ids (..., L) -> codes (..., L); -1 where a token is not a code of its level."""
+        codes = np.asarray(token_ids) - self.level_offsets
+        return np.where((codes >= 0) & (codes < np.asarray(self.codebook_sizes)), codes, -1)
+
+    def encode_items(self, item_ids) -> np.ndarray:
+        """
+        Token ids of items, given by their original ids.
+
+        Args:
+            item_ids (array of shape (...)): Ids known to the catalogue.
+
+        Returns:
+            `np.ndarray` int64 of shape (..., L).
+
+        Raises:
+            ValueError: Without a catalogue. KeyError: For unknown ids, naming the first.
+        """
+        catalogue = self._require_catalogue()
+        return catalogue.semantic_ids.cpu().numpy()[catalogue.index_of(item_ids)] + self.level_offsets
+
+    def decode_items(self, token_ids) -> list[list]:
+        """
+        Original ids of the items behind token ids (S, L): a list per row, the popular one first where items share a semantic ID,
+        empty where the codes belong to no item.
+        """
+        catalogue = self._require_catalogue()
+        codes = self.decode_semantic_ids(token_ids).reshape(-1, len(self.codebook_sizes))
+        found = catalogue.items_with(codes)
+        return [catalogue.item_ids[items].tolist() for items in found]
+
+    def _require_catalogue(self) -> Catalogue:
+        if self.catalogue is None:
+            raise ValueError(
+                "this tokenizer has no catalogue, so it knows codes but no items. Set `tokenizer.catalogue = Catalogue(...)`, or "
+                f"load it from a folder that holds {CATALOGUE_NAME}."
+            )
+        if self.catalogue.codebook_sizes != self.codebook_sizes:
+            raise ValueError(
+                f"the catalogue has codebook_sizes={self.catalogue.codebook_sizes}, the tokenizer {self.codebook_sizes}: they come "
+                "from different semantic IDs."
+            )
+        return self.catalogue
+
+    def save_pretrained(self, save_directory: str | os.PathLike, **kwargs):
+        """As `PreTrainedTokenizerBase.save_pretrained`, plus `catalogue.safetensors` where there is a catalogue."""
+        files = super().save_pretrained(save_directory, **kwargs)
+        if self.catalogue is not None:
+            self._require_catalogue().save_pretrained(save_directory)
+        return files
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path, *args, **kwargs):
+        """As `PreTrainedTokenizerBase.from_pretrained`; attaches the repository's catalogue when it holds one."""
+        tokenizer = super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
+        names = ("cache_dir", "force_download", "local_files_only", "token", "revision", "subfolder")
+        hub_kwargs = {name: kwargs[name] for name in names if kwargs.get(name)}
+        path = cached_file(
+            str(pretrained_model_name_or_path), CATALOGUE_NAME, _raise_exceptions_for_missing_entries=False, **hub_kwargs
+        )
+        if path is not None:
+            tokenizer.catalogue = Catalogue.from_pretrained(pretrained_model_name_or_path, **hub_kwargs)
+        return tokenizer
+
+
+__all__ = ["SemanticIdTokenizer"]
