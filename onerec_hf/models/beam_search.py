@@ -57,7 +57,11 @@ def beam_search(model, catalogue: Catalogue, context_kv: ContextKV, num_beams: i
     alive = None if allowed is None else [mask.expand(batch, -1) for mask in catalogue.alive(allowed)]
     cache = DynamicCache(config=model.config)
     tokens = torch.full((batch, 1), model.config.bos_token_id, device=device)
-    node, scores, codes = None, torch.zeros(batch, 1, device=device), torch.zeros(batch, 1, 0, dtype=torch.long, device=device)
+    node, scores, codes = (
+        None,
+        torch.zeros(batch, 1, device=device),
+        torch.zeros(batch, 1, 0, dtype=torch.long, device=device),
+    )
     for level in range(catalogue.num_levels):
         beams = scores.shape[1]
         hidden = model.next_hidden(tokens, context_kv, cache)  # (B * beams, D)
@@ -109,7 +113,9 @@ class CatalogueLogitsProcessor(LogitsProcessor):
         allowed = torch.zeros_like(scores, dtype=torch.bool)
         if level >= self.catalogue.num_levels:
             if self.eos_token_id is None:
-                raise ValueError(f"nothing may follow {self.catalogue.num_levels} codes: set max_new_tokens to that number.")
+                raise ValueError(
+                    f"nothing may follow {self.catalogue.num_levels} codes: set max_new_tokens to that number."
+                )
             allowed[:, self.eos_token_id] = True
             return scores.masked_fill(~allowed, float("-inf"))
         node = None
@@ -123,7 +129,9 @@ class CatalogueLogitsProcessor(LogitsProcessor):
         if self.alive is not None:
             mask = self.alive[level]
             real = real & mask.repeat_interleave(len(scores) // len(mask), 0).gather(1, child)
-        spare = torch.where(real, code + self.level_offsets[level], scores.shape[1])  # padding goes to one extra column
+        spare = torch.where(
+            real, code + self.level_offsets[level], scores.shape[1]
+        )  # padding goes to one extra column
         allowed = torch.nn.functional.pad(allowed, (0, 1)).scatter_(1, spare, True)[:, :-1]
         return scores.masked_fill(~allowed, float("-inf"))
 

@@ -5,7 +5,6 @@ semantic IDs); the index follows the flat layout of STATIC (arXiv:2602.22647) wi
 sorted by prefix, so that a node's id is its position and its children are one run of the next level.
 """
 
-import json
 import os
 
 import numpy as np
@@ -166,28 +165,32 @@ class Catalogue:
             )
         return order[place]
 
-    def items_of(self, leaves: torch.LongTensor, k: int) -> torch.LongTensor:
+    def items_of(self, leaves: torch.LongTensor, k: int, allowed: torch.BoolTensor | None = None) -> torch.LongTensor:
         """
         The first `k` items of ranked semantic IDs, collisions expanded (popular items first inside a semantic ID).
 
         Args:
             leaves (`torch.LongTensor` of shape (B, S)): Ranked leaves, best first, -1 for none.
             k (`int`): Items wanted per row.
+            allowed (`torch.BoolTensor` of shape (B, N), *optional*): Items each row may get; the others of a leaf are skipped.
 
         Returns:
             `torch.LongTensor` of shape (B, k): item indices, -1 where the leaves hold fewer than `k` items.
         """
         first = self.first_child[-1].long()
-        start = first[leaves.clamp(min=0)]
-        count = torch.where(leaves >= 0, first[leaves.clamp(min=0) + 1] - start, 0)  # (B, S) items per leaf
-        end = count.cumsum(1)
-        slot = torch.arange(k, device=leaves.device).expand(len(leaves), k).contiguous()
-        source = torch.searchsorted(end, slot, right=True)  # which leaf fills this slot
-        inside = source < leaves.shape[1]
-        source = source.clamp(max=leaves.shape[1] - 1)
-        offset = slot - (end - count).gather(1, source)
-        place = (start.gather(1, source) + offset).clamp(max=self.num_items - 1)
-        return torch.where(inside, self.item_order[place], -1)
+        width = int((first[1:] - first[:-1]).max())  # the largest collision
+        start, end = first[leaves.clamp(min=0)], first[leaves.clamp(min=0) + 1]
+        place = start.unsqueeze(2) + torch.arange(width, device=leaves.device)  # (B, S, width)
+        real = (place < end.unsqueeze(2)) & (leaves >= 0).unsqueeze(2)
+        items = self.item_order[place.clamp(max=self.num_items - 1)].flatten(1)
+        real = real.flatten(1)
+        if allowed is not None:
+            real = real & allowed.to(self.device).expand(len(leaves), -1).gather(1, items)
+        rank = torch.where(real, real.cumsum(1) - 1, k).clamp(
+            max=k
+        )  # unwanted and surplus items go to one spare column
+        result = torch.full((len(leaves), k + 1), -1, dtype=torch.long, device=leaves.device)
+        return result.scatter_(1, rank, torch.where(rank < k, items, -1))[:, :k]
 
     def leaves_of(self, codes) -> torch.LongTensor:
         """Leaves of semantic IDs (S, L) -> (S,); -1 where no item carries the codes."""
@@ -258,6 +261,7 @@ class Catalogue:
         tensors = {
             "semantic_ids": self.semantic_ids.cpu().to(torch.int32),
             "popularity": torch.from_numpy(self.popularity),
+            "codebook_sizes": torch.tensor(self.codebook_sizes),
         }
         if self.item_ids.dtype.kind == "U":
             encoded = [item.encode() for item in self.item_ids.tolist()]
@@ -265,8 +269,7 @@ class Catalogue:
             tensors["item_id_bytes"] = torch.from_numpy(np.frombuffer(b"".join(encoded), dtype=np.uint8).copy())
         else:
             tensors["item_ids"] = torch.from_numpy(self.item_ids.astype(np.int64))
-        metadata = {"format": "pt", "codebook_sizes": json.dumps(self.codebook_sizes)}
-        save_file(tensors, os.path.join(save_directory, CATALOGUE_NAME), metadata=metadata)
+        save_file(tensors, os.path.join(save_directory, CATALOGUE_NAME), metadata={"format": "pt"})
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs) -> "Catalogue":
@@ -280,8 +283,8 @@ class Catalogue:
         path = cached_file(str(pretrained_model_name_or_path), CATALOGUE_NAME, **kwargs)
         try:
             with safe_open(path, framework="pt") as file:
-                sizes = json.loads(file.metadata()["codebook_sizes"])
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+            sizes, semantic_ids, popularity = (tensors[n] for n in ("codebook_sizes", "semantic_ids", "popularity"))
         except Exception as error:
             raise ValueError(
                 f"{path} is not a readable catalogue ({error}). Download or save it again; the file may be cut off."
@@ -291,7 +294,7 @@ class Catalogue:
         else:
             raw, ends = tensors["item_id_bytes"].numpy().tobytes(), tensors["item_id_ends"].tolist()
             item_ids = np.array([raw[a:b].decode() for a, b in zip([0, *ends], ends)])
-        return cls(tensors["semantic_ids"], sizes, item_ids, tensors["popularity"].numpy())
+        return cls(semantic_ids, sizes.tolist(), item_ids, popularity.numpy())
 
 
 __all__ = ["CATALOGUE_NAME", "Catalogue"]

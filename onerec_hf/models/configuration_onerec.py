@@ -95,9 +95,13 @@ class OneRecV2Config(PreTrainedConfig):
             raise ValueError(f"codebook_sizes={self.codebook_sizes}: every level needs at least one code.")
         for name in ("num_key_value_heads", "num_context_key_value_heads"):
             if self.num_attention_heads % getattr(self, name):
-                raise ValueError(f"{name}={getattr(self, name)} must divide num_attention_heads={self.num_attention_heads}.")
+                raise ValueError(
+                    f"{name}={getattr(self, name)} must divide num_attention_heads={self.num_attention_heads}."
+                )
         if self.context_key_value_split not in (1, 2):
-            raise ValueError(f"context_key_value_split={self.context_key_value_split}: S_kv is 1 (v = k) or 2 (separate v).")
+            raise ValueError(
+                f"context_key_value_split={self.context_key_value_split}: S_kv is 1 (v = k) or 2 (separate v)."
+            )
         if not 1 <= self.num_context_layers <= self.num_hidden_layers:
             raise ValueError(
                 f"num_context_layers={self.num_context_layers}: L_kv must be between 1 and num_hidden_layers="

@@ -91,7 +91,9 @@ class ContextAttention(nn.Module):
         rows, length, _ = hidden_states.shape
         batch, heads = key.shape[:2]
         query = self.q_proj(hidden_states).view(batch, rows // batch * length, heads, self.groups, self.head_dim)
-        query = query.permute(0, 2, 3, 1, 4).reshape(batch, heads, -1, self.head_dim)  # (B, H_kv, groups * m * C, head_dim)
+        query = query.permute(0, 2, 3, 1, 4).reshape(
+            batch, heads, -1, self.head_dim
+        )  # (B, H_kv, groups * m * C, head_dim)
         attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
         output, weights = attend(
             self, query, key, value, attention_mask, scaling=self.scaling, is_causal=False, **kwargs

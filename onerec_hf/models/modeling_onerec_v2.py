@@ -61,20 +61,27 @@ class OneRecV2ContextProcessor(nn.Module):
         self.embed_features = FeatureEmbedding(config.context_features, dim, "context_features")
         self.embed_user = FeatureEmbedding(config.user_features, dim, "user_features")
         self.item_proj = nn.Linear((config.num_levels + len(config.context_features)) * dim, width, bias=False)
-        self.user_proj = nn.Linear(len(config.user_features) * dim, width, bias=False) if config.user_features else None
+        self.user_proj = (
+            nn.Linear(len(config.user_features) * dim, width, bias=False) if config.user_features else None
+        )
         self.static_slot = nn.Embedding(1, width)
         self.dropout = nn.Dropout(config.dropout)
         norm_width = config.num_context_key_value_heads * config.head_dim
-        self.key_norms = nn.ModuleList(
+        self.key_norm = nn.ModuleList(
             [nn.RMSNorm(norm_width, eps=config.rms_norm_eps) for _ in range(config.num_context_layers)]
         )
-        self.value_norms = nn.ModuleList(
-            [nn.RMSNorm(norm_width, eps=config.rms_norm_eps) for _ in range(config.num_context_layers if self.split == 2 else 0)]
+        self.value_norm = nn.ModuleList(
+            [
+                nn.RMSNorm(norm_width, eps=config.rms_norm_eps)
+                for _ in range(config.num_context_layers if self.split == 2 else 0)
+            ]
         )
 
     def forward(self, context_ids, context_mask=None, context_features=None, user_features=None) -> ContextKV:
         if context_ids is None:
-            raise ValueError("context_ids is missing: give the histories as token ids of shape (batch, items, levels).")
+            raise ValueError(
+                "context_ids is missing: give the histories as token ids of shape (batch, items, levels)."
+            )
         if context_ids.dim() != 3 or context_ids.shape[2] != self.config.num_levels:
             raise ValueError(
                 f"context_ids has shape {tuple(context_ids.shape)}: expected (batch, items, {self.config.num_levels}), one token "
@@ -92,10 +99,10 @@ class OneRecV2ContextProcessor(nn.Module):
             static = static + self.user_proj(self.dropout(torch.cat(user, dim=-1))).unsqueeze(1)
         context = torch.cat([static, items], dim=1)  # (B, 1 + T, width)
         slices = context.unflatten(2, (self.config.num_context_layers * self.split, -1)).unbind(2)
-        keys = tuple(self._heads(norm(slices[i * self.split])) for i, norm in enumerate(self.key_norms))
+        keys = tuple(self._heads(norm(slices[i * self.split])) for i, norm in enumerate(self.key_norm))
         values = keys
         if self.split == 2:
-            values = tuple(self._heads(norm(slices[2 * i + 1])) for i, norm in enumerate(self.value_norms))
+            values = tuple(self._heads(norm(slices[2 * i + 1])) for i, norm in enumerate(self.value_norm))
         return ContextKV(keys=keys, values=values, mask=F.pad(context_mask.bool(), (1, 0), value=True))
 
     def _heads(self, states):
@@ -107,7 +114,9 @@ class OneRecV2LazyDecoderLayer(GradientCheckpointingLayer):
 
     def __init__(self, config: OneRecV2Config, layer_idx: int):
         super().__init__()
-        self.context_layer = layer_idx * config.num_context_layers // config.num_hidden_layers  # floor(l L_kv / N_layer)
+        self.context_layer = (
+            layer_idx * config.num_context_layers // config.num_hidden_layers
+        )  # floor(l L_kv / N_layer)
         self.cross_attn = ContextAttention(config)
         self.self_attn = SelfAttention(config, layer_idx)
         self.mlp = SwiGLU(config.hidden_size, config.intermediate_size)
@@ -116,7 +125,9 @@ class OneRecV2LazyDecoderLayer(GradientCheckpointingLayer):
         self.mlp_norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.dropout = nn.Dropout(config.dropout)
 
-    def forward(self, hidden_states, key, value, context_mask=None, attention_mask=None, past_key_values=None, **kwargs):
+    def forward(
+        self, hidden_states, key, value, context_mask=None, attention_mask=None, past_key_values=None, **kwargs
+    ):
         attended, _ = self.cross_attn(self.cross_attn_norm(hidden_states), key, value, context_mask, **kwargs)
         hidden_states = hidden_states + self.dropout(attended)
         attended, _ = self.self_attn(self.self_attn_norm(hidden_states), attention_mask, past_key_values, **kwargs)
@@ -193,7 +204,9 @@ class OneRecV2Model(OneRecV2PreTrainedModel):
         visible = mask.unsqueeze(1) & ((age > 0) | static)
         lowest = torch.finfo(dtype).min
         if self.position_bias is None:
-            bias = torch.zeros_like(visible, dtype=dtype).masked_fill(~visible, lowest).unsqueeze(1)  # (B, 1, m, 1 + T)
+            bias = (
+                torch.zeros_like(visible, dtype=dtype).masked_fill(~visible, lowest).unsqueeze(1)
+            )  # (B, 1, m, 1 + T)
         else:
             bucket = age_buckets(
                 age.masked_fill(static, 0), self.config.position_bias_buckets, self.config.position_bias_max_distance
@@ -349,13 +362,19 @@ class OneRecV2ForCausalLM(SemanticIdMixin, OneRecV2PreTrainedModel, GenerationMi
         )
         hidden = outputs.last_hidden_state
         past = 0 if past_key_values is None else past_key_values.get_seq_length() - hidden.shape[1]
-        levels = position_ids if position_ids is not None else past + torch.arange(hidden.shape[1], device=hidden.device)[None]
+        levels = (
+            position_ids
+            if position_ids is not None
+            else past + torch.arange(hidden.shape[1], device=hidden.device)[None]
+        )
         keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         logits = self.mask_logits_to_level(self.lm_head(hidden[:, keep]), levels[:, keep])
         loss = None
         if labels is not None:
             if labels.shape[1] != self.config.num_levels + 1:
-                raise ValueError(f"labels has {labels.shape[1]} columns: expected BOS and {self.config.num_levels} codes.")
+                raise ValueError(
+                    f"labels has {labels.shape[1]} columns: expected BOS and {self.config.num_levels} codes."
+                )
             loss = self._mean_loss(self.code_log_probs(hidden[:, :-1], labels[:, 1:]), labels[:, 1:] != -100)
         return SemanticIdCausalLMOutput(
             loss=loss,

@@ -56,7 +56,9 @@ class SemanticIdMixin:
 
     # ---- the one place where scores become log-probabilities -----------------------------------------------------------
 
-    def level_log_probs(self, hidden_states, level: int, node=None, catalogue: Catalogue | None = None) -> torch.Tensor:
+    def level_log_probs(
+        self, hidden_states, level: int, node=None, catalogue: Catalogue | None = None
+    ) -> torch.Tensor:
         """
         Log-probabilities of the codes of one level (OneRec-V2, eq. of L_Gen): softmax over the level's codes, or, with
         `config.score_normalization="valid"`, over the codes that continue the prefix to an existing item.
@@ -106,7 +108,10 @@ class SemanticIdMixin:
         edges = torch.tensor([*self.config.level_offsets, self.config.vocab_size], device=logits.device)
         token = torch.arange(self.config.vocab_size, device=logits.device)
         end = levels >= self.config.num_levels
-        low, high = edges[levels.clamp(max=self.config.num_levels - 1)], edges[levels.clamp(max=self.config.num_levels - 1) + 1]
+        low, high = (
+            edges[levels.clamp(max=self.config.num_levels - 1)],
+            edges[levels.clamp(max=self.config.num_levels - 1) + 1],
+        )
         inside = (token >= low.unsqueeze(-1)) & (token < high.unsqueeze(-1))
         inside = torch.where(end.unsqueeze(-1), token == self.config.eos_token_id, inside)
         return logits.masked_fill(~inside, torch.finfo(logits.dtype).min)
@@ -162,7 +167,9 @@ class SemanticIdMixin:
 
     def next_hidden(self, tokens, context_kv: ContextKV, cache) -> torch.Tensor:
         """Hidden state (R, D) after one more token (R, 1) per row; `cache` grows by one position."""
-        return self.model(tokens, context_kv=context_kv, past_key_values=cache, use_cache=True).last_hidden_state[:, -1]
+        return self.model(tokens, context_kv=context_kv, past_key_values=cache, use_cache=True).last_hidden_state[
+            :, -1
+        ]
 
     @torch.no_grad()
     def generate(
@@ -212,7 +219,9 @@ class SemanticIdMixin:
         if constrained and reason is None:
             return self._beam_generate(settings, context, catalogue, allowed_items)
         if constrained:
-            logger.warning_once(f"generate: {reason} is not part of the fast search, transformers' own loop runs instead.")
+            logger.warning_once(
+                f"generate: {reason} is not part of the fast search, transformers' own loop runs instead."
+            )
         return self._own_loop(inputs, generation_config, catalogue if constrained else None, allowed_items, kwargs)
 
     def _own_loop_reason(self, inputs, settings, context) -> str | None:
@@ -229,8 +238,6 @@ class SemanticIdMixin:
 
     def _beam_generate(self, settings, context, catalogue, allowed_items):
         num_beams, returned = settings.num_beams or 1, settings.num_return_sequences or 1
-        if returned > num_beams:
-            raise ValueError(f"num_return_sequences={returned} must not exceed num_beams={num_beams}.")
         context_kv = context.pop("context_kv", None)
         if context_kv is None:
             context_kv = self.model.encode_context(**{name: context.pop(name, None) for name in _CONTEXT_INPUTS})

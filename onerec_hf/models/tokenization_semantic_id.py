@@ -59,7 +59,9 @@ class SemanticIdTokenizer(TokenizersBackend):
             **kwargs,
         )
         self.codebook_sizes = codebook_sizes
-        self.level_offsets = NUM_SPECIAL_TOKENS + np.concatenate([[0], np.cumsum(codebook_sizes)[:-1]]).astype(np.int64)
+        self.level_offsets = NUM_SPECIAL_TOKENS + np.concatenate([[0], np.cumsum(codebook_sizes)[:-1]]).astype(
+            np.int64
+        )
         self.catalogue = catalogue
 
     def encode_semantic_ids(self, semantic_ids) -> np.ndarray:
@@ -128,7 +130,10 @@ class SemanticIdTokenizer(TokenizersBackend):
         names = ("cache_dir", "force_download", "local_files_only", "token", "revision", "subfolder")
         hub_kwargs = {name: kwargs[name] for name in names if kwargs.get(name)}
         path = cached_file(
-            str(pretrained_model_name_or_path), CATALOGUE_NAME, _raise_exceptions_for_missing_entries=False, **hub_kwargs
+            str(pretrained_model_name_or_path),
+            CATALOGUE_NAME,
+            _raise_exceptions_for_missing_entries=False,
+            **hub_kwargs,
         )
         if path is not None:
             tokenizer.catalogue = Catalogue.from_pretrained(pretrained_model_name_or_path, **hub_kwargs)

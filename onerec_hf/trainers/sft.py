@@ -1,0 +1,52 @@
+"""Supervised training of a OneRec model: transformers' `Trainer`, judged by what the model really recommends.
+
+The loss is the model's own (OneRec-V2, L_Gen); this file adds the generation metrics to every evaluation.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from transformers import Trainer, TrainingArguments
+
+
+@dataclass
+class OneRecSFTConfig(TrainingArguments):
+    r"""
+    `TrainingArguments` with the defaults that training from collated histories needs.
+
+    Args:
+        remove_unused_columns: Off: the collator reads the columns of the split itself.
+        label_names: `target_ids`, so that evaluation has a loss.
+        train_sampling_strategy: Batches of users with histories of similar length; reads the column `length` where there is one.
+        metric_for_best_model: Model choice on validation; any key that `generation_metrics` returns, or `"loss"`.
+    """
+
+    remove_unused_columns: bool = field(default=False)
+    label_names: list[str] | None = field(default_factory=lambda: ["target_ids"])
+    train_sampling_strategy: str = field(default="group_by_length")
+    prediction_loss_only: bool = field(default=True)
+
+
+class OneRecSFTTrainer(Trainer):
+    r"""
+    `transformers.Trainer` whose `evaluate` also generates.
+
+    Args:
+        generation_metrics (`Callable[[PreTrainedModel], dict[str, float]]`, *optional*): Called at every evaluation with the
+            unwrapped model; its numbers are logged as `eval_<name>` and can choose the best checkpoint. Under several processes
+            each one computes them on all rows it is given.
+        kwargs: As `Trainer`.
+    """
+
+    def __init__(self, *args, generation_metrics: Callable | None = None, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.generation_metrics = generation_metrics
+
+    def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix: str = "eval") -> dict[str, float]:
+        metrics = super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
+        if self.generation_metrics is not None and not isinstance(eval_dataset or self.eval_dataset, dict):
+            found = self.generation_metrics(self.accelerator.unwrap_model(self.model))
+            found = {f"{metric_key_prefix}_{name}": float(value) for name, value in found.items()}
+            self.log(found)
+            metrics.update(found)
+        return metrics

@@ -1,0 +1,151 @@
+"""Constrained generation against brute force over the whole catalogue, and transformers' own loop as a second opinion."""
+
+import pytest
+import torch
+from transformers import LogitsProcessor
+
+from onerec_hf import Catalogue
+
+from .tiny import tiny_catalogue, tiny_context, tiny_model
+
+
+class Same(LogitsProcessor):
+    """Changes nothing, but sends `generate` to transformers' own loop."""
+
+    def __call__(self, input_ids, scores):
+        return scores
+
+
+VARIANTS = {
+    "paper": {},
+    "sharing": {
+        "num_context_layers": 2,
+        "context_key_value_split": 2,
+        "num_context_key_value_heads": 2,
+        "num_key_value_heads": 2,
+    },
+    "valid": {"score_normalization": "valid"},
+    "no_bias": {"position_bias_buckets": 0, "num_context_key_value_heads": 1},
+}
+
+
+def brute_force(model, catalogue, context):
+    """Summed log-probability (B, S) of every semantic ID of the catalogue, and the codes (S, L)."""
+    codes = torch.unique(catalogue.semantic_ids, dim=0)
+    targets = codes + torch.tensor(model.config.level_offsets)
+    with torch.no_grad():
+        log_probs = model(target_ids=targets.expand(len(context["context_ids"]), -1, -1), **context).target_log_probs
+    return log_probs.sum(-1), codes
+
+
+def codes_of(sequences, model, batch):
+    return (sequences[:, 1:] - torch.tensor(model.config.level_offsets)).view(batch, -1, model.config.num_levels)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_equals_brute_force(variant):
+    catalogue = tiny_catalogue()
+    model = tiny_model(catalogue, **VARIANTS[variant])
+    context = tiny_context(catalogue, model)
+    scores, codes = brute_force(model, catalogue, context)
+    out = model.generate(**context, num_beams=60, num_return_sequences=60, return_dict_in_generate=True)
+    best = scores.topk(60)
+    torch.testing.assert_close(out.sequences_scores.view(3, 60) * 3, best.values, atol=2e-5, rtol=0)
+    assert torch.equal(codes_of(out.sequences, model, 3), codes[best.indices])
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_equals_transformers_own_loop(variant):
+    catalogue = tiny_catalogue()
+    model = tiny_model(catalogue, **VARIANTS[variant])
+    context = tiny_context(catalogue, model)
+    arguments = {"num_beams": 7, "num_return_sequences": 7, "return_dict_in_generate": True}
+    ours = model.generate(**context, **arguments)
+    theirs = model.generate(**context, **arguments, output_scores=True, logits_processor=[Same()])
+    assert torch.equal(ours.sequences, theirs.sequences)
+    torch.testing.assert_close(ours.sequences_scores, theirs.sequences_scores, atol=2e-5, rtol=0)
+
+
+def test_more_beams_than_items_gives_no_filler():
+    """transformers fills up with duplicates and invalid rows at -1e9; here the rest is dead."""
+    catalogue = Catalogue([[0, 0, 0], [0, 0, 1], [3, 1, 0]], [8, 8, 8])
+    model = tiny_model(catalogue)
+    context = tiny_context(tiny_catalogue(), model)
+    out = model.generate(**context, num_beams=16, num_return_sequences=16, return_dict_in_generate=True)
+    rows = out.sequences.view(3, 16, 4)
+    assert all(len({tuple(row) for row in user[:3].tolist()}) == 3 for user in rows)
+    assert (rows[:, 3:, 1:] == model.config.pad_token_id).all()
+    assert torch.isinf(out.sequences_scores.view(3, 16)[:, 3:]).all()
+    assert torch.isfinite(out.sequences_scores.view(3, 16)[:, :3]).all()
+
+
+def test_subset_equals_a_smaller_catalogue():
+    catalogue = tiny_catalogue()
+    model = tiny_model(catalogue)
+    context = tiny_context(catalogue, model)
+    generator = torch.Generator().manual_seed(5)
+    allowed = torch.rand(3, catalogue.num_items, generator=generator) < 0.3
+    arguments = {"num_beams": 20, "num_return_sequences": 20}
+    together = model.generate(**context, allowed_items=allowed, **arguments).view(3, 20, 4)
+    for user in range(3):
+        smaller = Catalogue(catalogue.semantic_ids[allowed[user]], catalogue.codebook_sizes)
+        one = {name: tensor[user : user + 1] for name, tensor in context.items()}
+        alone = model.generate(**one, catalogue=smaller, **arguments)
+        assert torch.equal(together[user], alone)
+
+
+def test_sampling_parameters_do_not_touch_a_beam_search():
+    catalogue = tiny_catalogue()
+    model = tiny_model(catalogue)
+    context = tiny_context(catalogue, model)
+    expected = model.generate(**context, num_beams=10, num_return_sequences=10)
+    model.generation_config.update(temperature=0.1, top_k=2, top_p=0.3, repetition_penalty=5.0)
+    assert torch.equal(model.generate(**context, num_beams=10, num_return_sequences=10), expected)
+
+
+def test_samples_are_items_too():
+    catalogue = tiny_catalogue()
+    model = tiny_model(catalogue)
+    torch.manual_seed(0)
+    out = model.generate(**tiny_context(catalogue, model), do_sample=True, num_return_sequences=50)
+    assert out.shape == (150, 4)
+    assert (catalogue.leaves_of(codes_of(out, model, 3).flatten(0, 1)) >= 0).all()
+
+
+def test_unconstrained_leaves_the_catalogue_but_not_the_levels():
+    model = tiny_model(tiny_catalogue(num_items=5, num_collisions=0))
+    torch.manual_seed(0)
+    out = model.generate(
+        **tiny_context(tiny_catalogue(), model), do_sample=True, num_return_sequences=50, constrained=False
+    )
+    codes = codes_of(out, model, 3).flatten(0, 1)
+    assert ((codes >= 0) & (codes < 8)).all()
+    assert (model.catalogue.leaves_of(codes) < 0).any()
+
+
+def test_order_of_users_and_padding_do_not_matter():
+    catalogue = tiny_catalogue()
+    model = tiny_model(catalogue)
+    context = tiny_context(catalogue, model)
+    together = model.generate(**context, num_beams=10, num_return_sequences=10).view(3, 10, 4)
+    left = {
+        "context_ids": torch.cat([torch.zeros(1, 2, 3, dtype=torch.long), context["context_ids"][1:2, :3]], dim=1),
+        "context_mask": torch.tensor([[False, False, True, True, True]]),
+    }
+    assert torch.equal(model.generate(**left, num_beams=10, num_return_sequences=10), together[1])
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        ({"num_beams": 2, "num_return_sequences": 3}, "num_return_sequences"),
+        ({"allowed_items": torch.ones(3, 4, dtype=torch.bool)}, r"expected a bool mask \(batch, 65\)"),
+        ({"context_idz": 1}, "context_idz"),
+        ({"constrained": False, "allowed_items": torch.ones(3, 65, dtype=torch.bool)}, "leave out one side"),
+    ],
+)
+def test_bad_arguments(arguments, message):
+    catalogue = tiny_catalogue()
+    model = tiny_model(catalogue)
+    with pytest.raises(ValueError, match=message):
+        model.generate(**tiny_context(catalogue, model), **arguments)
