@@ -6,7 +6,6 @@ from pathlib import Path
 import pytest
 import torch
 
-
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 torch.set_num_threads(1)

@@ -13,7 +13,6 @@ from onerec_hf import Catalogue, OneRecV2ForCausalLM, SemanticIdTokenizer
 
 from .tiny import SIZES, tiny_catalogue, tiny_context, tiny_model
 
-
 HISTORIES = [[1000, 1001, 1002], [1003, 1007, 1063]]
 
 WITHOUT_PACKAGE = """

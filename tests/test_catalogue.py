@@ -11,7 +11,6 @@ from onerec_hf import Catalogue, SemanticIdTokenizer
 
 from .tiny import SIZES, tiny_catalogue
 
-
 # items 0..5; 0 and 3 share a semantic ID, 3 is more popular
 CODES = [[1, 0, 2], [0, 1, 1], [1, 0, 0], [1, 0, 2], [1, 2, 2], [0, 1, 0]]
 POPULARITY = [1, 5, 2, 9, 0, 3]

@@ -8,7 +8,6 @@ from onerec_hf import OneRecV2Config
 
 from .tiny import tiny_catalogue, tiny_context, tiny_model
 
-
 SHARING = {
     "num_context_layers": 2,
     "context_key_value_split": 2,

@@ -6,7 +6,6 @@ import torch
 
 from onerec_hf import Catalogue, OneRecV2Config, OneRecV2ForCausalLM
 
-
 SIZES = [8, 8, 8]
 
 

@@ -1,7 +1,30 @@
 """Logs -> interactions -> splits; item embeddings."""
 
+from .embeddings import (
+    check_item_embeddings,
+    collaborative_embeddings,
+    concat_embeddings,
+    item_texts,
+    load_embeddings,
+    text_embeddings,
+)
 from .interactions import Interactions, load_interactions
-from .public_datasets import load_amazon
+from .public_datasets import load_amazon, load_kuairand, load_kuairand_like_hate
 from .splits import global_time_split, k_core, leave_last_out
 
-__all__ = ["Interactions", "global_time_split", "k_core", "leave_last_out", "load_amazon", "load_interactions"]
+__all__ = [
+    "Interactions",
+    "check_item_embeddings",
+    "collaborative_embeddings",
+    "concat_embeddings",
+    "global_time_split",
+    "item_texts",
+    "k_core",
+    "leave_last_out",
+    "load_amazon",
+    "load_embeddings",
+    "load_interactions",
+    "load_kuairand",
+    "load_kuairand_like_hate",
+    "text_embeddings",
+]

@@ -1,7 +1,7 @@
 """Categorical features of events, items and users: what the papers' context tokens carry beside the semantic ID.
 
-OneRec Technical Report, section 2.2.1 (play time, duration, label, author, tag, time); the bucket edges are not in the papers. 0 always
-stands for "unknown", in every feature.
+OneRec Technical Report, section 2.2.1 (play time, duration, label, author, tag, time); the bucket edges are not in the papers. 0
+always stands for "unknown", in every feature.
 """
 
 from collections.abc import Sequence

@@ -98,7 +98,7 @@ class Interactions:
 
     @property
     def user_offsets(self) -> np.ndarray:
-        """`np.ndarray` of shape (U + 1,): the events of user u are rows `user_offsets[u]` to `user_offsets[u + 1] - 1`."""
+        """`np.ndarray` of shape (U + 1,): the events of user u are rows `user_offsets[u]:user_offsets[u + 1]`."""
         return np.concatenate([[0], np.cumsum(np.bincount(self.user_index, minlength=self.num_users))])
 
 
@@ -165,6 +165,8 @@ def load_interactions(
     if unused := sorted(set(columns or {}) - set(names)):
         raise ValueError(f"columns names {unused}; allowed are {list(names)} (add event features to feedback=[...])")
     names |= columns or {}
+    if unnamed := [name for name, column in names.items() if column is None and name != "timestamp"]:
+        raise ValueError(f"columns maps {unnamed} to None; only the timestamp may be left out")
     log = select_columns(read_table(source, split), {k: v for k, v in names.items() if v is not None}, "columns")
     log = without_nulls(log, drop_nulls)
     tables = {}
@@ -266,8 +268,8 @@ def _sort(
     repeats = np.logical_and.reduce([key[by_key][1:] == key[by_key][:-1] for key in keys])
     duplicates = rows[by_key[1:][repeats]]
     logger.warning(
-        f"{tied.sum()} of {len(user_index)} events have the user and timestamp of the event before (their row order is "
-        f"kept), {len(duplicates)} of them repeat an event in all columns and are "
+        f"{tied.sum()} of {len(user_index)} events have the user and time of the event before (row order decides); "
+        f"{len(duplicates)} of them repeat an event in user, item, timestamp and feedback and are "
         f"{'dropped' if drop_duplicates else 'kept (drop_duplicates=True drops them)'}"
     )
     if not drop_duplicates:

@@ -118,8 +118,8 @@ def global_time_split(
         cold, short = active & (start == first), active & (start - first < min_history)
         if cold.any() or short.any():
             logger.warning(
-                f"{name}: {cold.sum()} of {active.sum()} users have no history before the boundary; "
-                f"{short.sum()} with fewer than min_history={min_history} events are left out"
+                f"{name}: {cold.sum()} of {active.sum()} users have no event before the period; {short.sum()} users are "
+                f"left out for fewer than {min_history} events before it (min_history)"
             )
         users = np.flatnonzero(active & ~short)
         splits[name] = _rows(interactions, users, first[users], start[users], stop[users])

@@ -7,6 +7,7 @@ from typing import Any
 
 import datasets
 import numpy as np
+import pandas as pd
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.csv
@@ -34,7 +35,7 @@ def read_table(source: Any, split: str = "train") -> pa.Table:
         table = _read_path_or_hub(source, split)
     elif isinstance(source, Mapping) and not isinstance(source, datasets.DatasetDict):
         table = pa.table({name: pa.array(values, from_pandas=True) for name, values in source.items()})
-    elif type(source).__module__.startswith("pandas"):
+    elif isinstance(source, pd.DataFrame):
         table = pa.Table.from_pandas(source, preserve_index=False)
     else:
         raise TypeError(
@@ -158,9 +159,10 @@ def numpy_values(column: pa.ChunkedArray, name: str) -> np.ndarray:
 
 
 def feature_values(column: pa.ChunkedArray) -> np.ndarray | list:
-    """Numbers as an array (null becomes NaN); text, lists and the like as a list with None for null."""
+    """Numbers as an array (null becomes NaN), booleans too if none is null; the rest as a list with None for null."""
     array = _plain(column)
-    if pa.types.is_integer(array.type) or pa.types.is_floating(array.type):
+    is_number = pa.types.is_integer(array.type) or pa.types.is_floating(array.type)
+    if is_number or (pa.types.is_boolean(array.type) and not array.null_count):
         return array.to_numpy(zero_copy_only=False)
     return array.to_pylist()
 

@@ -10,7 +10,6 @@ from .modeling_onerec_v2 import OneRecV2ForCausalLM, OneRecV2Model, OneRecV2PreT
 from .modeling_semantic_id import SemanticIdCausalLMOutput
 from .tokenization_semantic_id import SemanticIdTokenizer
 
-
 for _config, _model in ((OneRecV2Config, OneRecV2ForCausalLM),):
     AutoConfig.register(_config.model_type, _config, exist_ok=True)
     AutoModel.register(_config, _model, exist_ok=True)  # AutoModel.from_pretrained(...).generate() works

@@ -13,7 +13,6 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from transformers.utils.hub import cached_file
 
-
 CATALOGUE_NAME = "catalogue.safetensors"
 
 
@@ -283,7 +282,7 @@ class Catalogue:
         path = cached_file(str(pretrained_model_name_or_path), CATALOGUE_NAME, **kwargs)
         try:
             with safe_open(path, framework="pt") as file:
-                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+                tensors = {name: file.get_tensor(name) for name in file.keys()}
             sizes, semantic_ids, popularity = (tensors[n] for n in ("codebook_sizes", "semantic_ids", "popularity"))
         except Exception as error:
             raise ValueError(

@@ -20,7 +20,6 @@ from .beam_search import CatalogueLogitsProcessor, beam_search
 from .catalogue import CATALOGUE_NAME, Catalogue
 from .layers import ContextKV
 
-
 logger = logging.get_logger(__name__)
 
 _HUB_KWARGS = ("cache_dir", "force_download", "local_files_only", "token", "revision", "subfolder")

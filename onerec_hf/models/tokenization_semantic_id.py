@@ -10,7 +10,6 @@ from transformers.utils.hub import cached_file
 from .catalogue import CATALOGUE_NAME, Catalogue
 from .configuration_onerec import NUM_SPECIAL_TOKENS
 
-
 LEVEL_NAMES = "abcdefghijklmnopqrstuvwxyz"
 
 

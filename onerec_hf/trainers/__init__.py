@@ -2,5 +2,4 @@
 
 from .sft import OneRecSFTConfig, OneRecSFTTrainer
 
-
 __all__ = ["OneRecSFTConfig", "OneRecSFTTrainer"]
