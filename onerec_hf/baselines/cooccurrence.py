@@ -1,6 +1,6 @@
-"""Co-occurrence: items that stand near the recent items of a history in other histories, weighted by distance and direction.
+"""Co-occurrence: items that stand near the recent items of a history in the histories of others.
 
-A strong heuristic without training, in the family of item-to-item Markov chains (no paper; the weights are fixed, not tuned).
+A strong heuristic without training, in the family of item-to-item Markov chains (no paper; the weights are not tuned).
 Shapes: **B** users, **N** items, **E** non-zero entries of the item-item matrix.
 """
 
@@ -15,9 +15,9 @@ from .ranking import rank_items
 class CoOccurrence:
     """Scores item j by the sum over the last items i of the history of `decay**age(i) * M[i, j]`, age 0 = most recent.
 
-    For each pair of a training history with a at 1 <= d <= `window` positions before b, M[a, b] grows by 1 / d and M[b, a] by
-    `backward_weight / d`; then M[a, b] is divided by pop(a)^(1/2) * pop(b)^(1/4), pop = training occurrences. Items that get
-    no score follow after all others, by popularity.
+    For each pair of a training history with a at 1 <= d <= `window` positions before b, M[a, b] grows by 1 / d and
+    M[b, a] by `backward_weight / d`; then M[a, b] is divided by pop(a)^(1/2) * pop(b)^(1/4), pop = training
+    occurrences, at least 1. Items that get no score follow after all others, by popularity.
 
     Args:
         num_items (`int`): N, the size of the catalogue.
@@ -47,7 +47,7 @@ class CoOccurrence:
         self.fallback: torch.Tensor | None = None  # (N,) in [-1, 0): popularity, below every score
 
     def fit(self, histories: Iterable[Sequence[int]]) -> "CoOccurrence":
-        """Counts pairs; `histories` is one list of item indices per user in time order, e.g. `dataset["train"]["history"]`."""
+        """Counts pairs; `histories`: item indices in time order, one list per user (`dataset["train"]["history"]`)."""
         histories = [torch.tensor(history, dtype=torch.long) for history in histories]
         user = torch.repeat_interleave(torch.arange(len(histories)), torch.tensor([len(h) for h in histories]))
         items = torch.cat(histories)

@@ -34,7 +34,7 @@ class Popularity:
         exclude_seen: bool = False,
         generator: torch.Generator | None = None,
     ) -> np.ndarray:
-        """The k most popular items for each row of `examples["history"]`, `(B, k)`; see `rank_items` for ties and -1."""
+        """The k most popular items for each row of `examples["history"]`, `(B, k)`; ties and -1: see `rank_items`."""
         if self.counts is None:
             raise ValueError("Popularity has no counts yet: call fit(histories) first.")
         histories = examples["history"]

@@ -1,7 +1,7 @@
-"""SASRec (Kang and McAuley 2018, arXiv:1808.09781): a causal transformer over item indices, as a configuration of GPT-2.
+"""SASRec (Kang and McAuley 2018, arXiv:1808.09781): a causal transformer over items, as a configuration of GPT-2.
 
-The paper trains with binary cross-entropy and one negative per position; with a full softmax over the catalogue the same model is
-a far stronger baseline (Klenitskiy and Vasilev 2023, arXiv:2309.07602), so that is the default here.
+The paper trains with binary cross-entropy and one negative per position; with a full softmax over the catalogue the
+same model is a far stronger baseline (Klenitskiy and Vasilev 2023, arXiv:2309.07602), so that is the default here.
 Shapes: **B** users, **T** positions of a history, **N** items, **D** width.
 """
 
@@ -19,15 +19,15 @@ from transformers.utils import logging
 from .ranking import rank_items
 from .softmax_loss import FullSoftmaxLoss
 
-
 logger = logging.get_logger(__name__)
 
 
 class SASRec:
-    """A GPT-2 of item indices with tied input and output embeddings. `self.model` is a plain `GPT2Model`.
+    """A GPT-2 of item indices with tied input and output embeddings; `self.model` is a plain `GPT2Model`.
 
-    What differs from the paper: GELU-free ReLU feed-forward and learned positions are the paper's; positions count from the
-    start of a window and padding is on the right; attention has several heads; embeddings are not scaled by sqrt(D).
+    As in the paper: learned positions, layer norm before each sublayer, a feed-forward layer of width D with ReLU.
+    Different: positions count from the first item that the model sees (the paper pads on the left), two heads instead
+    of one, no scaling of input embeddings by sqrt(D), and a history longer than the window gives several windows.
 
     Args:
         num_items (`int`): N, the size of the catalogue.
@@ -36,7 +36,8 @@ class SASRec:
         num_attention_heads (`int`, defaults to 2): heads per block.
         intermediate_size (`int`, *optional*): width of the feed-forward layer; D if None, as in the paper.
         max_length (`int`, defaults to 50): number of most recent history items the model sees.
-        dropout (`float`, defaults to 0.5): on embeddings and on the output of every sublayer (the paper's value for sparse data).
+        dropout (`float`, defaults to 0.5): on embeddings and on the output of every sublayer (the paper's value for
+            its sparse data sets).
         attention_dropout (`float`, defaults to 0.0): on attention weights.
         seed (`int`, defaults to 0): of the initial weights.
     """
@@ -113,13 +114,14 @@ class SASRec:
         """Trains on every position of every history: all targets of a user in one pass.
 
         Args:
-            histories (iterable of lists of `int`): item indices in time order, e.g. `dataset["train"]["history"]`; a history
-                longer than `max_length + 1` is cut into windows, so that no target is lost.
-            validate (`Callable[[SASRec], float]`, *optional*): called after every epoch; the weights of the epoch with the
-                highest value are kept. Must not read the test split. If None the last epoch is kept.
+            histories (iterable of lists of `int`): item indices in time order, e.g. `dataset["train"]["history"]`; a
+                history longer than `max_length + 1` is cut into windows, so that no target is lost.
+            validate (`Callable[[SASRec], float]`, *optional*): called after every epoch; the weights of the epoch with
+                the highest value are kept. It must not read the test split. If None, the last epoch is kept.
             loss (`str`, defaults to `"softmax"`): `"softmax"`, cross-entropy over all items; or `"bce"`, the paper's
-                binary cross-entropy with one negative per position (here drawn uniformly from all items but the target).
-            num_epochs, batch_size (users), learning_rate, weight_decay, lr_scheduler_type, warmup_steps: see `TrainingArguments`.
+                binary cross-entropy with one negative per position (here uniform over all items but the target).
+            num_epochs, batch_size (windows), learning_rate, weight_decay, lr_scheduler_type, warmup_steps: see
+                `TrainingArguments`.
             seed (`int`, defaults to 0): of the order of the users, the dropout and the negatives.
         """
         if loss not in ("softmax", "bce"):
@@ -146,6 +148,8 @@ class SASRec:
                 train_sampling_strategy="group_by_length",
                 save_strategy="no",
                 logging_strategy="no",
+                remove_unused_columns=False,
+                dataloader_pin_memory=False,
                 report_to="none",
                 disable_tqdm=not progress,
                 seed=seed,
@@ -169,15 +173,21 @@ class SASRec:
         exclude_seen: bool = False,
         generator: torch.Generator | None = None,
     ) -> np.ndarray:
-        """The k best of all items for each row of `examples["history"]`, `(B, k)`; see `rank_items` for ties and -1."""
+        """The k best of all items for each row of `examples["history"]`, `(B, k)`; ties and -1: see `rank_items`."""
         histories = examples["history"]
         recent = [history[-self.max_length :] for history in histories]
         empty = [row for row, items in enumerate(recent) if not items]
         if empty:
-            raise ValueError(f"SASRec needs at least one item in every history; rows {empty[:10]} of the batch have none.")
-        inputs = _pad_right([{"input_ids": items} for items in recent]).to(self.model.device)
-        hidden = self.model(**inputs).last_hidden_state  # (B, T, D)
-        last = hidden[torch.arange(len(recent)), torch.tensor([len(items) - 1 for items in recent])]
+            raise ValueError(
+                f"SASRec needs at least one item in every history; rows {empty[:10]} of the batch have none. "
+                "Leave cold users out when splitting (min_history=1)."
+            )
+        lengths = torch.tensor([len(items) for items in recent])
+        last = torch.empty(len(recent), self.model.config.n_embd, device=self.model.device)  # (B, D)
+        for rows in lengths.argsort().split(64):  # similar lengths together: little padding
+            input_ids = _pad_right([{"input_ids": recent[row]} for row in rows.tolist()])["input_ids"]
+            hidden = self.model(input_ids.to(last.device)).last_hidden_state
+            last[rows] = hidden[torch.arange(len(rows)), lengths[rows] - 1]
         scores = last @ self.model.wte.weight.T  # (B, N)
         return rank_items(scores, k, exclude=histories if exclude_seen else None, generator=generator)
 
@@ -223,13 +233,11 @@ class _KeepBestEpoch(TrainerCallback):
         self.sasrec.model.eval()
 
 
-def _pad_right(features: list[dict[str, list[int]]]):
+def _pad_right(features: list[dict[str, list[int]]]) -> dict[str, torch.Tensor]:
     """Pads to the longest of the batch. No mask: a causal model's real positions never see what is on their right."""
-    from transformers import BatchEncoding
-
     padded = {}
     for name, value in (("input_ids", 0), ("labels", -100)):
         if name in features[0]:
             rows = [torch.tensor(feature[name]) for feature in features]
             padded[name] = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=value)
-    return BatchEncoding(padded)
+    return padded

@@ -1,8 +1,8 @@
-"""Cross-entropy of a full softmax over the catalogue, computed a few rows at a time so that the logits never leave the cache.
+"""Cross-entropy of a full softmax over the catalogue, a few rows at a time so that the logits never leave the cache.
 
-Plain `cross_entropy(hidden @ weight.T)` writes and reads the (M, N) logits from memory several times, which takes most of the
-training time of a small sequential recommender on a CPU. The gradients of this loss are known in closed form,
-`softmax(logits) - onehot(target)`, so forward computes them in the same pass (as Liger Kernel, arXiv:2410.10989, does).
+Plain `cross_entropy(hidden @ weight.T)` writes and reads the (M, N) logits from memory several times, which takes most
+of the training time of a small sequential recommender on a CPU. The gradient of the logits is known in closed form,
+`softmax(logits) - onehot(target)`, so forward computes it in the same pass (as Liger Kernel does, arXiv:2410.10989).
 Measured on one CPU thread with M = 1,024, N = 12,101, D = 64: 112 ms against 295 ms, forward and backward.
 
 Shapes: **M** positions that have a target, **N** items, **D** width.
@@ -12,7 +12,7 @@ import torch
 
 
 class FullSoftmaxLoss(torch.autograd.Function):
-    """`FullSoftmaxLoss.apply(hidden, weight, targets)`: the sum over positions of -log softmax(hidden @ weight.T)[target].
+    """`FullSoftmaxLoss.apply(hidden, weight, targets)`: sum over positions of -log softmax(hidden @ weight.T)[target].
 
     Args:
         hidden (`torch.Tensor` of shape `(M, D)`, float32): one vector per position.

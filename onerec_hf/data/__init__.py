@@ -1,5 +1,6 @@
 """Logs -> interactions -> splits; item embeddings."""
 
+from .collators import OneRecCollator
 from .embeddings import (
     check_item_embeddings,
     collaborative_embeddings,
@@ -8,12 +9,16 @@ from .embeddings import (
     load_embeddings,
     text_embeddings,
 )
+from .features import EventFeature, category_codes
 from .interactions import Interactions, load_interactions
 from .public_datasets import load_amazon, load_kuairand, load_kuairand_like_hate
 from .splits import global_time_split, k_core, leave_last_out
 
 __all__ = [
+    "EventFeature",
     "Interactions",
+    "OneRecCollator",
+    "category_codes",
     "check_item_embeddings",
     "collaborative_embeddings",
     "concat_embeddings",

@@ -111,7 +111,7 @@ def collaborative_embeddings(
 
     Returns:
         `np.ndarray` of shape (N, D), float32: U_ik sigma_k, the rows of M projected on the leading singular vectors.
-        Rows of items that co-occur with nothing are **zero**.
+        Rows of items that are in no history, or co-occur with none more than by chance, are **zero**.
 
     Raises:
         ValueError: an item index outside 0..N-1, `dim` above N, or no co-occurrence at all.
@@ -130,7 +130,7 @@ def collaborative_embeddings(
     seen = torch.zeros(num_items, dtype=torch.bool)
     seen[matrix.indices()[0]] = True
     if unseen := int((~seen).sum()):
-        logger.warning(f"{unseen} of {num_items} items co-occur with no other item: their embeddings are zero")
+        logger.warning(f"{unseen} of {num_items} items co-occur with no other more than by chance: zero embeddings")
     embeddings[~seen] = 0
     return embeddings.numpy()
 
@@ -147,13 +147,12 @@ def _flatten(histories: datasets.Dataset | Iterable[Sequence[int]]) -> tuple[tor
     return torch.tensor(flat, dtype=torch.long), torch.from_numpy(np.repeat(np.arange(len(lengths)), lengths))
 
 
+@torch.sparse.check_sparse_tensor_invariants(False)  # the indices are checked here
 def _ppmi(items: torch.Tensor, history: torch.Tensor, num_items: int, window: int) -> torch.Tensor:
     """Sparse PPMI matrix (N, N), coalesced."""
     if len(items) and not (0 <= items.min() and items.max() < num_items):
         raise ValueError(f"item indices must lie in 0..{num_items - 1}, got {items.min()}..{items.max()}")
-    counts = torch.sparse_coo_tensor(
-        size=(num_items, num_items), dtype=torch.float32, check_invariants=False
-    ).coalesce()
+    counts = torch.sparse_coo_tensor(size=(num_items, num_items), dtype=torch.float32).coalesce()
     for distance in range(1, window + 1):
         first, second = items[:-distance], items[distance:]
         pairs = (history[:-distance] == history[distance:]) & (first != second)
@@ -231,7 +230,5 @@ def check_item_embeddings(embeddings: np.ndarray, num_items: int) -> np.ndarray:
             "interactions.item_ids[i], also after k_core()"
         )
     if bad := int((~np.isfinite(embeddings)).any(1).sum()):
-        raise ValueError(
-            f"{bad} of {num_items} item embeddings hold NaN or infinite values; every item needs a vector"
-        )
+        raise ValueError(f"{bad} of {num_items} item embeddings have NaN or infinite values; all items need a vector")
     return embeddings.astype(np.float32, copy=False)

@@ -118,7 +118,7 @@ def global_time_split(
         cold, short = active & (start == first), active & (start - first < min_history)
         if cold.any() or short.any():
             logger.warning(
-                f"{name}: {cold.sum()} of {active.sum()} users have no event before the period; {short.sum()} users are "
+                f"{name}: {cold.sum()} of {active.sum()} users have no event before the period; {short.sum()} are "
                 f"left out for fewer than {min_history} events before it (min_history)"
             )
         users = np.flatnonzero(active & ~short)

@@ -3,5 +3,4 @@
 from .evaluate import EvaluationResult, Recommender, evaluate
 from .metrics import paired_bootstrap
 
-
 __all__ = ["EvaluationResult", "Recommender", "evaluate", "paired_bootstrap"]

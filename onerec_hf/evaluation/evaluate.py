@@ -1,6 +1,6 @@
 """One call that scores every recommender, ours and the baselines, on the same users, targets and catalogue.
 
-Source: the full-ranking protocol of S3-Rec (arXiv:2008.07873, section 5.1): every item is a candidate, no sampled negatives.
+Source: full ranking, every item is a candidate and no negatives are sampled (Krichene and Rendle 2020, KDD).
 """
 
 from collections.abc import Sequence
@@ -28,8 +28,8 @@ class Recommender(Protocol):
             exclude_seen (`bool`): whether items of the user's `history` may not be recommended.
 
         Returns:
-            Integers of shape `(B, k)`: item indices, best first, no item twice in a row; -1 for a slot that is left empty
-            or whose generated semantic ID belongs to no item.
+            Integers of shape `(B, k)`: item indices, best first, no item twice in a row; -1 for a slot that is left
+            empty or whose generated semantic ID belongs to no item.
         """
         ...
 
@@ -39,9 +39,9 @@ class EvaluationResult:
     """Metrics over all users, and what they were computed from.
 
     Attributes:
-        metrics (`dict[str, float]`): `recall@k`, `ndcg@k`, `hit@k` (means over users), `coverage@k`, `diversity@k` (only with
-            item embeddings; mean over the users with two items or more) for every k, and `invalid_rate`: the share of
-            slots that are -1 among the U x max(ks) requested ones.
+        metrics (`dict[str, float]`): for every k `recall@k`, `ndcg@k`, `hit@k` (means over users), `coverage@k` and,
+            with item embeddings, `diversity@k` (mean over the users with two items or more among the first k slots);
+            and `invalid_rate`: the share of slots that are -1 among the U x max(ks) requested ones.
         predictions (`np.ndarray` of shape `(U, max(ks))`, int64): item indices, best first, or -1.
         user (`np.ndarray` of shape `(U,)`, int64): the dataset's `user` column, in its order.
         per_user (`dict[str, np.ndarray]` of shape `(U,)` each): the same metrics per user, but for coverage.
@@ -81,8 +81,8 @@ def evaluate(
         dataset (`datasets.Dataset`): one row per user with columns `user`, `history` and `targets` (item indices).
         num_items (`int`): N, the size of the catalogue.
         ks (`Sequence[int]`, defaults to `(5, 10, 20)`): list lengths; max(ks) slots are requested.
-        exclude_seen (`bool`, defaults to `False`): passed on, and checked: an item of the history in a list is an error.
-            Report which of the two was used: where targets never repeat, True lifts every number for free.
+        exclude_seen (`bool`, defaults to `False`): passed on, and checked: a seen item in a list is an error. Say with
+            every number which of the two was used: where targets never repeat, True lifts all of them for free.
         batch_size (`int`, defaults to 256): users per call of `recommend`.
         seed (`int`, defaults to 0): torch's global generator is seeded with it for the length of the call and restored
             afterwards, so what a recommender samples (ties, beams) is the same in every call with the same arguments.
@@ -90,8 +90,9 @@ def evaluate(
         progress (`bool`, defaults to `True`): whether to show a progress bar.
 
     Raises:
-        ValueError: if the dataset lacks a column or a row lacks targets; if `recommend` returns another shape, a dtype that
-            is not an integer, an index outside `-1..N-1`, an item twice in one list, or, with `exclude_seen`, a seen item.
+        ValueError: if the dataset lacks a column or a row lacks targets; if `recommend` returns another shape, a dtype
+            that is not an integer, an index outside `-1..N-1`, an item twice in one list, or a seen item where these
+            are excluded.
     """
     ks = sorted(set(ks))
     if not ks or ks[0] < 1:

@@ -1,7 +1,7 @@
-"""Ranking metrics at item level over the full catalogue, for one user's list or many (S3-Rec's protocol, arXiv:2008.07873).
+"""Ranking metrics at item level: recall, hit, NDCG (Järvelin and Kekäläinen 2002), coverage, intra-list diversity.
 
-Shapes: **U** users, **K** slots of a list, **N** items. A slot holds an item index in `0..N-1`, best first, or -1: nothing valid
-was recommended there. A slot of -1 is never a hit, and the slots after it keep their rank.
+Shapes: **U** users, **K** slots of a list, **N** items. A slot holds an item index in `0..N-1`, best first, or -1:
+nothing valid was recommended there. A slot of -1 is never a hit, and the slots after it keep their rank.
 """
 
 from collections.abc import Sequence
@@ -62,8 +62,8 @@ def coverage_at_k(predictions: np.ndarray, k: int, num_items: int) -> float:
 
 
 def diversity_at_k(predictions: np.ndarray, k: int, item_embeddings: np.ndarray) -> np.ndarray:
-    """Intra-list diversity, `(U,)`: mean cosine distance (1 - cosine, in [0, 2]) over the pairs of items among the first
-    k slots; NaN for a user with fewer than two items there. An all-zero embedding has cosine 0 with everything.
+    """Intra-list diversity (Ziegler et al. 2005), `(U,)`: mean cosine distance (1 - cosine, in [0, 2]) over the pairs
+    of items among the first k slots; NaN for a user with fewer than two. A zero embedding has cosine 0 to all others.
 
     Args:
         item_embeddings (`np.ndarray` of shape `(N, D)`): one row per item index.
@@ -84,10 +84,10 @@ def diversity_at_k(predictions: np.ndarray, k: int, item_embeddings: np.ndarray)
 def paired_bootstrap(
     a: np.ndarray, b: np.ndarray, *, seed: int = 0, num_samples: int = 1000, confidence: float = 0.95
 ) -> tuple[float, float]:
-    """Percentile interval of mean(a - b) when users are drawn again with replacement (Efron and Tibshirani 1993, ch. 13).
+    """Percentile interval of mean(a - b), users drawn anew with replacement (Efron and Tibshirani 1993, ch. 13).
 
     Args:
-        a, b (`np.ndarray` of shape `(U,)`): the same metric of the same users, in the same order, for two recommenders.
+        a, b (`np.ndarray` of shape `(U,)`): one metric of the same users, in the same order, for two recommenders.
         seed (`int`): the same seed gives the same interval.
 
     Returns:

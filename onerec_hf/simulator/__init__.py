@@ -1,0 +1,9 @@
+"""A seeded short-video world: logs for quickstarts, and the true expected feedback to measure alignment against.
+
+Simulated metrics are never results on real data.
+"""
+
+from .world import ShortVideoWorld
+
+
+__all__ = ["ShortVideoWorld"]

@@ -164,22 +164,24 @@ NUM_SUBJECTS = len(SUBJECTS[0])
 
 def make_titles(category: np.ndarray, subject: np.ndarray, rng: np.random.Generator) -> list[str]:
     """
-    Draw a title for each item; a repeated title becomes a series ("..., part 2").
+    Draw a title for each item; after the 40 forms of a subject, series begin ("..., part 2").
 
     Args:
         category (`np.ndarray` of shape `(num_items,)`): row in `CATEGORIES`.
         subject (`np.ndarray` of shape `(num_items,)`): row in `SUBJECTS[category]`.
-        rng (`np.random.Generator`): source of the template and the detail.
+        rng (`np.random.Generator`): order of the templates and details.
 
     Returns:
         `list[str]`: N titles, all different.
     """
-    template = rng.integers(len(_TEMPLATES[0]), size=len(category))
-    detail = rng.integers(len(_DETAILS[0]), size=len(category))
-    titles, parts = [], {}
-    for c, s, t, d in zip(category.tolist(), subject.tolist(), template.tolist(), detail.tolist()):
-        title = f"{_TEMPLATES[c][t].format(SUBJECTS[c][s])}, {_DETAILS[c][d]}"
-        title = title[0].upper() + title[1:]
-        parts[title] = parts.get(title, 0) + 1
-        titles.append(title if parts[title] == 1 else f"{title}, part {parts[title]}")
+    num_forms = len(_TEMPLATES[0]) * len(_DETAILS[0])
+    forms = rng.permuted(np.tile(np.arange(num_forms), (len(CATEGORIES), NUM_SUBJECTS, 1)), axis=2)
+    titles, used = [], {}
+    for c, s in zip(category.tolist(), subject.tolist()):
+        number = used.get((c, s), 0)
+        used[c, s] = number + 1
+        template, detail = divmod(int(forms[c, s, number % num_forms]), len(_DETAILS[0]))
+        title = f"{_TEMPLATES[c][template].format(SUBJECTS[c][s])}, {_DETAILS[c][detail]}"
+        part = f", part {number // num_forms + 1}" if number >= num_forms else ""
+        titles.append(title[0].upper() + title[1:] + part)
     return titles

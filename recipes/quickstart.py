@@ -1,0 +1,141 @@
+"""The whole path on a laptop, offline: simulated world -> semantic IDs -> OneRec-V2 -> recommendations -> metrics -> repository.
+
+    python recipes/quickstart.py --output outputs/quickstart
+
+About 4 minutes on 2 cores. Everything below the world is what one's own data go through: `prepare.py`, `baseline.py`, `sft.py`.
+The numbers belong to a simulated world and say nothing about real users.
+"""
+
+import argparse
+import json
+from pathlib import Path
+
+import baseline
+import datasets
+import numpy as np
+import prepare
+import sft
+import torch
+from transformers import AutoModel, AutoTokenizer
+from transformers.utils import logging
+
+from onerec_hf.hub import model_card, plot_recall_by_frequency, plot_training_curve, results_table
+from onerec_hf.simulator import ShortVideoWorld
+from onerec_hf.trainers import OneRecSFTConfig
+
+
+
+MODEL = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
+MODEL |= {"context_embed_dim": 32, "context_key_value_split": 2, "dropout": 0.2, "score_normalization": "valid"}
+
+
+def simulate(output: Path, num_users: int, num_items: int, seed: int) -> ShortVideoWorld:
+    """Writes the log of effective views (`long_view`, what OneRec calls effectively watched), the videos and their embeddings."""
+    world = ShortVideoWorld(num_users=num_users, num_items=num_items, seed=seed)
+    log = world.logs()
+    print(f"simulated {len(log):,} impressions of {num_users:,} users on {num_items:,} videos")
+    output.mkdir(parents=True, exist_ok=True)
+    log[log.long_view == 1].to_parquet(output / "log.parquet")
+    world.items.to_parquet(output / "videos.parquet")
+    return world
+
+
+def show(folder: Path, data: Path, world: ShortVideoWorld, users: int = 3) -> None:
+    """Loads the folder as any user would, and prints what a few users watched and would get."""
+    model, tokenizer = AutoModel.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+    titles = dict(zip(world.items.video_id, world.items.title))
+    test = datasets.load_from_disk(str(data / "splits"))["test"]
+    for row in test.select(range(users)):
+        history = tokenizer.catalogue.item_ids[row["history"][-5:]]
+        context = torch.tensor(tokenizer.encode_items(history)).unsqueeze(0)
+        found = tokenizer.decode_items(model.generate(context_ids=context, num_beams=50, num_return_sequences=5)[:, 1:])
+        print(f"\nuser {row['user']} watched: " + "; ".join(titles[item] for item in history))
+        print("   recommended: " + "; ".join(titles[items[0]] for items in found))
+
+
+def write_card(folder: Path, data: Path, reports: dict, predictions: dict, epochs: float) -> None:
+    """Card and pictures beside the weights."""
+    splits = datasets.load_from_disk(str(data / "splits"))
+    counts = np.bincount(np.concatenate(splits["train"].with_format("numpy")["history"]), minlength=1)
+    targets = np.array([row[0] for row in splits["test"]["targets"]])
+    counts = np.pad(counts, (0, max(0, targets.max() + 1 - len(counts))))
+    recalls = {name: np.asarray(datasets.Dataset.from_parquet(str(path))["recall@10"]) for name, path in predictions.items()}
+    plot_recall_by_frequency(recalls, counts[targets], folder / "recall_by_frequency.png")
+    plot_training_curve(reports["OneRec-V2"]["log"], folder / "training_curve.png")
+    (folder / "codebook_usage.png").write_bytes((data / "codebook_usage.png").read_bytes())
+    card = model_card(
+        title="OneRec-V2 quickstart",
+        repo=str(folder),
+        summary="A small OneRec-V2 trained on a **simulated** short-video world; a demonstration, not a model for real users.",
+        data=f"{len(splits['test']):,} simulated users, effective views, leave last out.",
+        training=f"{epochs:g} epochs on a CPU, {reports['OneRec-V2']['num_parameters']:,} parameters, seen in the picture below.",
+        dataset_name="simulated short videos",
+        results={name: (report["test"], report["test_exclude_seen"]) for name, report in reports.items()},
+        pictures=[
+            ("training_curve.png", "Training curve"),
+            ("recall_by_frequency.png", "Recall by item frequency"),
+            ("codebook_usage.png", "Codebook usage"),
+        ],
+    )
+    card.save(folder / "README.md")
+
+
+def main(output: Path, num_users: int = 2000, num_items: int = 2000, epochs: float = 12, seed: int = 0) -> dict:
+    """Runs everything; returns the reports of all systems."""
+    data, folder = output / "data", output / "onerec-v2-quickstart"
+    world = simulate(output, num_users, num_items, seed)
+    columns = {"user_id": "user_id", "item_id": "video_id", "timestamp": "time_ms"}
+    loaded = prepare.PrepareArguments(
+        source=str(output / "log.parquet"),
+        items=str(output / "videos.parquet"),
+        columns=columns,
+        output=str(data),
+        collaborative_dim=64,
+        codebook_size=64,
+        seed=seed,
+    )
+    interactions = prepare.load(loaded)
+    np.save(output / "content.npy", world.content_embeddings[interactions.item_ids])
+    loaded.embeddings = str(output / "content.npy")
+    prepare.main(loaded)
+    reports, predictions = {}, {"OneRec-V2": folder / "predictions.parquet"}
+    training = OneRecSFTConfig(
+        output_dir=str(folder),
+        num_train_epochs=epochs,
+        per_device_train_batch_size=64,
+        learning_rate=3e-3,
+        weight_decay=0.1,
+        lr_scheduler_type="cosine",
+        warmup_steps=50,
+        eval_strategy="epoch",
+        save_strategy="epoch",
+        save_total_limit=1,
+        load_best_model_at_end=True,
+        metric_for_best_model="eval_ndcg@10",
+        logging_steps=50,
+        report_to="none",
+        seed=seed,
+    )
+    reports["OneRec-V2"] = sft.main(sft.ModelArguments(data=str(data), model=MODEL, eval_users=500), training)
+    for name in ("popularity", "cooccurrence", "sasrec"):
+        arguments = baseline.Arguments(name=name, data=str(data), output=str(output / name), seed=seed, num_epochs=15)
+        reports[name] = baseline.main(arguments)
+        predictions[name] = output / name / "predictions.parquet"
+    write_card(folder, data, reports, predictions, epochs)
+    show(folder, data, world)
+    print("\n" + results_table({name: (report["test"], report["test_exclude_seen"]) for name, report in reports.items()}))
+    print(f"\nseen items kept / masked. Everything lies in {output}, the repository in {folder} (README.md is its card).")
+    print("Your own data next:  python recipes/prepare.py --source LOG.parquet --output outputs/mydata   (see recipes/README.md)")
+    (output / "metrics.json").write_text(json.dumps({k: v["test"] for k, v in reports.items()}, indent=2))
+    return reports
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output", type=Path, default=Path("outputs/quickstart"))
+    parser.add_argument("--num_users", type=int, default=2000)
+    parser.add_argument("--num_items", type=int, default=2000)
+    parser.add_argument("--epochs", type=float, default=12)
+    parser.add_argument("--seed", type=int, default=0)
+    logging.set_verbosity_error()
+    main(**vars(parser.parse_args()))
