@@ -154,7 +154,9 @@ def _figure(width: float = 6.0, height: float = 3.4):
     return figure, axes
 
 
-def plot_training_curve(log_history: Sequence[Mapping[str, float]], path: str | Path, metric: str = "eval_ndcg@10") -> None:
+def plot_training_curve(
+    log_history: Sequence[Mapping[str, float]], path: str | Path, metric: str = "eval_ndcg@10"
+) -> None:
     """Training and validation loss (nats per code) and a validation metric over epochs, from `trainer.state.log_history`."""
     figure, axes = _figure()
     for name, label, style in (("loss", "training loss", "-"), ("eval_loss", "validation loss", "o-")):

@@ -1,6 +1,6 @@
 """Logs -> splits, item embeddings and semantic IDs: the folder that every other recipe reads.
 
-    python recipes/prepare.py --config recipes/configs/beauty_prepare.yaml
+    python recipes/prepare.py --config recipes/configs/amazon_prepare.yaml --source FOLDER --output outputs/beauty
     python recipes/prepare.py --source logs.parquet --columns '{"user_id": "uid", "item_id": "vid", "timestamp": "ts"}' \
         --output outputs/mydata
 
@@ -31,15 +31,23 @@ class PrepareArguments:
     source: str = field(metadata={"help": "parquet, CSV or JSONL file, folder of a public layout, or Hub data set."})
     output: str = field(metadata={"help": "Folder to write."})
     layout: Literal["logs", "amazon", "kuairand", "kuairand_like_hate"] = "logs"
-    columns: str | dict = field(default="{}", metadata={"help": "Our names to yours, for user_id, item_id, timestamp."})
-    feedback: list[str] = field(default_factory=list, metadata={"help": "Event columns to keep (play_time_ms, is_like)."})
+    columns: str | dict = field(
+        default="{}", metadata={"help": "Our names to yours, for user_id, item_id, timestamp."}
+    )
+    feedback: list[str] = field(
+        default_factory=list, metadata={"help": "Event columns to keep (play_time_ms, is_like)."}
+    )
     items: str | None = field(default=None, metadata={"help": "Item table (text, category, ...), same file kinds."})
     users: str | None = field(default=None, metadata={"help": "User table, same file kinds."})
     k_core: int = 0
-    validation_start: float | None = field(default=None, metadata={"help": "Split by time from here on; otherwise leave last out."})
+    validation_start: float | None = field(
+        default=None, metadata={"help": "Split by time from here on; otherwise leave last out."}
+    )
     test_start: float | None = None
     embeddings: str | None = field(default=None, metadata={"help": ".npy or .safetensors with one row per item."})
-    text_model: str | None = field(default=None, metadata={"help": "Encoder: Hub name, folder, or package:NAME/FOLDER."})
+    text_model: str | None = field(
+        default=None, metadata={"help": "Encoder: Hub name, folder, or package:NAME/FOLDER."}
+    )
     text_fields: list[str] = field(default_factory=list)
     collaborative_dim: int = field(default=128, metadata={"help": "Width of the co-occurrence embedding; 0 for none."})
     num_levels: int = 3
@@ -82,7 +90,9 @@ def embed(args: PrepareArguments, interactions: logs.Interactions, train: datase
             logs.collaborative_embeddings(train, interactions.num_items, args.collaborative_dim, seed=args.seed)
         )
     if not parts:
-        raise ValueError("no item embedding: give --embeddings, --text_model with --text_fields, or --collaborative_dim above 0.")
+        raise ValueError(
+            "no item embedding: give --embeddings, --text_model with --text_fields, or --collaborative_dim above 0."
+        )
     return logs.concat_embeddings(*parts)
 
 
@@ -112,7 +122,10 @@ def main(args: PrepareArguments) -> dict:
     quantizer.save_pretrained(output / "tokenizer")
     splits.save_to_disk(output / "splits")
     save_file({"item_embeddings": embeddings}, output / "item_embeddings.safetensors")
-    for name, ids, table in (("item", interactions.item_ids, interactions.items), ("user", interactions.user_ids, interactions.users)):
+    for name, ids, table in (
+        ("item", interactions.item_ids, interactions.items),
+        ("user", interactions.user_ids, interactions.users),
+    ):
         columns = {f"{name}_id": ids, **{column: list(values) for column, values in table.items()}}
         datasets.Dataset.from_dict(columns).to_parquet(output / f"{name}s.parquet")
     (output / "semantic_ids.json").write_text(json.dumps(report, indent=2))

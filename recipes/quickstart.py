@@ -23,8 +23,6 @@ from onerec_hf.hub import model_card, plot_recall_by_frequency, plot_training_cu
 from onerec_hf.simulator import ShortVideoWorld
 from onerec_hf.trainers import OneRecSFTConfig
 
-
-
 MODEL = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
 MODEL |= {"context_embed_dim": 32, "context_key_value_split": 2, "dropout": 0.2, "score_normalization": "valid"}
 
@@ -48,7 +46,9 @@ def show(folder: Path, data: Path, world: ShortVideoWorld, users: int = 3) -> No
     for row in test.select(range(users)):
         history = tokenizer.catalogue.item_ids[row["history"][-5:]]
         context = torch.tensor(tokenizer.encode_items(history)).unsqueeze(0)
-        found = tokenizer.decode_items(model.generate(context_ids=context, num_beams=50, num_return_sequences=5)[:, 1:])
+        found = tokenizer.decode_items(
+            model.generate(context_ids=context, num_beams=50, num_return_sequences=5)[:, 1:]
+        )
         print(f"\nuser {row['user']} watched: " + "; ".join(titles[item] for item in history))
         print("   recommended: " + "; ".join(titles[items[0]] for items in found))
 
@@ -59,7 +59,9 @@ def write_card(folder: Path, data: Path, reports: dict, predictions: dict, epoch
     counts = np.bincount(np.concatenate(splits["train"].with_format("numpy")["history"]), minlength=1)
     targets = np.array([row[0] for row in splits["test"]["targets"]])
     counts = np.pad(counts, (0, max(0, targets.max() + 1 - len(counts))))
-    recalls = {name: np.asarray(datasets.Dataset.from_parquet(str(path))["recall@10"]) for name, path in predictions.items()}
+    recalls = {
+        name: np.asarray(datasets.Dataset.from_parquet(str(path))["recall@10"]) for name, path in predictions.items()
+    }
     plot_recall_by_frequency(recalls, counts[targets], folder / "recall_by_frequency.png")
     plot_training_curve(reports["OneRec-V2"]["log"], folder / "training_curve.png")
     (folder / "codebook_usage.png").write_bytes((data / "codebook_usage.png").read_bytes())
@@ -123,9 +125,15 @@ def main(output: Path, num_users: int = 2000, num_items: int = 2000, epochs: flo
         predictions[name] = output / name / "predictions.parquet"
     write_card(folder, data, reports, predictions, epochs)
     show(folder, data, world)
-    print("\n" + results_table({name: (report["test"], report["test_exclude_seen"]) for name, report in reports.items()}))
-    print(f"\nseen items kept / masked. Everything lies in {output}, the repository in {folder} (README.md is its card).")
-    print("Your own data next:  python recipes/prepare.py --source LOG.parquet --output outputs/mydata   (see recipes/README.md)")
+    print(
+        "\n" + results_table({name: (report["test"], report["test_exclude_seen"]) for name, report in reports.items()})
+    )
+    print(
+        f"\nseen items kept / masked. Everything lies in {output}, the repository in {folder} (README.md is its card)."
+    )
+    print(
+        "Your own data next:  python recipes/prepare.py --source LOG.parquet --output outputs/mydata   (see recipes/README.md)"
+    )
     (output / "metrics.json").write_text(json.dumps({k: v["test"] for k, v in reports.items()}, indent=2))
     return reports
 

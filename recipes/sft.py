@@ -1,6 +1,6 @@
 """Trains OneRec-V2 on a prepared folder and scores it on the test split.
 
-    accelerate launch recipes/sft.py --config recipes/configs/beauty_sft.yaml
+    accelerate launch recipes/sft.py --config recipes/configs/small_sft.yaml --data outputs/beauty --output_dir outputs/beauty_v2
 
 Built on `transformers.Trainer`: every `TrainingArguments` field works on the command line and in the YAML file (`--report_to`,
 `--resume_from_checkpoint`, `--bf16`, `--seed`, ...). Model choice is on the validation split. Writes the model, tokenizer and
@@ -31,11 +31,17 @@ class ModelArguments:
     event_features: str | dict = field(
         default="{}", metadata={"help": 'Event columns as context features, e.g. {"play_time_ms": ["log", 24]}.'}
     )
-    item_features: list[str] = field(default_factory=list, metadata={"help": "Columns of items.parquet as context features."})
+    item_features: list[str] = field(
+        default_factory=list, metadata={"help": "Columns of items.parquet as context features."}
+    )
     user_features: list[str] = field(default_factory=list, metadata={"help": "Columns of users.parquet."})
-    max_categories: int = field(default=10_000, metadata={"help": "Values kept per item or user feature; rarer ones share 0."})
+    max_categories: int = field(
+        default=10_000, metadata={"help": "Values kept per item or user feature; rarer ones share 0."}
+    )
     num_beams: int = 50
-    eval_users: int | None = field(default=None, metadata={"help": "Validation users that are generated for; default all."})
+    eval_users: int | None = field(
+        default=None, metadata={"help": "Validation users that are generated for; default all."}
+    )
 
 
 def make_collator(args: ModelArguments, tokenizer) -> OneRecCollator:
@@ -112,7 +118,12 @@ def main(args: ModelArguments, training: OneRecSFTConfig) -> dict:
         report |= score(recommender, splits["test"], output, training.seed)
         report["best_metric"], report["log"] = trainer.state.best_metric, trainer.state.log_history
         (output / "metrics.json").write_text(json.dumps(report, indent=2))
-        print(json.dumps({name: report[name] for name in ("train_seconds", "num_parameters", "test", "test_exclude_seen")}, indent=2))
+        print(
+            json.dumps(
+                {name: report[name] for name in ("train_seconds", "num_parameters", "test", "test_exclude_seen")},
+                indent=2,
+            )
+        )
     return report
 
 

@@ -25,8 +25,9 @@ def test_index_of_six_items():
     assert [codes.tolist() for codes in catalogue.codes] == [[0, 1], [1, 0, 2], [0, 1, 0, 2, 2]]
     assert [first.tolist() for first in catalogue.first_child] == [[0, 1, 3], [0, 2, 4, 5], [0, 1, 2, 3, 5, 6]]
     assert catalogue.item_order.tolist() == [5, 1, 2, 3, 0, 4]  # the popular one of 0 and 3 comes first
-    assert catalogue.leaf.tolist() == [3, 1, 2, 3, 4, 0]
+    assert catalogue.leaves_of(CODES).tolist() == [3, 1, 2, 3, 4, 0]
     assert (catalogue.num_items, catalogue.num_semantic_ids, catalogue.max_children) == (6, 5, [2, 2, 2])
+    assert catalogue.max_items == 2
 
 
 def test_accepted_set_equals_the_catalogue():

@@ -142,6 +142,8 @@ def test_timestamps_become_milliseconds_or_stay_numbers(stamps, expected):
 def test_order_only_log_counts_the_events_of_each_user():
     x = load_interactions({"user_id": [2, 1, 2, 2], "item_id": [5, 6, 7, 5]}, columns={"timestamp": None})
     assert x.timestamp.tolist() == [0, 0, 1, 2] and x.item_index.tolist() == [1, 0, 2, 0]
+    log = {"user_id": np.arange(3000) % 7, "item_id": np.arange(3000)}  # long enough for an unstable sort to show
+    assert load_interactions(log, columns={"timestamp": None}).item_index[:429].tolist() == list(range(0, 3000, 7))
 
 
 def test_whole_floats_are_integer_ids():  # what pandas makes of integers beside a missing value
@@ -273,7 +275,7 @@ def test_k_core_against_brute_force(seed):
         events, rounds = kept, rounds + 1
     x = k_core(load_interactions(log), 4)
     got = zip(x.user_ids[x.user_index].tolist(), x.item_ids[x.item_index].tolist(), x.timestamp.tolist())
-    assert sorted(got) == sorted(events) and 0 < len(events) < 380 and rounds > 2
+    assert sorted(got) == sorted(events) and 0 < len(events) < 380 and rounds > 1
 
 
 def test_leave_last_out_by_hand(caplog):

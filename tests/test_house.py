@@ -8,7 +8,6 @@ from pathlib import Path
 
 import pytest
 
-
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "onerec_hf"
 FILES = sorted(path for path in PACKAGE.rglob("*.py"))
@@ -22,7 +21,10 @@ RULES = {
     "baselines": ({"models"}, {"torch", "transformers", "numpy", "scipy", "tqdm", "safetensors"}),
     "rewards": ({"models"}, {"torch"}),
     "trainers": ({"models", "data", "rewards"}, {"trl", "transformers", "accelerate", "peft", "torch", "datasets"}),
-    "": ({"models", "data"}, {"torch", "transformers", "numpy", "huggingface_hub", "matplotlib", "jinja2", "safetensors"}),
+    "": (
+        {"models", "data"},
+        {"torch", "transformers", "numpy", "huggingface_hub", "matplotlib", "jinja2", "safetensors"},
+    ),
 }
 
 
@@ -82,7 +84,9 @@ def test_sizes(path):
 def test_recipes_are_short_and_say_their_command():
     for path in (ROOT / "recipes").glob("*.py"):
         source = path.read_text()
-        assert f"recipes/{path.name}" in ast.get_docstring(ast.parse(source)), f"{path}: the docstring shows the command"
+        assert f"recipes/{path.name}" in ast.get_docstring(ast.parse(source)), (
+            f"{path}: the docstring shows the command"
+        )
         assert len(source.splitlines()) <= 170, path
 
 

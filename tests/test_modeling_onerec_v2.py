@@ -230,3 +230,12 @@ def test_bad_inputs_are_named():
         model(input_ids=ids, **tiny_context(catalogue, model))
     with pytest.raises(NotImplementedError, match="semantic IDs"):
         model.resize_token_embeddings(5)
+
+
+def test_the_encoded_context_is_a_pytree():
+    """Field names must not shadow the methods of a dictionary: FSDP, export and the FLOP counter flatten outputs."""
+    catalogue = tiny_catalogue()
+    model = tiny_model(catalogue)
+    kv = model.model.encode_context(**tiny_context(catalogue, model))
+    leaves = torch.utils._pytree.tree_leaves(kv)
+    assert sum(torch.is_tensor(leaf) for leaf in leaves) == 3

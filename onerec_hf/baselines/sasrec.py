@@ -1,7 +1,8 @@
 """SASRec (Kang and McAuley 2018, arXiv:1808.09781): a causal transformer over items, as a configuration of GPT-2.
 
 The paper trains with binary cross-entropy and one negative per position; with a full softmax over the catalogue the
-same model is a far stronger baseline (Klenitskiy and Vasilev 2023, arXiv:2309.07602), so that is the default here.
+same model is a far stronger baseline (Klenitskiy and Vasilev 2023, arXiv:2309.07602), and with cosine scores it learns
+in half the epochs (NISER: Gupta et al. 2019, arXiv:1909.04276). Both are the default here.
 Shapes: **B** users, **T** positions of a history, **N** items, **D** width.
 """
 
@@ -12,8 +13,8 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from torch.nn.functional import binary_cross_entropy_with_logits
-from transformers import GPT2Config, GPT2Model, Trainer, TrainerCallback, TrainingArguments, set_seed
+from torch.nn.functional import binary_cross_entropy_with_logits, normalize
+from transformers import GPT2Config, GPT2Model, PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 from transformers.utils import logging
 
 from .ranking import rank_items
@@ -38,7 +39,9 @@ class SASRec:
         max_length (`int`, defaults to 50): number of most recent history items the model sees.
         dropout (`float`, defaults to 0.5): on embeddings and on the output of every sublayer (the paper's value for
             its sparse data sets).
-        attention_dropout (`float`, defaults to 0.0): on attention weights.
+        attention_dropout (`float`, defaults to 0.0): on attention weights (in the paper the same as `dropout`).
+        temperature (`float`, *optional*, defaults to 0.07): an item's score is the cosine between the output and the
+            item's embedding, divided by this; None for the dot product of the paper.
         seed (`int`, defaults to 0): of the initial weights.
     """
 
@@ -53,7 +56,7 @@ class SASRec:
         max_length: int = 50,
         dropout: float = 0.5,
         attention_dropout: float = 0.0,
-        initializer_range: float = 0.02,
+        temperature: float | None = 0.07,
         seed: int = 0,
     ):
         config = GPT2Config(
@@ -67,13 +70,14 @@ class SASRec:
             resid_pdrop=dropout,
             embd_pdrop=dropout,
             attn_pdrop=attention_dropout,
-            initializer_range=initializer_range,
             use_cache=False,
             bos_token_id=None,
             eos_token_id=None,
+            score_temperature=temperature,  # ours: GPT-2 ignores it, `save_pretrained` keeps it
         )
-        set_seed(seed)
-        self.model = GPT2Model(config).eval()
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            self.model = GPT2Model(config).eval()
         self.training_log: list[dict[str, float]] = []
 
     @property
@@ -134,6 +138,7 @@ class SASRec:
         ]
         if not windows:
             raise ValueError("fit needs at least one history with two items or more.")
+        self.training_log = []
         callback = _KeepBestEpoch(self, validate)
         with tempfile.TemporaryDirectory() as folder:
             arguments = TrainingArguments(
@@ -154,14 +159,16 @@ class SASRec:
                 disable_tqdm=not progress,
                 seed=seed,
             )
-            Trainer(
+            trainer = Trainer(
                 self.model,
                 arguments,
                 train_dataset=windows,
                 data_collator=_pad_right,
                 compute_loss_func=self._softmax_loss if loss == "softmax" else self._bce_loss,
                 callbacks=[callback],
-            ).train()
+            )
+            trainer.remove_callback(PrinterCallback)  # it prints; what it says is in `training_log`
+            trainer.train()
         callback.restore()
         return self
 
@@ -188,20 +195,28 @@ class SASRec:
             input_ids = _pad_right([{"input_ids": recent[row]} for row in rows.tolist()])["input_ids"]
             hidden = self.model(input_ids.to(last.device)).last_hidden_state
             last[rows] = hidden[torch.arange(len(rows)), lengths[rows] - 1]
-        scores = last @ self.model.wte.weight.T  # (B, N)
+        last, items = self._score_vectors(last)
+        scores = last @ items.T  # (B, N)
         return rank_items(scores, k, exclude=histories if exclude_seen else None, generator=generator)
+
+    def _score_vectors(self, hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """`hidden` (M, D) and item vectors (N, D), such that their dot products are the scores."""
+        items, temperature = self.model.wte.weight, self.model.config.score_temperature
+        if temperature is None:
+            return hidden, items
+        return normalize(hidden, dim=-1) / temperature, normalize(items, dim=-1)
 
     def _softmax_loss(self, outputs, labels: torch.Tensor, num_items_in_batch: torch.Tensor | int) -> torch.Tensor:
         position = labels != -100
-        hidden = outputs.last_hidden_state[position]
-        return FullSoftmaxLoss.apply(hidden, self.model.wte.weight, labels[position]) / num_items_in_batch
+        hidden, items = self._score_vectors(outputs.last_hidden_state[position])
+        return FullSoftmaxLoss.apply(hidden, items, labels[position]) / num_items_in_batch
 
     def _bce_loss(self, outputs, labels: torch.Tensor, num_items_in_batch: torch.Tensor | int) -> torch.Tensor:
         position = labels != -100
-        hidden, positive = outputs.last_hidden_state[position], labels[position]
+        hidden, items = self._score_vectors(outputs.last_hidden_state[position])
+        positive = labels[position]
         negative = (positive + torch.randint_like(positive, 1, self.num_items)) % self.num_items
-        items = self.model.wte(torch.stack([positive, negative]))  # (2, M, D)
-        logits = (hidden * items).sum(-1)
+        logits = (hidden * items[torch.stack([positive, negative])]).sum(-1)  # (2, M)
         truth = torch.zeros_like(logits)
         truth[0] = 1.0
         return binary_cross_entropy_with_logits(logits, truth, reduction="sum") / num_items_in_batch

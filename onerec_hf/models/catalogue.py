@@ -36,8 +36,7 @@ class Catalogue:
 
     def __init__(self, semantic_ids, codebook_sizes, item_ids=None, popularity=None):
         self.codebook_sizes = [int(size) for size in codebook_sizes]
-        self.semantic_ids = torch.as_tensor(np.asarray(semantic_ids)).long()  # (N, L)
-        self._check_semantic_ids()
+        self.semantic_ids = self._checked(torch.as_tensor(np.asarray(semantic_ids)))  # (N, L)
         self.item_ids = np.arange(self.num_items) if item_ids is None else np.asarray(item_ids)
         if self.item_ids.shape != (self.num_items,):
             raise ValueError(f"item_ids has shape {self.item_ids.shape}, semantic_ids has {self.num_items} rows.")
@@ -50,49 +49,43 @@ class Catalogue:
         self._sorted_item_ids = None  # built on the first look-up
         self._build_index()
 
-    def _check_semantic_ids(self):
-        shape, levels = tuple(self.semantic_ids.shape), len(self.codebook_sizes)
+    def _checked(self, semantic_ids: torch.Tensor) -> torch.Tensor:
+        shape, levels = tuple(semantic_ids.shape), len(self.codebook_sizes)
         if len(shape) != 2 or shape[1] != levels or shape[0] == 0:
             raise ValueError(
                 f"semantic_ids has shape {shape}: expected (num_items, {levels}) with at least one item, because "
                 f"codebook_sizes={self.codebook_sizes} has {levels} levels."
             )
-        sizes = torch.tensor(self.codebook_sizes)
-        outside = (self.semantic_ids < 0) | (self.semantic_ids >= sizes)
+        outside = (semantic_ids < 0) | (semantic_ids >= torch.tensor(self.codebook_sizes))
         if outside.any():
             row, level = outside.nonzero()[0].tolist()
             raise ValueError(
                 f"{int(outside.any(1).sum())} items have a code outside their codebook; the first is item index {row}: level "
-                f"{level + 1} holds {int(self.semantic_ids[row, level])}, allowed is 0 to {self.codebook_sizes[level] - 1}."
+                f"{level + 1} holds {int(semantic_ids[row, level])}, allowed is 0 to {self.codebook_sizes[level] - 1}."
             )
         bits = sum((size - 1).bit_length() for size in self.codebook_sizes)
         if bits > 62:
             raise ValueError(f"codebook_sizes={self.codebook_sizes} need {bits} bits per semantic ID; 62 is the most.")
+        return semantic_ids.to(torch.int16 if max(self.codebook_sizes) <= 2**15 else torch.int32)
 
     def _build_index(self):
-        codes = self.semantic_ids
         key = torch.zeros(self.num_items, dtype=torch.long)
         for level, size in enumerate(self.codebook_sizes):
-            key = key * size + codes[:, level]
-        order = np.lexsort((-self.popularity, key.numpy()))  # by semantic ID, popular items first inside one
-        self.item_order = torch.from_numpy(order)  # (N,) items, leaf by leaf
-        key = key[self.item_order]
-        self.codes, self.first_child, below = [], [], None
-        for level in reversed(range(self.num_levels)):
+            key = key * size + self.semantic_ids[:, level]
+        by_popularity = np.argsort(-self.popularity, kind="stable")
+        order = torch.from_numpy(by_popularity)
+        key, place = key[order].sort(stable=True)  # by semantic ID, popular items first inside one
+        self.item_order = order[place].int()  # (N,) items, leaf by leaf
+        self.codes, self.first_child, self.max_children = [], [], []
+        for size in reversed(self.codebook_sizes):
             starts = torch.cat([torch.ones(1, dtype=torch.bool), key[1:] != key[:-1]]).nonzero()[:, 0]
-            node = torch.zeros(len(key), dtype=torch.long)
-            node[starts[1:]] = 1
-            node = node.cumsum(0)  # the node of this level that each node (or item) of the level below belongs to
-            self.first_child.insert(0, torch.cat([starts, torch.tensor([len(key)])]).int())
-            self.codes.insert(0, (key[starts] % self.codebook_sizes[level]).int())
-            if below is None:
-                self.leaf = torch.empty(self.num_items, dtype=torch.long)
-                self.leaf[self.item_order] = node  # (N,) leaf of every item
-            below = node
-            key = key[starts] // self.codebook_sizes[level]
-        self.max_children = [len(self.codes[0])] + [
-            int((first[1:] - first[:-1]).max()) for first in self.first_child[:-1]
-        ]
+            first = torch.cat([starts, torch.tensor([len(key)])])
+            key = key[starts]
+            self.first_child.insert(0, first.int())  # (nodes + 1,) where a node's children (a leaf's items) begin
+            self.codes.insert(0, (key % size).to(self.semantic_ids.dtype))  # (nodes,) last code of each node
+            self.max_children.insert(0, int((first[1:] - first[:-1]).max()))
+            key = key // size
+        *self.max_children, self.max_items = [len(self.codes[0]), *self.max_children]
 
     def __len__(self) -> int:
         return self.num_items
@@ -123,7 +116,7 @@ class Catalogue:
     def to(self, device) -> "Catalogue":
         """The catalogue with its index on `device`; moves in place, costs nothing when it is already there."""
         if torch.device(device) != self.device:
-            for name in ("semantic_ids", "item_order", "leaf"):
+            for name in ("semantic_ids", "item_order"):
                 setattr(self, name, getattr(self, name).to(device))
             self.codes = [codes.to(device) for codes in self.codes]
             self.first_child = [first.to(device) for first in self.first_child]
@@ -177,11 +170,10 @@ class Catalogue:
             `torch.LongTensor` of shape (B, k): item indices, -1 where the leaves hold fewer than `k` items.
         """
         first = self.first_child[-1].long()
-        width = int((first[1:] - first[:-1]).max())  # the largest collision
         start, end = first[leaves.clamp(min=0)], first[leaves.clamp(min=0) + 1]
-        place = start.unsqueeze(2) + torch.arange(width, device=leaves.device)  # (B, S, width)
+        place = start.unsqueeze(2) + torch.arange(self.max_items, device=leaves.device)  # (B, S, largest collision)
         real = (place < end.unsqueeze(2)) & (leaves >= 0).unsqueeze(2)
-        items = self.item_order[place.clamp(max=self.num_items - 1)].flatten(1)
+        items = self.item_order[place.clamp(max=self.num_items - 1)].flatten(1).long()
         real = real.flatten(1)
         if allowed is not None:
             real = real & allowed.to(self.device).expand(len(leaves), -1).gather(1, items)
@@ -219,7 +211,7 @@ class Catalogue:
                 f"allowed is {allowed.dtype} of shape {tuple(allowed.shape)}: expected a bool mask (batch, {self.num_items}), "
                 "one row per request and one column per item of the catalogue."
             )
-        mask, masks = allowed[:, self.item_order], []
+        mask, masks = allowed[:, self.item_order.long()], []
         for first in reversed(self.first_child):
             total = torch.nn.functional.pad(mask.int().cumsum(1), (1, 0))
             mask = total[:, first[1:].long()] > total[:, first[:-1].long()]
@@ -233,7 +225,7 @@ class Catalogue:
         Children on `level` (0-based) of nodes of the level above; `node=None` is the root.
 
         Returns:
-            codes (…, W), node ids (…, W) and a bool mask (…, W) of real children; W is the largest fan-out of the level.
+            codes (..., W), node ids (..., W) and a bool mask (..., W) of real children; W is the largest fan-out of the level.
         """
         if node is None:
             child = torch.arange(len(self.codes[0]), device=self.device)
@@ -246,11 +238,20 @@ class Catalogue:
 
     def step(self, node: torch.LongTensor | None, level: int, code: torch.LongTensor) -> torch.LongTensor:
         """The child of `node` that carries `code` on `level`, or -1; a dead parent (-1) stays dead. Shapes are equal."""
-        codes, child, real = self.children(None if node is None else node.clamp(min=0), level)
-        match = (codes == code.unsqueeze(-1)) & real
-        found = match.any(-1) if node is None else match.any(-1) & (node >= 0)
-        child = torch.where(match, child, 0).sum(-1)
-        return torch.where(found, child, -1)
+        if node is None:
+            low, end = torch.zeros_like(code), torch.full_like(code, len(self.codes[0]))
+        else:
+            first = self.first_child[level - 1].long()
+            low, end = first[node.clamp(min=0)], first[node.clamp(min=0) + 1]
+        codes, high = self.codes[level], end
+        for _ in range(self.max_children[level].bit_length()):  # binary search in the sorted run of children
+            middle = (low + high) // 2
+            right = (middle < high) & (codes[middle.clamp(max=len(codes) - 1)] < code)
+            low, high = torch.where(right, middle + 1, low), torch.where(right, high, middle)
+        found = (low < end) & (codes[low.clamp(max=len(codes) - 1)] == code)
+        if node is not None:
+            found = found & (node >= 0)
+        return torch.where(found, low, -1)
 
     # ---- files -------------------------------------------------------------------------------------------------------
 

@@ -21,13 +21,13 @@ class ContextKV(ModelOutput):
     It is one object and not a tensor, so `generate` neither repeats it per beam nor reorders it.
 
     Args:
-        keys (`tuple[torch.FloatTensor]`): One (B, H_kv, T, head_dim) tensor per key/value set.
-        values (`tuple[torch.FloatTensor]`): As `keys`; the same tensors where keys and values are shared.
+        key_states (`tuple[torch.FloatTensor]`): One (B, H_kv, T, head_dim) tensor per key/value set.
+        value_states (`tuple[torch.FloatTensor]`): As `key_states`; the same tensors where keys and values are shared.
         mask (`torch.BoolTensor` of shape (B, T)): True for real positions, which include the leading static slot.
     """
 
-    keys: tuple[torch.FloatTensor, ...] | None = None
-    values: tuple[torch.FloatTensor, ...] | None = None
+    key_states: tuple[torch.FloatTensor, ...] | None = None
+    value_states: tuple[torch.FloatTensor, ...] | None = None
     mask: torch.BoolTensor | None = None
 
 

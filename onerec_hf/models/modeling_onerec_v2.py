@@ -103,7 +103,7 @@ class OneRecV2ContextProcessor(nn.Module):
         values = keys
         if self.split == 2:
             values = tuple(self._heads(norm(slices[2 * i + 1])) for i, norm in enumerate(self.value_norm))
-        return ContextKV(keys=keys, values=values, mask=F.pad(context_mask.bool(), (1, 0), value=True))
+        return ContextKV(key_states=keys, value_states=values, mask=F.pad(context_mask.bool(), (1, 0), value=True))
 
     def _heads(self, states):
         return states.unflatten(2, (-1, self.config.head_dim)).transpose(1, 2)  # (B, G_kv, 1 + T, head_dim)
@@ -277,8 +277,8 @@ class OneRecV2Model(OneRecV2PreTrainedModel):
         for layer in self.layers:
             hidden_states = layer(
                 hidden_states,
-                context_kv.keys[layer.context_layer],
-                context_kv.values[layer.context_layer],
+                context_kv.key_states[layer.context_layer],
+                context_kv.value_states[layer.context_layer],
                 context_mask=cross_mask,
                 attention_mask=causal_mask,
                 past_key_values=past_key_values,

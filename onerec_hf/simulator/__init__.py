@@ -5,5 +5,4 @@ Simulated metrics are never results on real data.
 
 from .world import ShortVideoWorld
 
-
 __all__ = ["ShortVideoWorld"]

@@ -8,7 +8,6 @@ the long view. All distributions have elementary distribution functions, so ever
 
 import numpy as np
 
-
 FEEDBACK = ("play_time_ms", "is_click", "long_view", "is_like", "is_follow", "is_forward", "is_hate")
 REACTIONS = FEEDBACK[3:]
 
@@ -94,12 +93,14 @@ class FeedbackModel:
         self, duration_ms: np.ndarray, affinity: np.ndarray, item_index: np.ndarray, expressiveness: np.ndarray
     ):
         self.duration_ms = duration_ms
-        self.centre, self.scale = affinity.mean(), affinity.std() + 1e-9
+        self.centre, self.scale = affinity.mean(), max(affinity.std(), 0.1)  # 0.1: worlds with next to no choice
         self.means = _level_means(duration_ms)  # (N, 5, 3)
         score = self._score(affinity)
         at_knots = [_solve_intercept(_LEVEL_SLOPE * score, target) for target in _TARGETS]  # 4 x (8,)
         position = np.log(duration_ms / 1000.0)
-        self.intercepts = np.stack([np.interp(position, np.log(_KNOTS_S), knot) for knot in at_knots], axis=1)  # (N, 4)
+        self.intercepts = np.stack(
+            [np.interp(position, np.log(_KNOTS_S), knot) for knot in at_knots], axis=1
+        )  # (N, 4)
         long_view = self._watch_means(score, item_index)[..., 2]
         self.reaction_intercepts = {}
         for name, (if_long, if_short, slope, expressive) in _REACTIONS.items():

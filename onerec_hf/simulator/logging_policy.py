@@ -1,9 +1,12 @@
 """The recommender that writes the simulated logs, and the loop in which it does.
 
-Two stages, as in industry: about a hundred candidates (by the user's mood, interests and passing interests, by popularity, and
-relatives of the last long-viewed video), then a noisy ranking by affinity. A part of the impressions goes to popular and
-to random videos whatever the user's taste. It is decent, not optimal: `tests/test_simulator.py` bounds it on both sides.
+Two stages, as in industry: some seventy candidates (by the user's mood, interests and passing interests, by popularity, and
+relatives of the last long-viewed video), then a noisy ranking by affinity and popularity. A part of the impressions goes to
+popular and to random videos whatever the user's taste. It is decent, not optimal: `tests/test_simulator.py` bounds it on
+both sides. Its constants were chosen by hand for the published popularity skew and for histories that tell the next video.
 """
+
+from itertools import pairwise
 
 import numpy as np
 import pandas as pd
@@ -11,7 +14,6 @@ import pandas as pd
 from .feedback import FEEDBACK
 from .population import DAY_MS, Items
 from .titles import CATEGORIES
-
 
 _USERS_PER_CHUNK = 1024  # bounds memory; part of the seed, so changing it changes logs
 _NUM_CANDIDATES = 48
@@ -24,7 +26,9 @@ _POPULARITY_BIAS = 0.22  # of the ranking, per unit of log exposure
 _RANKING_NOISE = 0.5  # scale of the Gumbel noise on affinities
 _NEW_SESSION_SHARE = 0.35
 # Share of the sessions that start in each hour: a night low, a plateau from noon, a peak before midnight
-_HOURS = np.array([4, 2.4, 1.6, 1, 0.8, 0.9, 1.6, 2.5, 3.3, 3.9, 4.5, 5.1, 5.8, 5.7, 5.2, 5.1, 5.5, 6, 5.7, 5.3, 5.6, 5.7, 6.4, 6.2])
+_HOURS = np.array(
+    [4, 2.4, 1.6, 1, 0.8, 0.9, 1.6, 2.5, 3.3, 3.9, 4.5, 5.1, 5.8, 5.7, 5.2, 5.1, 5.5, 6, 5.7, 5.3, 5.6, 5.7, 6.4, 6.2]
+)
 
 
 class LoggingPolicy:
@@ -77,14 +81,16 @@ class LoggingPolicy:
         day = np.clip((time - self.world.start_time_ms) // DAY_MS, 0, self.world.num_days - 1)
         last_item = np.full(len(user), -1) if last_item is None else last_item
         anything = np.broadcast_to(self.day_bounds[day][:, None], (len(user), max(size, _NUM_RELATED), 2))
-        related = np.where(last_item[:, None] >= 0, self.related[last_item], self._draw(anything, rng)[:, :_NUM_RELATED])
+        related = np.where(
+            last_item[:, None] >= 0, self.related[last_item], self._draw(anything, rng)[:, :_NUM_RELATED]
+        )
         popular = self._draw(anything, rng)[:, :size]
         uploaded = rng.random((len(user), size)) * self.num_uploaded[day][:, None]
         exploring = self.by_upload[uploaded.astype(np.int64)]
         candidates = np.concatenate([popular, exploring, related, self._candidates(user, time, day, rng)], axis=1)
-        affinity = self.world.affinity(user[:, None], candidates, time[:, None])
-        affinity = affinity + _POPULARITY_BIAS * self.log_exposure[candidates]
-        score = affinity + _RANKING_NOISE * rng.gumbel(size=candidates.shape)
+        score = self.world._affinity(user[:, None], candidates, time[:, None])
+        score += _POPULARITY_BIAS * self.log_exposure[candidates]
+        score += _RANKING_NOISE * rng.gumbel(size=candidates.shape)
         score[:, 2 * size : 2 * size + _NUM_RELATED] += np.where(last_item[:, None] >= 0, _RELATED_BONUS, 0.0)
         share = np.repeat([_SHARE_POPULAR, _SHARE_RANDOM], size)
         score[:, : 2 * size] += 1e3 * (rng.random((len(user), 2 * size)) < share)  # shown whatever the affinity
@@ -102,7 +108,7 @@ class LoggingPolicy:
             return np.tile(np.arange(self.world.num_items), (len(user), 1))
         shape = (len(user), _NUM_CANDIDATES)
         interests, passing = self.world._users.interests[user], self.world._users.passing[user]
-        mood = self.world.mood(user, time)
+        mood = self.world._mood(user, time)
         choices = np.concatenate([mood[:, None], interests, passing], axis=1)  # (B, 6)
         shares = np.array([_MOOD_SHARE, *(_INTEREST_SHARE * np.array([0.5, 0.3, 0.2])), *[_PASSING_SHARE / 2] * 2])
         source = np.searchsorted(np.cumsum(shares), rng.random(shape), side="right")  # 6: any category
@@ -125,7 +131,7 @@ def _repeated(candidates: np.ndarray, score: np.ndarray) -> np.ndarray:
 def _related_items(items: Items, by_category: np.ndarray, starts: np.ndarray) -> np.ndarray:
     """The nearest videos of the same category, (N, 10); the video itself fills up small categories."""
     related = np.repeat(np.arange(len(items.category))[:, None], _NUM_RELATED, axis=1)
-    for first, end in zip(starts[:-1], starts[1:]):
+    for first, end in pairwise(starts):
         members = by_category[first:end]
         width = min(_NUM_RELATED, len(members) - 1)
         for block in np.array_split(members, len(members) // 1024 + 1):

@@ -11,7 +11,6 @@ import pandas as pd
 
 from .titles import CATEGORIES, NUM_SUBJECTS, SUBJECTS, make_titles
 
-
 LATENT_DIM = 32
 NUM_INTERESTS = 3
 DAY_MS = 86_400_000
@@ -19,8 +18,6 @@ SLOT_MS = DAY_MS // 4  # a mood lasts six hours
 
 _DURATION_QUANTILES = (0.0, 0.05, 0.25, 0.5, 0.75, 0.95, 1.0)
 _DURATION_S = (5.0, 9.5, 26.0, 71.0, 156.0, 310.0, 600.0)  # 5 to 95%: KuaiRand-Pure, over events
-import os
-SIG=float(os.environ.get("SIG","2.2"))
 _SHARE_UPLOADED_DURING_LOG = 0.25
 _ACTIVITY_SHAPE = 1.1  # events per user: 1 + gamma of this shape, rounded down
 
@@ -91,7 +88,7 @@ def build_items(
     latent = geometry.centres[category] + geometry.subjects[category, subject] + author_latent[author]
     latent = latent + 0.45 * _directions(rng, num_items)
     quality = rng.normal(size=num_items)
-    exposure = np.exp(SIG * (0.9 * rng.normal(size=num_items) + np.sqrt(1 - 0.81) * quality))
+    exposure = np.exp(_exposure_sigma(num_items) * (0.9 * rng.normal(size=num_items) + np.sqrt(1 - 0.81) * quality))
     duration_ms = _durations(exposure, rng)
     upload_day = rng.integers(-30, 0, size=num_items)
     late = rng.permutation(num_items)[: int(_SHARE_UPLOADED_DURING_LOG * num_items)]
@@ -111,10 +108,19 @@ def build_items(
     return Items(category, author, latent, quality, exposure, duration_ms, upload_day, content, table)
 
 
+def _exposure_sigma(num_items: int) -> float:
+    """Spread of the log exposure weights: small catalogues need more, as users who see no video twice flatten the head."""
+    return float(np.clip(2.2 - np.log10(num_items / 2000), 1.2, 2.2))
+
+
 def _durations(exposure: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """Durations in ms whose quantiles over *events* are the published ones: quantile levels spread evenly over exposure."""
+    """Durations in ms whose quantiles over *events* are the published ones: quantile levels spread evenly over events.
+
+    Events grow about as the square root of the exposure weight.
+    """
     order = rng.permutation(len(exposure))
-    weight = exposure[order] / exposure.sum()
+    weight = np.sqrt(exposure[order])
+    weight /= weight.sum()
     level = np.empty(len(exposure))
     level[order] = np.cumsum(weight) - weight / 2
     return np.rint(1000 * np.exp(np.interp(level, _DURATION_QUANTILES, np.log(_DURATION_S)))).astype(np.int64)

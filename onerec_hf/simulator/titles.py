@@ -6,7 +6,6 @@ words tell the category and the subject, which are also the coarse parts of the 
 
 import numpy as np
 
-
 # category: (subjects, templates, details), each separated by "|"
 _WORDS = {
     "cooking": (

@@ -1,5 +1,7 @@
 """The simulated short-video world: its videos, its users, and the true expectation of every feedback.
 
+Statistics it imitates: KuaiRand-Pure (Gao et al., KuaiRand, CIKM 2022), events of 2022-04-25 to 2022-05-08.
+
 Numbers measured in this world say whether code works and whether a method moves what it should move. They are never results
 on real data, and must not be reported beside them.
 """
@@ -11,9 +13,9 @@ from .feedback import FeedbackModel, hash_keys, hash_uniform
 from .logging_policy import LoggingPolicy, simulate_logs, simulate_users
 from .population import DAY_MS, NUM_INTERESTS, SLOT_MS, build_geometry, build_items, build_users
 
-
-# Parts of the affinity: taste . latent, the mood's category, what all users like, what this user likes about anything
-_MATCH, _MOOD, _QUALITY, _PATIENCE = 1.0, 1.0, 0.35, 0.6
+# Weights in the affinity, beside taste . latent: the mood's category, what all users like, what this user likes of anything
+_MOOD, _QUALITY, _PATIENCE = 1.0, 0.35, 0.6
+# The intercepts are solved on a log of so many events, so many views of it, and at most so many users
 _PILOT_EVENTS, _PILOT_VIEWS, _MAX_PILOT_USERS = 30_000, 10_000, 2_000
 
 
@@ -28,11 +30,12 @@ class ShortVideoWorld:
     it ranks by affinity, follows the mood, and offers relatives of the last long-viewed video.
 
     Calibrated on KuaiRand-Pure (two weeks of standard-policy events): quantiles of duration, play time and their ratio;
-    rates of click, long view (also by duration), like (also given long view or not), follow, forward and hate; share of
-    events of the top tenth of the videos; and, with `mean_events=9`, events per user. Not calibrated: how well feedback
-    can be predicted, how users and videos correlate, repeats, time between requests, reactions by duration, catalogue
-    structure, and the hours of the day beyond their rough shape. Rates hold for the logging policy; a policy that picks
-    better videos gets more feedback, which is the point.
+    rates of click, long view (also by duration), like (also given long view or not), follow, forward and hate; roughly,
+    the share of events of the top tenth of the videos (60%; here 50 to 70%, less in worlds of some hundred videos); and,
+    with `mean_events=9`, events per user. Not calibrated: how well feedback can be predicted, how users and videos
+    correlate, repeats (none here while there are unseen videos), time between requests, reactions by duration, catalogue
+    structure, and the hours of the day beyond their rough shape. Intercepts are solved in each world, so the rates
+    hold for its logging policy at any size; a policy that picks better videos gets more feedback, which is the point.
 
     Args:
         num_users (`int`, *optional*, defaults to 2000): U, at least 1.
@@ -79,8 +82,10 @@ class ShortVideoWorld:
         ):
             if not isinstance(value, (int, np.integer)) or isinstance(value, bool) or value < least:
                 raise ValueError(f"`{name}` must be an integer of at least {least}, got {value!r}.")
-        if not mean_events >= 1:
-            raise ValueError(f"`mean_events` is the mean number of impressions of a user, at least 1; got {mean_events}.")
+        if not 1 <= mean_events < np.inf:
+            raise ValueError(
+                f"`mean_events` is the mean impressions of a user, at least 1 and finite; got {mean_events}."
+            )
         self.num_users, self.num_items, self.num_days = int(num_users), int(num_items), int(num_days)
         self.request_size, self.start_time_ms, self.seed = int(request_size), int(start_time_ms), int(seed)
         geometry = build_geometry(np.random.default_rng([self.seed, 0]))
@@ -140,7 +145,7 @@ class ShortVideoWorld:
             ValueError: an id out of range, or a non-integer argument.
         """
         user, item, time = self._checked_triple(user_id, video_id, time_ms)
-        affinity = self.affinity(user, item, time)
+        affinity = self._affinity(user, item, time)
         return self._feedback.expected(affinity, item, self._users.expressiveness[user])
 
     def sample_feedback(self, user_id, video_id, time_ms, seed=0) -> dict[str, np.ndarray]:
@@ -168,25 +173,21 @@ class ShortVideoWorld:
         """
         user, item, time = self._checked_triple(user_id, video_id, time_ms)
         state = hash_keys(self.seed, _checked("seed", seed), user, item, time)
-        affinity = self.affinity(user, item, time)
+        affinity = self._affinity(user, item, time)
         return self._feedback.sample(affinity, item, self._users.expressiveness[user], state)
 
-    def affinity(self, user: np.ndarray, item: np.ndarray, time: np.ndarray) -> np.ndarray:
+    def _affinity(self, user: np.ndarray, item: np.ndarray, time: np.ndarray) -> np.ndarray:
         """How much users like items at times, no unit, larger is better; index arrays, broadcast. Arguments unchecked."""
         days = (time - self.start_time_ms) / DAY_MS
         angle = 2 * np.pi * days / self._users.period_days[user]
         parts = np.stack([np.ones_like(angle), np.cos(angle), np.sin(angle)], axis=-1)
         taste = np.einsum("...k,...kd->...d", parts, self._users.taste[user])
         match = np.einsum("...d,...d->...", taste, self._items.latent[item])
-        in_mood = self._items.category[item] == self.mood(user, time)
-        return (
-            _MATCH * match
-            + _MOOD * in_mood
-            + _QUALITY * self._items.quality[item]
-            + _PATIENCE * self._users.patience[user]
-        )
+        in_mood = self._items.category[item] == self._mood(user, time)
+        shared = _QUALITY * self._items.quality[item] + _PATIENCE * self._users.patience[user]
+        return match + _MOOD * in_mood + shared
 
-    def mood(self, user: np.ndarray, time: np.ndarray) -> np.ndarray:
+    def _mood(self, user: np.ndarray, time: np.ndarray) -> np.ndarray:
         """Category that users are in the mood for at times; broadcast. The first one of a day is random."""
         elapsed = np.asarray(time) - self.start_time_ms
         first = (NUM_INTERESTS * hash_uniform(hash_keys(self.seed, user, elapsed // DAY_MS), 0)).astype(np.int64)
@@ -194,7 +195,8 @@ class ShortVideoWorld:
 
     def _calibrate(self, rng: np.random.Generator) -> None:
         """Fit the feedback to what the logging policy shows: first at random times without history, then in a small log."""
-        user = rng.choice(self.num_users, size=500, p=self._users.num_events / self._users.num_events.sum())
+        activity = self._users.num_events / self._users.num_events.sum()
+        user = rng.choice(self.num_users, size=max(1, 2_500 // self.request_size), p=activity)
         time = self.start_time_ms + rng.integers(self.num_days * DAY_MS, size=len(user))
         item = self._logging_policy.choose(user, time, self.request_size, rng)
         self._fit_feedback(np.repeat(user, self.request_size), item.ravel(), np.repeat(time, self.request_size))
@@ -205,7 +207,7 @@ class ShortVideoWorld:
         self._fit_feedback(*(log[name][some] for name in ("user_id", "video_id", "time_ms")))
 
     def _fit_feedback(self, user: np.ndarray, item: np.ndarray, time: np.ndarray) -> None:
-        affinity = self.affinity(user, item, time)
+        affinity = self._affinity(user, item, time)
         self._feedback = FeedbackModel(self._items.duration_ms, affinity, item, self._users.expressiveness[user])
 
     def _checked_triple(self, user_id, video_id, time_ms):

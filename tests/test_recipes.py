@@ -1,0 +1,116 @@
+"""The recipes as a person runs them, on a world small enough for a test."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import datasets
+import numpy as np
+import pytest
+import torch
+from transformers import AutoModel, AutoTokenizer
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT / "recipes"))
+
+
+@pytest.fixture(scope="module")
+def quickstart(tmp_path_factory):
+    import quickstart
+
+    output = tmp_path_factory.mktemp("quickstart")
+    return output, quickstart.main(output, num_users=150, num_items=200, epochs=2)
+
+
+def test_quickstart_leaves_a_repository(quickstart):
+    output, reports = quickstart
+    folder = output / "onerec-v2-quickstart"
+    for name in (
+        "model.safetensors",
+        "catalogue.safetensors",
+        "tokenizer.json",
+        "generation_config.json",
+        "README.md",
+    ):
+        assert (folder / name).is_file(), name
+    for name in ("training_curve.png", "recall_by_frequency.png", "codebook_usage.png"):
+        assert (folder / name).read_bytes()[:4] == b"\x89PNG", name
+    assert set(reports) == {"OneRec-V2", "popularity", "cooccurrence", "sasrec"}
+    for report in reports.values():
+        assert report["test"]["invalid_rate"] == 0
+        assert 0 <= report["test"]["recall@10"] <= 1
+
+
+def test_the_snippet_of_the_card_runs(quickstart):
+    card = (quickstart[0] / "onerec-v2-quickstart" / "README.md").read_text()
+    assert "model-index" in card
+    snippet = card.split("```python")[1].split("```")[0]
+    result = subprocess.run([sys.executable, "-c", snippet], capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.count("[") == 11  # ten lists in a list
+
+
+def test_checkpoints_hold_everything(quickstart):
+    checkpoint = next((quickstart[0] / "onerec-v2-quickstart").glob("checkpoint-*"))
+    model = AutoModel.from_pretrained(checkpoint)
+    assert model.catalogue is not None
+    assert AutoTokenizer.from_pretrained(checkpoint).catalogue.num_items == model.catalogue.num_items
+
+
+def train(quickstart, folder, *arguments):
+    import sft
+    from trl import TrlParser
+
+    from onerec_hf.trainers import OneRecSFTConfig
+
+    model = {
+        "hidden_size": 16,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "context_embed_dim": 8,
+        "dropout": 0.1,
+    }
+    argv = ["--data", str(quickstart[0] / "data"), "--output_dir", str(folder), "--model", json.dumps(model)]
+    argv += ["--num_train_epochs", "2", "--save_strategy", "epoch", "--report_to", "none", "--eval_strategy", "epoch"]
+    argv += ["--event_features", '{"timestamp": ["gap", 20]}', "--item_features", "author_id", "--num_beams", "20"]
+    parser = TrlParser((sft.ModelArguments, OneRecSFTConfig))
+    return sft.main(*parser.parse_args_and_config([*argv, *arguments]))
+
+
+def test_sft_with_features_evaluates_by_generation_and_resumes(quickstart, tmp_path):
+    whole = train(quickstart, tmp_path / "whole")
+    evaluations = [record for record in whole["log"] if "eval_ndcg@10" in record]
+    assert len(evaluations) == 2 and any("eval_loss" in record for record in whole["log"])
+    config = json.loads((tmp_path / "whole" / "config.json").read_text())
+    assert list(config["context_features"]) == ["timestamp", "author_id"]
+    first = sorted((tmp_path / "whole").glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]))[0]
+    resumed = train(quickstart, tmp_path / "resumed", "--resume_from_checkpoint", str(first))
+    last = [report["log"][-1]["train_loss"] for report in (whole, resumed)]
+    assert resumed["test"] == whole["test"], last
+    weights = [AutoModel.from_pretrained(tmp_path / name).state_dict() for name in ("whole", "resumed")]
+    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
+
+
+def test_prepare_learns_from_the_training_split_alone(quickstart):
+    data = quickstart[0] / "data"
+    splits = datasets.load_from_disk(str(data / "splits"))
+    catalogue = AutoTokenizer.from_pretrained(data / "tokenizer").catalogue
+    counts = np.bincount(
+        np.concatenate(splits["train"].with_format("numpy")["history"]), minlength=catalogue.num_items
+    )
+    assert (catalogue.popularity == counts).all()
+    assert catalogue.num_semantic_ids == catalogue.num_items  # next_free leaves no collision
+
+
+@pytest.mark.parametrize("recipe", ["prepare", "sft", "baseline", "quickstart"])
+def test_help(recipe):
+    result = subprocess.run(
+        [sys.executable, f"recipes/{recipe}.py", "--help"], capture_output=True, text=True, cwd=ROOT
+    )
+    assert result.returncode == 0 and "--output" in result.stdout, result.stderr
+
+
+def test_an_unknown_column_is_named(quickstart, tmp_path):
+    with pytest.raises(ValueError, match=r"items.parquet has no \['colour'\]"):
+        train(quickstart, tmp_path, "--item_features", "colour")
