@@ -6,7 +6,6 @@ from pathlib import Path
 import numpy as np
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
-
 TEMPLATE = """---
 {{ card_data }}
 ---

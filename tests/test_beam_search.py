@@ -149,3 +149,23 @@ def test_bad_arguments(arguments, message):
     model = tiny_model(catalogue)
     with pytest.raises(ValueError, match=message):
         model.generate(**tiny_context(catalogue, model), **arguments)
+
+
+def test_both_layouts_of_expand_list_every_child_once():
+    """A skewed catalogue, one prefix with 200 children: runs are shorter than padding, and both must list the same children."""
+    generator = torch.Generator().manual_seed(0)
+    wide = torch.stack([torch.zeros(200).long(), torch.arange(200)], dim=1)
+    narrow = torch.stack([torch.arange(1, 250), torch.randint(256, (249,), generator=generator)], dim=1)
+    catalogue = Catalogue(torch.cat([wide, narrow]), [256, 256])
+    node = torch.tensor([[7, 0, 249, -1], [1, 2, 3, 4]])
+    parent, code, child, real = catalogue.expand(node, 1)
+    assert real.shape[1] == (7 + 3) * 32  # 7 runs of the wide node and one for each other, instead of 4 * 200
+    for row in range(2):
+        found = [(p, c) for p, c, r in zip(parent[row].tolist(), child[row].tolist(), real[row].tolist()) if r]
+        expected = []
+        for position, one in enumerate(node[row].tolist()):
+            if one >= 0:
+                _, children, mask = catalogue.children(torch.tensor(one), 1)
+                expected += [(position, c) for c in children[mask].tolist()]
+        assert found == expected
+        assert torch.equal(code[row][real[row]], catalogue.codes[1][child[row][real[row]]].long())

@@ -65,28 +65,24 @@ def beam_search(model, catalogue: Catalogue, context_kv: ContextKV, num_beams: i
     for level in range(catalogue.num_levels):
         beams = scores.shape[1]
         hidden = model.next_hidden(tokens, context_kv, cache)  # (B * beams, D)
-        log_probs = model.level_log_probs(hidden, level, None if node is None else node.flatten(), catalogue)
-        log_probs = log_probs.view(batch, beams, -1).float()
-        child_code, child, real = catalogue.children(node, level)  # (B, beams, W), root: (W,)
-        child_code, child, real = (x.expand(batch, beams, -1) for x in (child_code, child, real))
-        candidate = scores.unsqueeze(-1) + log_probs.gather(2, child_code)
+        prefix = None if node is None else node.flatten().clamp(min=0)
+        log_probs = model.level_log_probs(hidden, level, prefix, catalogue)  # (B * beams, V)
+        parent, code, child, real = (x.expand(batch, -1) for x in catalogue.expand(node, level))  # (B, M)
+        vocab = log_probs.shape[1]
+        candidate = log_probs.view(batch, -1).gather(1, parent * vocab + code) + scores.gather(1, parent)
         if alive is not None:
-            real = real & alive[level].gather(1, child.flatten(1)).view_as(real)
-        candidate = candidate.masked_fill(~real, float("-inf")).flatten(1)  # (B, beams * W)
-        scores, best = _top(candidate, num_beams)
+            real = real & alive[level].gather(1, child)
+        scores, best = _top(candidate.masked_fill(~real, float("-inf")), num_beams)
         dead = scores == float("-inf")
         best = best.masked_fill(dead, 0)
-        parent = best // child.shape[2]  # (B, K)
-        node = child.flatten(1).gather(1, best)
-        code = child_code.flatten(1).gather(1, best)
+        parent, code = parent.gather(1, best), code.gather(1, best)  # (B, K)
+        node = child.gather(1, best).masked_fill(dead, -1)
         codes = torch.cat([codes.gather(1, parent.unsqueeze(-1).expand(-1, -1, level)), code.unsqueeze(-1)], dim=2)
         if level + 1 < catalogue.num_levels:
             rows = parent + torch.arange(batch, device=device).unsqueeze(1) * beams
             cache.batch_select_indices(rows.flatten())
             tokens = (code + model.config.level_offsets[level]).view(-1, 1)
-    return BeamSearchOutput(
-        semantic_ids=codes.masked_fill(dead.unsqueeze(-1), -1), leaves=node.masked_fill(dead, -1), scores=scores
-    )
+    return BeamSearchOutput(semantic_ids=codes.masked_fill(dead.unsqueeze(-1), -1), leaves=node, scores=scores)
 
 
 class CatalogueLogitsProcessor(LogitsProcessor):

@@ -14,6 +14,7 @@ from safetensors.torch import save_file
 from transformers.utils.hub import cached_file
 
 CATALOGUE_NAME = "catalogue.safetensors"
+RUN_LENGTH = 32  # children per run of `Catalogue.expand`
 
 
 class Catalogue:
@@ -85,6 +86,7 @@ class Catalogue:
             self.codes.insert(0, (key % size).to(self.semantic_ids.dtype))  # (nodes,) last code of each node
             self.max_children.insert(0, int((first[1:] - first[:-1]).max()))
             key = key // size
+        self._run_totals = {}  # level -> running sum of the runs of its largest nodes
         *self.max_children, self.max_items = [len(self.codes[0]), *self.max_children]
 
     def __len__(self) -> int:
@@ -235,6 +237,58 @@ class Catalogue:
         real = child < first[node + 1].unsqueeze(-1)
         child = torch.where(real, child, 0)
         return self.codes[level][child].long(), child, real
+
+    def expand(self, node: torch.LongTensor | None, level: int):
+        """
+        All children of K different nodes per request, as one flat list with a static length.
+
+        Two layouts, the shorter one is taken: every node padded to the largest fan-out of the level, or runs of 32 children. The
+        nodes of a request being different, the runs of the K largest nodes of the level bound the number of runs exactly, so
+        nothing is lost and no length has to be read back from the device.
+
+        Args:
+            node (`torch.LongTensor` of shape (B, K)): Different nodes of the level above per row, -1 for none; None is the root.
+
+        Returns:
+            parent (B, M) (position 0..K-1 in its row), code (B, M), child (B, M), each int64, and a bool mask (B, M) of real ones.
+            At the root B is 1 and the parents are 0.
+        """
+        if node is None:
+            codes, child, real = self.children(None, 0)
+            return torch.zeros_like(child)[None], codes[None], child[None], real[None]
+        batch, beams = node.shape
+        runs = self._run_bound(level, beams)
+        first = self.first_child[level - 1].long()
+        start = first[node.clamp(min=0)]
+        count = torch.where(node >= 0, first[node.clamp(min=0) + 1] - start, 0)  # (B, K) children
+        if beams * self.max_children[level] <= runs * RUN_LENGTH:
+            offset = torch.arange(self.max_children[level], device=node.device)
+            parent = torch.arange(beams, device=node.device).repeat_interleave(len(offset)).expand(batch, -1)
+            child = (start.unsqueeze(2) + offset).flatten(1)
+            real = (offset < count.unsqueeze(2)).flatten(1)
+        else:
+            ends = ((count + RUN_LENGTH - 1) // RUN_LENGTH).cumsum(1)  # (B, K) runs up to and with this beam
+            run = torch.arange(runs, device=node.device).expand(batch, -1).contiguous()
+            parent = torch.searchsorted(ends, run, right=True).clamp(max=beams - 1)  # (B, runs)
+            before = torch.nn.functional.pad(ends, (1, -1)).gather(1, parent)
+            offset = ((run - before) * RUN_LENGTH).unsqueeze(2) + torch.arange(RUN_LENGTH, device=node.device)
+            child = (start.gather(1, parent).unsqueeze(2) + offset).flatten(1)
+            real = ((offset < count.gather(1, parent).unsqueeze(2)) & (run < ends[:, -1:]).unsqueeze(2)).flatten(1)
+            parent = parent.repeat_interleave(RUN_LENGTH, dim=1)
+        child = torch.where(real, child, 0)
+        return parent, self.codes[level][child].long(), child, real
+
+    def _run_bound(self, level: int, beams: int) -> int:
+        """The most runs of 32 children that `beams` different nodes of the level above can have."""
+        if level not in self._run_totals:
+            first = self.first_child[level - 1]
+            runs = (first[1:] - first[:-1] + RUN_LENGTH - 1) // RUN_LENGTH
+            largest = runs.sort(descending=True).values[: 2**13]
+            self._run_totals[level] = largest.long().cumsum(0).tolist()
+        totals = self._run_totals[level]
+        if beams <= len(totals):
+            return totals[beams - 1]
+        return totals[-1] if len(totals) < 2**13 else totals[-1] + (beams - len(totals)) * (totals[-1] - totals[-2])
 
     def step(self, node: torch.LongTensor | None, level: int, code: torch.LongTensor) -> torch.LongTensor:
         """The child of `node` that carries `code` on `level`, or -1; a dead parent (-1) stays dead. Shapes are equal."""
