@@ -134,6 +134,8 @@ def test_collaborative_embeddings_reject_what_does_not_fit():
         collaborative_embeddings([[0, 3]], 3, dim=2)
     with pytest.raises(ValueError, match=r"dim must lie in 1..num_items = 3, got 4"):
         collaborative_embeddings([[0, 1]], 3, dim=4)
+    with pytest.raises(ValueError, match="window must be at least 1"):
+        collaborative_embeddings([[0, 1]], 3, dim=2, window=0)
     for histories in ([], [[0], [1]]):
         with pytest.raises(ValueError, match="no two items occur within 5 events"):
             collaborative_embeddings(histories, 3, dim=2)

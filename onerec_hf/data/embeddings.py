@@ -105,7 +105,7 @@ def collaborative_embeddings(
             events only: what is evaluated must not be in it.
         num_items: N.
         dim: D, at most N.
-        window: greatest distance that counts.
+        window: greatest distance that counts, at least 1. Memory grows with events x window.
         num_iterations: of the subspace iteration; 8 reach 96% of the exact squared singular values on Amazon Beauty.
         seed: of the random start.
 
@@ -118,6 +118,8 @@ def collaborative_embeddings(
     """
     if not 1 <= dim <= num_items:
         raise ValueError(f"dim must lie in 1..num_items = {num_items}, got {dim}")
+    if window < 1:
+        raise ValueError(f"window must be at least 1, got {window}")
     matrix = _ppmi(*_flatten(histories), num_items, window)
     generator = torch.Generator().manual_seed(seed)
     basis = torch.randn(num_items, min(num_items, dim + 32), generator=generator)  # 32 more than wanted: oversampling
@@ -152,14 +154,14 @@ def _ppmi(items: torch.Tensor, history: torch.Tensor, num_items: int, window: in
     """Sparse PPMI matrix (N, N), coalesced."""
     if len(items) and not (0 <= items.min() and items.max() < num_items):
         raise ValueError(f"item indices must lie in 0..{num_items - 1}, got {items.min()}..{items.max()}")
-    counts = torch.sparse_coo_tensor(size=(num_items, num_items), dtype=torch.float32).coalesce()
+    indices, weights = [], []
     for distance in range(1, window + 1):
         first, second = items[:-distance], items[distance:]
         pairs = (history[:-distance] == history[distance:]) & (first != second)
         first, second = first[pairs], second[pairs]
-        indices = torch.stack([torch.cat([first, second]), torch.cat([second, first])])
-        weights = torch.full((indices.shape[1],), 1 / distance)
-        counts = (counts + torch.sparse_coo_tensor(indices, weights, counts.shape)).coalesce()
+        indices += [torch.stack([first, second]), torch.stack([second, first])]
+        weights += [torch.full((2 * len(first),), 1 / distance)]
+    counts = torch.sparse_coo_tensor(torch.cat(indices, 1), torch.cat(weights), (num_items, num_items)).coalesce()
     if not counts.values().numel():
         raise ValueError(f"no two items occur within {window} events of each other in the {len(items)} events given")
     rows, columns = counts.indices()
