@@ -120,7 +120,8 @@ def main(output: Path, num_users: int = 2000, num_items: int = 2000, epochs: flo
     )
     reports["OneRec-V2"] = sft.main(sft.ModelArguments(data=str(data), model=MODEL, eval_users=500), training)
     for name in ("popularity", "cooccurrence", "sasrec"):
-        arguments = baseline.Arguments(name=name, data=str(data), output=str(output / name), seed=seed, num_epochs=15)
+        fit = {"num_epochs": 15} if name == "sasrec" else {}
+        arguments = baseline.BaselineArguments(name=name, data=str(data), output=str(output / name), seed=seed, fit=fit)
         reports[name] = baseline.main(arguments)
         predictions[name] = output / name / "predictions.parquet"
     write_card(folder, data, reports, predictions, epochs)

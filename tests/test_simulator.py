@@ -71,26 +71,29 @@ def test_events_per_user_and_popularity_are_skewed_as_published(real_size):
 
 def test_expected_feedback_is_the_mean_of_many_draws(world, log):
     durations = world.items["duration_ms"]
-    rng = np.random.default_rng(0)
-    fixed = [
+    edges = [
         durations.idxmin(),
         durations.idxmax(),
         (durations - 7_001).abs().idxmin(),
         (durations - 18_000).abs().idxmin(),
     ]
-    item = np.concatenate([fixed, rng.integers(world.num_items, size=12)])
-    user = rng.integers(world.num_users, size=len(item))
-    user[-4:] = np.argsort(world._users.expressiveness)[-4:]  # reactions frequent enough to be seen
-    time = world.start_time_ms + rng.integers(14 * 86_400_000, size=len(item))
+    likely = world.expected_feedback(log["user_id"], log["video_id"], log["time_ms"])["is_like"].argsort()
+    rows = log.iloc[np.concatenate([likely[:4], likely[-12:]])]  # hardly any reactions, and enough of them to be seen
+    user, item, time = (rows[name].to_numpy().copy() for name in ("user_id", "video_id", "time_ms"))
+    item[:4] = edges
     num_draws = 30_000
     draws = world.sample_feedback(user, item, time, seed=np.arange(num_draws)[:, None])
     expected = world.expected_feedback(user, item, time)
     for name in FEEDBACK:
         assert draws[name].shape == (num_draws, len(item)) and expected[name].shape == (len(item),)
-        spread = draws[name].std(axis=0) if name == "play_time_ms" else np.sqrt(expected[name] * (1 - expected[name]))
-        z = (draws[name].mean(axis=0) - expected[name]) * np.sqrt(num_draws) / spread
+        unit = durations[item].to_numpy() if name == "play_time_ms" else 1
+        variance = draws[name].var(axis=0) if name == "play_time_ms" else expected[name] * (1 - expected[name])
+        excess = draws[name].mean(axis=0) - expected[name]
+        z = (excess * np.sqrt(num_draws / variance))[num_draws * variance / unit**2 > 50]  # where a normal law holds
         assert np.abs(z).max() < 4, (name, z)
-        assert 0.4 < z.std() < 1.6, (name, z)  # neither biased nor spread otherwise than independent draws
+        assert z.std() < 1.6, (name, z)
+        together = (excess / unit).sum() * np.sqrt(num_draws / (variance / unit**2).sum())
+        assert abs(together) < 3.5, (name, together)  # a bias shared by all triples
 
 
 def test_log_is_one_table_of_ordered_requests(world, log):
@@ -152,8 +155,9 @@ def test_draws_are_potential_outcomes(world, log):
         world.sample_feedback(user, (video + 1) % world.num_items, time),
         world.sample_feedback((user + 1) % world.num_users, video, time),
     ]
+    mean = world.expected_feedback(*triple)["long_view"]
     for other in changed:
-        assert abs(np.corrcoef(drawn["long_view"], other["long_view"])[0, 1]) < 0.3
+        assert abs(np.corrcoef(drawn["long_view"] - mean, other["long_view"])[0, 1]) < 0.25  # four standard errors
         assert (drawn["play_time_ms"] == other["play_time_ms"]).mean() < 0.05
 
 
@@ -222,7 +226,8 @@ def test_history_tells_the_next_video_better_than_popularity(world, log):
             scores[row, history[:-1]] = -1
         return (np.argsort(-scores, axis=1)[:, :10] == target[:, None]).any(1).mean()
 
-    assert recall_at_10(recent) > 1.3 * recall_at_10(np.tile(popularity, (len(histories), 1)))
+    # 1.9 times; 1.5 times if the policy offered no relatives of the last long-viewed video
+    assert recall_at_10(recent) > 1.65 * recall_at_10(np.tile(popularity, (len(histories), 1)))
 
 
 def test_titles_and_embeddings_tell_what_a_video_is_about(world):

@@ -124,8 +124,6 @@ class Catalogue:
             self.first_child = [first.to(device) for first in self.first_child]
         return self
 
-    # ---- items -------------------------------------------------------------------------------------------------------
-
     def index_of(self, item_ids) -> np.ndarray:
         """
         Item indices of original item ids.
@@ -220,8 +218,6 @@ class Catalogue:
             masks.insert(0, mask)
         return masks
 
-    # ---- prefixes ----------------------------------------------------------------------------------------------------
-
     def children(self, node: torch.LongTensor | None, level: int):
         """
         Children on `level` (0-based) of nodes of the level above; `node=None` is the root.
@@ -306,8 +302,6 @@ class Catalogue:
         if node is not None:
             found = found & (node >= 0)
         return torch.where(found, low, -1)
-
-    # ---- files -------------------------------------------------------------------------------------------------------
 
     def save_pretrained(self, save_directory: str | os.PathLike) -> None:
         """Write `catalogue.safetensors` into the folder (made if it does not exist)."""
