@@ -131,7 +131,11 @@ def main() -> None:
     )
     model = OneRecV2ForCausalLM(config).eval()
     rows = []
-    print("| items | batch | beams | ours, s | " + " | ".join(f"{n} / ours" for n in ("unconstrained", "dict trie", "processor")) + " |")
+    print(
+        "| items | batch | beams | ours, s | "
+        + " | ".join(f"{n} / ours" for n in ("unconstrained", "dict trie", "processor"))
+        + " |"
+    )
     print("|---" * 7 + "|")
     for num_items in args.items:
         codes = zipf_catalogue(num_items, args.codebook, args.levels, args.zipf)
@@ -142,13 +146,19 @@ def main() -> None:
         model.catalogue = catalogue
         for batch in args.batches:
             for beams in args.beams:
-                row = measure(model, catalogue, trie, batch, beams, args.context, args.repeats) | {"build_seconds": build}
+                row = measure(model, catalogue, trie, batch, beams, args.context, args.repeats) | {
+                    "build_seconds": build
+                }
                 rows.append(row)
-                ratios = " | ".join(f"{row['times_ours'][n]:.1f}x" for n in ("unconstrained", "dict trie", "processor"))
+                ratios = " | ".join(
+                    f"{row['times_ours'][n]:.1f}x" for n in ("unconstrained", "dict trie", "processor")
+                )
                 print(f"| {num_items:,} | {batch} | {beams} | {row['seconds']['ours']:.3f} | {ratios} |", flush=True)
     if args.output:
         args.output.parent.mkdir(parents=True, exist_ok=True)
-        args.output.write_text(json.dumps({"arguments": vars(args) | {"output": str(args.output)}, "rows": rows}, indent=2))
+        args.output.write_text(
+            json.dumps({"arguments": vars(args) | {"output": str(args.output)}, "rows": rows}, indent=2)
+        )
 
 
 if __name__ == "__main__":

@@ -3,7 +3,7 @@
     python benchmarks/multi_target.py --contexts 50 512 --output outputs/multi_target.json
 
 The same model, weights, optimiser and machine. Both ways are checked to give the same loss before anything is timed; the ways
-alternate, and the median of the repetitions is reported. One sample per target is tried with two batch sizes; the faster one counts.
+alternate, and the median of the repetitions counts. One sample per target is tried with two batch sizes; the faster counts.
 """
 
 import argparse
@@ -133,7 +133,7 @@ def main() -> None:
     model = build(args.hidden_size, args.layers, args.heads)
     rows = [measure(model, length, users, args.repeats) for length, users in zip(args.contexts, args.users)]
     print(
-        "| context | targets/s, one pass | targets/s, one by one | measured ratio | GFLOPs per target, one pass | one by one | FLOP ratio |"
+        "| context | targets/s: one pass | one by one | measured ratio | GFLOPs/target: one pass | one by one | FLOP ratio |"
     )
     print("|---" * 7 + "|")
     for row in rows:

@@ -14,8 +14,8 @@ TEMPLATE = """---
 
 {{ summary }}
 
-Built with [onerec_hf](https://arxiv.org/abs/{{ paper }}). The model writes the semantic ID of the next item and can only write items of
-its catalogue.
+Built with `onerec_hf` after [arXiv:{{ paper }}](https://arxiv.org/abs/{{ paper }}). The model writes the semantic ID of the next
+item and can only write items of its catalogue.
 
 ## Use
 
@@ -54,8 +54,8 @@ Item level, full catalogue, constrained beam search of width {{ num_beams }}; se
 ## Limits and risks
 
 - It recommends only items of its catalogue; new items need a semantic ID from the same codebooks first.
-- It imitates the log it was trained on: what the logging policy never showed cannot be learned, popular items are favoured, and serving
-  its own output back as training data narrows what users see (a feedback loop). Measure coverage and cold items before serving.
+- It imitates the log it was trained on: what the logging policy never showed cannot be learned, popular items are favoured, and
+  serving its own output back as training data narrows what users see (a feedback loop). Measure coverage and cold items first.
 - Metrics on simulated data say nothing about real users.
 
 ## Citation
@@ -160,7 +160,8 @@ def plot_training_curve(
     figure, axes = _figure()
     for name, label, style in (("loss", "training loss", "-"), ("eval_loss", "validation loss", "o-")):
         points = [(record["epoch"], record[name]) for record in log_history if name in record]
-        axes.plot(*zip(*points), style, label=label, markersize=3)
+        if points:
+            axes.plot(*zip(*points), style, label=label, markersize=3)
     points = [(record["epoch"], record[metric]) for record in log_history if metric in record]
     axes.set_xlabel("epoch")
     axes.set_ylabel("nats per code")

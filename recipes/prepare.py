@@ -4,9 +4,9 @@
     python recipes/prepare.py --source logs.parquet --columns '{"user_id": "uid", "item_id": "vid", "timestamp": "ts"}' \
         --output outputs/mydata
 
-Writes `splits/` (a `DatasetDict`), `items.parquet`, `users.parquet`, `item_embeddings.safetensors`, `tokenizer/` (tokenizer, catalogue and
-codebooks), `semantic_ids.json` (quality report) and `codebook_usage.png`. Embeddings, codebooks and popularity are learned from
-the training split alone.
+Writes `splits/` (a `DatasetDict`), `items.parquet`, `users.parquet`, `item_embeddings.safetensors`, `tokenizer/` (tokenizer,
+catalogue and codebooks), `semantic_ids.json` (quality report) and `codebook_usage.png`. Co-occurrence and popularity are learned
+from the training split alone.
 """
 
 import importlib.util

@@ -105,7 +105,10 @@ def main(output: Path, num_users: int = 2000, num_items: int = 2000, epochs: flo
         output_dir=str(folder),
         num_train_epochs=epochs,
         per_device_train_batch_size=64,
+        per_device_eval_batch_size=256,
         learning_rate=3e-3,
+        adam_beta2=0.98,
+        optim="adamw_torch_fused",
         weight_decay=0.1,
         lr_scheduler_type="cosine",
         warmup_steps=50,
@@ -114,14 +117,16 @@ def main(output: Path, num_users: int = 2000, num_items: int = 2000, epochs: flo
         save_total_limit=1,
         load_best_model_at_end=True,
         metric_for_best_model="eval_ndcg@10",
-        logging_steps=50,
+        logging_steps=20,
         report_to="none",
         seed=seed,
     )
     reports["OneRec-V2"] = sft.main(sft.ModelArguments(data=str(data), model=MODEL, eval_users=500), training)
     for name in ("popularity", "cooccurrence", "sasrec"):
         fit = {"num_epochs": 15} if name == "sasrec" else {}
-        arguments = baseline.BaselineArguments(name=name, data=str(data), output=str(output / name), seed=seed, fit=fit)
+        arguments = baseline.BaselineArguments(
+            name=name, data=str(data), output=str(output / name), seed=seed, fit=fit
+        )
         reports[name] = baseline.main(arguments)
         predictions[name] = output / name / "predictions.parquet"
     write_card(folder, data, reports, predictions, epochs)
