@@ -17,7 +17,7 @@ LONG_VIEW_MS = 18_000  # long_view: 18 s or more, or all of a shorter video
 # Share of each level by duration, fitted to the play times of KuaiRand-Pure, 2022-04-25 to 05-08 (level 0 at all durations .095)
 _KNOTS_S = np.array([6.0, 9.0, 15.0, 25.0, 45.0, 90.0, 180.0, 400.0])
 _PLAYED = np.full(8, 0.905)
-_AGAIN = np.array([0.45, 0.22, 0.15, 0.105, 0.035, 0.012, 0.004, 0.001])
+_AGAIN = np.array([0.47, 0.22, 0.15, 0.105, 0.035, 0.012, 0.004, 0.001])
 _TO_THE_END = _AGAIN + np.array([0.01, 0.06, 0.115, 0.16, 0.15, 0.105, 0.04, 0.015])
 _IN_PART = _TO_THE_END + np.array([0.14, 0.16, 0.23, 0.245, 0.355, 0.42, 0.435, 0.375])
 _TARGETS = np.stack([_PLAYED, _IN_PART, _TO_THE_END, _AGAIN])  # (4, 8): P(level >= 1..4)

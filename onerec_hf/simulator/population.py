@@ -19,7 +19,7 @@ SLOT_MS = DAY_MS // 4  # a mood lasts six hours
 _DURATION_QUANTILES = (0.0, 0.05, 0.25, 0.5, 0.75, 0.95, 1.0)
 _DURATION_S = (5.0, 9.5, 26.0, 71.0, 156.0, 310.0, 600.0)  # 5 to 95%: KuaiRand-Pure, over events
 _SHARE_UPLOADED_DURING_LOG = 0.25
-_ACTIVITY_SHAPE = 1.1  # events per user: 1 + gamma of this shape, rounded down
+_ACTIVITY_SHAPE = 1.15  # events per user: 1 + gamma of this shape, rounded down
 
 
 @dataclass(frozen=True)

@@ -33,7 +33,7 @@ class ShortVideoWorld:
     rates of click, long view (also by duration), like (also given long view or not), follow, forward and hate; roughly,
     the share of events of the top tenth of the videos (60%; here 50 to 70%, less in worlds of some hundred videos); and,
     with `mean_events=9`, events per user. Not calibrated: how well feedback can be predicted, how users and videos
-    correlate, repeats (none here while there are unseen videos), time between requests, reactions by duration, catalogue
+    correlate, repeats (next to none here), time between requests, reactions by duration, catalogue
     structure, and the hours of the day beyond their rough shape. Intercepts are solved in each world, so the rates
     hold for its logging policy at any size; a policy that picks better videos gets more feedback, which is the point.
 
