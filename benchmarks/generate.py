@@ -2,10 +2,10 @@
 
     python benchmarks/generate.py --items 12000 1000000 --batches 1 16 --beams 10 128 --output outputs/generate.json
 
-A lazy decoder (4 layers, d=256) over 3 x 8192 (or, with --codebook 256 --levels 4, 4 x 256) codes and a context of 128 items. Every way is
-first checked to return the same scores as ours; then the ways alternate and the median counts. Ways: `unconstrained` (transformers'
-beam search, no catalogue; the context is repeated per beam, as transformers does with tensors), `dict trie` (the same with
-`prefix_allowed_tokens_fn`), `processor` (our `CatalogueLogitsProcessor` in transformers' loop, context shared), `ours` (plain `generate`).
+A lazy decoder (4 layers, d=256) over 3 x 8192 codes (or 4 x 256: `--codebook 256 --levels 4`) and a context of 128 items. Every
+constrained way is first checked to return our scores; then the ways alternate and the median counts. `unconstrained`: transformers'
+beam search without a catalogue, the context repeated per beam, as transformers does with tensors. `dict trie`: the same with
+`prefix_allowed_tokens_fn`. `processor`: our `CatalogueLogitsProcessor` in transformers' loop, context shared. `ours`: `generate`.
 """
 
 import argparse

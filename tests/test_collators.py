@@ -5,13 +5,14 @@ import pytest
 
 from onerec_hf.data import EventFeature, OneRecCollator, category_codes
 
-
 # five items, two levels; item i has tokens (10 + i, 20 + i)
 TOKENS = np.stack([np.arange(10, 15), np.arange(20, 25)], axis=1)
 
 
 def test_training_rows():
-    batch = OneRecCollator(TOKENS, max_history=3)([{"user": 0, "history": [4, 0, 1, 2, 3]}, {"user": 1, "history": [2, 1]}])
+    batch = OneRecCollator(TOKENS, max_history=3)(
+        [{"user": 0, "history": [4, 0, 1, 2, 3]}, {"user": 1, "history": [2, 1]}]
+    )
     assert batch["context_ids"].tolist() == [[[10, 20], [11, 21], [12, 22]], [[12, 22], [0, 0], [0, 0]]]
     assert batch["context_mask"].tolist() == [[True, True, True], [True, False, False]]
     assert batch["target_ids"].tolist() == [[[11, 21], [12, 22], [13, 23]], [[11, 21], [0, 0], [0, 0]]]

@@ -1,0 +1,1 @@
+"""Item embeddings to semantic IDs: residual k-means, collision policies, quality report."""

@@ -9,10 +9,11 @@ from .balance import Prices, balanced_sizes, cheapest_two, enforce_sizes
 from .blocks import row_blocks, squared_distances
 
 
-# Lloyd's iterations before the last few see a random sample only: 64 items place a centroid within 1/64 of its cluster's
-# variance, and the full iterations remove the rest.
-SAMPLE_ITEMS_PER_CODE = 64
-MIN_SAMPLE_ITEMS = 16384
+# Most Lloyd iterations see a random sample: this many items per code (at least _MIN_SAMPLE_ITEMS in all). Plain clusters differ
+# in size, so that their sample must be larger: 256 is what faiss takes.
+_BALANCED_SAMPLE_PER_CODE = 64
+_PLAIN_SAMPLE_PER_CODE = 256
+_MIN_SAMPLE_ITEMS = 16384
 
 
 def nearest_centroids(items: torch.Tensor, centroids: torch.Tensor) -> torch.Tensor:
@@ -52,13 +53,8 @@ def train_codebook(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Codebook and codes of the training items for one level.
 
-    Starts from `codebook_size` items at random, as the paper does. `num_iterations` Lloyd iterations run over a random sample
-    (the first half of them over a quarter of it), then `num_full_iterations` over all items.
-
-    Balanced: the assignment step is the transport problem "every cluster takes its size". Its prices come from `Prices`, the
-    last exchanges from `enforce_sizes`, and the cheapest of the full iterations is kept. Algorithm 1 as printed fills the
-    clusters one after the other instead, which costs K passes per iteration, depends on the order of the clusters, does not
-    converge, and leaves the last clusters with what nobody wanted (`benchmarks/semantic_ids.py` runs it).
+    Starts from `codebook_size` items at random, as the paper does; runs `num_iterations` Lloyd iterations over a random sample
+    of the items and then `num_full_iterations` over all of them.
 
     Args:
         items (`torch.FloatTensor` of shape `(N, D)`): float32, `N >= codebook_size`.
@@ -68,51 +64,54 @@ def train_codebook(
         generator (`torch.Generator`): on the CPU; picks the sample and the starting centroids.
 
     Returns:
-        `(centroids (K, D) float32, codes (N,) int64)`. Balanced: the centroids are the means of the clusters that `codes`
-        describes. Plain: `codes` are the nearest centroids.
+        `(centroids (K, D) float32, codes (N,) int64)`. Balanced: `codes` are the balanced clusters and the centroids their
+        means. Plain: `codes` are the nearest centroids.
     """
+    per_code = _BALANCED_SAMPLE_PER_CODE if balanced else _PLAIN_SAMPLE_PER_CODE
     order = torch.randperm(len(items), generator=generator)
-    order = order[: max(SAMPLE_ITEMS_PER_CODE * codebook_size, MIN_SAMPLE_ITEMS)].to(items.device)
+    order = order[: max(per_code * codebook_size, _MIN_SAMPLE_ITEMS)].to(items.device)
+    train = _balanced if balanced else _plain
+    return train(items, order, codebook_size, num_iterations, num_full_iterations)
+
+
+def _plain(items, order, codebook_size, num_iterations, num_full_iterations) -> tuple[torch.Tensor, torch.Tensor]:
     sample = items[order]
     centroids = sample[:codebook_size].clone()
-    if not balanced:
-        return _plain(items, sample, centroids, num_iterations, num_full_iterations)
+    for iteration in range(num_iterations + num_full_iterations):
+        seen = sample if iteration < num_iterations else items
+        codes = nearest_centroids(seen, centroids)
+        centroids, sizes = cluster_means(seen, codes, centroids)
+        centroids = _reset_empty(seen, codes, centroids, sizes)
+    return centroids, nearest_centroids(items, centroids)
 
+
+def _balanced(items, order, codebook_size, num_iterations, num_full_iterations) -> tuple[torch.Tensor, torch.Tensor]:
+    """Lloyd's algorithm whose assignment step is a transport problem: prices first, then the last few exchanges.
+
+    Algorithm 1 as printed fills the clusters one after the other: K passes per iteration, a result that depends on their order,
+    no convergence, and the last clusters get what nobody wanted (`benchmarks/semantic_ids.py` runs it for comparison).
+    """
+    sample = items[order]
+    centroids = sample[:codebook_size].clone()
     sizes = balanced_sizes(len(items), codebook_size).to(items.device)
     prices = Prices(sizes)
-    for iteration in range(num_iterations):
-        seen = sample[: max(prices.sample_size, _share(iteration, num_iterations, len(sample)))]
+    for _ in range(num_iterations):
         prices.solve(sample, centroids)
-        codes, _ = cheapest_two(seen, centroids, prices.values)
+        codes, _ = cheapest_two(sample, centroids, prices.values)
         prices.correct(codes, codes[: prices.sample_size])
-        centroids, _ = cluster_means(seen, codes, centroids)
-
-    cheapest, best = float("inf"), None
+        centroids, _ = cluster_means(sample, codes, centroids)
+    lowest, best = float("inf"), None
     for _ in range(num_full_iterations):
         prices.solve(sample, centroids)
         codes, margins = cheapest_two(items, centroids, prices.values)
         prices.correct(codes, codes[order[: prices.sample_size]])
         codes = enforce_sizes(items, centroids, prices.values, codes, margins, sizes)
         centroids, _ = cluster_means(items, codes, centroids)
-        # The squared error of a partition is sum ||x||^2 - sum_k |V_k| ||c_k||^2, and the first sum is a constant.
-        cost = -(sizes * centroids.double().square().sum(dim=1)).sum().item()
-        if cost < cheapest:
-            cheapest, best = cost, (centroids, codes)
+        # Squared error of a partition: sum_i ||x_i||^2, the same for all, minus sum_k |V_k| ||c_k||^2.
+        error = -(sizes * centroids.double().square().sum(dim=1)).sum().item()
+        if error < lowest:
+            lowest, best = error, (centroids, codes)
     return best
-
-
-def _share(iteration: int, num_iterations: int, sample_size: int) -> int:
-    return sample_size if 2 * iteration >= num_iterations else sample_size // 4
-
-
-def _plain(items, sample, centroids, num_iterations, num_full_iterations) -> tuple[torch.Tensor, torch.Tensor]:
-    for iteration in range(num_iterations + num_full_iterations):
-        full = iteration >= num_iterations
-        seen = items if full else sample[: max(len(centroids), _share(iteration, num_iterations, len(sample)))]
-        codes = nearest_centroids(seen, centroids)
-        centroids, sizes = cluster_means(seen, codes, centroids)
-        centroids = _reset_empty(seen, codes, centroids, sizes)
-    return centroids, nearest_centroids(items, centroids)
 
 
 def _reset_empty(items, codes, centroids, sizes) -> torch.Tensor:
