@@ -28,8 +28,8 @@ class BaselineArguments:
     output: str = field(metadata={"help": "Folder to write."})
     layout: Literal["prepared", "amazon", "kuairand", "kuairand_like_hate"] = "prepared"
     seed: int = 0
-    model: str | dict = field(default="{}", metadata={"help": "Arguments of SASRec(...), YAML mapping or JSON."})
-    fit: str | dict = field(default="{}", metadata={"help": "Arguments of SASRec.fit, YAML mapping or JSON."})
+    model: str = field(default="{}", metadata={"help": "Arguments of SASRec(...), YAML mapping or JSON."})
+    fit: str = field(default="{}", metadata={"help": "Arguments of SASRec.fit, YAML mapping or JSON."})
 
 
 def load_splits(args: BaselineArguments) -> tuple[datasets.DatasetDict, int]:

@@ -31,7 +31,7 @@ class PrepareArguments:
     source: str = field(metadata={"help": "parquet, CSV or JSONL file, folder of a public layout, or Hub data set."})
     output: str = field(metadata={"help": "Folder to write."})
     layout: Literal["logs", "amazon", "kuairand", "kuairand_like_hate"] = "logs"
-    columns: str | dict = field(
+    columns: str = field(
         default="{}", metadata={"help": "Our names to yours, for user_id, item_id, timestamp."}
     )
     feedback: list[str] = field(

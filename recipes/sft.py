@@ -26,9 +26,9 @@ from onerec_hf.trainers import OneRecSFTConfig, OneRecSFTTrainer
 @dataclass
 class ModelArguments:
     data: str = field(metadata={"help": "Folder that recipes/prepare.py wrote."})
-    model: str | dict = field(default="{}", metadata={"help": "Arguments of OneRecV2Config, YAML mapping or JSON."})
+    model: str = field(default="{}", metadata={"help": "Arguments of OneRecV2Config, YAML mapping or JSON."})
     max_history: int = field(default=50, metadata={"help": "Items of context."})
-    event_features: str | dict = field(
+    event_features: str = field(
         default="{}", metadata={"help": 'Event columns as context features, e.g. {"play_time_ms": ["log", 24]}.'}
     )
     item_features: list[str] = field(

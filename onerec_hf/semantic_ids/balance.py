@@ -10,13 +10,14 @@ import torch
 from .blocks import row_blocks, squared_distances
 
 
-# Items whose distances to all centroids are kept while prices are solved: 16 per code, and at most 2 GiB.
+# The prices are solved on a sample: this many items per code, as far as a (sample, K) matrix keeps under 1 GiB.
 _PRICE_ITEMS_PER_CODE = 16
-_MIN_PRICE_ITEMS = 4096
-_MAX_PRICE_ELEMENTS = 2**29
-_PRICE_STEPS = 16
-# Softness of the assignment while prices are solved, in units of the mean margin between an item's best two clusters.
-_TEMPERATURE = 0.1
+_MIN_PRICE_ITEMS = 2048
+_MAX_PRICE_ELEMENTS = 2**28
+# Softness of the assignment while prices are solved, in units of the mean margin between an item's two cheapest clusters, and
+# the steps at each.
+_TEMPERATURES = (0.3, 0.1)
+_STEPS_PER_TEMPERATURE = 8
 # `enforce_sizes` stops asking when a round seats less than this share of those who wait.
 _SLOWEST_ROUND = 1 / 64
 
@@ -47,10 +48,10 @@ def _two_smallest(costs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 class Prices:
     """Prices of the clusters, warm from one Lloyd iteration to the next.
 
-    They maximise the entropy-smoothed dual of the transport problem on a fixed sample of the items, whose K x n kernel is
-    computed once per call, so that a step is two matrix-vector products. What a sample gets wrong is known after the items
-    were assigned: `correct` moves the sizes that the sample must show, so that the items have the sizes they must have
-    (a control variate).
+    They maximise the entropy-smoothed dual of the transport problem on a fixed sample of the items, by damped Jacobi steps on
+    a kernel that is computed once per temperature, so that a step is two matrix-vector products. What the sample gets wrong
+    shows when the items are assigned: `correct` moves the shares that the sample must show, so that the items get the shares
+    they must have (a control variate).
 
     Args:
         sizes (`torch.LongTensor` of shape `(K,)`): how many of all items each cluster must take.
@@ -59,24 +60,20 @@ class Prices:
     def __init__(self, sizes: torch.Tensor):
         codebook_size = len(sizes)
         rows = max(_PRICE_ITEMS_PER_CODE * codebook_size, _MIN_PRICE_ITEMS)
+        self.sample_size = min(rows, max(1, _MAX_PRICE_ELEMENTS // codebook_size), int(sizes.sum()))
         self.shares = sizes.float() / sizes.sum()  # (K,) of all items
-        self.targets = self.shares  # (K,) of the price sample
+        self.targets = self.shares  # (K,) of the sample
         self.values = torch.zeros_like(self.shares)
-        self.sample_size = min(rows, _MAX_PRICE_ELEMENTS // codebook_size, int(sizes.sum()))
 
     def solve(self, sample: torch.Tensor, centroids: torch.Tensor) -> None:
         """Updates `values` for these centroids from the first `sample_size` rows of `sample` (n, D)."""
-        kernel, temperature = self._kernel(sample[: self.sample_size], centroids)
-        load = kernel.mean(dim=0)
-        # -(second derivative) of the dual is a graph Laplacian; twice its diagonal bounds it: damped Jacobi, no K x K matrix
-        curvature = load - torch.linalg.vector_norm(kernel, dim=0).square() / len(kernel) + 1e-3 * self.shares
-        change = torch.zeros_like(self.values)
-        for _ in range(_PRICE_STEPS):
-            weights = torch.exp(-change / temperature)
-            load = weights * torch.mv(kernel.T, 1 / torch.mv(kernel, weights)) / len(kernel)
-            step = 0.5 * temperature * (load - self.targets) / curvature
-            change += step.clamp(-temperature, temperature)
-        self.values = self.values + change
+        distances = squared_distances(sample[: self.sample_size], centroids)
+        no_prices = torch.zeros_like(self.values)
+        # Centroids that jumped (the first means) make warm prices worse than none.
+        if self._dual(distances, self.values) < self._dual(distances, no_prices):
+            self.values = no_prices
+        for softness in _TEMPERATURES:
+            self.values = self.values + self._ascend(distances + self.values, softness)
         self.values = self.values - self.values.mean()
 
     def correct(self, codes: torch.Tensor, sample_codes: torch.Tensor) -> None:
@@ -88,19 +85,26 @@ class Prices:
     def _histogram(self, codes: torch.Tensor) -> torch.Tensor:
         return torch.bincount(codes, minlength=len(self.shares)).float() / len(codes)
 
-    def _kernel(self, sample: torch.Tensor, centroids: torch.Tensor) -> tuple[torch.Tensor, float]:
-        """Soft assignment (n, K) at the present prices, and its temperature (unit: squared distance)."""
-        kernel = sample.new_empty(len(sample), len(centroids))
-        temperature = None
-        for block in row_blocks(len(sample), len(centroids), sample.device):
-            costs = squared_distances(sample[block], centroids, self.values, out=kernel[block])
-            if temperature is None:
-                smallest, _ = _two_smallest(costs[:2048])
-                margin = (smallest[:, -1] - smallest[:, 0]).mean().item()
-                # all items equal: any temperature will do
-                temperature = max(_TEMPERATURE * margin, torch.finfo(torch.float32).tiny * 1e6)
-            torch.softmax(costs.div_(-temperature), dim=1, out=kernel[block])
-        return kernel, temperature
+    def _dual(self, distances: torch.Tensor, prices: torch.Tensor) -> float:
+        """Lower bound on the mean cost of any assignment with the target shares; the best prices maximise it."""
+        return ((distances + prices).amin(dim=1).mean() - (prices * self.targets).sum()).item()
+
+    def _ascend(self, costs: torch.Tensor, softness: float) -> torch.Tensor:
+        """Change of the prices (K,) at one temperature; overwrites `costs` (n, K)."""
+        smallest, _ = _two_smallest(costs[:2048])
+        margin = (smallest[:, -1] - smallest[:, 0]).mean().item()
+        temperature = max(softness * margin, 1e-30)  # margin 0: all items are equal, and so are all temperatures
+        kernel = torch.softmax(costs.div_(-temperature), dim=1)
+        # The Hessian of the dual is a graph Laplacian, which twice its diagonal bounds: no K x K matrix is needed.
+        curvature = kernel.mean(dim=0) - torch.linalg.vector_norm(kernel, dim=0).square() / len(kernel)
+        curvature += 1e-3 * self.shares
+        change = torch.zeros_like(self.values)
+        for _ in range(_STEPS_PER_TEMPERATURE):
+            weights = torch.exp(-change / temperature)
+            load = weights * torch.mv(kernel.T, 1 / torch.mv(kernel, weights)) / len(kernel)
+            step = 0.5 * temperature * (load - self.targets) / curvature
+            change += step.clamp(-temperature, temperature)
+        return change
 
 
 def enforce_sizes(
