@@ -4,5 +4,4 @@ from . import models
 from ._version import __version__
 from .models import *  # noqa: F403
 
-
 __all__ = ["__version__", *models.__all__]

@@ -31,9 +31,7 @@ class PrepareArguments:
     source: str = field(metadata={"help": "parquet, CSV or JSONL file, folder of a public layout, or Hub data set."})
     output: str = field(metadata={"help": "Folder to write."})
     layout: Literal["logs", "amazon", "kuairand", "kuairand_like_hate"] = "logs"
-    columns: str = field(
-        default="{}", metadata={"help": "Our names to yours, for user_id, item_id, timestamp."}
-    )
+    columns: str = field(default="{}", metadata={"help": "Our names to yours, for user_id, item_id, timestamp."})
     feedback: list[str] = field(
         default_factory=list, metadata={"help": "Event columns to keep (play_time_ms, is_like)."}
     )
@@ -129,7 +127,7 @@ def main(args: PrepareArguments) -> dict:
         columns = {f"{name}_id": ids, **{column: list(values) for column, values in table.items()}}
         datasets.Dataset.from_dict(columns).to_parquet(output / f"{name}s.parquet")
     (output / "semantic_ids.json").write_text(json.dumps(report, indent=2))
-    plot_codebook_usage(codes, args.codebook_size, output / "codebook_usage.png")
+    plot_codebook_usage(codes[:, : args.num_levels], args.codebook_size, output / "codebook_usage.png")
     print(f"{catalogue}, {len(interactions)} events of {interactions.num_users} users -> {output}")
     return report
 

@@ -9,10 +9,9 @@ import torch
 
 from .blocks import row_blocks, squared_distances
 
-
 # The prices are solved on a sample: this many items per code, as far as a (sample, K) matrix keeps under 1 GiB.
 _PRICE_ITEMS_PER_CODE = 16
-_MIN_PRICE_ITEMS = 2048
+_MIN_PRICE_ITEMS = 4096
 _MAX_PRICE_ELEMENTS = 2**28
 # Softness of the assignment while prices are solved, in units of the mean margin between an item's two cheapest clusters, and
 # the steps at each.

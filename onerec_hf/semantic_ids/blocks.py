@@ -4,7 +4,6 @@ from collections.abc import Iterator
 
 import torch
 
-
 # Float32 elements of one block: 16 MB stay near the CPU's cache; a GPU wants larger kernels (256 MB).
 _CPU_ELEMENTS = 2**22
 _GPU_ELEMENTS = 2**26

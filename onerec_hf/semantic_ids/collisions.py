@@ -1,103 +1,127 @@
-"""What happens when several items get one semantic ID. The OneRec papers do not say; TIGER (arXiv:2305.05065) adds a level."""
+"""Items that share a semantic ID: the policies. None of the OneRec papers states one (TIGER, arXiv:2305.05065, adds a level)."""
 
-from typing import Literal
-
-import numpy as np
 import torch
 
+from .blocks import row_blocks, squared_distances
 from .residual import ResidualKMeans
 
-
-POLICIES = ("extra_level", "next_free", "keep")
+COLLISION_POLICIES = ("extra_level", "next_free", "keep")
 
 
 def resolve_collisions(
     codes: torch.Tensor,
-    quantizer: ResidualKMeans,
-    item_embeddings: torch.Tensor | np.ndarray,
-    policy: Literal["extra_level", "next_free", "keep"] = "next_free",
+    quantizer: ResidualKMeans | None = None,
+    item_embeddings: torch.Tensor | None = None,
+    *,
+    policy: str,
 ) -> torch.Tensor:
-    """
-    Codes after a collision policy.
+    """Semantic IDs of a catalogue from the codes of its items.
+
+    - `"extra_level"`: one level more, which numbers the items with the same codes by row, from 0; an item alone has 0. The new
+      level has as many codes as the largest group has items. Items added later do not move the others.
+    - `"next_free"`: of the items with the same codes the one nearest to its last-level centroid keeps them; the others, nearest
+      first, take the nearest last-level code that is still free under the same prefix. No further level, every ID unique.
+    - `"keep"`: items share semantic IDs; whoever ranks items must rank them inside one ID.
 
     Args:
-        codes (`torch.LongTensor` of shape `(num_items, num_levels)`): as the quantizer gave them.
-        quantizer (`ResidualKMeans`): fitted; its last codebook decides what is near.
-        item_embeddings (`(num_items, embedding_dim)`): what `codes` were made from.
-        policy:
-            `"extra_level"`: one more level numbers the items inside a semantic ID, 0, 1, ... in item order.
-            `"next_free"`: the item nearest to its last-level centroid keeps its code; each other one, nearest first, takes the nearest
-            code of the last level that is free under the same prefix. The levels above stay as they are.
-            `"keep"`: nothing changes; items share a semantic ID, and the catalogue ranks them inside it by popularity.
+        codes (`torch.LongTensor` of shape `(num_items, num_levels)`): `train_codes`, or what `encode` returned.
+        quantizer (`ResidualKMeans`, *optional*): for `"next_free"`.
+        item_embeddings (`torch.FloatTensor` of shape `(num_items, embedding_dim)`, *optional*): for `"next_free"`; the same
+            rows on the same device.
+        policy (`str`): one of the three.
 
     Returns:
-        `torch.LongTensor` of shape `(num_items, num_levels)`, or `(num_items, num_levels + 1)` under `"extra_level"`.
+        `torch.LongTensor` of shape `(num_items, num_levels)`, or `(num_items, num_levels + 1)` for `"extra_level"`.
 
     Raises:
-        ValueError: an unknown policy, or, under `"next_free"`, a prefix with more items than codes.
+        ValueError: `"next_free"` where more items share a prefix than the last level has codes.
     """
-    if policy not in POLICIES:
-        raise ValueError(f"`policy` is {policy!r}; allowed are {', '.join(map(repr, POLICIES))}.")
+    if policy not in COLLISION_POLICIES:
+        raise ValueError(f"`policy` is {policy!r}; choose one of {', '.join(map(repr, COLLISION_POLICIES))}.")
     if policy == "keep":
         return codes.clone()
     if policy == "extra_level":
-        return torch.cat([codes, _rank_in_group(_group_of(codes)).unsqueeze(1)], dim=1)
+        groups = row_ids(codes)
+        return torch.cat([codes, _ranks(groups, torch.zeros_like(groups)).unsqueeze(1)], dim=1)
+    if quantizer is None or item_embeddings is None:
+        raise ValueError('`policy="next_free"` measures distances: pass `quantizer` and `item_embeddings` as well.')
     return _next_free(codes, quantizer, torch.as_tensor(item_embeddings))
 
 
-def _group_of(codes: torch.Tensor) -> torch.Tensor:
-    """Number of the distinct row that each row equals, (N,)."""
-    return torch.unique(codes, dim=0, return_inverse=True)[1]
+def row_ids(codes: torch.Tensor) -> torch.Tensor:
+    """A number (N,) per row, equal where the rows (N, L) are equal, in lexicographic order of the rows."""
+    ids = torch.zeros(len(codes), dtype=torch.long, device=codes.device)
+    for column in codes.T:
+        ids = torch.unique(ids * (column.max() + 1) + column, return_inverse=True)[1]
+    return ids
 
 
-def _rank_in_group(group: torch.Tensor) -> torch.Tensor:
-    """Position of each row among the rows of its group, in row order, (N,)."""
-    order = group.argsort(stable=True)
-    start = torch.nn.functional.pad(torch.bincount(group).cumsum(0), (1, 0))[:-1]
-    rank = torch.empty_like(group)
-    rank[order] = torch.arange(len(group), device=group.device) - start[group[order]]
-    return rank
+def _ranks(groups: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
+    """Place (N,) of every row inside its group by ascending key, by row number on ties."""
+    order = keys.argsort(stable=True)
+    order = order[groups[order].argsort(stable=True)]
+    sizes = torch.bincount(groups)
+    starts = sizes.cumsum(0) - sizes
+    ranks = torch.empty_like(groups)
+    ranks[order] = torch.arange(len(groups), device=groups.device) - starts[groups[order]]
+    return ranks
 
 
 def _next_free(codes: torch.Tensor, quantizer: ResidualKMeans, item_embeddings: torch.Tensor) -> torch.Tensor:
-    codebook = quantizer.codebooks[-1].to(codes.device)
-    size = len(codebook)
-    prefix = _group_of(codes[:, :-1]) if codes.shape[1] > 1 else torch.zeros_like(codes[:, 0])
-    crowded = torch.bincount(prefix)
-    if crowded.max() > size:
-        worst = codes[prefix == crowded.argmax()][0, :-1].tolist()
+    if item_embeddings.shape[0] != codes.shape[0]:
+        raise ValueError(f"{len(codes)} rows of codes, but {len(item_embeddings)} rows of `item_embeddings`.")
+    prefixes = row_ids(codes[:, :-1])
+    _check_room(codes, prefixes, quantizer.codebook_size)
+    distances = torch.empty(len(codes), device=codes.device)
+    for block in row_blocks(*item_embeddings.shape, codes.device):
+        errors = item_embeddings[block].float() - quantizer.decode(codes[block])
+        distances[block] = errors.square().sum(dim=1)
+    movers = _ranks(row_ids(codes), distances).nonzero().squeeze(1)  # rank 0 keeps its codes
+    resolved = codes.clone()
+    if len(movers) == 0:
+        return resolved
+
+    # Prefixes do not touch each other, so the r-th mover of all prefixes moves at once; a part of the prefixes at a time.
+    crowded = torch.unique(prefixes[movers])
+    place = torch.full((int(prefixes.max()) + 1,), -1, device=codes.device)
+    place[crowded] = torch.arange(len(crowded), device=codes.device)
+    place = place[prefixes]  # (N,) among the crowded prefixes, else -1
+    present = place.argsort(stable=True)[int((place < 0).sum()) :]
+    movers = movers[place[movers].argsort(stable=True)]
+    present_places, mover_places = place[present], place[movers]
+    ranks = _ranks(mover_places, distances[movers])
+    for part in row_blocks(len(crowded), quantizer.codebook_size, codes.device):
+        free = torch.ones(part.stop - part.start, quantizer.codebook_size, dtype=torch.bool, device=codes.device)
+        items = present[_span(present_places, part)]
+        free[place[items] - part.start, codes[items, -1]] = False
+        span = _span(mover_places, part)
+        turns = movers[span][ranks[span].argsort(stable=True)]
+        for rows in torch.split(turns, torch.bincount(ranks[span]).tolist()):
+            prefix = place[rows] - part.start
+            taken = _nearest_free(codes[rows], quantizer, item_embeddings[rows], free[prefix])
+            free[prefix, taken] = False
+            resolved[rows, -1] = taken
+    return resolved
+
+
+def _span(ascending: torch.Tensor, part: slice) -> slice:
+    """Where the values in `[part.start, part.stop)` stand in an ascending vector."""
+    bounds = torch.tensor([part.start, part.stop], device=ascending.device)
+    return slice(*torch.searchsorted(ascending, bounds).tolist())
+
+
+def _nearest_free(codes, quantizer, item_embeddings, free) -> torch.Tensor:
+    """Nearest last-level code (n,) among the free ones (n, K) of each item."""
+    last = quantizer.codebooks[-1].to(codes.device)
+    residuals = item_embeddings.float() - quantizer.decode(codes) + last[codes[:, -1]]
+    return squared_distances(residuals, last).masked_fill_(~free, float("inf")).argmin(dim=1)
+
+
+def _check_room(codes: torch.Tensor, prefixes: torch.Tensor, codebook_size: int) -> None:
+    counts = torch.bincount(prefixes)
+    if int(counts.max()) > codebook_size:
+        prefix = codes[(prefixes == counts.argmax()).nonzero()[0, 0], :-1].tolist()
         raise ValueError(
-            f"{int((crowded > size).sum())} prefixes hold more items than the last level has codes ({size}); the largest, {worst}, "
-            f"holds {int(crowded.max())}. Use a larger codebook_size or more levels, or policy='extra_level' or 'keep'."
+            f"{int(counts.max())} items have a semantic ID that starts with {prefix}, but the last level has only "
+            f'{codebook_size} codes: use `policy="extra_level"`, a larger `codebook_size` or one level more.'
         )
-    clash = torch.bincount(_group_of(codes))[_group_of(codes)] > 1
-    affected = torch.isin(prefix, prefix[clash].unique())  # only prefixes in which something collides can change
-    rows = affected.nonzero()[:, 0]
-    rows = rows[prefix[rows].argsort(stable=True)]
-    upper = torch.cat([codes[rows, :-1], torch.zeros_like(codes[rows, :1])], dim=1)
-    ends = prefix[rows].unique_consecutive(return_counts=True)[1].cumsum(0).tolist()
-    result, position = codes.clone(), 0
-    for end in ends:  # one prefix at a time: its items and the free codes of its last level
-        part = rows[position:end]
-        above = quantizer.decode(upper[position:end]) - codebook[0]  # what the levels above reconstruct
-        residual = item_embeddings[part].to(codebook.dtype) - above
-        result[part, -1] = _assign(torch.cdist(residual, codebook), codes[part, -1])
-        position = end
-    return result
-
-
-def _assign(distance: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
-    """Different codes for the items of one prefix: owners first (nearest to the code they want), then the others, nearest first."""
-    own = distance.gather(1, wanted.unsqueeze(1))[:, 0]
-    taken, result, left = {}, wanted.clone(), []
-    for item in own.argsort(stable=True).tolist():
-        if int(wanted[item]) in taken:
-            left.append(item)
-        else:
-            taken[int(wanted[item])] = item
-    free = torch.ones(distance.shape[1], dtype=torch.bool, device=distance.device)
-    free[list(taken)] = False
-    for item in left:
-        code = distance[item].masked_fill(~free, float("inf")).argmin()
-        result[item], free[code] = code, False
-    return result

@@ -8,7 +8,6 @@ import torch
 from .balance import Prices, balanced_sizes, cheapest_two, enforce_sizes
 from .blocks import row_blocks, squared_distances
 
-
 # Most Lloyd iterations see a random sample: this many items per code (at least _MIN_SAMPLE_ITEMS in all). Plain clusters differ
 # in size, so that their sample must be larger: 256 is what faiss takes.
 _BALANCED_SAMPLE_PER_CODE = 64
@@ -32,7 +31,9 @@ def nearest_centroids(items: torch.Tensor, centroids: torch.Tensor) -> torch.Ten
     return codes
 
 
-def cluster_means(items: torch.Tensor, codes: torch.Tensor, previous: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def cluster_means(
+    items: torch.Tensor, codes: torch.Tensor, previous: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Means (K, D) and sizes (K,) of the clusters; an empty cluster keeps its `previous` centroid."""
     sums = torch.zeros_like(previous, dtype=torch.float64)
     for block in row_blocks(len(items), items.shape[1], items.device):
@@ -69,7 +70,7 @@ def train_codebook(
     """
     per_code = _BALANCED_SAMPLE_PER_CODE if balanced else _PLAIN_SAMPLE_PER_CODE
     order = torch.randperm(len(items), generator=generator)
-    order = order[: max(per_code * codebook_size, _MIN_SAMPLE_ITEMS)].to(items.device)
+    order = order[: max(per_code * codebook_size, _MIN_SAMPLE_ITEMS)].clone().to(items.device)
     train = _balanced if balanced else _plain
     return train(items, order, codebook_size, num_iterations, num_full_iterations)
 

@@ -1,4 +1,4 @@
-"""Quality of semantic IDs: reconstruction, utilisation, entropy, collisions (OneRec Technical Report, arXiv:2506.13695, Table 11)."""
+"""Quality of semantic IDs: the metrics of the OneRec Technical Report, arXiv:2506.13695, Table 11, and collisions."""
 
 import math
 from pathlib import Path
@@ -6,73 +6,118 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from .blocks import row_blocks
+from .collisions import row_ids
 from .residual import ResidualKMeans
 
 
-def quality_report(
-    codes: torch.Tensor, item_embeddings: torch.Tensor | np.ndarray, quantizer: ResidualKMeans
-) -> dict[str, float | list[float]]:
-    """
-    Numbers of Table 11, and how many items share a semantic ID.
+def quality_report(codes: torch.Tensor, item_embeddings: torch.Tensor, quantizer: ResidualKMeans) -> dict:
+    """Numbers that say how good a catalogue's semantic IDs are. Lists have one entry per level of the quantizer.
 
     Args:
-        codes (`torch.LongTensor` of shape `(num_items, num_levels)`): every code from 0 to K - 1.
-        item_embeddings (`(num_items, embedding_dim)`): what they stand for.
-        quantizer (`ResidualKMeans`): fitted, with as many levels.
+        codes (`torch.LongTensor` of shape `(num_items, num_levels)`): or one level more, appended by the collision policy
+            `"extra_level"`, which then counts in the three numbers about collisions and in no other.
+        item_embeddings (`torch.FloatTensor` of shape `(num_items, embedding_dim)`): the same rows on the same device.
+        quantizer (`ResidualKMeans`): fitted.
 
     Returns:
-        `dict` with `reconstruction_loss` (mean squared error per element), `relative_reconstruction_loss` (the same over the variance of
-        the embeddings around their mean; 0 is exact, 1 is no better than the mean), and per level `utilisation` (share of codes that
-        some item uses), `entropy` (Shannon entropy of the code histogram in nats) and `relative_entropy` (over ln K); then
-        `collision_rate` (share of items whose semantic ID another item has as well), `distinct_rate` (distinct semantic IDs over
-        items) and `largest_collision` (items of the most crowded semantic ID).
+        `dict` of plain numbers, ready for JSON:
+
+        - `num_items`, `codebook_size`
+        - `reconstruction_mse`: mean over items *and* elements of `(x - decode(codes))^2`.
+        - `reconstruction_relative`: the same sum over the sum of squared deviations of the items from their mean. 0 is perfect,
+          1 is one code for all. The Technical Report does not say how it normalises, so only ratios compare with its Table 11.
+        - `utilisation`: share of the codes that some item has.
+        - `entropy`: Shannon entropy of the code histogram in nats; `entropy_percent`: in percent of `ln K`.
+        - `collision_rate`: share of items that share their semantic ID with another item.
+        - `distinct_share`: number of distinct semantic IDs over number of items.
+        - `largest_group`: most items with one semantic ID.
     """
     item_embeddings = torch.as_tensor(item_embeddings)
-    error = variance = 0.0
-    mean = item_embeddings.double().mean(0)
-    for rows in torch.arange(len(codes)).split(65_536):
-        part = item_embeddings[rows].double()
-        error += (part - quantizer.decode(codes[rows]).double()).square().sum().item()
-        variance += (part - mean).square().sum().item()
-    size = quantizer.codebook_size
-    histograms = [torch.bincount(codes[:, level], minlength=size).double() for level in range(codes.shape[1])]
-    shares = [histogram / histogram.sum() for histogram in histograms]
-    entropy = [-(share * share.clamp_min(1e-300).log()).sum().item() for share in shares]
-    counts = torch.unique(codes, dim=0, return_counts=True)[1]
+    levels, size = quantizer.num_levels, quantizer.codebook_size
+    if codes.ndim != 2 or codes.shape[1] not in (levels, levels + 1) or len(codes) != len(item_embeddings):
+        raise ValueError(
+            f"`codes` has shape {tuple(codes.shape)}; expected ({len(item_embeddings)}, {levels}), or one column more after "
+            'the collision policy "extra_level".'
+        )
+    squared_error, deviation = 0.0, 0.0
+    mean = item_embeddings.mean(dim=0, dtype=torch.float64).float()
+    for block in row_blocks(*item_embeddings.shape, item_embeddings.device):
+        items = item_embeddings[block].float()
+        decoded = quantizer.decode(codes[block, :levels])
+        squared_error += (items - decoded).double().square().sum().item()
+        deviation += (items - mean).double().square().sum().item()
+    histograms = [torch.bincount(codes[:, level], minlength=size).double() for level in range(levels)]
+    entropies = [_entropy(histogram) for histogram in histograms]
+    groups = torch.bincount(row_ids(codes))
     return {
         "num_items": len(codes),
-        "reconstruction_loss": error / item_embeddings.numel(),
-        "relative_reconstruction_loss": error / variance if variance else 0.0,
+        "codebook_size": size,
+        "reconstruction_mse": squared_error / item_embeddings.numel(),
+        "reconstruction_relative": squared_error / deviation if deviation > 0 else 0.0,
         "utilisation": [(histogram > 0).double().mean().item() for histogram in histograms],
-        "entropy": entropy,
-        "relative_entropy": [value / math.log(size) for value in entropy],
-        "collision_rate": counts[counts > 1].sum().item() / len(codes),
-        "distinct_rate": len(counts) / len(codes),
-        "largest_collision": counts.max().item(),
+        "entropy": entropies,
+        "entropy_percent": [100 * entropy / math.log(size) for entropy in entropies],
+        "collision_rate": groups[groups > 1].sum().item() / len(codes),
+        "distinct_share": len(groups) / len(codes),
+        "largest_group": int(groups.max()),
     }
 
 
-def plot_codebook_usage(codes: torch.Tensor | np.ndarray, codebook_size: int, path: str | Path) -> None:
-    """
-    Picture (PNG): items per code, codes sorted by use, one line per level; a flat line is a balanced level.
+def _entropy(histogram: torch.Tensor) -> float:
+    shares = histogram[histogram > 0] / histogram.sum()
+    return -(shares * shares.log()).sum().item()
+
+
+def plot_codebook_usage(codes: torch.Tensor, codebook_size: int, path: str | Path) -> None:
+    """Draws how many items every code has, one panel per level, and writes a PNG.
+
+    Codes are sorted by use; the dashed line is what every code would have if all had the same.
 
     Args:
-        codes (`(num_items, num_levels)`): levels beyond the codebooks (an extra level) may have fewer codes.
+        codes (`torch.LongTensor` of shape `(num_items, num_levels)`): without a level that a collision policy appended.
         codebook_size (`int`): K.
+        path (`str` or `Path`): file to write, `.png`.
     """
-    from matplotlib.figure import Figure  # only pictures need matplotlib
-
-    codes = torch.as_tensor(codes)
-    figure = Figure(figsize=(6.0, 3.4), layout="constrained", dpi=150)
-    axes = figure.add_subplot()
-    for level in range(codes.shape[1]):
-        used = torch.bincount(codes[:, level].long(), minlength=codebook_size).sort(descending=True).values
-        axes.plot(range(1, len(used) + 1), used, label=f"level {level + 1}", drawstyle="steps-mid")
-    axes.axhline(len(codes) / codebook_size, color="grey", linewidth=0.8, linestyle=":", label="perfectly even")
-    axes.set_xlabel("code, most used first")
-    axes.set_ylabel("items")
-    axes.set_ylim(bottom=0)
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.grid(axis="y", alpha=0.3)
-    figure.legend(loc="outside upper center", ncols=codes.shape[1] + 1, frameon=False)
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise ImportError("`plot_codebook_usage` draws with matplotlib: `pip install matplotlib`.") from error
+    codes = torch.as_tensor(codes).cpu()
+    num_items, levels = codes.shape
+    if int(codes.max()) >= codebook_size:
+        raise ValueError(f"`codes` holds {int(codes.max())}, but `codebook_size` is {codebook_size}.")
+    figure = Figure(figsize=(1 + 3.4 * levels, 3.6), dpi=150, layout="constrained")
+    axes = figure.subplots(1, levels, sharey=True, squeeze=False)[0]
+    even = num_items / codebook_size
+    for level, axis in enumerate(axes):
+        histogram = torch.bincount(codes[:, level], minlength=codebook_size)
+        used = int((histogram > 0).sum())
+        percent = 100 * _entropy(histogram.double()) / math.log(codebook_size)
+        counts = histogram.sort(descending=True).values.numpy()
+        axis.stairs(counts, np.arange(codebook_size + 1), fill=True, color="#4c78a8", alpha=0.85, linewidth=0)
+        axis.axhline(even, color="#333333", linestyle=(0, (5, 3)), linewidth=1.1)
+        axis.set_title(f"Level {level + 1}", fontsize=11, fontweight="bold", loc="left")
+        axis.set_title(
+            f"{used} of {codebook_size} used, entropy {percent:.1f} %", fontsize=8.5, color="#555555", loc="right"
+        )
+        axis.set_xlim(0, codebook_size)
+        axis.set_xticks([0, codebook_size // 4, codebook_size // 2, 3 * codebook_size // 4, codebook_size])
+        axis.set_xlabel("codes, most used first", fontsize=9)
+        axis.spines[["top", "right"]].set_visible(False)
+        axis.tick_params(labelsize=8.5)
+        axis.grid(axis="y", color="#dddddd", linewidth=0.6)
+        axis.set_axisbelow(True)
+    axes[0].set_ylim(0, max(axes[0].get_ylim()[1], 1.25 * even))
+    axes[0].set_ylabel("items per code", fontsize=9)
+    axes[-1].annotate(
+        f"even: {even:,.4g}",
+        (codebook_size, even),
+        xytext=(0, 3),
+        textcoords="offset points",
+        fontsize=8.5,
+        color="#333333",
+        ha="right",
+    )
+    figure.get_layout_engine().set(wspace=0.05)
     figure.savefig(path)

@@ -1,4 +1,4 @@
-"""Residual k-means: item embeddings to semantic IDs, level by level (OneRec, arXiv:2502.18965, eq. 1; OneRec Technical Report, arXiv:2506.13695, section 2.1.2)."""
+"""Residual k-means: item embeddings to semantic IDs, level by level (OneRec, arXiv:2502.18965; report arXiv:2506.13695)."""
 
 import json
 import logging
@@ -11,7 +11,6 @@ from safetensors.torch import load_file, save_file
 
 from .blocks import row_blocks
 from .kmeans import nearest_centroids, train_codebook
-
 
 logger = logging.getLogger(__name__)
 
@@ -121,7 +120,7 @@ class ResidualKMeans:
         return self.fit(item_embeddings).train_codes
 
     def encode(self, item_embeddings: torch.Tensor | np.ndarray) -> torch.Tensor:
-        """Codes of any items by the nearest centroid of each level (paper 1, eq. 1).
+        """Codes of any items by the nearest centroid of each level (the papers' rule).
 
         Args:
             item_embeddings (`torch.FloatTensor` or `numpy.ndarray` of shape `(num_items, embedding_dim)`): any float type.
@@ -209,7 +208,9 @@ class ResidualKMeans:
 
     def _fitted(self) -> torch.Tensor:
         if self.codebooks is None:
-            raise RuntimeError("This ResidualKMeans has no codebooks yet: call `fit`, or load one with `from_pretrained`.")
+            raise RuntimeError(
+                "This ResidualKMeans has no codebooks yet: call `fit`, or load one with `from_pretrained`."
+            )
         return self.codebooks
 
     def _checked(self, item_embeddings: torch.Tensor | np.ndarray, width: int | None = None) -> torch.Tensor:
