@@ -35,8 +35,8 @@ class ModelArguments:
         default_factory=list, metadata={"help": "Columns of items.parquet as context features."}
     )
     user_features: list[str] = field(default_factory=list, metadata={"help": "Columns of users.parquet."})
-    max_categories: int = field(
-        default=10_000, metadata={"help": "Values kept per item or user feature; rarer ones share 0."}
+    max_categories: int | None = field(
+        default=None, metadata={"help": "Values kept per item or user feature, the rarer ones share 0; default all."}
     )
     num_beams: int = 50
     eval_users: int | None = field(

@@ -15,8 +15,8 @@ _MIN_PRICE_ITEMS = 4096
 _MAX_PRICE_ELEMENTS = 2**28
 # Softness of the assignment while prices are solved, in units of the mean margin between an item's two cheapest clusters, and
 # the steps at each.
-_TEMPERATURES = (0.3, 0.1)
-_STEPS_PER_TEMPERATURE = 8
+_TEMPERATURES = (0.3, 0.1, 0.03)
+_STEPS_PER_TEMPERATURE = 16
 # `enforce_sizes` stops asking when a round seats less than this share of those who wait.
 _SLOWEST_ROUND = 1 / 64
 

@@ -1,0 +1,249 @@
+"""Residual k-means: exact balance, hand-worked examples, nearest centroids by brute force, files, errors."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+
+from onerec_hf.semantic_ids import ResidualKMeans, quality_report, resolve_collisions
+from onerec_hf.semantic_ids import blocks as blocks_module
+from onerec_hf.semantic_ids.balance import Prices, balanced_sizes, cheapest_two, enforce_sizes
+from onerec_hf.semantic_ids.kmeans import train_codebook
+
+
+def clustered_items(num_items: int, width: int, num_clusters: int, seed: int = 0) -> torch.Tensor:
+    """Gaussian clusters of very different sizes."""
+    generator = torch.Generator().manual_seed(seed)
+    centers = 2 * torch.randn(num_clusters, width, generator=generator)
+    shares = torch.rand(num_clusters, generator=generator).square() + 0.02
+    cluster = torch.multinomial(shares, num_items, replacement=True, generator=generator)
+    return centers[cluster] + 0.5 * torch.randn(num_items, width, generator=generator)
+
+
+@pytest.fixture(scope="module")
+def items() -> torch.Tensor:
+    return clustered_items(603, 8, 20)
+
+
+@pytest.fixture(scope="module")
+def quantizer(items) -> ResidualKMeans:
+    return ResidualKMeans(num_levels=3, codebook_size=16, num_iterations=5, num_full_iterations=2).fit(items)
+
+
+def test_one_dimension_by_hand():
+    """Balanced: {0, 1, 2} and {10, 11, 51}, means 1 and 24. Plain: 51 is alone."""
+    items = torch.tensor([[51.0], [0.0], [10.0], [2.0], [11.0], [1.0]])
+    balanced = ResidualKMeans(num_levels=1, codebook_size=2).fit(items)
+    assert sorted(balanced.codebooks.flatten().tolist()) == [1.0, 24.0]
+    low = int(balanced.codebooks[0].argmin())
+    assert balanced.train_codes[:, 0].tolist() == [1 - low, low, 1 - low, low, 1 - low, low]
+    # deployed rule: 10 and 11 are nearer to 1 than to 24
+    assert balanced.encode(items)[:, 0].tolist() == [1 - low, low, low, low, low, low]
+    plain = ResidualKMeans(num_levels=1, codebook_size=2, balanced=False, seed=3).fit(items)
+    assert sorted(plain.codebooks.flatten().tolist()) == pytest.approx([4.8, 51.0])
+
+
+@pytest.mark.parametrize("num_items, size", [(64, 8), (67, 8), (103, 10), (8, 8), (9, 8), (300, 2)])
+def test_every_code_of_every_level_is_equally_full(num_items, size):
+    codes = ResidualKMeans(2, size, num_iterations=2, num_full_iterations=1).fit_encode(
+        clustered_items(num_items, 3, 4)
+    )
+    expected = [num_items // size + (code < num_items % size) for code in range(size)]
+    for level in range(2):
+        assert torch.bincount(codes[:, level], minlength=size).tolist() == expected
+
+
+def test_copies_of_one_item_are_spread_evenly():
+    items = torch.cat([torch.ones(90, 4), clustered_items(110, 4, 3)])
+    quantizer = ResidualKMeans(3, 8, num_iterations=3).fit(items)
+    assert quantizer.codebooks.isfinite().all()
+    for level in range(3):
+        assert torch.bincount(quantizer.train_codes[:, level]).tolist() == [25] * 8
+    assert torch.bincount(ResidualKMeans(1, 8).fit_encode(torch.zeros(80, 4))[:, 0]).tolist() == [10] * 8
+
+
+def test_centroids_are_the_means_of_the_residuals_of_their_items(items, quantizer):
+    residuals = items.clone()
+    for level, centroids in enumerate(quantizer.codebooks):
+        codes = quantizer.train_codes[:, level]
+        means = torch.stack([residuals[codes == code].mean(dim=0) for code in range(16)])
+        torch.testing.assert_close(centroids, means)
+        residuals = residuals - centroids[codes]
+
+
+def test_balanced_assignment_is_nearly_the_cheapest():
+    """Against the exact solution of the assignment problem with the same centroids."""
+    scipy_optimize = pytest.importorskip("scipy.optimize")
+    items = clustered_items(400, 4, 8)
+    centroids, codes = train_codebook(
+        items, 8, balanced=True, num_iterations=10, num_full_iterations=4, generator=torch.Generator().manual_seed(0)
+    )
+    costs = torch.cdist(items, centroids).square().repeat_interleave(50, dim=1)
+    rows, columns = scipy_optimize.linear_sum_assignment(costs.numpy())
+    exact = costs[rows, columns].sum().item()
+    assert (items - centroids[codes]).square().sum().item() < 1.01 * exact
+
+    without_prices, margins = cheapest_two(items, centroids, torch.zeros(8))
+    greedy = enforce_sizes(items, centroids, torch.zeros(8), without_prices, margins, balanced_sizes(400, 8))
+    assert (items - centroids[greedy]).square().sum().item() > 1.03 * exact  # what the prices are for
+
+
+def test_prices_fill_clusters_evenly():
+    items = clustered_items(2000, 4, 10)
+    prices, centroids = Prices(balanced_sizes(2000, 10)), items[:10]
+    before = torch.bincount(cheapest_two(items, centroids, prices.values)[0], minlength=10)
+    for _ in range(5):
+        prices.solve(items, centroids)
+    after = torch.bincount(cheapest_two(items, centroids, prices.values)[0], minlength=10)
+    assert (before - 200).abs().max() > 100
+    assert (after - 200).abs().max() < 20
+
+
+def test_enforce_sizes_by_hand():
+    """Three items ask for the centroid at 0, which has room for two: 0.2 loses least by going to the one at 10."""
+    items, centroids = torch.tensor([[0.2], [0.0], [0.1], [10.0]]), torch.tensor([[0.0], [10.0]])
+    codes, margins = cheapest_two(items, centroids, torch.zeros(2))
+    assert codes.tolist() == [0, 0, 0, 1]
+    torch.testing.assert_close(margins, torch.tensor([96.0, 100.0, 98.0, 100.0]))
+    fixed = enforce_sizes(items, centroids, torch.zeros(2), codes, margins, torch.tensor([2, 2]))
+    assert fixed.tolist() == [1, 0, 0, 1]
+
+
+def test_plain_k_means_resets_empty_codes():
+    items = torch.cat([torch.zeros(60, 1), torch.full((60, 1), 10.0), torch.tensor([[20.0], [30.0]])])
+    quantizer = ResidualKMeans(1, 4, balanced=False, seed=0).fit(items)
+    assert sorted(quantizer.codebooks.flatten().tolist()) == [0.0, 10.0, 20.0, 30.0]
+    assert torch.equal(quantizer.train_codes, quantizer.encode(items))
+
+
+@pytest.mark.parametrize("convert", [lambda x: x, lambda x: x.numpy(), lambda x: x.double(), lambda x: x.half()])
+def test_encode_takes_the_nearest_centroid(items, quantizer, convert):
+    given = convert(items[:50])
+    residuals = torch.as_tensor(given).float().numpy().astype(np.float64)
+    codes = quantizer.encode(given).numpy()
+    for level, centroids in enumerate(quantizer.codebooks.double().numpy()):
+        distances = ((residuals[:, None] - centroids[None]) ** 2).sum(axis=2)
+        np.testing.assert_array_equal(codes[:, level], distances.argmin(axis=1))
+        residuals = residuals - centroids[codes[:, level]]
+
+
+def test_small_blocks_change_nothing(items, quantizer, monkeypatch):
+    monkeypatch.setattr(blocks_module, "_CPU_ELEMENTS", 100)
+    assert len(list(blocks_module.row_blocks(603, 16, items.device))) == 101  # 6 rows of 16 columns at a time
+    again = ResidualKMeans(num_levels=3, codebook_size=16, num_iterations=5, num_full_iterations=2).fit(items)
+    torch.testing.assert_close(again.codebooks, quantizer.codebooks)
+    assert torch.equal(again.encode(items), quantizer.encode(items))
+
+
+def test_decode_by_hand():
+    quantizer = ResidualKMeans(num_levels=2, codebook_size=2)
+    quantizer.codebooks = torch.tensor([[[1.0, 0.0], [0.0, 1.0]], [[0.5, 0.5], [-0.25, 0.0]]])
+    assert quantizer.decode(torch.tensor([[0, 1], [1, 0]])).tolist() == [[0.75, 0.0], [0.5, 1.5]]
+    with pytest.raises(ValueError, match=r"shape \(1, 3\).*decodes \(num_items, 2\).*codes\[:, :2\]"):
+        quantizer.decode(torch.tensor([[0, 1, 0]]))
+    with pytest.raises(ValueError, match=r"from 0 to 2; they must be in \[0, 2\)"):
+        quantizer.decode(torch.tensor([[0, 2]]))
+
+
+@pytest.mark.parametrize("balanced", [True, False])
+def test_error_falls_with_every_level(items, balanced):
+    errors = []
+    for levels in (1, 2, 3):
+        quantizer = ResidualKMeans(levels, 16, balanced=balanced, num_iterations=5).fit(items)
+        errors.append(quality_report(quantizer.encode(items), items, quantizer)["reconstruction_relative"])
+    assert 1 > errors[0] > errors[1] > errors[2] > 0
+
+
+def test_levels_do_not_depend_on_how_many_follow(items, quantizer):
+    shorter = ResidualKMeans(num_levels=2, codebook_size=16, num_iterations=5, num_full_iterations=2).fit(items)
+    assert torch.equal(shorter.codebooks, quantizer.codebooks[:2])
+
+
+def test_same_seed_same_result(items, quantizer):
+    settings = {"num_levels": 3, "codebook_size": 16, "num_iterations": 5, "num_full_iterations": 2}
+    given = items.clone()
+    same = ResidualKMeans(**settings).fit(given)
+    assert torch.equal(same.codebooks, quantizer.codebooks)
+    assert torch.equal(same.train_codes, quantizer.train_codes)
+    assert torch.equal(given, items)  # not changed in place
+    assert not torch.equal(ResidualKMeans(**settings, seed=1).fit(items).codebooks, quantizer.codebooks)
+
+
+def test_save_and_load(items, quantizer, tmp_path):
+    quantizer.save_pretrained(tmp_path / "repo")
+    assert sorted(path.name for path in (tmp_path / "repo").iterdir()) == [
+        "quantizer.safetensors",
+        "quantizer_config.json",
+    ]
+    loaded = ResidualKMeans.from_pretrained(tmp_path / "repo")
+    assert torch.equal(loaded.codebooks, quantizer.codebooks)
+    assert torch.equal(loaded.encode(items), quantizer.encode(items))
+    assert loaded.train_codes is None
+    for name in ("num_levels", "codebook_size", "balanced", "num_iterations", "num_full_iterations", "seed"):
+        assert getattr(loaded, name) == getattr(quantizer, name)
+
+    config = json.loads((tmp_path / "repo" / "quantizer_config.json").read_text())
+    (tmp_path / "repo" / "quantizer_config.json").write_text(json.dumps({**config, "num_levels": 2}))
+    with pytest.raises(ValueError, match=r"shape \(3, 16, 8\).*says \(2, 16, 8\)"):
+        ResidualKMeans.from_pretrained(tmp_path / "repo")
+    with pytest.raises(FileNotFoundError, match=r"No quantizer_config\.json in .*nowhere"):
+        ResidualKMeans.from_pretrained(tmp_path / "nowhere")
+
+
+def test_errors_name_the_cause_and_the_remedy(items, quantizer):
+    with pytest.raises(ValueError, match=r"15 items cannot fill 16 codes.*at most 15"):
+        ResidualKMeans(3, 16).fit(items[:15])
+    broken = items.clone()
+    broken[3, 0], broken[5, 1], broken[5, 2] = float("nan"), float("inf"), float("nan")
+    for method in (ResidualKMeans(3, 16).fit, quantizer.encode):
+        with pytest.raises(ValueError, match=r"2 of 603 rows .* NaN or infinity: drop these items"):
+            method(broken)
+    with pytest.raises(ValueError, match=r"width 7, but the codebooks were trained on width 8"):
+        quantizer.encode(items[:, :7])
+    with pytest.raises(ValueError, match=r"shape \(603,\) and type torch\.float32"):
+        quantizer.encode(items[:, 0])
+    with pytest.raises(ValueError, match=r"type torch\.int64"):
+        ResidualKMeans(3, 16).fit(items.long())
+    for use in (lambda q: q.encode(items), lambda q: q.decode(items.long()), lambda q: q.save_pretrained("nowhere")):
+        with pytest.raises(RuntimeError, match="call `fit`"):
+            use(ResidualKMeans())
+    with pytest.raises(ValueError, match="`codebook_size` is 1; it must be at least 2"):
+        ResidualKMeans(codebook_size=1)
+
+
+def test_next_free_equals_a_plain_loop():
+    generator = torch.Generator().manual_seed(1)
+    quantizer = ResidualKMeans(num_levels=2, codebook_size=12)
+    quantizer.codebooks = torch.randn(2, 12, 3, generator=generator)
+    codes = torch.stack([torch.arange(80) % 8, torch.randint(0, 4, (80,), generator=generator)], dim=1)
+    items = quantizer.decode(codes) + 0.3 * torch.randn(80, 3, generator=generator)
+    resolved = resolve_collisions(codes, quantizer, items, policy="next_free")
+
+    residuals, last = items - quantizer.codebooks[0][codes[:, 0]], quantizer.codebooks[1]
+    distances = ((residuals[:, None] - last) ** 2).sum(dim=2)
+    own = distances.gather(1, codes[:, 1:])[:, 0]
+    expected = codes.clone()
+    for prefix in range(8):
+        ascending = [item for item in own.argsort().tolist() if codes[item, 0] == prefix]
+        free, movers = set(range(12)), []
+        for item in ascending:
+            movers += [] if int(codes[item, 1]) in free else [item]
+            free.discard(int(codes[item, 1]))
+        for item in movers:
+            expected[item, 1] = min(free, key=lambda code: distances[item, code].item())
+            free.discard(int(expected[item, 1]))
+    assert torch.equal(resolved, expected)
+    assert len(torch.unique(resolved, dim=0)) == 80
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_cuda_fits_and_encodes(items):
+    quantizer = ResidualKMeans(num_levels=3, codebook_size=16).fit(items.cuda())
+    assert quantizer.train_codes.is_cuda and quantizer.codebooks.is_cuda
+    assert [len(torch.bincount(column).unique()) for column in quantizer.train_codes.T] == [2, 2, 2]
+    codes = quantizer.encode(items)
+    assert not codes.is_cuda and (codes == quantizer.encode(items.cuda()).cpu()).float().mean() > 0.99
+    resolved = resolve_collisions(quantizer.train_codes, quantizer, items.cuda(), policy="next_free")
+    assert len(torch.unique(resolved, dim=0)) == len(items)
