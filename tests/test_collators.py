@@ -42,15 +42,16 @@ def test_features_run_parallel_to_the_items():
         item_features={"author": np.array([1, 2, 1, 3, 0])},
         user_features={"city": np.array([5, 7])},
     )
-    assert collator.context_feature_sizes == {"is_like": 3, "timestamp": 8, "author": 4}
+    assert collator.context_feature_sizes == {"author": 4, "is_like": 3, "timestamp": 8}
+    assert list(collator.context_feature_sizes) == ["author", "is_like", "timestamp"]  # columns are sorted by name
     assert collator.user_feature_sizes == {"city": 8}
     rows = [{"user": 1, "history": [0, 1, 3, 4], "is_like": [0, 1, 0, -1], "timestamp": [0, 3, 3, 1000]}]
     batch = collator(rows)
     # context: items 1 and 3; gaps 3 -> 1 + floor(log2 4) = 3, 0 -> 1 + floor(log2 1) = 1
-    assert batch["context_features"].tolist() == [[[2, 3, 2], [1, 1, 3]]]
+    assert batch["context_features"].tolist() == [[[2, 2, 3], [3, 1, 1]]]
     assert batch["user_features"].tolist() == [[7]]
     # generation sees the last two events; the gap before item 3 is still known: 0, and 997 -> 1 + floor(log2 998) = 10, clipped
-    assert collator.context(rows)["context_features"].tolist() == [[[1, 1, 3], [0, 7, 0]]]
+    assert collator.context(rows)["context_features"].tolist() == [[[3, 1, 1], [0, 0, 7]]]
 
 
 def test_event_features():

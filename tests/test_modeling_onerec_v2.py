@@ -179,6 +179,17 @@ def test_features_reach_the_output_and_are_demanded():
         tiny_model(catalogue)(input_ids=ids, **context, context_features=features)
 
 
+def test_the_order_of_features_survives_a_reload(tmp_path):
+    """config.json is written with sorted keys; the columns of context_features must not change their meaning with it."""
+    config = OneRecV2Config(
+        codebook_sizes=[4, 4], context_features={"watch": 5, "action": 9}, user_features={"z": 2, "b": 3}
+    )
+    config.save_pretrained(tmp_path)
+    again = OneRecV2Config.from_pretrained(tmp_path)
+    assert list(again.context_features) == list(config.context_features) == ["action", "watch"]
+    assert list(again.user_features) == list(config.user_features) == ["b", "z"]
+
+
 def test_learns_a_rule():
     """The next item is a function of the last one; a few steps must find it."""
     catalogue = tiny_catalogue(num_items=20, num_collisions=0)

@@ -83,7 +83,7 @@ def test_sft_with_features_evaluates_by_generation_and_resumes(quickstart, tmp_p
     evaluations = [record for record in whole["log"] if "eval_ndcg@10" in record]
     assert len(evaluations) == 2 and any("eval_loss" in record for record in whole["log"])
     config = json.loads((tmp_path / "whole" / "config.json").read_text())
-    assert list(config["context_features"]) == ["timestamp", "author_id"]
+    assert list(config["context_features"]) == ["author_id", "timestamp"]
     first = sorted((tmp_path / "whole").glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]))[0]
     resumed = train(quickstart, tmp_path / "resumed", "--resume_from_checkpoint", str(first))
     last = [report["log"][-1]["train_loss"] for report in (whole, resumed)]

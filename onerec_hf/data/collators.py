@@ -47,22 +47,18 @@ class OneRecCollator:
         self.event_features = {name: EventFeature(*feature) for name, feature in (event_features or {}).items()}
         self.item_features = {name: np.asarray(values) for name, values in (item_features or {}).items()}
         self.user_features = {name: np.asarray(values) for name, values in (user_features or {}).items()}
+        if both := set(self.event_features) & set(self.item_features):
+            raise ValueError(f"{sorted(both)} are event features and item features at once: rename one side.")
         for name, values in self.item_features.items():
             if values.shape != (len(self.item_token_ids),):
                 raise ValueError(
                     f"item feature {name!r} has shape {values.shape}, there are {len(self.item_token_ids)} items."
                 )
-
-    @property
-    def context_feature_sizes(self) -> dict[str, int]:
-        """`context_features` of the model config: name to number of values, event features first."""
         sizes = {name: feature.size for name, feature in self.event_features.items()}
-        return sizes | {name: int(values.max()) + 1 for name, values in self.item_features.items()}
-
-    @property
-    def user_feature_sizes(self) -> dict[str, int]:
-        """`user_features` of the model config."""
-        return {name: int(values.max()) + 1 for name, values in self.user_features.items()}
+        sizes |= {name: int(values.max()) + 1 for name, values in self.item_features.items()}
+        # `context_features` and `user_features` of the model config: sorted by name, as the config is
+        self.context_feature_sizes = dict(sorted(sizes.items()))
+        self.user_feature_sizes = {name: int(values.max()) + 1 for name, values in sorted(self.user_features.items())}
 
     def __call__(self, rows: list[dict]) -> dict[str, torch.Tensor]:
         if "targets" in rows[0]:
@@ -97,9 +93,11 @@ class OneRecCollator:
             size = len(history)
             context_ids[i, :size] = self.item_token_ids[history]
             mask[i, :size] = True
-            columns = [f.encode(self._column(row, name))[window] for name, f in self.event_features.items()]
-            columns += [values[history] for values in self.item_features.values()]
-            for j, column in enumerate(columns):
+            for j, name in enumerate(self.context_feature_sizes):
+                if name in self.event_features:
+                    column = self.event_features[name].encode(self._column(row, name))[window]
+                else:
+                    column = self.item_features[name][history]
                 features[i, :size, j] = column
         batch = {"context_ids": torch.from_numpy(context_ids), "context_mask": torch.from_numpy(mask)}
         if features.shape[2]:

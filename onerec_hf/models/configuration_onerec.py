@@ -31,7 +31,7 @@ class OneRecV2Config(PreTrainedConfig):
         num_context_key_value_heads (`int`, *optional*): G_kv, key/value groups of the context. Defaults to `num_attention_heads`.
         context_embed_dim (`int`, defaults to 90): Width of the embedding of each code and each feature of a context item.
         context_features (`dict[str, int]`, *optional*): Categorical features of every context item (action type, watch-time
-            bucket, author, ...): name to number of values. Value 0 stands for "unknown".
+            bucket, author, ...): name to number of values. Value 0 stands for "unknown". Columns run in the order of the names.
         user_features (`dict[str, int]`, *optional*): Categorical features of the user, as above.
         position_bias_buckets (`int`, defaults to 32): Buckets of the learned attention bias over the age of a context item
             (1 = the most recent one); 0 switches it off. Not in the paper, which does not describe positions.
@@ -84,8 +84,9 @@ class OneRecV2Config(PreTrainedConfig):
         self.num_key_value_heads = self.num_key_value_heads or self.num_attention_heads
         self.num_context_key_value_heads = self.num_context_key_value_heads or self.num_attention_heads
         self.head_dim = self.head_dim or self.hidden_size // self.num_attention_heads
-        self.context_features = dict(self.context_features or {})
-        self.user_features = dict(self.user_features or {})
+        # by name, because config.json is written with sorted keys: the columns must mean the same after a reload
+        self.context_features = dict(sorted((self.context_features or {}).items()))
+        self.user_features = dict(sorted((self.user_features or {}).items()))
         super().__post_init__(**kwargs)
 
     def validate_architecture(self):

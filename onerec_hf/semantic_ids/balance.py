@@ -15,7 +15,7 @@ _MIN_PRICE_ITEMS = 4096
 _MAX_PRICE_ELEMENTS = 2**28
 # Softness of the assignment while prices are solved, in units of the mean margin between an item's two cheapest clusters, and
 # the steps at each.
-_TEMPERATURES = (0.3, 0.1, 0.03)
+_TEMPERATURES = (0.3, 0.1)
 _STEPS_PER_TEMPERATURE = 16
 # `enforce_sizes` stops asking when a round seats less than this share of those who wait.
 _SLOWEST_ROUND = 1 / 64
@@ -95,8 +95,7 @@ class Prices:
         temperature = max(softness * margin, 1e-30)  # margin 0: all items are equal, and so are all temperatures
         kernel = torch.softmax(costs.div_(-temperature), dim=1)
         # The Hessian of the dual is a graph Laplacian, which twice its diagonal bounds: no K x K matrix is needed.
-        curvature = kernel.mean(dim=0) - torch.linalg.vector_norm(kernel, dim=0).square() / len(kernel)
-        curvature += 1e-3 * self.shares
+        curvature = kernel.mean(dim=0) - kernel.square().mean(dim=0) + 1e-3 * self.shares
         change = torch.zeros_like(self.values)
         for _ in range(_STEPS_PER_TEMPERATURE):
             weights = torch.exp(-change / temperature)

@@ -15,19 +15,22 @@ _PLAIN_SAMPLE_PER_CODE = 256
 _MIN_SAMPLE_ITEMS = 16384
 
 
-def nearest_centroids(items: torch.Tensor, centroids: torch.Tensor) -> torch.Tensor:
-    """`argmin_k ||x - c_k||^2` of every item, the lower index on ties.
+def nearest_centroids(
+    items: torch.Tensor, centroids: torch.Tensor, prices: torch.Tensor | None = None
+) -> torch.Tensor:
+    """`argmin_k ||x - c_k||^2 + p_k` of every item, the lower index on ties.
 
     Args:
         items (`torch.FloatTensor` of shape `(N, D)`): vectors, any float type.
         centroids (`torch.FloatTensor` of shape `(K, D)`): float32, on the same device.
+        prices (`torch.FloatTensor` of shape `(K,)`, *optional*): none where not given.
 
     Returns:
         `torch.LongTensor` of shape `(N,)`.
     """
     codes = torch.empty(len(items), dtype=torch.long, device=items.device)
     for block in row_blocks(len(items), len(centroids), items.device):
-        codes[block] = squared_distances(items[block], centroids).argmin(dim=1)
+        codes[block] = squared_distances(items[block], centroids, prices).argmin(dim=1)
     return codes
 
 
@@ -98,7 +101,7 @@ def _balanced(items, order, codebook_size, num_iterations, num_full_iterations) 
     prices = Prices(sizes)
     for _ in range(num_iterations):
         prices.solve(sample, centroids)
-        codes, _ = cheapest_two(sample, centroids, prices.values)
+        codes = nearest_centroids(sample, centroids, prices.values)
         prices.correct(codes, codes[: prices.sample_size])
         centroids, _ = cluster_means(sample, codes, centroids)
     lowest, best = float("inf"), None
