@@ -16,7 +16,7 @@ quickstart: $(BIN)/.installed  ## simulated world -> semantic IDs -> OneRec-V2 -
 	HF_HUB_OFFLINE=1 $(BIN)/python recipes/quickstart.py --output outputs/quickstart
 
 test: $(BIN)/.installed  ## the whole suite, offline
-	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n 2 tests
+	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n 2 --dist loadfile tests
 
 check: $(BIN)/.installed  ## lint and format
 	$(BIN)/ruff check .
