@@ -113,7 +113,7 @@ def test_enforce_sizes_by_hand():
 def test_plain_k_means_resets_empty_codes():
     items = torch.cat([torch.zeros(60, 1), torch.full((60, 1), 10.0), torch.tensor([[20.0], [30.0]])])
     quantizer = ResidualKMeans(1, 4, balanced=False, seed=0).fit(items)
-    assert sorted(quantizer.codebooks.flatten().tolist()) == [0.0, 10.0, 20.0, 30.0]
+    assert sorted(quantizer.codebooks.flatten().tolist()) == pytest.approx([0.0, 10.0, 20.0, 30.0], abs=1e-5)
     assert torch.equal(quantizer.train_codes, quantizer.encode(items))
 
 
@@ -235,6 +235,14 @@ def test_next_free_equals_a_plain_loop():
             free.discard(int(expected[item, 1]))
     assert torch.equal(resolved, expected)
     assert len(torch.unique(resolved, dim=0)) == 80
+
+
+def test_items_far_from_the_origin():
+    """Float32 keeps 7 digits: without centring, squared distances of 100 beside squared norms of 10^9 would be noise."""
+    items = clustered_items(400, 8, 20)
+    near, far = (ResidualKMeans(2, 16, num_iterations=5).fit(x) for x in (items, items + 10_000))
+    errors = [(x - q.decode(q.encode(x))).square().mean().item() for x, q in ((items, near), (items + 10_000, far))]
+    assert errors[1] == pytest.approx(errors[0], rel=0.05)
 
 
 @pytest.mark.gpu

@@ -9,10 +9,12 @@ import torch
 
 from .blocks import row_blocks, squared_distances
 
-# The prices are solved on a sample: this many items per code, as far as a (sample, K) matrix keeps under 1 GiB.
-_PRICE_ITEMS_PER_CODE = 16
-_MIN_PRICE_ITEMS = 4096
-_MAX_PRICE_ELEMENTS = 2**28
+# The prices are solved on a sample: 16 items per code, fewer where a (sample, K) matrix, of which two exist at a time, would have
+# more than 2^25 elements, but at least 4 per code (K = 8192: 1 GiB) and at least 4096 in all.
+_MOST_ITEMS_PER_CODE = 16
+_LEAST_ITEMS_PER_CODE = 4
+_LEAST_ITEMS = 4096
+_ELEMENTS = 2**25
 # Softness of the assignment while prices are solved, in units of the mean margin between an item's two cheapest clusters, and
 # the steps at each.
 _TEMPERATURES = (0.3, 0.1)
@@ -58,8 +60,9 @@ class Prices:
 
     def __init__(self, sizes: torch.Tensor):
         codebook_size = len(sizes)
-        rows = max(_PRICE_ITEMS_PER_CODE * codebook_size, _MIN_PRICE_ITEMS)
-        self.sample_size = min(rows, max(1, _MAX_PRICE_ELEMENTS // codebook_size), int(sizes.sum()))
+        rows = min(_MOST_ITEMS_PER_CODE * codebook_size, _ELEMENTS // codebook_size)
+        rows = max(rows, _LEAST_ITEMS_PER_CODE * codebook_size, _LEAST_ITEMS)
+        self.sample_size = min(rows, int(sizes.sum()))
         self.shares = sizes.float() / sizes.sum()  # (K,) of all items
         self.targets = self.shares  # (K,) of the sample
         self.values = torch.zeros_like(self.shares)
@@ -89,13 +92,17 @@ class Prices:
         return ((distances + prices).amin(dim=1).mean() - (prices * self.targets).sum()).item()
 
     def _ascend(self, costs: torch.Tensor, softness: float) -> torch.Tensor:
-        """Change of the prices (K,) at one temperature; overwrites `costs` (n, K)."""
+        """Change of the prices (K,) at one temperature. `costs` (n, K) is overwritten: it may be 1 GiB."""
         smallest, _ = _two_smallest(costs[:2048])
         margin = (smallest[:, -1] - smallest[:, 0]).mean().item()
         temperature = max(softness * margin, 1e-30)  # margin 0: all items are equal, and so are all temperatures
-        kernel = torch.softmax(costs.div_(-temperature), dim=1)
+        kernel = costs.sub_(costs.amin(dim=1, keepdim=True)).div_(-temperature).exp_()
+        kernel.div_(kernel.sum(dim=1, keepdim=True))  # softmax in place
+        squares = torch.zeros_like(self.values)
+        for block in row_blocks(*kernel.shape, kernel.device):
+            squares += kernel[block].square().sum(dim=0)
         # The Hessian of the dual is a graph Laplacian, which twice its diagonal bounds: no K x K matrix is needed.
-        curvature = kernel.mean(dim=0) - kernel.square().mean(dim=0) + 1e-3 * self.shares
+        curvature = kernel.mean(dim=0) - squares / len(kernel) + 1e-3 * self.shares
         change = torch.zeros_like(self.values)
         for _ in range(_STEPS_PER_TEMPERATURE):
             weights = torch.exp(-change / temperature)

@@ -97,6 +97,8 @@ class ResidualKMeans:
             )
         generator = torch.Generator().manual_seed(self.seed)
         residuals = item_embeddings.to(torch.float32, copy=True)
+        center = residuals.mean(dim=0)  # distances lose their last digits where all items are far from the origin
+        residuals -= center
         codebooks, codes = [], torch.empty(len(residuals), self.num_levels, dtype=torch.long, device=residuals.device)
         for level in range(self.num_levels):
             start = time.perf_counter()
@@ -110,7 +112,7 @@ class ResidualKMeans:
             )
             for block in row_blocks(*residuals.shape, residuals.device):
                 residuals[block] -= centroids[codes[block, level]]
-            codebooks.append(centroids)
+            codebooks.append(centroids + center if level == 0 else centroids)
             logger.info("level %d of %d: %.1f s", level + 1, self.num_levels, time.perf_counter() - start)
         self.codebooks, self.train_codes = torch.stack(codebooks), codes
         return self
@@ -132,9 +134,10 @@ class ResidualKMeans:
         item_embeddings = self._checked(item_embeddings, width=codebooks.shape[2])
         codebooks = codebooks.to(item_embeddings.device)
         codes = torch.empty(len(item_embeddings), self.num_levels, dtype=torch.long, device=item_embeddings.device)
-        width = max(codebooks.shape[1:])
-        for block in row_blocks(len(item_embeddings), width, item_embeddings.device):
-            residuals = item_embeddings[block].to(torch.float32, copy=True)
+        center = codebooks[0].mean(dim=0)
+        codebooks = [codebooks[0] - center, *codebooks[1:]]
+        for block in row_blocks(*item_embeddings.shape, item_embeddings.device):
+            residuals = item_embeddings[block].float() - center
             for level, centroids in enumerate(codebooks):
                 codes[block, level] = nearest_centroids(residuals, centroids)
                 residuals -= centroids[codes[block, level]]
