@@ -2,7 +2,8 @@
 
 With fixed centroids, "every cluster takes exactly its size, at the least total squared distance" is a transport problem. Its
 dual has one price per cluster: item x goes to `argmin_k ||x - c_k||^2 + p_k`, and the right prices make every cluster exactly
-full (power diagrams; Aurenhammer, Hoffmann, Aronov, Algorithmica 20, 1998). The papers do not say how they solve it.
+full (power diagrams; Aurenhammer, Hoffmann, Aronov, Algorithmica 20, 1998). Algorithm 1 as printed fills one cluster after the
+other instead; see `kmeans._balanced` for why this module does not.
 """
 
 import torch
