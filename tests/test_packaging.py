@@ -6,7 +6,6 @@ from pathlib import Path
 
 import onerec_hf
 
-
 ROOT = Path(__file__).resolve().parents[1]
 
 
