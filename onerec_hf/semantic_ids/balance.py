@@ -68,8 +68,8 @@ class Prices:
         self.targets = self.shares  # (K,) of the sample
         self.values = torch.zeros_like(self.shares)
 
-    def solve(self, sample: torch.Tensor, centroids: torch.Tensor) -> None:
-        """Updates `values` for these centroids from the first `sample_size` rows of `sample` (n, D)."""
+    def solve(self, sample: torch.Tensor, centroids: torch.Tensor) -> torch.Tensor:
+        """Updates `values` for these centroids from the first `sample_size` rows of `sample`; returns their codes."""
         distances = squared_distances(sample[: self.sample_size], centroids)
         no_prices = torch.zeros_like(self.values)
         # Centroids that jumped (the first means) make warm prices worse than none.
@@ -78,6 +78,7 @@ class Prices:
         for softness in _TEMPERATURES:
             self.values = self.values + self._ascend(distances + self.values, softness)
         self.values = self.values - self.values.mean()
+        return distances.add_(self.values).argmin(dim=1)
 
     def correct(self, codes: torch.Tensor, sample_codes: torch.Tensor) -> None:
         """Sets the shares to aim at on the sample, given the codes that items and sample got at the same prices."""

@@ -99,16 +99,18 @@ def _balanced(items, order, codebook_size, num_iterations, num_full_iterations) 
     centroids = sample[:codebook_size].clone()
     sizes = balanced_sizes(len(items), codebook_size).to(items.device)
     prices = Prices(sizes)
-    for _ in range(num_iterations):
-        prices.solve(sample, centroids)
-        codes = nearest_centroids(sample, centroids, prices.values)
-        prices.correct(codes, codes[: prices.sample_size])
-        centroids, _ = cluster_means(sample, codes, centroids)
+    for iteration in range(num_iterations):
+        first_half = 2 * iteration < num_iterations  # coarse centroids need few items
+        seen = sample[: max(prices.sample_size, len(sample) // 4)] if first_half else sample
+        own = prices.solve(sample, centroids)
+        codes = torch.cat([own, nearest_centroids(seen[len(own) :], centroids, prices.values)])
+        prices.correct(codes, own)
+        centroids, _ = cluster_means(seen, codes, centroids)
     lowest, best = float("inf"), None
     for _ in range(num_full_iterations):
-        prices.solve(sample, centroids)
+        own = prices.solve(sample, centroids)
         codes, margins = cheapest_two(items, centroids, prices.values)
-        prices.correct(codes, codes[order[: prices.sample_size]])
+        prices.correct(codes, own)
         codes = enforce_sizes(items, centroids, prices.values, codes, margins, sizes)
         centroids, _ = cluster_means(items, codes, centroids)
         # Squared error of a partition: sum_i ||x_i||^2, the same for all, minus sum_k |V_k| ||c_k||^2.
