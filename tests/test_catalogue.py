@@ -1,7 +1,5 @@
 """Catalogue and tokenizer: the index against plain sets, item ids, collisions, subsets, files, bad input."""
 
-import time
-
 import numpy as np
 import pytest
 import torch
@@ -128,7 +126,5 @@ def test_a_million_items():
     generator = np.random.default_rng(0)
     codes = generator.integers(0, 8192, (1_000_000, 3))
     tokenizer = SemanticIdTokenizer(catalogue=Catalogue(codes, [8192] * 3))
-    start = time.perf_counter()
     ids = tokenizer.encode_items(np.arange(1_000_000)[::-1])
     assert (ids == codes[::-1] + tokenizer.level_offsets).all()
-    assert time.perf_counter() - start < 60  # seconds, not minutes; no claim about speed
