@@ -2,7 +2,7 @@
 
     python recipes/quickstart.py --output outputs/quickstart
 
-About 4 minutes on 2 cores. Everything below the world is what one's own data go through: `prepare.py`, `baseline.py`, `sft.py`.
+A few minutes on 2 cores. Everything below the world is what one's own data go through: `prepare.py`, `baseline.py`, `sft.py`.
 The numbers belong to a simulated world and say nothing about real users.
 """
 
