@@ -4,13 +4,20 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokeni
 
 from .beam_search import BeamSearchOutput, CatalogueLogitsProcessor, beam_search
 from .catalogue import Catalogue
-from .configuration_onerec import OneRecV2Config
+from .configuration_onerec import OneRecConfig, OneRecV1Config, OneRecV2Config
 from .layers import ContextKV
+from .modeling_onerec import OneRecForCausalLM, OneRecModel, OneRecPreTrainedModel
+from .modeling_onerec_v1 import OneRecV1ForCausalLM, OneRecV1Model, OneRecV1PreTrainedModel
 from .modeling_onerec_v2 import OneRecV2ForCausalLM, OneRecV2Model, OneRecV2PreTrainedModel
 from .modeling_semantic_id import SemanticIdCausalLMOutput
+from .moe import balance_experts
 from .tokenization_semantic_id import SemanticIdTokenizer
 
-for _config, _model in ((OneRecV2Config, OneRecV2ForCausalLM),):
+for _config, _model in (
+    (OneRecConfig, OneRecForCausalLM),
+    (OneRecV1Config, OneRecV1ForCausalLM),
+    (OneRecV2Config, OneRecV2ForCausalLM),
+):
     AutoConfig.register(_config.model_type, _config, exist_ok=True)
     AutoModel.register(_config, _model, exist_ok=True)  # AutoModel.from_pretrained(...).generate() works
     AutoModelForCausalLM.register(_config, _model, exist_ok=True)
@@ -25,11 +32,20 @@ __all__ = [
     "Catalogue",
     "CatalogueLogitsProcessor",
     "ContextKV",
+    "OneRecConfig",
+    "OneRecForCausalLM",
+    "OneRecModel",
+    "OneRecPreTrainedModel",
+    "OneRecV1Config",
+    "OneRecV1ForCausalLM",
+    "OneRecV1Model",
+    "OneRecV1PreTrainedModel",
     "OneRecV2Config",
     "OneRecV2ForCausalLM",
     "OneRecV2Model",
     "OneRecV2PreTrainedModel",
     "SemanticIdCausalLMOutput",
     "SemanticIdTokenizer",
+    "balance_experts",
     "beam_search",
 ]

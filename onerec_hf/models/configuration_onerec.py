@@ -1,6 +1,6 @@
 """Configurations of the OneRec models, on one page: what differs between the systems is one screen."""
 
-from typing import Literal
+from typing import ClassVar, Literal
 
 from huggingface_hub.dataclasses import strict
 from transformers.configuration_utils import PreTrainedConfig
@@ -9,59 +9,72 @@ NUM_SPECIAL_TOKENS = 4  # <|pad|>, <|sid_begin|>, <|sid_end|>, <|unk|>
 
 
 @strict
-class OneRecV2Config(PreTrainedConfig):
+class SemanticIdConfig(PreTrainedConfig):
     r"""
-    Configuration of [`OneRecV2ForCausalLM`], the lazy decoder-only model of OneRec-V2 (arXiv:2508.20900, section 2).
-
-    The defaults are the 1B model of the paper's Table 5. Where the paper is silent, the argument says so.
+    What the configurations of all OneRec models share. Where the papers are silent, the argument says so.
 
     Args:
         codebook_sizes (`list[int]`, *optional*, defaults to `[8192, 8192, 8192]`):
             Codes per level of the semantic IDs, first level first.
-        hidden_size (`int`, defaults to 1792): d_model.
-        intermediate_size (`int`, *optional*): Width of the SwiGLU feed-forward. Not in the paper; `4 * hidden_size` fits its
-            FLOPs at 0.5B exactly and is the default.
-        num_hidden_layers (`int`, defaults to 18): Depth of the lazy decoder.
-        num_attention_heads (`int`, defaults to 14): Query heads.
-        num_key_value_heads (`int`, *optional*): Key/value heads of the **self**-attention. Not in the paper; defaults to
+        hidden_size (`int`): d_model.
+        intermediate_size (`int`, *optional*): Width of the dense feed-forward.
+        gated_mlp (`bool`): Dense feed-forward with a gate (SwiGLU, three matrices) or without (two matrices, SiLU).
+        num_hidden_layers (`int`): Depth of the decoder.
+        num_attention_heads (`int`): Query heads.
+        num_key_value_heads (`int`, *optional*): Key/value heads of the self-attention. Not in the papers; defaults to
             `num_attention_heads`.
         head_dim (`int`, *optional*): Defaults to `hidden_size // num_attention_heads`.
-        num_context_layers (`int`, defaults to 1): L_kv, the number of distinct context key/value sets (section 2.2.2).
-        context_key_value_split (`int`, defaults to 1): S_kv; 1 shares keys and values (v = k), 2 keeps separate values.
         num_context_key_value_heads (`int`, *optional*): G_kv, key/value groups of the context. Defaults to `num_attention_heads`.
-        context_embed_dim (`int`, defaults to 90): Width of the embedding of each code and each feature of a context item.
+        context_embed_dim (`int`): Width of the embedding of each code and each feature of a context item, and of each user feature.
         context_features (`dict[str, int]`, *optional*): Categorical features of every context item (action type, watch-time
             bucket, author, ...): name to number of values. Value 0 stands for "unknown". Columns run in the order of the names.
         user_features (`dict[str, int]`, *optional*): Categorical features of the user, as above.
-        position_bias_buckets (`int`, defaults to 32): Buckets of the learned attention bias over the age of a context item
-            (1 = the most recent one); 0 switches it off. Not in the paper, which does not describe positions.
-        position_bias_max_distance (`int`, defaults to 128): Ages beyond it share the last bucket.
+        feature_embed_dims (`dict[str, int]`, *optional*): Widths of single features, by name, instead of `context_embed_dim`.
+        num_experts (`int`, defaults to 0): Routed SwiGLU experts of a mixture-of-experts block; 0 makes every block dense.
+        num_experts_per_tok (`int`): Experts that each token is sent to.
+        num_shared_experts (`int`): Experts that every token is sent to; only OneRec-V2 mentions one.
+        moe_intermediate_size (`int`, *optional*): Width of an expert.
+        first_dense_layers (`int`): Blocks at the start of the decoder that stay dense.
+        moe_layer_step (`int`, defaults to 1): From there, every n-th block is a mixture of experts.
+        router_scoring (`"softmax"` or `"sigmoid"`): How router logits become gates (OneRec eq. 2: softmax).
+        normalize_gates (`bool`): Whether the gates of the chosen experts are scaled to sum 1.
+        router_bias_update_rate (`float`): gamma of the loss-free balancing (DeepSeek-V3, arXiv:2412.19437); 0 turns it off. The
+            papers name the method and no rate.
         score_normalization (`"level"` or `"valid"`, defaults to `"level"`):
             What a code's probability is normalised over, in the loss, in beam scores, everywhere: all codes of its level (the
             papers' softmax), or the codes that continue the prefix to an existing item (a departure; needs a catalogue).
-        dropout (`float`, defaults to 0.0): On context inputs, attention outputs and feed-forward outputs. Not in the paper.
+        loss_reduction (`"mean"` or `"sum"`): Over the codes of a row: OneRec and the Technical Report sum, OneRec-V2 averages.
+        dropout (`float`, defaults to 0.0): On context inputs, attention outputs and feed-forward outputs. Not in the papers.
     """
 
-    model_type = "onerec_v2"
     keys_to_ignore_at_inference = ["past_key_values", "context_kv"]
+    session_wise: ClassVar[bool] = False  # True where one row of `input_ids` holds several items, BOS before each
 
     codebook_sizes: list[int] | None = None
     vocab_size: int | None = None
-    hidden_size: int = 1792
+    hidden_size: int = 1024
     intermediate_size: int | None = None
-    num_hidden_layers: int = 18
-    num_attention_heads: int = 14
+    gated_mlp: bool = False
+    num_hidden_layers: int = 4
+    num_attention_heads: int = 8
     num_key_value_heads: int | None = None
     head_dim: int | None = None
-    num_context_layers: int = 1
-    context_key_value_split: int = 1
     num_context_key_value_heads: int | None = None
-    context_embed_dim: int = 90
+    context_embed_dim: int = 128
     context_features: dict[str, int] | None = None
     user_features: dict[str, int] | None = None
-    position_bias_buckets: int = 32
-    position_bias_max_distance: int = 128
+    feature_embed_dims: dict[str, int] | None = None
+    num_experts: int = 0
+    num_experts_per_tok: int = 2
+    num_shared_experts: int = 0
+    moe_intermediate_size: int | None = None
+    first_dense_layers: int = 0
+    moe_layer_step: int = 1
+    router_scoring: Literal["softmax", "sigmoid"] = "sigmoid"
+    normalize_gates: bool = True
+    router_bias_update_rate: float = 0.001
     score_normalization: Literal["level", "valid"] = "level"
+    loss_reduction: Literal["mean", "sum"] = "sum"
     dropout: float = 0.0
     initializer_range: float = 0.02
     rms_norm_eps: float = 1e-6
@@ -80,13 +93,16 @@ class OneRecV2Config(PreTrainedConfig):
                 f"{NUM_SPECIAL_TOKENS} specials and every code, {size} in all. Leave vocab_size out."
             )
         self.vocab_size = size
-        self.intermediate_size = self.intermediate_size or 4 * self.hidden_size
+        self.intermediate_size = self.intermediate_size or (4 if self.gated_mlp else 2) * self.hidden_size
+        # (2/3) 4 d made a multiple of 128 (Technical Report, section 2.2.3)
+        self.moe_intermediate_size = self.moe_intermediate_size or -(-8 * self.hidden_size // 384) * 128
         self.num_key_value_heads = self.num_key_value_heads or self.num_attention_heads
         self.num_context_key_value_heads = self.num_context_key_value_heads or self.num_attention_heads
         self.head_dim = self.head_dim or self.hidden_size // self.num_attention_heads
         # by name, because config.json is written with sorted keys: the columns must mean the same after a reload
         self.context_features = dict(sorted((self.context_features or {}).items()))
         self.user_features = dict(sorted((self.user_features or {}).items()))
+        self.feature_embed_dims = dict(self.feature_embed_dims or {})
         super().__post_init__(**kwargs)
 
     def validate_architecture(self):
@@ -98,15 +114,22 @@ class OneRecV2Config(PreTrainedConfig):
                 raise ValueError(
                     f"{name}={getattr(self, name)} must divide num_attention_heads={self.num_attention_heads}."
                 )
-        if self.context_key_value_split not in (1, 2):
+        if self.num_experts and not 1 <= self.num_experts_per_tok <= self.num_experts:
             raise ValueError(
-                f"context_key_value_split={self.context_key_value_split}: S_kv is 1 (v = k) or 2 (separate v)."
+                f"num_experts_per_tok={self.num_experts_per_tok} must be 1 to num_experts={self.num_experts}."
             )
-        if not 1 <= self.num_context_layers <= self.num_hidden_layers:
+        if self.moe_layer_step < 1:
             raise ValueError(
-                f"num_context_layers={self.num_context_layers}: L_kv must be between 1 and num_hidden_layers="
-                f"{self.num_hidden_layers}."
+                f"moe_layer_step={self.moe_layer_step}: 1 makes every block a mixture, 2 every second one."
             )
+        known = {*self.context_features, *self.user_features}
+        if unknown := sorted(set(self.feature_embed_dims) - known):
+            raise ValueError(f"feature_embed_dims names {unknown}; the features are {sorted(known)}.")
+
+    def is_moe_layer(self, layer_idx: int) -> bool:
+        """Whether decoder block `layer_idx` is a mixture of experts."""
+        beyond = layer_idx - self.first_dense_layers
+        return self.num_experts > 0 and beyond >= 0 and beyond % self.moe_layer_step == 0
 
     @property
     def num_levels(self) -> int:
@@ -119,4 +142,138 @@ class OneRecV2Config(PreTrainedConfig):
         return [NUM_SPECIAL_TOKENS + sum(self.codebook_sizes[:level]) for level in range(self.num_levels)]
 
 
-__all__ = ["NUM_SPECIAL_TOKENS", "OneRecV2Config"]
+@strict
+class OneRecConfig(SemanticIdConfig):
+    r"""
+    Configuration of [`OneRecForCausalLM`], the session-wise encoder-decoder of OneRec (arXiv:2502.18965).
+
+    The paper gives no widths and depths: the defaults are those of the Technical Report's 0.935B model.
+
+    Args:
+        num_session_items (`int`, defaults to 5): m, the most items of a session.
+        num_encoder_layers (`int`, defaults to 4): Blocks of the bidirectional encoder over the behaviour sequence.
+        max_context_items (`int`, defaults to 256): n; older items share the position embedding of the oldest one.
+        context_tokens (`"code"` or `"item"`, defaults to `"code"`): What the encoder sees: every code of every item as a token
+            (n * L tokens), or one token per item that concatenates its codes. The paper does not say.
+        kwargs: See [`SemanticIdConfig`]. Here the defaults are 24 experts, 2 per token, softmax gates that are not renormalised,
+            no shared expert and no balancing (eq. 2).
+    """
+
+    model_type = "onerec"
+    session_wise: ClassVar[bool] = True
+
+    num_session_items: int = 5
+    num_encoder_layers: int = 4
+    max_context_items: int = 256
+    context_tokens: Literal["code", "item"] = "code"
+    num_experts: int = 24
+    router_scoring: Literal["softmax", "sigmoid"] = "softmax"
+    normalize_gates: bool = False
+    router_bias_update_rate: float = 0.0
+
+
+@strict
+class OneRecV1Config(SemanticIdConfig):
+    r"""
+    Configuration of [`OneRecV1ForCausalLM`], the encoder-decoder of the OneRec Technical Report (arXiv:2506.13695).
+
+    The defaults are the 0.935B model of its Table 1.
+
+    Args:
+        num_encoder_layers (`int`, defaults to 4): Blocks of the encoder.
+        encoder_moe (`bool`, defaults to `False`): Mixture-of-experts blocks in the encoder too (the 2.633B model).
+        short_term_length (`int`, defaults to 20): L_s, the latest interactions. 0 leaves a pathway out.
+        positive_length (`int`, defaults to 256): L_p, interactions with high engagement.
+        lifelong_length (`int`, defaults to 2000): L_l, the compressed history.
+        num_lifelong_queries (`int`, defaults to 128): N_q, tokens that the QFormer makes of the lifelong pathway.
+        num_lifelong_layers (`int`, defaults to 2): N_l, its blocks.
+        lifelong_residual (`bool`, defaults to `True`): Residual connections in its blocks; the report prints none.
+        code_embed_dim (`int`, *optional*): Width of each code's embedding. How the codes become the vid vector of width d is not in
+            the report; they are concatenated, each `hidden_size // num_levels` wide by default.
+        kwargs: See [`SemanticIdConfig`]. The gate function, its normalisation and the rate of the balancing are not in the report:
+            those of DeepSeek-V3.
+    """
+
+    model_type = "onerec_v1"
+
+    num_encoder_layers: int = 4
+    encoder_moe: bool = False
+    short_term_length: int = 20
+    positive_length: int = 256
+    lifelong_length: int = 2000
+    num_lifelong_queries: int = 128
+    num_lifelong_layers: int = 2
+    lifelong_residual: bool = True
+    code_embed_dim: int | None = None
+    num_experts: int = 24
+
+    def __post_init__(self, **kwargs):
+        super().__post_init__(**kwargs)
+        self.code_embed_dim = self.code_embed_dim or self.hidden_size // self.num_levels
+
+    def validate_pathways(self):
+        """Part of the strict validation: lengths of the pathways."""
+        if min(self.pathway_lengths.values()) < 0 or not any(self.pathway_lengths.values()):
+            raise ValueError(f"pathway lengths {self.pathway_lengths}: none may be negative, and one must be above 0.")
+        if self.lifelong_length and self.num_lifelong_queries < 1:
+            raise ValueError(
+                f"num_lifelong_queries={self.num_lifelong_queries}: the lifelong pathway needs at least one."
+            )
+
+    @property
+    def pathway_lengths(self) -> dict[str, int]:
+        """Items of each pathway, in the order in which they stand in `context_ids`."""
+        lengths = (self.short_term_length, self.positive_length, self.lifelong_length)
+        return dict(zip(("short_term", "positive", "lifelong"), lengths))
+
+
+@strict
+class OneRecV2Config(SemanticIdConfig):
+    r"""
+    Configuration of [`OneRecV2ForCausalLM`], the lazy decoder-only model of OneRec-V2 (arXiv:2508.20900, section 2).
+
+    The defaults are the 1B model of the paper's Table 5.
+
+    Args:
+        intermediate_size (`int`, *optional*): Width of the SwiGLU feed-forward. Not in the paper; `4 * hidden_size` fits its
+            FLOPs at 0.5B exactly and is the default.
+        num_context_layers (`int`, defaults to 1): L_kv, the number of distinct context key/value sets (section 2.2.2).
+        context_key_value_split (`int`, defaults to 1): S_kv; 1 shares keys and values (v = k), 2 keeps separate values.
+        position_bias_buckets (`int`, defaults to 32): Buckets of the learned attention bias over the age of a context item
+            (1 = the most recent one); 0 switches it off. Not in the paper, which does not describe positions.
+        position_bias_max_distance (`int`, defaults to 128): Ages beyond it share the last bucket.
+        first_dense_layers (`int`, defaults to 2): With experts, the first two blocks stay dense (section 2.2.3).
+        num_shared_experts (`int`, defaults to 1): Beside the routed experts, where there are any (4B-A0.5B: 53 + 1, top-3).
+        kwargs: See [`SemanticIdConfig`].
+    """
+
+    model_type = "onerec_v2"
+
+    hidden_size: int = 1792
+    gated_mlp: bool = True
+    num_hidden_layers: int = 18
+    num_attention_heads: int = 14
+    num_context_layers: int = 1
+    context_key_value_split: int = 1
+    context_embed_dim: int = 90
+    position_bias_buckets: int = 32
+    position_bias_max_distance: int = 128
+    num_experts_per_tok: int = 3
+    num_shared_experts: int = 1
+    first_dense_layers: int = 2
+    loss_reduction: Literal["mean", "sum"] = "mean"
+
+    def validate_sharing(self):
+        """Part of the strict validation: sharing of context keys and values."""
+        if self.context_key_value_split not in (1, 2):
+            raise ValueError(
+                f"context_key_value_split={self.context_key_value_split}: S_kv is 1 (v = k) or 2 (separate v)."
+            )
+        if not 1 <= self.num_context_layers <= self.num_hidden_layers:
+            raise ValueError(
+                f"num_context_layers={self.num_context_layers}: L_kv must be between 1 and num_hidden_layers="
+                f"{self.num_hidden_layers}."
+            )
+
+
+__all__ = ["NUM_SPECIAL_TOKENS", "OneRecConfig", "OneRecV1Config", "OneRecV2Config", "SemanticIdConfig"]

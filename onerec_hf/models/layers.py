@@ -1,7 +1,7 @@
-"""Blocks that the OneRec models share: attention over a shared context, causal self-attention, SwiGLU.
+"""Blocks that the OneRec models share: attention over a shared context, self-attention, feed-forward, encoder and decoder blocks.
 
-OneRec-V2, section 2.2 (arXiv:2508.20900). Legend: B users, T context items, R = B * m rows (m targets, beams or samples per
-user, rows of one user adjacent), C target tokens, D width, H heads.
+OneRec Technical Report, section 2.2 (arXiv:2506.13695); OneRec-V2, section 2.2 (arXiv:2508.20900). Legend: B users, T context
+positions, R = B * m rows (m targets, beams or samples per user, rows of one user adjacent), C target tokens, D width, H heads.
 """
 
 from dataclasses import dataclass
@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import nn
+from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import ModelOutput
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
@@ -37,31 +38,48 @@ def eager_attention_forward(module, query, key, value, attention_mask, scaling, 
     value = value.repeat_interleave(module.num_key_value_groups, dim=1)
     weights = torch.matmul(query, key.transpose(2, 3)) * scaling
     if attention_mask is not None:
+        if attention_mask.dtype == torch.bool:
+            attention_mask = torch.zeros_like(attention_mask, dtype=weights.dtype).masked_fill(
+                ~attention_mask, torch.finfo(weights.dtype).min
+            )
         weights = weights + attention_mask
     weights = F.softmax(weights, dim=-1, dtype=torch.float32).to(query.dtype)
     weights = F.dropout(weights, p=dropout, training=module.training)
     return torch.matmul(weights, value).transpose(1, 2).contiguous(), weights
 
 
-class SelfAttention(nn.Module):
-    """Causal self-attention over the few tokens of one target, with grouped key/value heads."""
+class KeyValueProjection(nn.Module):
+    """One set of keys and values of a sequence of hidden states: (B, T, D) -> two of (B, H_kv, T, head_dim)."""
+
+    def __init__(self, config, num_key_value_heads: int):
+        super().__init__()
+        self.head_dim = config.head_dim
+        self.k_proj = nn.Linear(config.hidden_size, num_key_value_heads * config.head_dim, bias=False)
+        self.v_proj = nn.Linear(config.hidden_size, num_key_value_heads * config.head_dim, bias=False)
+
+    def forward(self, hidden_states):
+        shape = (*hidden_states.shape[:2], -1, self.head_dim)
+        return tuple(proj(hidden_states).view(shape).transpose(1, 2) for proj in (self.k_proj, self.v_proj))
+
+
+class MultiHeadAttention(KeyValueProjection):
+    """Attention with grouped key/value heads; subclasses say whether it is causal, and are what `output_attentions` records."""
+
+    is_causal = False
 
     def __init__(self, config, layer_idx: int):
-        super().__init__()
-        self.config, self.layer_idx, self.is_causal = config, layer_idx, True
-        self.head_dim = config.head_dim
+        super().__init__(config, config.num_key_value_heads)
+        self.config, self.layer_idx = config, layer_idx
         self.num_key_value_groups = config.num_attention_heads // config.num_key_value_heads
         self.scaling = self.head_dim**-0.5
         self.q_proj = nn.Linear(config.hidden_size, config.num_attention_heads * self.head_dim, bias=False)
-        self.k_proj = nn.Linear(config.hidden_size, config.num_key_value_heads * self.head_dim, bias=False)
-        self.v_proj = nn.Linear(config.hidden_size, config.num_key_value_heads * self.head_dim, bias=False)
         self.o_proj = nn.Linear(config.num_attention_heads * self.head_dim, config.hidden_size, bias=False)
 
-    def forward(self, hidden_states, attention_mask=None, past_key_values=None, **kwargs):
+    def forward(self, hidden_states, attention_mask=None, past_key_values=None, attended_states=None, **kwargs):
+        """(R, C, D) -> (R, C, D) and weights; keys and values come from `attended_states` (R, T, D) where given."""
         shape = (*hidden_states.shape[:2], -1, self.head_dim)
         query = self.q_proj(hidden_states).view(shape).transpose(1, 2)  # (R, H, C, head_dim)
-        key = self.k_proj(hidden_states).view(shape).transpose(1, 2)
-        value = self.v_proj(hidden_states).view(shape).transpose(1, 2)
+        key, value = super().forward(hidden_states if attended_states is None else attended_states)
         if past_key_values is not None:
             key, value = past_key_values.update(key, value, self.layer_idx)
         attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
@@ -69,9 +87,19 @@ class SelfAttention(nn.Module):
         return self.o_proj(output.reshape(*hidden_states.shape[:2], -1)), weights
 
 
+class SelfAttention(MultiHeadAttention):
+    """Causal, over the tokens of a target."""
+
+    is_causal = True
+
+
+class EncoderAttention(MultiHeadAttention):
+    """Fully visible, over the positions of a context."""
+
+
 class ContextAttention(nn.Module):
     """
-    Attention of the rows of a user to that user's context: query and output projections only ("lazy", section 2.2.3).
+    Attention of the rows of a user to that user's context: query and output projections only, the context owns keys and values.
 
     It is not causal, so the m rows of a user and the query heads that share a key/value head are folded into the query
     length: keys and values stay (B, H_kv, T, head_dim), copied for neither.
@@ -102,17 +130,124 @@ class ContextAttention(nn.Module):
         return self.o_proj(output.reshape(rows, length, -1)), weights
 
 
-class SwiGLU(nn.Module):
-    """down(silu(gate(x)) * up(x))."""
+class FeedForward(nn.Module):
+    """down(silu(gate(x)) * up(x)), or, without a gate, down(silu(up(x)))."""
 
-    def __init__(self, hidden_size: int, intermediate_size: int):
+    def __init__(self, hidden_size: int, intermediate_size: int, gated: bool):
         super().__init__()
-        self.gate_proj = nn.Linear(hidden_size, intermediate_size, bias=False)
+        self.gate_proj = nn.Linear(hidden_size, intermediate_size, bias=False) if gated else None
         self.up_proj = nn.Linear(hidden_size, intermediate_size, bias=False)
         self.down_proj = nn.Linear(intermediate_size, hidden_size, bias=False)
 
     def forward(self, hidden_states):
-        return self.down_proj(F.silu(self.gate_proj(hidden_states)) * self.up_proj(hidden_states))
+        up = self.up_proj(hidden_states)
+        return self.down_proj(F.silu(up) if self.gate_proj is None else F.silu(self.gate_proj(hidden_states)) * up)
+
+
+class EncoderLayer(GradientCheckpointingLayer):
+    """Technical Report, section 2.2.2: self-attention over everything, then `mlp` (dense or a mixture), pre-normed and residual."""
+
+    def __init__(self, config, layer_idx: int, mlp: nn.Module):
+        super().__init__()
+        self.self_attn = EncoderAttention(config, layer_idx)
+        self.mlp = mlp
+        self.self_attn_norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.mlp_norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.dropout = nn.Dropout(config.dropout)
+
+    def forward(self, hidden_states, attention_mask=None, **kwargs):
+        attended, _ = self.self_attn(self.self_attn_norm(hidden_states), attention_mask, **kwargs)
+        hidden_states = hidden_states + self.dropout(attended)
+        return hidden_states + self.dropout(self.mlp(self.mlp_norm(hidden_states)))
+
+
+class DecoderLayer(GradientCheckpointingLayer):
+    """
+    Causal self-attention and attention to the context, then `mlp` (dense or a mixture), each pre-normed and residual.
+
+    The Technical Report (section 2.2.3) attends to the target's own tokens first, OneRec-V2 (section 2.2.3) to the context first.
+    """
+
+    context_first = False
+
+    def __init__(self, config, layer_idx: int, mlp: nn.Module, context_set: int):
+        super().__init__()
+        self.context_set = context_set  # which of the context's key/value sets this block reads
+        self.cross_attn = ContextAttention(config)
+        self.self_attn = SelfAttention(config, layer_idx)
+        self.mlp = mlp
+        self.cross_attn_norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.self_attn_norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.mlp_norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.dropout = nn.Dropout(config.dropout)
+
+    def forward(
+        self, hidden_states, key, value, context_mask=None, attention_mask=None, past_key_values=None, **kwargs
+    ):
+        if self.context_first:
+            hidden_states = self._attend_to_context(hidden_states, key, value, context_mask, **kwargs)
+        attended, _ = self.self_attn(self.self_attn_norm(hidden_states), attention_mask, past_key_values, **kwargs)
+        hidden_states = hidden_states + self.dropout(attended)
+        if not self.context_first:
+            hidden_states = self._attend_to_context(hidden_states, key, value, context_mask, **kwargs)
+        return hidden_states + self.dropout(self.mlp(self.mlp_norm(hidden_states)))
+
+    def _attend_to_context(self, hidden_states, key, value, context_mask, **kwargs):
+        attended, _ = self.cross_attn(self.cross_attn_norm(hidden_states), key, value, context_mask, **kwargs)
+        return hidden_states + self.dropout(attended)
+
+
+class PositionRMSNorm(nn.Module):
+    """OneRec-V2, section 2.2.3, output: an RMSNorm with weights of its own for every position of the semantic ID."""
+
+    def __init__(self, num_levels: int, hidden_size: int, eps: float):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(num_levels, hidden_size))
+        self.eps = eps
+
+    def forward(self, hidden_states, levels):
+        weight = self.weight[levels.clamp(max=len(self.weight) - 1)]
+        return F.rms_norm(hidden_states, hidden_states.shape[-1:], eps=self.eps) * weight
+
+
+class FeatureEmbedding(nn.Module):
+    """Embeddings of categorical features, (..., F) -> a list of (..., width), in the order of the config."""
+
+    def __init__(self, features: dict[str, int], config, kind: str):
+        super().__init__()
+        self.names, self.kind = list(features), kind
+        widths = [config.feature_embed_dims.get(name, config.context_embed_dim) for name in features]
+        self.width = sum(widths)
+        self.tables = nn.ModuleList([nn.Embedding(size, width) for size, width in zip(features.values(), widths)])
+
+    def forward(self, values: torch.LongTensor | None) -> list[torch.Tensor]:
+        given = 0 if values is None else values.shape[-1]
+        if given != len(self.names):
+            raise ValueError(
+                f"{self.kind} holds {given} features, the config names {len(self.names)} ({self.names}): give a tensor whose last "
+                "dimension has one column per name, in this order."
+            )
+        return [table(values[..., i]) for i, table in enumerate(self.tables)]
+
+
+def checked_context(config, context_ids, context_mask):
+    """`context_mask` (B, T), made where it is missing; an error where `context_ids` is missing or has another shape."""
+    if context_ids is None:
+        raise ValueError("context_ids is missing: give the histories as token ids of shape (batch, items, levels).")
+    if context_ids.dim() != 3 or context_ids.shape[2] != config.num_levels:
+        raise ValueError(
+            f"context_ids has shape {tuple(context_ids.shape)}: expected (batch, items, {config.num_levels}), one token per "
+            "level of each item."
+        )
+    if context_mask is None:
+        return torch.ones(context_ids.shape[:2], dtype=torch.bool, device=context_ids.device)
+    return context_mask.bool()
+
+
+def item_ages(mask: torch.BoolTensor) -> torch.LongTensor:
+    """Age of every item of a history (B, T), oldest first: 1 for the most recent one; wherever the padding stands."""
+    order = mask.long().cumsum(1)
+    return (order[:, -1:] + 1 - order).clamp(min=1)
 
 
 def age_buckets(age: torch.Tensor, num_buckets: int, max_distance: int) -> torch.Tensor:
@@ -131,4 +266,18 @@ def age_buckets(age: torch.Tensor, num_buckets: int, max_distance: int) -> torch
     return torch.where(age < exact, age.clamp(min=0), large.clamp(max=num_buckets - 1))
 
 
-__all__ = ["ContextAttention", "ContextKV", "SelfAttention", "SwiGLU", "age_buckets", "eager_attention_forward"]
+__all__ = [
+    "ContextAttention",
+    "ContextKV",
+    "DecoderLayer",
+    "EncoderAttention",
+    "EncoderLayer",
+    "FeatureEmbedding",
+    "FeedForward",
+    "KeyValueProjection",
+    "PositionRMSNorm",
+    "SelfAttention",
+    "age_buckets",
+    "checked_context",
+    "item_ages",
+]

@@ -1,28 +1,48 @@
-"""What every OneRec model has above its base model: one head over [specials | level 1 | ... | level L], log-probabilities that
-normalise within a level, a catalogue that travels with the weights, and generation constrained to it.
+"""What every OneRec model shares: the decoder over a context, one head over [specials | level 1 | ... | level L], and
+log-probabilities that normalise within a level.
 
-Generation objective: OneRec-V2, section 2.2.4 (arXiv:2508.20900). Legend: B users, R = B * m rows (rows of one user adjacent),
-L levels, V_l codes of level l, D width, N items, K beams.
+OneRec Technical Report, section 2.2.3 (arXiv:2506.13695); OneRec-V2, section 2.2 (arXiv:2508.20900). Legend: B users, T context
+positions, R = B * m rows (rows of one user adjacent), C decoder tokens, L levels, V_l codes of level l, D width.
 """
 
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from transformers.modeling_outputs import ModelOutput
+from torch import nn
+from transformers import initialization as init
+from transformers.cache_utils import Cache, DynamicCache
+from transformers.masking_utils import create_causal_mask
+from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttentions, ModelOutput
+from transformers.modeling_utils import PreTrainedModel
+from transformers.utils import can_return_tuple
+from transformers.utils.generic import merge_with_config_defaults
+from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 from .catalogue import Catalogue
+from .configuration_onerec import SemanticIdConfig
 from .generation_semantic_id import CatalogueGenerationMixin
+from .layers import (
+    ContextAttention,
+    ContextKV,
+    DecoderLayer,
+    EncoderAttention,
+    FeedForward,
+    PositionRMSNorm,
+    SelfAttention,
+)
+from .moe import Experts, Router, SparseMoE
 
 
 @dataclass
 class SemanticIdCausalLMOutput(ModelOutput):
     """
     Args:
-        loss (`torch.FloatTensor` of shape (1,)): Mean negative log-probability per code, in nats.
+        loss (`torch.FloatTensor` of shape (1,)): Negative log-probability of the codes, in nats (`config.loss_reduction`).
         logits (`torch.FloatTensor` of shape (R, C, vocab_size)): Scores of the next token; everything outside the level that
             comes next is the lowest finite number, so a softmax over the vocabulary is the softmax over the level.
-        target_log_probs (`torch.FloatTensor` of shape (B, n, L)): Log-probability of each code of each target, in nats.
+        target_log_probs (`torch.FloatTensor` of shape (B, n, L)): Log-probability of each code of each target, in nats; with
+            `labels` of shape (R, items, L), one row per row of `input_ids`.
     """
 
     loss: torch.FloatTensor | None = None
@@ -34,8 +54,169 @@ class SemanticIdCausalLMOutput(ModelOutput):
     cross_attentions: tuple[torch.FloatTensor, ...] | None = None
 
 
+class SemanticIdPreTrainedModel(PreTrainedModel):
+    config: SemanticIdConfig
+    base_model_prefix = "model"
+    supports_gradient_checkpointing = True
+    accepts_loss_kwargs = False  # the loss is a mean of its own: `Trainer` divides it by the accumulation steps
+    _no_split_modules = ["DecoderLayer", "EncoderLayer"]
+    _skip_keys_device_placement = ["past_key_values", "context_kv"]
+    _keep_in_fp32_modules_strict = ["e_score_correction_bias"]
+    _supports_sdpa = True
+    # transformers' flash path unpads queries by the key mask: wrong for a padded context (T5 and Mllama say no as well)
+    _supports_flash_attn = False
+    _supports_attention_backend = True
+    _can_record_outputs = {
+        "hidden_states": DecoderLayer,
+        "attentions": OutputRecorder(SelfAttention, index=1),
+        "cross_attentions": OutputRecorder(ContextAttention, index=1),
+        "encoder_attentions": OutputRecorder(EncoderAttention, index=1),
+        "router_logits": OutputRecorder(Router, index=0),
+    }
+
+    @classmethod
+    def _can_set_experts_implementation(cls) -> bool:
+        return True  # transformers looks for the decorator in the model's own file; here it stands in moe.py
+
+    @torch.no_grad()
+    def _init_weights(self, module):
+        super()._init_weights(module)
+        if isinstance(module, Router):
+            init.normal_(module.weight, std=self.config.initializer_range)
+            init.zeros_(module.e_score_correction_bias)
+        elif isinstance(module, Experts):
+            init.normal_(module.gate_up_proj, std=self.config.initializer_range)
+            init.normal_(module.down_proj, std=self.config.initializer_range)
+        elif isinstance(module, SemanticIdModel) and module.position_bias is not None:
+            init.zeros_(module.position_bias.weight)
+
+
+class SemanticIdModel(SemanticIdPreTrainedModel):
+    """
+    A decoder over codes that attends to a context; a subclass says what encodes the context and how it is masked.
+
+    A subclass's `__init__` calls `build_decoder` after it has set `context_processor`.
+    """
+
+    decoder_layer_class = DecoderLayer
+
+    def build_decoder(self, num_context_sets: int, num_norms: int = 1):
+        """`num_context_sets` key/value sets are shared out evenly over the blocks: floor(l * sets / blocks) (OneRec-V2, 2.2.3)."""
+        config = self.config
+        self.embed_positions = None  # of the tokens of a session
+        self.position_bias = None  # over the ages of context items
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, config.pad_token_id)
+        self.dropout = nn.Dropout(config.dropout)
+        self.layers = nn.ModuleList(
+            [
+                self.decoder_layer_class(
+                    config,
+                    layer,
+                    SparseMoE(config)
+                    if config.is_moe_layer(layer)
+                    else FeedForward(config.hidden_size, config.intermediate_size, config.gated_mlp),
+                    context_set=layer * num_context_sets // config.num_hidden_layers,
+                )
+                for layer in range(config.num_hidden_layers)
+            ]
+        )
+        self.norm = PositionRMSNorm(num_norms, config.hidden_size, config.rms_norm_eps)
+        self.gradient_checkpointing = False
+
+    def encode_context(self, context_ids, context_mask=None, context_features=None, user_features=None) -> ContextKV:
+        """Keys and values of the context, once per user; shapes as in `forward`."""
+        return self.context_processor(context_ids, context_mask, context_features, user_features)
+
+    def cross_attention_mask(self, context_kv: ContextKV, rows: int, length: int, target_positions, dtype):
+        """Additive mask, broadcastable to (B, H_kv, groups * m * C, T): padding."""
+        if target_positions is not None:
+            raise ValueError(
+                f"target_positions: the encoder of {type(self).__name__} mixes the items of a context, so every target sees all of "
+                "them. Give one row per target, with the items before it as context."
+            )
+        mask = context_kv.mask[:, None, None]
+        return torch.zeros_like(mask, dtype=dtype).masked_fill(~mask, torch.finfo(dtype).min)
+
+    @merge_with_config_defaults
+    @capture_outputs
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.FloatTensor | None = None,
+        use_cache: bool | None = None,
+        context_ids: torch.LongTensor | None = None,
+        context_mask: torch.BoolTensor | None = None,
+        context_features: torch.LongTensor | None = None,
+        user_features: torch.LongTensor | None = None,
+        context_kv: ContextKV | None = None,
+        target_positions: torch.LongTensor | None = None,
+        **kwargs,
+    ) -> BaseModelOutputWithPastAndCrossAttentions:
+        r"""
+        Args:
+            input_ids (`torch.LongTensor` of shape (R, C)): BOS and codes. R may be a multiple of the B contexts; the rows of one
+                context are adjacent.
+            context_ids (`torch.LongTensor` of shape (B, T, L)): Token ids of the history, oldest first.
+            context_mask (`torch.BoolTensor` of shape (B, T), *optional*): True for real items.
+            context_features (`torch.LongTensor` of shape (B, T, F), *optional*): As `config.context_features`.
+            user_features (`torch.LongTensor` of shape (B, F_u), *optional*): As `config.user_features`.
+            context_kv (`ContextKV`, *optional*): Instead of the four above, the context encoded before.
+            target_positions (`torch.LongTensor` of shape (R,), *optional*): OneRec-V2 only: how many history items each row may
+                see; default all. An item's keys and values depend on that item alone, so one context serves every target.
+        """
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("give exactly one of input_ids and inputs_embeds.")
+        if inputs_embeds is None:
+            inputs_embeds = self.embed_tokens(input_ids)
+        rows, length, _ = inputs_embeds.shape
+        if context_kv is None:
+            context_kv = self.encode_context(context_ids, context_mask, context_features, user_features)
+        if rows % context_kv.mask.shape[0]:
+            raise ValueError(f"{rows} rows of input_ids cannot share {context_kv.mask.shape[0]} contexts evenly.")
+        if use_cache and past_key_values is None:
+            past_key_values = DynamicCache(config=self.config)
+        if position_ids is None:
+            past = past_key_values.get_seq_length() if past_key_values is not None else 0
+            position_ids = torch.arange(past, past + length, device=inputs_embeds.device).unsqueeze(0)
+        causal_mask = create_causal_mask(
+            config=self.config,
+            inputs_embeds=inputs_embeds,
+            attention_mask=attention_mask,
+            past_key_values=past_key_values,
+            position_ids=position_ids,
+        )
+        cross_mask = self.cross_attention_mask(context_kv, rows, length, target_positions, inputs_embeds.dtype)
+        hidden_states = inputs_embeds
+        if self.embed_positions is not None:
+            hidden_states = hidden_states + self.embed_positions(position_ids)
+        hidden_states = self.dropout(hidden_states)
+        for layer in self.layers:
+            hidden_states = layer(
+                hidden_states,
+                context_kv.key_states[layer.context_set],
+                context_kv.value_states[layer.context_set],
+                context_mask=cross_mask,
+                attention_mask=causal_mask,
+                past_key_values=past_key_values,
+                **kwargs,
+            )
+        hidden_states = self.norm(hidden_states, position_ids % (self.config.num_levels + 1))
+        return BaseModelOutputWithPastAndCrossAttentions(
+            last_hidden_state=hidden_states, past_key_values=past_key_values
+        )
+
+
 class SemanticIdMixin(CatalogueGenerationMixin):
     """Head, loss, catalogue and `generate` of a model whose `self.model` turns a context and codes into hidden states."""
+
+    def build_head(self):
+        """`lm_head`, and a generation config that stops after the last code."""
+        self.lm_head = nn.Linear(self.config.hidden_size, self.config.vocab_size, bias=False)
+        self.post_init()
+        self.generation_config.max_new_tokens = self.config.num_levels
 
     # ---- the one place where scores become log-probabilities -----------------------------------------------------------
 
@@ -85,19 +266,136 @@ class SemanticIdMixin(CatalogueGenerationMixin):
                 node = self._require_catalogue().step(node, level, code).clamp(min=0)
         return torch.cat(result, dim=1)
 
-    def mask_logits_to_level(self, logits: torch.Tensor, levels: torch.LongTensor) -> torch.Tensor:
-        """`logits` (R, C, vocab) with everything outside the level that each position predicts at the lowest finite number;
-        a position behind the last level predicts `<|sid_end|>`. `levels` (1 or R, C)."""
+    def row_log_probs(self, hidden_states: torch.Tensor, token_ids: torch.LongTensor) -> torch.Tensor:
+        """
+        As `code_log_probs`, for whole rows: BOS and the codes of one item, and so on for every item of a session.
+
+        Args:
+            hidden_states (`torch.FloatTensor` of shape (R, C, D)): One position per token; the one of the last code may be missing.
+            token_ids (`torch.LongTensor` of shape (R, items * (L + 1))): BOS and codes.
+
+        Returns:
+            `torch.FloatTensor` of shape (R, items, L), in nats: the codes' log-probabilities, never BOS's.
+        """
+        size = self.config.num_levels + 1
+        if token_ids.shape[1] % size or (token_ids.shape[1] > size and not self.config.session_wise):
+            rows = f"{size} columns, BOS and {size - 1} codes" + (
+                ", for every item" if self.config.session_wise else ""
+            )
+            raise ValueError(f"rows have {token_ids.shape[1]} tokens: expected {rows}.")
+        position = torch.arange(token_ids.shape[1], device=token_ids.device)
+        before_code = position[position % size != size - 1]
+        hidden_states = hidden_states[:, before_code].reshape(-1, size - 1, hidden_states.shape[-1])
+        codes = token_ids[:, before_code + 1].reshape(-1, size - 1)
+        return self.code_log_probs(hidden_states, codes).view(len(token_ids), -1, size - 1)
+
+    def mask_logits_to_level(self, logits: torch.Tensor, positions: torch.LongTensor) -> torch.Tensor:
+        """
+        `logits` (R, C, vocab) with everything that cannot follow at the lowest finite number: position p of a row predicts level
+        p mod (L + 1); behind the last level stands `<|sid_begin|>` of a session's next item, or `<|sid_end|>`.
+        `positions` (1 or R, C).
+        """
+        levels = positions % (self.config.num_levels + 1)
         edges = torch.tensor([*self.config.level_offsets, self.config.vocab_size], device=logits.device)
         token = torch.arange(self.config.vocab_size, device=logits.device)
-        end = levels >= self.config.num_levels
-        low, high = (
-            edges[levels.clamp(max=self.config.num_levels - 1)],
-            edges[levels.clamp(max=self.config.num_levels - 1) + 1],
-        )
+        low = edges[levels.clamp(max=self.config.num_levels - 1)]
+        high = edges[levels.clamp(max=self.config.num_levels - 1) + 1]
         inside = (token >= low.unsqueeze(-1)) & (token < high.unsqueeze(-1))
-        inside = torch.where(end.unsqueeze(-1), token == self.config.eos_token_id, inside)
+        ends = (levels == self.config.num_levels).unsqueeze(-1)
+        follower = torch.full_like(positions, self.config.eos_token_id)
+        if self.config.session_wise:
+            last = positions + 1 == self.config.num_session_items * (self.config.num_levels + 1)
+            follower = torch.where(last, follower, self.config.bos_token_id)
+        inside = torch.where(ends, token == follower.unsqueeze(-1), inside)
         return logits.masked_fill(~inside, torch.finfo(logits.dtype).min)
+
+    # ---- training ------------------------------------------------------------------------------------------------------
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.FloatTensor | None = None,
+        labels: torch.LongTensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | torch.Tensor = 0,
+        context_ids: torch.LongTensor | None = None,
+        context_mask: torch.BoolTensor | None = None,
+        context_features: torch.LongTensor | None = None,
+        user_features: torch.LongTensor | None = None,
+        context_kv: ContextKV | None = None,
+        target_ids: torch.LongTensor | None = None,
+        target_positions: torch.LongTensor | None = None,
+        **kwargs,
+    ) -> SemanticIdCausalLMOutput:
+        r"""
+        Args:
+            input_ids (`torch.LongTensor` of shape (R, C)): BOS and codes of one item per row; of a session-wise model, of every
+                item of a session. R may be a multiple of the B contexts, the rows of one context being adjacent.
+            labels (`torch.LongTensor` of shape (R, C), *optional*): As `input_ids`, -100 where no loss is wanted; never on BOS.
+            target_ids (`torch.LongTensor` of shape (B, n, L), *optional*): Instead of `input_ids` and `labels`: n targets of each
+                user that share one context (of a session-wise model, the n items of one session), pad tokens where there are fewer.
+            target_positions (`torch.LongTensor` of shape (B, n), *optional*): OneRec-V2 only: history items each target may see.
+            context_ids, context_mask, context_features, user_features, context_kv: See the base model's `forward`.
+
+        Returns:
+            [`SemanticIdCausalLMOutput`]; the loss is -log p(s^l | BOS, s^{<l}, context), summed over the codes of a row (OneRec
+            eq. 1; Technical Report, L_NTP) or averaged (OneRec-V2, L_Gen). With `target_ids` there are no `logits`.
+        """
+        context = {"context_ids": context_ids, "context_mask": context_mask, "context_features": context_features}
+        context |= {"user_features": user_features, "context_kv": context_kv}
+        if target_ids is not None:
+            if input_ids is not None or labels is not None:
+                raise ValueError("target_ids stands for input_ids and labels together: give one or the other.")
+            rows = F.pad(target_ids, (1, 0), value=self.config.bos_token_id)  # (B, n, L + 1)
+            rows = rows.flatten(1) if self.config.session_wise else rows.flatten(0, 1)
+            positions = None if target_positions is None else target_positions.flatten()
+            outputs = self.model(rows[:, :-1], target_positions=positions, use_cache=False, **context, **kwargs)
+            log_probs = self.row_log_probs(outputs.last_hidden_state, rows).view(target_ids.shape)
+            real = target_ids != self.config.pad_token_id
+            return SemanticIdCausalLMOutput(loss=self._loss(log_probs, real), target_log_probs=log_probs)
+        outputs = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            target_positions=target_positions,
+            **context,
+            **kwargs,
+        )
+        hidden = outputs.last_hidden_state
+        if position_ids is None:
+            past = 0 if past_key_values is None else past_key_values.get_seq_length() - hidden.shape[1]
+            position_ids = past + torch.arange(hidden.shape[1], device=hidden.device)[None]
+        keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        logits = self.mask_logits_to_level(self.lm_head(hidden[:, keep]), position_ids[:, keep])
+        loss = log_probs = None
+        if labels is not None:
+            log_probs = self.row_log_probs(hidden, labels)
+            size = self.config.num_levels + 1
+            loss = self._loss(log_probs, labels.unflatten(1, (-1, size))[..., 1:] != -100)
+        return SemanticIdCausalLMOutput(
+            loss=loss,
+            logits=logits,
+            target_log_probs=log_probs,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+            cross_attentions=outputs.cross_attentions,
+        )
+
+    def _loss(self, log_probs, real):
+        """`log_probs` and `real` (rows, items, L): the mean over codes, or the sum over a row's codes averaged over rows."""
+        if self.config.loss_reduction == "mean":
+            count = real.sum()
+        else:
+            count = (real.flatten(1) if self.config.session_wise else real.flatten(0, 1)).any(1).sum()
+        return -torch.where(real, log_probs, 0.0).sum() / count.clamp(min=1)
 
     def resize_token_embeddings(self, *args, **kwargs):
         """Refused: the vocabulary is the semantic IDs."""
@@ -107,4 +405,4 @@ class SemanticIdMixin(CatalogueGenerationMixin):
         )
 
 
-__all__ = ["SemanticIdCausalLMOutput", "SemanticIdMixin"]
+__all__ = ["SemanticIdCausalLMOutput", "SemanticIdMixin", "SemanticIdModel", "SemanticIdPreTrainedModel"]
