@@ -1,7 +1,8 @@
 """Exact constrained beam search over a catalogue: the context is read once per user, dead beams are never filled.
 
-The papers decode with beam search (OneRec, section 4.1: width 128; OneRec-V2, section 5: width 512). Legend: B users, K beams,
-L levels, W largest fan-out of a level.
+The papers decode with beam search (OneRec, section 4.1: width 128; OneRec-V2, section 5: width 512), OneRec a whole session of
+items, each behind a BOS of its own (section 3.2). Legend: B users, K beams, m items of a session, L levels, V codes of a level,
+M candidates of a step.
 """
 
 from dataclasses import dataclass
@@ -19,8 +20,8 @@ from .layers import ContextKV
 class BeamSearchOutput(ModelOutput):
     """
     Args:
-        semantic_ids (`torch.LongTensor` of shape (B, K, L)): Codes, best first; -1 on dead beams.
-        leaves (`torch.LongTensor` of shape (B, K)): Leaves of the catalogue, -1 on dead beams.
+        semantic_ids (`torch.LongTensor` of shape (B, K, m, L)): Codes of each item of each beam, best beam first; -1 on dead beams.
+        leaves (`torch.LongTensor` of shape (B, K, m)): Leaves of the catalogue, -1 on dead beams.
         scores (`torch.FloatTensor` of shape (B, K)): Summed natural log-probability of the codes, `-inf` on dead beams.
     """
 
@@ -36,12 +37,34 @@ def _top(scores: torch.Tensor, k: int):
     return scores.topk(k, dim=1)
 
 
-def beam_search(model, catalogue: Catalogue, context_kv: ContextKV, num_beams: int, allowed=None) -> BeamSearchOutput:
+def _used_up(catalogue: Catalogue, path: torch.LongTensor, level: int, leaf_totals) -> torch.LongTensor:
     """
-    The `num_beams` best items of the catalogue for each user, pruned level by level.
+    Nodes of `level` that a beam may not enter again, because each of their leaves is an item of its session already.
 
-    Exact in the usual sense of beam search: at each level the K best existing prefixes survive. With `num_beams` at least the
-    number of prefixes of every level but the last, it equals scoring the whole catalogue.
+    Args:
+        path (`torch.LongTensor` of shape (B, K, i, L)): Nodes on the way to the i items that each beam has.
+        leaf_totals (`torch.Tensor` of shape (B, leaves + 1), *optional*): Running count of the leaves that each user may get.
+
+    Returns:
+        `torch.LongTensor` of shape (B, K, i): node or -1. Only the ancestors of a session's items can be used up.
+    """
+    node = path[..., level]
+    first, end = catalogue.leaf_range(node.clamp(min=0), level)
+    if leaf_totals is not None:
+        first, end = (leaf_totals.gather(1, edge.flatten(1)).view(edge.shape) for edge in (first, end))
+    taken = (node.unsqueeze(3) == node.unsqueeze(2)).sum(3)  # the items of a session are different leaves
+    return torch.where(taken >= end - first, node, -1)
+
+
+def beam_search(
+    model, catalogue: Catalogue, context_kv: ContextKV, num_beams: int, allowed=None, num_items: int = 1
+) -> BeamSearchOutput:
+    """
+    The `num_beams` best items of the catalogue for each user, or the best sessions of `num_items` different items.
+
+    Exact in the usual sense of beam search: at each step the K best existing prefixes survive. With `num_beams` at least the
+    number of prefixes of every step but the last, it equals scoring every item (every ordered session) of the catalogue. An item
+    of a session is preceded by a BOS of its own, which costs nothing; no leaf occurs twice in a session.
 
     Args:
         model: A model of this package: `model.next_hidden`, `model.level_log_probs` and `model.config` are used.
@@ -49,40 +72,54 @@ def beam_search(model, catalogue: Catalogue, context_kv: ContextKV, num_beams: i
         context_kv (`ContextKV`): The encoded context of the B users.
         num_beams (`int`): K.
         allowed (`torch.BoolTensor` of shape (B, N) or (1, N), *optional*): Subset of the items, per request.
+        num_items (`int`, defaults to 1): m, items per session.
 
     Returns:
-        [`BeamSearchOutput`]; where fewer than K items exist, the rest of the beams are dead (`-inf`, -1).
+        [`BeamSearchOutput`]; where fewer than K items or sessions exist, the rest of the beams are dead (`-inf`, -1).
     """
-    batch, device = context_kv.mask.shape[0], context_kv.mask.device
+    batch, device, levels = context_kv.mask.shape[0], context_kv.mask.device, catalogue.num_levels
     alive = None if allowed is None else [mask.expand(batch, -1) for mask in catalogue.alive(allowed)]
+    leaf_totals = None
+    if alive is not None and num_items > 1:
+        leaf_totals = torch.nn.functional.pad(alive[-1].cumsum(1), (1, 0))
     cache = DynamicCache(config=model.config)
     tokens = torch.full((batch, 1), model.config.bos_token_id, device=device)
-    node, scores, codes = (
-        None,
-        torch.zeros(batch, 1, device=device),
-        torch.zeros(batch, 1, 0, dtype=torch.long, device=device),
-    )
-    for level in range(catalogue.num_levels):
+    scores = torch.zeros(batch, 1, device=device)
+    path = torch.zeros(batch, 1, 0, dtype=torch.long, device=device)  # (B, K, steps) nodes chosen so far
+    rows = torch.arange(batch, device=device).unsqueeze(1)
+    for step in range(num_items * levels):
+        item, level = divmod(step, levels)
         beams = scores.shape[1]
+        node = path[:, :, -1] if level else None
         hidden = model.next_hidden(tokens, context_kv, cache)  # (B * beams, D)
-        prefix = None if node is None else node.flatten().clamp(min=0)
+        prefix = node.flatten().clamp(min=0) if level else None
         log_probs = model.level_log_probs(hidden, level, prefix, catalogue)  # (B * beams, V)
-        parent, code, child, real = (x.expand(batch, -1) for x in catalogue.expand(node, level))  # (B, M)
-        vocab = log_probs.shape[1]
-        candidate = log_probs.view(batch, -1).gather(1, parent * vocab + code) + scores.gather(1, parent)
+        listed = catalogue.expand(node, level, beams, distinct=item == 0)  # sessions may meet in a node
+        parent, code, child, real = (x.expand(batch, -1) for x in listed)  # (B, M)
+        candidate = log_probs.view(batch, -1).gather(1, parent * log_probs.shape[1] + code) + scores.gather(1, parent)
         if alive is not None:
             real = real & alive[level].gather(1, child)
+        if item:
+            done = path[:, :, : item * levels].unflatten(2, (item, levels))
+            for used in _used_up(catalogue, done, level, leaf_totals).unbind(2):
+                real = real & (used.gather(1, parent) != child)
         scores, best = _top(candidate.masked_fill(~real, float("-inf")), num_beams)
         dead = scores == float("-inf")
         best = best.masked_fill(dead, 0)
         parent, code = parent.gather(1, best), code.gather(1, best)  # (B, K)
-        node = child.gather(1, best).masked_fill(dead, -1)
-        codes = torch.cat([codes.gather(1, parent.unsqueeze(-1).expand(-1, -1, level)), code.unsqueeze(-1)], dim=2)
-        if level + 1 < catalogue.num_levels:
-            rows = parent + torch.arange(batch, device=device).unsqueeze(1) * beams
-            cache.batch_select_indices(rows.flatten())
+        path = torch.cat([path[rows, parent], child.gather(1, best).unsqueeze(2)], dim=2).masked_fill(
+            dead.unsqueeze(2), -1
+        )
+        if step + 1 < num_items * levels:
+            cache.batch_select_indices((parent + rows * beams).flatten())
             tokens = (code + model.config.level_offsets[level]).view(-1, 1)
-    return BeamSearchOutput(semantic_ids=codes.masked_fill(dead.unsqueeze(-1), -1), leaves=node, scores=scores)
+            if level + 1 == levels:  # the next item starts behind a BOS of its own
+                tokens = torch.nn.functional.pad(tokens, (0, 1), value=model.config.bos_token_id)
+    path = path.unflatten(2, (num_items, levels))
+    codes = torch.stack([catalogue.codes[level][path[..., level]].long() for level in range(levels)], dim=3)
+    return BeamSearchOutput(
+        semantic_ids=codes.masked_fill(dead[:, :, None, None], -1), leaves=path[..., -1], scores=scores
+    )
 
 
 class CatalogueLogitsProcessor(LogitsProcessor):

@@ -1,8 +1,7 @@
-"""The items that may be generated: their semantic IDs and a flat, sorted prefix index over them.
+"""The items that may be generated: their ids, their semantic IDs and an index over them.
 
 None of the papers says how decoding is kept to existing items (OneRec Technical Report, section 2.4, only counts illegal
-semantic IDs); the index follows the flat layout of STATIC (arXiv:2602.22647) without its dense tables: the nodes of a level are
-sorted by prefix, so that a node's id is its position and its children are one run of the next level.
+semantic IDs).
 """
 
 import os
@@ -13,11 +12,12 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from transformers.utils.hub import cached_file
 
+from .prefix_index import PrefixIndex
+
 CATALOGUE_NAME = "catalogue.safetensors"
-RUN_LENGTH = 32  # children per run of `Catalogue.expand`
 
 
-class Catalogue:
+class Catalogue(PrefixIndex):
     r"""
     N items and their semantic IDs, indexed for constrained generation.
 
@@ -48,7 +48,7 @@ class Catalogue:
             raise ValueError(f"popularity has shape {popularity.shape}, semantic_ids has {self.num_items} rows.")
         self.popularity = popularity
         self._sorted_item_ids = None  # built on the first look-up
-        self._build_index()
+        self._index_items()
 
     def _checked(self, semantic_ids: torch.Tensor) -> torch.Tensor:
         shape, levels = tuple(semantic_ids.shape), len(self.codebook_sizes)
@@ -69,7 +69,7 @@ class Catalogue:
             raise ValueError(f"codebook_sizes={self.codebook_sizes} need {bits} bits per semantic ID; 62 is the most.")
         return semantic_ids.to(torch.int16 if max(self.codebook_sizes) <= 2**15 else torch.int32)
 
-    def _build_index(self):
+    def _index_items(self):
         key = torch.zeros(self.num_items, dtype=torch.long)
         for level, size in enumerate(self.codebook_sizes):
             key = key * size + self.semantic_ids[:, level]
@@ -77,17 +77,7 @@ class Catalogue:
         order = torch.from_numpy(by_popularity)
         key, place = key[order].sort(stable=True)  # by semantic ID, popular items first inside one
         self.item_order = order[place].int()  # (N,) items, leaf by leaf
-        self.codes, self.first_child, self.max_children = [], [], []
-        for size in reversed(self.codebook_sizes):
-            starts = torch.cat([torch.ones(1, dtype=torch.bool), key[1:] != key[:-1]]).nonzero()[:, 0]
-            first = torch.cat([starts, torch.tensor([len(key)])])
-            key = key[starts]
-            self.first_child.insert(0, first.int())  # (nodes + 1,) where a node's children (a leaf's items) begin
-            self.codes.insert(0, (key % size).to(self.semantic_ids.dtype))  # (nodes,) last code of each node
-            self.max_children.insert(0, int((first[1:] - first[:-1]).max()))
-            key = key // size
-        self._run_totals = {}  # level -> running sum of the runs of its largest nodes
-        *self.max_children, self.max_items = [len(self.codes[0]), *self.max_children]
+        self._build_index(key, self.codebook_sizes, self.semantic_ids.dtype)
 
     def __len__(self) -> int:
         return self.num_items
@@ -105,11 +95,6 @@ class Catalogue:
     @property
     def num_levels(self) -> int:
         return len(self.codebook_sizes)
-
-    @property
-    def num_semantic_ids(self) -> int:
-        """Leaves of the index: different semantic IDs; fewer than items where semantic IDs collide."""
-        return len(self.codes[-1])
 
     @property
     def device(self) -> torch.device:
@@ -195,113 +180,6 @@ class Catalogue:
         first, order = self.first_child[-1].cpu().numpy(), self.item_order.cpu().numpy()
         leaves = self.leaves_of(codes).tolist()
         return [order[first[leaf] : first[leaf + 1]] if leaf >= 0 else order[:0] for leaf in leaves]
-
-    def alive(self, allowed: torch.BoolTensor) -> list[torch.BoolTensor]:
-        """
-        Per level, the nodes that still lead to an allowed item: a subset of the catalogue, without rebuilding it.
-
-        Args:
-            allowed (`torch.BoolTensor` of shape (B, N)): Items that may be generated, one row per request.
-
-        Returns:
-            `list[torch.BoolTensor]`: One (B, nodes of the level) mask per level.
-        """
-        if allowed.dtype != torch.bool or allowed.dim() != 2 or allowed.shape[1] != self.num_items:
-            raise ValueError(
-                f"allowed is {allowed.dtype} of shape {tuple(allowed.shape)}: expected a bool mask (batch, {self.num_items}), "
-                "one row per request and one column per item of the catalogue."
-            )
-        mask, masks = allowed[:, self.item_order.long()], []
-        for first in reversed(self.first_child):
-            total = torch.nn.functional.pad(mask.int().cumsum(1), (1, 0))
-            mask = total[:, first[1:].long()] > total[:, first[:-1].long()]
-            masks.insert(0, mask)
-        return masks
-
-    def children(self, node: torch.LongTensor | None, level: int):
-        """
-        Children on `level` (0-based) of nodes of the level above; `node=None` is the root.
-
-        Returns:
-            codes (..., W), node ids (..., W) and a bool mask (..., W) of real children; W is the largest fan-out of the level.
-        """
-        if node is None:
-            child = torch.arange(len(self.codes[0]), device=self.device)
-            return self.codes[0].long(), child, torch.ones_like(child, dtype=torch.bool)
-        first = self.first_child[level - 1].long()
-        child = first[node].unsqueeze(-1) + torch.arange(self.max_children[level], device=self.device)
-        real = child < first[node + 1].unsqueeze(-1)
-        child = torch.where(real, child, 0)
-        return self.codes[level][child].long(), child, real
-
-    def expand(self, node: torch.LongTensor | None, level: int):
-        """
-        All children of K different nodes per request, as one flat list with a static length.
-
-        Two layouts, the shorter one is taken: every node padded to the largest fan-out of the level, or runs of 32 children. The
-        nodes of a request being different, the runs of the K largest nodes of the level bound the number of runs exactly, so
-        nothing is lost and no length has to be read back from the device.
-
-        Args:
-            node (`torch.LongTensor` of shape (B, K)): Different nodes of the level above per row, -1 for none; None is the root.
-
-        Returns:
-            parent (B, M) (position 0..K-1 in its row), code (B, M), child (B, M), each int64, and a bool mask (B, M) of real ones.
-            At the root B is 1 and the parents are 0.
-        """
-        if node is None:
-            codes, child, real = self.children(None, 0)
-            return torch.zeros_like(child)[None], codes[None], child[None], real[None]
-        batch, beams = node.shape
-        runs = self._run_bound(level, beams)
-        first = self.first_child[level - 1].long()
-        start = first[node.clamp(min=0)]
-        count = torch.where(node >= 0, first[node.clamp(min=0) + 1] - start, 0)  # (B, K) children
-        if beams * self.max_children[level] <= runs * RUN_LENGTH:
-            offset = torch.arange(self.max_children[level], device=node.device)
-            parent = torch.arange(beams, device=node.device).repeat_interleave(len(offset)).expand(batch, -1)
-            child = (start.unsqueeze(2) + offset).flatten(1)
-            real = (offset < count.unsqueeze(2)).flatten(1)
-        else:
-            ends = ((count + RUN_LENGTH - 1) // RUN_LENGTH).cumsum(1)  # (B, K) runs up to and with this beam
-            run = torch.arange(runs, device=node.device).expand(batch, -1).contiguous()
-            parent = torch.searchsorted(ends, run, right=True).clamp(max=beams - 1)  # (B, runs)
-            before = torch.nn.functional.pad(ends, (1, -1)).gather(1, parent)
-            offset = ((run - before) * RUN_LENGTH).unsqueeze(2) + torch.arange(RUN_LENGTH, device=node.device)
-            child = (start.gather(1, parent).unsqueeze(2) + offset).flatten(1)
-            real = ((offset < count.gather(1, parent).unsqueeze(2)) & (run < ends[:, -1:]).unsqueeze(2)).flatten(1)
-            parent = parent.repeat_interleave(RUN_LENGTH, dim=1)
-        child = torch.where(real, child, 0)
-        return parent, self.codes[level][child].long(), child, real
-
-    def _run_bound(self, level: int, beams: int) -> int:
-        """The most runs of 32 children that `beams` different nodes of the level above can have."""
-        if level not in self._run_totals:
-            first = self.first_child[level - 1]
-            runs = (first[1:] - first[:-1] + RUN_LENGTH - 1) // RUN_LENGTH
-            largest = runs.sort(descending=True).values[: 2**13]
-            self._run_totals[level] = largest.long().cumsum(0).tolist()
-        totals = self._run_totals[level]
-        if beams <= len(totals):
-            return totals[beams - 1]
-        return totals[-1] if len(totals) < 2**13 else totals[-1] + (beams - len(totals)) * (totals[-1] - totals[-2])
-
-    def step(self, node: torch.LongTensor | None, level: int, code: torch.LongTensor) -> torch.LongTensor:
-        """The child of `node` that carries `code` on `level`, or -1; a dead parent (-1) stays dead. Shapes are equal."""
-        if node is None:
-            low, end = torch.zeros_like(code), torch.full_like(code, len(self.codes[0]))
-        else:
-            first = self.first_child[level - 1].long()
-            low, end = first[node.clamp(min=0)], first[node.clamp(min=0) + 1]
-        codes, high = self.codes[level], end
-        for _ in range(self.max_children[level].bit_length()):  # binary search in the sorted run of children
-            middle = (low + high) // 2
-            right = (middle < high) & (codes[middle.clamp(max=len(codes) - 1)] < code)
-            low, high = torch.where(right, middle + 1, low), torch.where(right, high, middle)
-        found = (low < end) & (codes[low.clamp(max=len(codes) - 1)] == code)
-        if node is not None:
-            found = found & (node >= 0)
-        return torch.where(found, low, -1)
 
     def save_pretrained(self, save_directory: str | os.PathLike) -> None:
         """Write `catalogue.safetensors` into the folder (made if it does not exist)."""

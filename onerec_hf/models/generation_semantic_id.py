@@ -32,6 +32,7 @@ class CatalogueGenerationMixin:
     """
 
     catalogue: Catalogue | None = None
+    num_items: int = 1  # per row of `generate`; a model of sessions sets it
     context_input_names = ("context_ids", "context_mask", "context_features", "user_features")
 
     def encode_context(self, **inputs):
@@ -102,6 +103,7 @@ class CatalogueGenerationMixin:
         constrained: bool = True,
         catalogue: Catalogue | None = None,
         allowed_items: torch.BoolTensor | None = None,
+        num_items: int | None = None,
         **kwargs,
     ):
         r"""
@@ -117,16 +119,18 @@ class CatalogueGenerationMixin:
             catalogue (`Catalogue`, *optional*): Instead of the model's own.
             allowed_items (`torch.BoolTensor` of shape (B, N) or (1, N), *optional*): Items each user may get (stock, category,
                 eligibility, not yet seen).
+            num_items (`int`, *optional*, defaults to the model's `num_items`): m, different items per row: 1, or a session.
             kwargs: `context_ids` (B, T, L), `context_mask`, `context_features`, `user_features`, and everything that
                 `GenerationMixin.generate` takes: `num_beams`, `num_return_sequences`, `return_dict_in_generate`, ...
 
         Returns:
-            `torch.LongTensor` of shape (B * num_return_sequences, 1 + L): BOS and codes; rows of pad tokens behind BOS where
-            fewer items exist. With `return_dict_in_generate=True` a `GenerateBeamDecoderOnlyOutput` with `sequences_scores`
-            (summed log-probability / L ** length_penalty, `-inf` on those rows).
+            `torch.LongTensor` of shape (B * num_return_sequences, m * (1 + L)): BOS and codes of each item; rows of pad tokens
+            behind the first BOS where fewer items exist. With `return_dict_in_generate=True` a `GenerateBeamDecoderOnlyOutput`
+            with `sequences_scores` (summed log-probability / new tokens ** length_penalty, `-inf` on those rows).
 
         Raises:
-            ValueError: Without a catalogue, with one of other codebook sizes, or with `num_return_sequences > num_beams`.
+            ValueError: Without a catalogue, with one of other codebook sizes, with `num_return_sequences > num_beams`, or for a
+                session that the fast search cannot give.
         """
         inputs = kwargs.pop("input_ids", inputs)
         settings = copy.deepcopy(generation_config if generation_config is not None else self.generation_config)
@@ -138,8 +142,13 @@ class CatalogueGenerationMixin:
             if allowed_items is not None:
                 allowed_items = allowed_items.to(catalogue.device)
         reason = self._own_loop_reason(inputs, settings, context)
+        num_items = self.num_items if num_items is None else num_items
         if constrained and reason is None:
-            return self._beam_generate(settings, context, catalogue, allowed_items)
+            return self._beam_generate(settings, context, catalogue, allowed_items, num_items)
+        if num_items > 1:
+            raise ValueError(
+                f"num_items={num_items} with {reason or 'constrained=False'}: only the fast search generates sessions."
+            )
         if constrained:
             logger.warning_once(
                 f"generate: {reason} is not part of the fast search, transformers' own loop runs instead."
@@ -158,7 +167,7 @@ class CatalogueGenerationMixin:
             return f"a prompt of {inputs.shape[1]} tokens"
         return None
 
-    def _beam_generate(self, settings, context, catalogue, allowed_items):
+    def _beam_generate(self, settings, context, catalogue, allowed_items, num_items):
         num_beams, returned = settings.num_beams or 1, settings.num_return_sequences or 1
         context_kv = context.pop("context_kv", None)
         if context_kv is None:
@@ -166,14 +175,17 @@ class CatalogueGenerationMixin:
         context.pop("attention_mask", None)
         if context:
             raise ValueError(f"generate does not know these arguments: {sorted(context)}.")
-        found = beam_search(self, catalogue, context_kv, num_beams, allowed_items)
-        tokens = found.semantic_ids + torch.tensor(self.config.level_offsets, device=found.semantic_ids.device)
-        tokens = tokens.masked_fill(found.semantic_ids < 0, self.config.pad_token_id)[:, :returned].flatten(0, 1)
-        sequences = F.pad(tokens, (1, 0), value=self.config.bos_token_id)
+        found = beam_search(self, catalogue, context_kv, num_beams, allowed_items, num_items)
+        codes = found.semantic_ids[:, :returned]  # (B, returned, m, L)
+        tokens = codes + torch.tensor(self.config.level_offsets, device=codes.device)
+        tokens = F.pad(tokens, (1, 0), value=self.config.bos_token_id).flatten(2)  # [BOS s^1..s^L] m times
+        dead = (codes[:, :, 0, :1] < 0).expand_as(tokens).clone()
+        dead[:, :, 0] = False
+        sequences = tokens.masked_fill(dead, self.config.pad_token_id).flatten(0, 1)
         if not settings.return_dict_in_generate:
             return sequences
         length_penalty = 1.0 if settings.length_penalty is None else settings.length_penalty
-        scores = found.scores[:, :returned].flatten() / catalogue.num_levels**length_penalty
+        scores = found.scores[:, :returned].flatten() / (sequences.shape[1] - 1) ** length_penalty
         return GenerateBeamDecoderOnlyOutput(sequences=sequences, sequences_scores=scores)
 
     def _own_loop(self, inputs, generation_config, catalogue, allowed_items, kwargs):
