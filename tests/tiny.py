@@ -4,9 +4,37 @@ import itertools
 
 import torch
 
-from onerec_hf import Catalogue, OneRecV2Config, OneRecV2ForCausalLM
+from onerec_hf import (
+    Catalogue,
+    OneRecConfig,
+    OneRecForCausalLM,
+    OneRecV1Config,
+    OneRecV1ForCausalLM,
+    OneRecV2Config,
+    OneRecV2ForCausalLM,
+)
 
 SIZES = [8, 8, 8]
+MOE = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24}
+# name -> config class, model class, what differs from the sizes that all tiny models share
+ARCHITECTURES = {
+    "onerec": (OneRecConfig, OneRecForCausalLM, {**MOE, "num_encoder_layers": 2, "num_session_items": 3}),
+    "v1": (
+        OneRecV1Config,
+        OneRecV1ForCausalLM,
+        {
+            **MOE,
+            "num_encoder_layers": 2,
+            "encoder_moe": True,
+            "short_term_length": 2,
+            "positive_length": 3,
+            "lifelong_length": 4,
+            "num_lifelong_queries": 2,
+        },
+    ),
+    "v2": (OneRecV2Config, OneRecV2ForCausalLM, {}),
+    "v2_moe": (OneRecV2Config, OneRecV2ForCausalLM, {**MOE, "context_key_value_split": 2, "num_context_layers": 2}),
+}
 
 
 def tiny_catalogue(num_items: int = 65, num_collisions: int = 5, seed: int = 0) -> Catalogue:
@@ -17,8 +45,9 @@ def tiny_catalogue(num_items: int = 65, num_collisions: int = 5, seed: int = 0) 
     return Catalogue(torch.cat([codes, codes[:num_collisions]]), SIZES, item_ids=range(1000, 1000 + num_items))
 
 
-def tiny_model(catalogue: Catalogue | None = None, seed: int = 0, **overrides) -> OneRecV2ForCausalLM:
-    """A OneRec-V2 of a few thousand parameters with weights wide enough that its distributions are not flat."""
+def tiny_model(catalogue: Catalogue | None = None, seed: int = 0, architecture: str = "v2", **overrides):
+    """A model of a few thousand parameters with weights wide enough that its distributions are not flat."""
+    config_class, model_class, own = ARCHITECTURES[architecture]
     config = {
         "codebook_sizes": SIZES,
         "hidden_size": 32,
@@ -27,7 +56,7 @@ def tiny_model(catalogue: Catalogue | None = None, seed: int = 0, **overrides) -
         "num_attention_heads": 4,
         "context_embed_dim": 8,
     }
-    model = OneRecV2ForCausalLM(OneRecV2Config(**(config | overrides))).eval()
+    model = model_class(config_class(**(config | own | overrides))).eval()
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -40,8 +69,10 @@ def tiny_model(catalogue: Catalogue | None = None, seed: int = 0, **overrides) -
 def tiny_context(
     catalogue: Catalogue, model, batch: int = 3, length: int = 6, seed: int = 1
 ) -> dict[str, torch.Tensor]:
-    """Random histories; the second user's is shorter, the third user's is empty."""
+    """Random histories; the second user's is shorter, the third user's is empty. OneRecV1 has the length of its pathways."""
     generator = torch.Generator().manual_seed(seed)
+    if isinstance(model.config, OneRecV1Config):
+        length = sum(model.config.pathway_lengths.values())
     history = torch.randint(catalogue.num_items, (batch, length), generator=generator)
     mask = torch.ones(batch, length, dtype=torch.bool)
     mask[1, length // 2 :] = False

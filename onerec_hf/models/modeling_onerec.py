@@ -121,6 +121,8 @@ class OneRecForCausalLM(SemanticIdMixin, OneRecPreTrainedModel, GenerationMixin)
         super().__init__(config)
         self.model = OneRecModel(config)
         self.build_head()
+        self.num_items = config.num_session_items
+        self.generation_config.max_new_tokens = self.num_items * (config.num_levels + 1) - 1
 
 
 __all__ = ["OneRecContextEncoder", "OneRecForCausalLM", "OneRecModel", "OneRecPreTrainedModel"]
