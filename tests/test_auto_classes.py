@@ -11,9 +11,9 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokeni
 
 from onerec_hf import Catalogue, OneRecV2ForCausalLM, SemanticIdTokenizer
 
-from .tiny import SIZES, tiny_catalogue, tiny_context, tiny_model
+from .tiny import ARCHITECTURES, SIZES, tiny_catalogue, tiny_context, tiny_model
 
-HISTORIES = [[1000, 1001, 1002], [1003, 1007, 1063]]
+HISTORIES = [list(range(1000, 1009)), list(range(1060, 1051, -1))]  # nine items: the pathways of the tiny OneRecV1
 
 WITHOUT_PACKAGE = """
 import json, sys
@@ -24,40 +24,47 @@ class Hidden:
 sys.meta_path.insert(0, Hidden())
 import torch
 from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
-folder, histories = sys.argv[1], json.loads(sys.argv[2])
-tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
-context = torch.tensor(tokenizer.encode_items(histories))
-for auto in (AutoModel, AutoModelForCausalLM):
-    model = auto.from_pretrained(folder, trust_remote_code=True)
-    out = model.generate(context_ids=context, num_beams=20, num_return_sequences=10)
-    assert type(model).__module__.startswith("transformers_modules."), type(model).__module__
-print(json.dumps([out.tolist(), tokenizer.decode_items(out[:, 1:])]))
+histories, results = json.loads(sys.argv[1]), []
+for folder in sys.argv[2:]:
+    tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
+    context = torch.tensor(tokenizer.encode_items(histories))
+    for auto in (AutoModel, AutoModelForCausalLM):
+        model = auto.from_pretrained(folder, trust_remote_code=True)
+        out = model.generate(context_ids=context, num_beams=20, num_return_sequences=10)
+        assert type(model).__module__.startswith("transformers_modules."), type(model).__module__
+    results.append([out.tolist(), tokenizer.decode_items(out.view(-1, 4)[:, 1:])])
+print(json.dumps(results))
 """
+
+
+def save(folder, architecture="v2"):
+    """A repository with a tiny model, its tokenizer and its catalogue."""
+    catalogue = tiny_catalogue()
+    model = tiny_model(catalogue, architecture=architecture)
+    SemanticIdTokenizer(codebook_sizes=SIZES, catalogue=catalogue).save_pretrained(folder)
+    model.save_pretrained(folder)
+    return folder
 
 
 @pytest.fixture
 def folder(tmp_path):
-    catalogue = tiny_catalogue()
-    model = tiny_model(catalogue)
-    SemanticIdTokenizer(codebook_sizes=SIZES, catalogue=catalogue).save_pretrained(tmp_path)
-    model.save_pretrained(tmp_path)
-    return tmp_path
+    return save(tmp_path)
 
 
-def test_same_items_without_the_package(folder, tmp_path):
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    model = AutoModel.from_pretrained(folder)
-    context = torch.tensor(tokenizer.encode_items(HISTORIES))
-    expected = model.generate(context_ids=context, num_beams=20, num_return_sequences=10)
+def test_same_items_without_the_package(tmp_path):
+    folders = [save(tmp_path / name, name) for name in ARCHITECTURES]
     env = dict(os.environ, HF_HUB_OFFLINE="1", HF_MODULES_CACHE=str(tmp_path / "modules"))
     env.pop("PYTHONPATH", None)
-    command = [sys.executable, "-c", WITHOUT_PACKAGE, str(folder), json.dumps(HISTORIES)]
+    command = [sys.executable, "-c", WITHOUT_PACKAGE, json.dumps(HISTORIES), *map(str, folders)]
     result = subprocess.run(command, env=env, cwd=tmp_path, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
-    sequences, items = json.loads(result.stdout.strip().splitlines()[-1])
-    assert sequences == expected.tolist()
-    assert items == tokenizer.decode_items(expected[:, 1:])
-    assert all(items)
+    for folder, (sequences, items) in zip(folders, json.loads(result.stdout.strip().splitlines()[-1]), strict=True):
+        tokenizer, model = AutoTokenizer.from_pretrained(folder), AutoModel.from_pretrained(folder)
+        context = torch.tensor(tokenizer.encode_items(HISTORIES))
+        expected = model.generate(context_ids=context, num_beams=20, num_return_sequences=10)
+        assert sequences == expected.tolist()
+        assert items == tokenizer.decode_items(expected.view(-1, 4)[:, 1:])
+        assert all(items)
 
 
 def test_no_pickle_and_a_safe_catalogue(folder):

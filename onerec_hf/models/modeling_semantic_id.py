@@ -198,7 +198,7 @@ class SemanticIdModel(SemanticIdPreTrainedModel):
                 hidden_states,
                 context_kv.key_states[layer.context_set],
                 context_kv.value_states[layer.context_set],
-                context_mask=cross_mask,
+                cross_mask,  # positional, as all that carries gradients: reentrant checkpointing asks for it
                 attention_mask=causal_mask,
                 past_key_values=past_key_values,
                 **kwargs,

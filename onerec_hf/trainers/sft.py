@@ -8,6 +8,8 @@ from dataclasses import dataclass, field
 
 from transformers import Trainer, TrainingArguments
 
+from .balance import ExpertBalanceCallback
+
 
 @dataclass
 class OneRecSFTConfig(TrainingArguments):
@@ -29,7 +31,7 @@ class OneRecSFTConfig(TrainingArguments):
 
 class OneRecSFTTrainer(Trainer):
     r"""
-    `transformers.Trainer` whose `evaluate` also generates.
+    `transformers.Trainer` whose `evaluate` also generates, and which balances the experts of a mixture.
 
     Args:
         generation_metrics (`Callable[[PreTrainedModel], dict[str, float]]`, *optional*): Called at every evaluation with the
@@ -41,6 +43,16 @@ class OneRecSFTTrainer(Trainer):
     def __init__(self, *args, generation_metrics: Callable | None = None, **kwargs):
         super().__init__(*args, **kwargs)
         self.generation_metrics = generation_metrics
+        self.expert_balance = None
+        config = self.accelerator.unwrap_model(self.model).config
+        if config.num_experts:
+            self.expert_balance = ExpertBalanceCallback(config.router_bias_update_rate)
+            self.add_callback(self.expert_balance)
+
+    def log(self, logs: dict[str, float], *args, **kwargs) -> None:
+        if self.expert_balance is not None and "loss" in logs:
+            logs |= self.expert_balance.logs()
+        super().log(logs, *args, **kwargs)
 
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix: str = "eval") -> dict[str, float]:
         metrics = super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
