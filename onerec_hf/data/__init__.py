@@ -11,6 +11,7 @@ from .embeddings import (
 )
 from .features import EventFeature, category_codes
 from .interactions import Interactions, load_interactions
+from .labels import event_labels, session_labels
 from .public_datasets import load_amazon, load_kuairand, load_kuairand_like_hate
 from .splits import global_time_split, k_core, leave_last_out
 
@@ -22,6 +23,7 @@ __all__ = [
     "check_item_embeddings",
     "collaborative_embeddings",
     "concat_embeddings",
+    "event_labels",
     "global_time_split",
     "item_texts",
     "k_core",
@@ -31,5 +33,6 @@ __all__ = [
     "load_interactions",
     "load_kuairand",
     "load_kuairand_like_hate",
+    "session_labels",
     "text_embeddings",
 ]

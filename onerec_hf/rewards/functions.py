@@ -1,0 +1,307 @@
+"""Reward functions with TRL's signature: `fn(prompts, completions, completion_ids, **columns) -> list[float]`.
+
+OneRec Technical Report (arXiv:2506.13695), reward system: P-Score, format and industrial rewards. Every reward is bound to its
+sample: completion i is judged by entry i of the columns, never by looking its history up.
+
+Legend: R completions, G completions of one sample (adjacent rows), L levels, C tokens of a completion.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Literal
+
+import torch
+
+from ..models.catalogue import Catalogue
+from ..models.configuration_onerec import NUM_SPECIAL_TOKENS
+
+RewardFunction = Callable[..., list[float]]
+
+
+def completion_leaves(
+    completion_ids: Sequence[Sequence[int]], catalogue: Catalogue
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """
+    The items that completions spell, as leaves of the catalogue (a leaf is one semantic ID, see [`Catalogue`]).
+
+    Special tokens (BOS in front of each item of a session, end, padding) separate items and are skipped.
+
+    Returns:
+        `leaves` and `owner`, both `torch.LongTensor` of shape (items of all completions,) on the CPU: `owner` is the completion. A
+        leaf is -1 where no item has the semantic ID; tokens that are no whole semantic IDs, or none at all, are one leaf of -1.
+    """
+    rows, levels = len(completion_ids), catalogue.num_levels
+    sizes = torch.tensor(catalogue.codebook_sizes)
+    lengths = torch.tensor([len(ids) for ids in completion_ids], dtype=torch.long)
+    tokens = torch.tensor([token for ids in completion_ids for token in ids], dtype=torch.long)
+    owner = torch.arange(rows).repeat_interleave(lengths)
+    tokens, owner = tokens[tokens >= NUM_SPECIAL_TOKENS], owner[tokens >= NUM_SPECIAL_TOKENS]
+    count = owner.bincount(minlength=rows)
+    whole = (count > 0) & (count % levels == 0)
+    # a code on the wrong level falls outside its codebook, so no item has it
+    codes = tokens[whole[owner]].view(-1, levels) - (NUM_SPECIAL_TOKENS + sizes.cumsum(0) - sizes)
+    leaves = catalogue.leaves_of(codes).cpu() if len(codes) else codes.new_empty(0)
+    broken = (~whole).nonzero()[:, 0]
+    leaves = torch.cat([leaves, broken.new_full(broken.shape, -1)])
+    return leaves, torch.cat([owner[whole[owner]][::levels], broken])
+
+
+def is_legal(completion_ids: Sequence[Sequence[int]], catalogue: Catalogue) -> torch.BoolTensor:
+    """Whether each completion spells existing items only, `torch.BoolTensor` of shape (R,) on the CPU."""
+    leaves, owner = completion_leaves(completion_ids, catalogue)
+    return owner[leaves < 0].bincount(minlength=len(completion_ids)) == 0
+
+
+def select_for_format(
+    num_groups: int,
+    group_size: int,
+    num_samples: int,
+    log_probs: torch.Tensor | None = None,
+    generator: torch.Generator | None = None,
+) -> torch.BoolTensor:
+    """
+    Which K of each group's G samples the format reward looks at (Technical Report, format reward).
+
+    Args:
+        num_samples (`int`): K, 1 to `group_size`.
+        log_probs (`torch.Tensor` of shape (num_groups, group_size), *optional*): Then the K most probable samples, the variant
+            whose legality the paper saw rise and fall again; otherwise K at random, the paper's choice.
+
+    Returns:
+        `torch.BoolTensor` of shape (num_groups, group_size), K True per row.
+    """
+    if not 1 <= num_samples <= group_size:
+        raise ValueError(f"num_samples={num_samples}: K must be between 1 and the {group_size} samples of a group.")
+    score = torch.rand(num_groups, group_size, generator=generator) if log_probs is None else log_probs.cpu()
+    selected = torch.zeros(num_groups, group_size, dtype=torch.bool)
+    return selected.scatter_(1, score.topk(num_samples, dim=1).indices, True)
+
+
+class FormatReward:
+    r"""
+    1.0 for a selected legal sample, 0.0 for a selected illegal one (discarded, never punished), `None` for one not selected.
+
+    OneRec Technical Report, format reward: these numbers are advantages, so they are not normalised over the group; a trainer
+    that normalises must add them afterwards. TRL leaves `None` out of its means, so the mean it logs is the legality of the
+    selection.
+
+    Args:
+        catalogue (`Catalogue`): The existing items.
+        num_generations (`int`): G, completions per sample, adjacent.
+        num_samples (`int`, defaults to 5): K; the paper's test takes 5 of 128, the production value is not in the paper.
+        selection: `"random"` (the paper's choice) or `"top"`, the K most probable, which needs the summed log-probabilities of the
+            completions as the column `sample_log_probs` (of a TRL `rollout_func`).
+        seed (`int`, defaults to 0): Of the random selection.
+    """
+
+    def __init__(
+        self,
+        catalogue: Catalogue,
+        num_generations: int,
+        num_samples: int = 5,
+        selection: Literal["random", "top"] = "random",
+        seed: int = 0,
+    ):
+        if selection not in ("random", "top"):
+            raise ValueError(f"selection={selection!r}: allowed are 'random' and 'top'.")
+        if not 1 <= num_samples <= num_generations:
+            raise ValueError(f"num_samples={num_samples}: K must be between 1 and num_generations={num_generations}.")
+        self.catalogue, self.num_generations, self.num_samples = catalogue, num_generations, num_samples
+        self.selection, self.generator = selection, torch.Generator().manual_seed(seed)
+        self.__name__ = "format_reward"
+
+    def __call__(self, prompts=None, completions=None, completion_ids=(), sample_log_probs=None, **columns):
+        groups = _num_groups(len(completion_ids), self.num_generations)
+        log_probs = None
+        if self.selection == "top":
+            if sample_log_probs is None:
+                raise ValueError("selection='top' needs the column sample_log_probs, one number per completion.")
+            log_probs = torch.as_tensor(sample_log_probs, dtype=torch.float32).view(groups, self.num_generations)
+        selected = select_for_format(groups, self.num_generations, self.num_samples, log_probs, self.generator)
+        legal = is_legal(completion_ids, self.catalogue)
+        return [float(good) if chosen else None for good, chosen in zip(legal.tolist(), selected.flatten().tolist())]
+
+
+class HitReward:
+    r"""
+    1.0 where the completion is a target of **its own** sample, else 0.0.
+
+    Args:
+        column (`str`, defaults to `"target_ids"`): Column with each sample's targets: the L tokens of one item, or a list of such
+            lists, of which any counts. Special tokens in the completion are skipped.
+    """
+
+    def __init__(self, column: str = "target_ids"):
+        self.column, self.__name__ = column, "hit_reward"
+
+    def __call__(self, prompts=None, completions=None, completion_ids=(), **columns):
+        targets = _own_column(columns, self.column, len(completion_ids))
+        rewards = []
+        for ids, target in zip(completion_ids, targets):
+            found = [token for token in ids if token >= NUM_SPECIAL_TOKENS]
+            accepted = target if len(target) and hasattr(target[0], "__len__") else [target]
+            rewards.append(float(any(found == list(item) for item in accepted)))
+        return rewards
+
+
+class ModelReward:
+    r"""
+    The score of any reward model or function.
+
+    Args:
+        score (`Callable`): Called as `score(**collate(rows))` without gradients; returns (B, G) or (B * G,) scores, or an object
+            with such `rewards` (as our reward models do).
+        collate (`Callable[[list[dict]], dict]`): Tensors from B rows, one per **sample**: its own columns, and `completion_ids`,
+            the list of its G completions. So the context is encoded once for all completions of a sample.
+        num_generations (`int`): G, completions per sample, adjacent.
+        sample_column (`str`, defaults to `"user"`): A column that tells samples apart; it must be one value inside a group.
+        batch_size (`int`, defaults to 64): Samples per call of `score`.
+
+    Raises:
+        ValueError: When the groups are not the samples', or a score is NaN or infinite; the message names the first row.
+    """
+
+    def __init__(
+        self,
+        score: Callable,
+        collate: Callable,
+        num_generations: int,
+        sample_column: str = "user",
+        batch_size: int = 64,
+    ):
+        self.score, self.collate, self.num_generations = score, collate, num_generations
+        self.sample_column, self.batch_size = sample_column, batch_size
+        self.__name__ = "reward_model"
+
+    @torch.no_grad()
+    def __call__(self, prompts=None, completions=None, completion_ids=(), **columns):
+        size, total = self.num_generations, len(completion_ids)
+        starts = range(0, _num_groups(total, size) * size, size)
+        samples = _own_column(columns, self.sample_column, total)
+        if mixed := [start for start in starts if any(samples[start] != other for other in samples[start:][:size])]:
+            raise ValueError(
+                f"completions {mixed[0]} to {mixed[0] + size - 1} belong to different samples (column {self.sample_column!r}): "
+                f"num_generations={size} is not the trainer's."
+            )
+        own = {
+            name: values for name, values in columns.items() if isinstance(values, Sequence) and len(values) == total
+        }
+        rows = [
+            {name: values[start] for name, values in own.items()} | {"completion_ids": completion_ids[start:][:size]}
+            for start in starts
+        ]
+        rewards = torch.cat([self._score(rows[i : i + self.batch_size]) for i in range(0, len(rows), self.batch_size)])
+        if len(rewards) != total:
+            raise ValueError(f"the reward model returned {len(rewards)} scores for {total} completions.")
+        if not bool(rewards.isfinite().all()):
+            row = int((~rewards.isfinite()).nonzero()[0])
+            raise ValueError(
+                f"the reward model returned {rewards[row].item()} for completion {row}: check its inputs."
+            )
+        return rewards.tolist()
+
+    def _score(self, rows: list[dict]) -> torch.Tensor:
+        found = self.score(**self.collate(rows))
+        return (found.rewards if hasattr(found, "rewards") else found).float().reshape(-1)
+
+
+class IndustrialReward:
+    r"""
+    Another reward, scaled down for a class of items while that class takes more than its quota: r' = alpha r (Technical Report,
+    industrial reward; the values of quota and factor are not in the paper).
+
+    The share is counted over the completions of one call, a rollout batch; a session belongs to the class when one of its items
+    does.
+
+    Args:
+        reward: The reward function to scale; its rewards must be 0 or more, since scaling a negative one would be a prize.
+        catalogue (`Catalogue`): To read items from completions.
+        tagged (`torch.BoolTensor` of shape (N,)): The class, by item index; a semantic ID is of the class when one of its items is.
+        quota (`float`): The paper's f, a share in [0, 1].
+        factor (`float`): The paper's alpha, in (0, 1).
+    """
+
+    def __init__(
+        self, reward: RewardFunction, catalogue: Catalogue, tagged: torch.Tensor, quota: float, factor: float
+    ):
+        if not 0 <= quota <= 1 or not 0 < factor < 1:
+            raise ValueError(f"quota={quota} must lie in [0, 1] and factor={factor} in (0, 1).")
+        if tuple(tagged.shape) != (catalogue.num_items,):
+            raise ValueError(
+                f"tagged has shape {tuple(tagged.shape)}: expected one value per item, ({catalogue.num_items},)."
+            )
+        self.reward, self.catalogue, self.quota, self.factor = reward, catalogue, quota, factor
+        leaf = catalogue.leaves_of(catalogue.semantic_ids.long().cpu()).cpu()
+        self.tagged_leaf = torch.zeros(catalogue.num_semantic_ids, dtype=torch.bool)
+        self.tagged_leaf[leaf[tagged.cpu().bool()]] = True
+        self.__name__ = "industrial_reward"
+
+    def __call__(self, prompts=None, completions=None, completion_ids=(), **columns):
+        rewards = self.reward(prompts=prompts, completions=completions, completion_ids=completion_ids, **columns)
+        if negative := [r for r in rewards if r is not None and r < 0]:
+            raise ValueError(
+                f"{len(negative)} rewards are negative, such as {negative[0]}: scaling them down would reward the class."
+            )
+        leaves, owner = completion_leaves(completion_ids, self.catalogue)
+        hits = (leaves >= 0) & self.tagged_leaf[leaves.clamp(min=0)]
+        tagged = owner[hits].bincount(minlength=len(completion_ids)) > 0
+        if tagged.float().mean() <= self.quota:
+            return rewards
+        return [self.factor * r if r is not None and hit else r for r, hit in zip(rewards, tagged.tolist())]
+
+
+class WeightedSum:
+    r"""
+    Weighted sum of reward functions. A part that is `None` (does not apply) is left out; where all are, the sum is `None`.
+
+    Args:
+        parts (`Mapping[str, tuple[RewardFunction, float]]`): Name -> function and weight. Where TRL passes `log_metric`, the mean
+            of every part is logged as `reward/<name>`.
+    """
+
+    def __init__(self, parts: Mapping[str, tuple[RewardFunction, float]]):
+        if not parts:
+            raise ValueError("parts is empty: give at least one reward function and its weight.")
+        self.parts, self.__name__ = dict(parts), "weighted_sum"
+
+    def __call__(self, prompts=None, completions=None, completion_ids=(), log_metric=None, **columns):
+        total: list[float | None] = [None] * len(completion_ids)
+        for name, (function, weight) in self.parts.items():
+            rewards = function(prompts=prompts, completions=completions, completion_ids=completion_ids, **columns)
+            if len(rewards) != len(total):
+                raise ValueError(f"reward {name!r} returned {len(rewards)} values for {len(total)} completions.")
+            known = [reward for reward in rewards if reward is not None]
+            if log_metric is not None and known:
+                log_metric(f"reward/{name}", sum(known) / len(known))
+            total = [
+                old if reward is None else weight * reward + (0.0 if old is None else old)
+                for old, reward in zip(total, rewards)
+            ]
+        return total
+
+
+def _num_groups(rows: int, group_size: int) -> int:
+    if rows % group_size:
+        raise ValueError(f"{rows} completions are no whole groups of num_generations={group_size}.")
+    return rows // group_size
+
+
+def _own_column(columns: Mapping[str, Sequence], name: str, rows: int) -> Sequence:
+    if name not in columns:
+        raise ValueError(f"the samples have no column {name!r}; they have {sorted(columns)}. Keep it in the data set.")
+    if len(columns[name]) != rows:
+        raise ValueError(
+            f"column {name!r} has {len(columns[name])} values for {rows} completions: one each is needed."
+        )
+    return columns[name]
+
+
+__all__ = [
+    "FormatReward",
+    "HitReward",
+    "IndustrialReward",
+    "ModelReward",
+    "WeightedSum",
+    "completion_leaves",
+    "is_legal",
+    "select_for_format",
+]
