@@ -210,7 +210,7 @@ def high_quality(interactions: Interactions, session: np.ndarray, config: Sessio
             if config.require == "all"
             else np.logical_or.reduce([*meets.values()])
         )
-    failed = {f"{name}={getattr(config, name):g}": int((~met).sum()) for name, met in meets.items()}
+    failed = {f"{name}={vars(config)[name]:g}": int((~met).sum()) for name, met in meets.items()}
     found = f"{kept.sum()} of {size} sessions meet {config.require} of the criteria; failed by criterion: {failed}"
     if not kept.any():
         raise ValueError(f"{found}. Lower these thresholds of SessionConfig, or set one to 0 to switch it off.")
