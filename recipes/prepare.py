@@ -3,6 +3,8 @@
     python recipes/prepare.py --config recipes/configs/amazon_prepare.yaml --source FOLDER --output outputs/beauty
     python recipes/prepare.py --source logs.parquet --columns '{"user_id": "uid", "item_id": "vid", "timestamp": "ts"}' \
         --output outputs/mydata
+    python recipes/prepare.py --source logs.parquet --feedback request_id play_time_ms is_click is_like is_follow is_forward \
+        --sessions '{"request": "request_id", "min_interactions": 0}' --output outputs/mysessions
 
 Writes `splits/` (a `DatasetDict`), `items.parquet`, `users.parquet`, `item_embeddings.safetensors`, `tokenizer/` (tokenizer,
 catalogue and codebooks), `semantic_ids.json` (quality report) and `codebook_usage.png`. Co-occurrence and popularity are learned
@@ -42,6 +44,10 @@ class PrepareArguments:
         default=None, metadata={"help": "Split by time from here on; otherwise leave last out."}
     )
     test_start: float | None = None
+    sessions: str | None = field(
+        default=None,
+        metadata={"help": "Rows of high-quality sessions: arguments of SessionConfig, YAML mapping or JSON."},
+    )
     embeddings: str | None = field(default=None, metadata={"help": ".npy or .safetensors with one row per item."})
     text_model: str | None = field(
         default=None, metadata={"help": "Encoder: Hub name, folder, or package:NAME/FOLDER."}
@@ -72,6 +78,20 @@ def load(args: PrepareArguments) -> logs.Interactions:
     return logs.k_core(interactions, args.k_core) if args.k_core > 1 else interactions
 
 
+def split(args: PrepareArguments, interactions: logs.Interactions) -> tuple[datasets.DatasetDict, datasets.Dataset]:
+    """The splits, and the training events that embeddings and popularity may learn from, one row per user."""
+    if args.sessions is not None:
+        settings = json.loads(args.sessions) if isinstance(args.sessions, str) else args.sessions
+        config = logs.SessionConfig(**settings)
+        splits = logs.session_splits(interactions, config, args.validation_start, args.test_start)
+        return splits, logs.training_events(interactions, config, splits, args.validation_start)
+    if args.validation_start is None:
+        splits = logs.leave_last_out(interactions)
+    else:
+        splits = logs.global_time_split(interactions, args.validation_start, args.test_start)
+    return splits, splits["train"]
+
+
 def embed(args: PrepareArguments, interactions: logs.Interactions, train: datasets.Dataset) -> np.ndarray:
     """Every embedding that was asked for, normalised and concatenated, (N, D)."""
     parts = []
@@ -99,13 +119,10 @@ def main(args: PrepareArguments) -> dict:
     output = Path(args.output)
     output.mkdir(parents=True, exist_ok=True)
     interactions = load(args)
-    if args.validation_start is None:
-        splits = logs.leave_last_out(interactions)
-    else:
-        splits = logs.global_time_split(interactions, args.validation_start, args.test_start)
-    for name, split in splits.items():
-        splits[name] = split.add_column("length", [len(history) for history in split["history"]])
-    embeddings = embed(args, interactions, splits["train"])
+    splits, train = split(args, interactions)
+    for name, rows in splits.items():
+        splits[name] = rows.add_column("length", [len(history) for history in rows["history"]])
+    embeddings = embed(args, interactions, train)
     quantizer = ResidualKMeans(args.num_levels, args.codebook_size, balanced=args.balanced, seed=args.seed)
     codes = quantizer.fit(torch.from_numpy(embeddings)).train_codes
     report = {"before collisions": quality_report(codes, torch.from_numpy(embeddings), quantizer)}
@@ -113,7 +130,7 @@ def main(args: PrepareArguments) -> dict:
     sizes = [args.codebook_size] * args.num_levels
     if codes.shape[1] > args.num_levels:
         sizes.append(int(codes[:, -1].max()) + 1)
-    train_items = np.concatenate(splits["train"].with_format("numpy")["history"])
+    train_items = np.concatenate(train.with_format("numpy")["history"])
     popularity = np.bincount(train_items, minlength=interactions.num_items)
     catalogue = Catalogue(codes, sizes, interactions.item_ids, popularity)
     SemanticIdTokenizer(codebook_sizes=sizes, catalogue=catalogue).save_pretrained(output / "tokenizer")
@@ -128,7 +145,8 @@ def main(args: PrepareArguments) -> dict:
         datasets.Dataset.from_dict(columns).to_parquet(output / f"{name}s.parquet")
     (output / "semantic_ids.json").write_text(json.dumps(report, indent=2))
     plot_codebook_usage(codes[:, : args.num_levels], args.codebook_size, output / "codebook_usage.png")
-    print(f"{catalogue}, {len(interactions)} events of {interactions.num_users} users -> {output}")
+    counts = ", ".join(f"{len(rows)} {name} rows" for name, rows in splits.items())
+    print(f"{catalogue}, {len(interactions)} events of {interactions.num_users} users, {counts} -> {output}")
     return report
 
 

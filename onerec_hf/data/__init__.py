@@ -1,6 +1,6 @@
-"""Logs -> interactions -> splits; item embeddings."""
+"""Logs -> interactions -> splits of events or sessions -> batches; item embeddings."""
 
-from .collators import OneRecCollator
+from .collators import OneRecCollator, SessionCollator
 from .embeddings import (
     check_item_embeddings,
     collaborative_embeddings,
@@ -9,22 +9,31 @@ from .embeddings import (
     load_embeddings,
     text_embeddings,
 )
-from .features import EventFeature, category_codes
+from .features import EventFeature, category_codes, reaches
 from .interactions import Interactions, load_interactions
 from .labels import event_labels, session_labels
+from .lifelong import compress_lifelong, hierarchical_kmeans
+from .pathways import PathwayCollator
 from .public_datasets import load_amazon, load_kuairand, load_kuairand_like_hate
+from .session_splits import session_splits, training_events
+from .sessions import SessionConfig, session_criteria, session_index
 from .splits import global_time_split, k_core, leave_last_out
 
 __all__ = [
     "EventFeature",
     "Interactions",
     "OneRecCollator",
+    "PathwayCollator",
+    "SessionCollator",
+    "SessionConfig",
     "category_codes",
     "check_item_embeddings",
     "collaborative_embeddings",
+    "compress_lifelong",
     "concat_embeddings",
     "event_labels",
     "global_time_split",
+    "hierarchical_kmeans",
     "item_texts",
     "k_core",
     "leave_last_out",
@@ -33,6 +42,11 @@ __all__ = [
     "load_interactions",
     "load_kuairand",
     "load_kuairand_like_hate",
+    "reaches",
+    "session_criteria",
+    "session_index",
     "session_labels",
+    "session_splits",
     "text_embeddings",
+    "training_events",
 ]

@@ -1,6 +1,7 @@
-"""Rows of a split -> tensors of a OneRec model: context, features, and every target of a user in one pass.
+"""Rows of a split -> tensors of a OneRec model: context, features, targets.
 
 OneRec-V2, section 2.2 (arXiv:2508.20900): an item's keys and values depend on that item alone, so one context serves all targets.
+OneRec (arXiv:2502.18965) and its Technical Report (arXiv:2506.13695) encode the context bidirectionally: one context, one session.
 """
 
 from collections.abc import Mapping
@@ -16,7 +17,8 @@ class OneRecCollator:
     Makes batches from rows with `user`, `history` and, outside training, `targets`.
 
     Training rows (no `targets`): the history without its last item is the context, and each of its items but the first is a
-    target that sees the items before it. Rows with `targets`: the whole history is the context of every target.
+    target that sees the items before it. Rows with `targets`: the whole history is the context of every target, as for the k
+    impressions of one request that share a context (OneRec-V2, section 2.1; [`session_splits`] makes such rows).
 
     Args:
         item_token_ids (`np.ndarray` of shape (N, L)): Token ids of every item, as `SemanticIdTokenizer.encode_semantic_ids`
@@ -63,60 +65,101 @@ class OneRecCollator:
     def __call__(self, rows: list[dict]) -> dict[str, torch.Tensor]:
         if "targets" in rows[0]:
             batch = self.context(rows)
-            targets = [np.asarray(row["targets"], dtype=np.int64) for row in rows]
+            targets = [row["targets"] for row in rows]
             positions = [np.full(len(t), min(len(row["history"]), self.max_history)) for t, row in zip(targets, rows)]
         else:
             histories = [np.asarray(row["history"], dtype=np.int64)[-self.max_history - 1 :] for row in rows]
             batch = self.context(rows, drop_last=True)
             targets = [history[1:] for history in histories]
             positions = [np.arange(1, len(target) + 1) for target in targets]
-        width = max(1, *(len(target) for target in targets))
-        target_ids = np.full((len(rows), width, self.item_token_ids.shape[1]), self.pad_token_id)
-        target_positions = np.zeros((len(rows), width), dtype=np.int64)
-        for i, (target, position) in enumerate(zip(targets, positions)):
-            target_ids[i, : len(target)] = self.item_token_ids[target]
-            target_positions[i, : len(target)] = position
-        batch["target_ids"] = torch.from_numpy(target_ids)
+        batch["target_ids"] = self.pad_targets(targets)
+        target_positions = np.zeros(batch["target_ids"].shape[:2], dtype=np.int64)
+        for i, position in enumerate(positions):
+            target_positions[i, : len(position)] = position
         batch["target_positions"] = torch.from_numpy(target_positions)
         return batch
 
     def context(self, rows: list[dict], drop_last: bool = False) -> dict[str, torch.Tensor]:
         """The context tensors alone, as `generate` takes them; `drop_last` leaves out each history's last item."""
-        stop = -1 if drop_last else None
-        window = slice(-self.max_history - drop_last, stop)
-        histories = [np.asarray(row["history"], dtype=np.int64)[window] for row in rows]
-        width = max(1, *(len(history) for history in histories))
-        context_ids = np.full((len(rows), width, self.item_token_ids.shape[1]), self.pad_token_id)
-        mask = np.zeros((len(rows), width), dtype=bool)
-        features = np.zeros((len(rows), width, len(self.context_feature_sizes)), dtype=np.int64)
-        for i, (row, history) in enumerate(zip(rows, histories)):
-            size = len(history)
-            context_ids[i, :size] = self.item_token_ids[history]
-            mask[i, :size] = True
-            for j, name in enumerate(self.context_feature_sizes):
-                if name in self.event_features:
-                    column = self.event_features[name].encode(self._column(row, name))[window]
-                else:
-                    column = self.item_features[name][history]
-                features[i, :size, j] = column
-        batch = {"context_ids": torch.from_numpy(context_ids), "context_mask": torch.from_numpy(mask)}
+        window = slice(-self.max_history - drop_last, -1 if drop_last else None)
+        events = [self.events(row) for row in rows]
+        return self.pad_events([(items[window], codes[window]) for items, codes in events]) | self.users(rows)
+
+    def events(self, row: dict, column: str = "history", prefix: str = "") -> tuple[np.ndarray, np.ndarray]:
+        """
+        The items (T,) of a list column of a row, and their categories (T, F) in the order of `context_feature_sizes`; the event
+        columns that run parallel to it are named `prefix` + feature name.
+        """
+        if column not in row:
+            raise KeyError(f"the rows have no column {column!r}; they have {sorted(row)}.")
+        items = np.asarray(row[column], dtype=np.int64)
+        codes = np.zeros((len(items), len(self.context_feature_sizes)), dtype=np.int64)
+        for j, name in enumerate(self.context_feature_sizes):
+            if name in self.event_features:
+                codes[:, j] = self.event_features[name].encode(event_column(row, prefix + name, column))
+            else:
+                codes[:, j] = self.item_features[name][items]
+        return items, codes
+
+    def pad_events(
+        self, events: list[tuple[np.ndarray, np.ndarray]], name: str = "context"
+    ) -> dict[str, torch.Tensor]:
+        """Padded on the right: `{name}_ids` (B, T, L), `{name}_mask` (B, T) and, if configured, `{name}_features` (B, T, F)."""
+        width = max(1, *(len(items) for items, _ in events))
+        ids = np.full((len(events), width, self.item_token_ids.shape[1]), self.pad_token_id)
+        mask = np.zeros((len(events), width), dtype=bool)
+        features = np.zeros((len(events), width, len(self.context_feature_sizes)), dtype=np.int64)
+        for i, (items, codes) in enumerate(events):
+            ids[i, : len(items)] = self.item_token_ids[items]
+            mask[i, : len(items)] = True
+            features[i, : len(items)] = codes
+        batch = {f"{name}_ids": torch.from_numpy(ids), f"{name}_mask": torch.from_numpy(mask)}
         if features.shape[2]:
-            batch["context_features"] = torch.from_numpy(features)
-        if self.user_features:
-            users = np.array([row["user"] for row in rows])
-            batch["user_features"] = torch.from_numpy(
-                np.stack([v[users] for v in self.user_features.values()], axis=1)
-            )
+            batch[f"{name}_features"] = torch.from_numpy(features)
         return batch
 
-    @staticmethod
-    def _column(row: dict, name: str) -> np.ndarray:
-        if name not in row:
-            raise KeyError(
-                f"the rows have no column {name!r} for the event feature of that name; they have {sorted(row)}."
-            )
-        if len(row[name]) != len(row["history"]):
+    def pad_targets(self, targets: list) -> torch.Tensor:
+        """`target_ids` (B, n, L) of lists of items."""
+        width = max(1, *(len(items) for items in targets))
+        target_ids = np.full((len(targets), width, self.item_token_ids.shape[1]), self.pad_token_id)
+        for i, items in enumerate(targets):
+            target_ids[i, : len(items)] = self.item_token_ids[np.asarray(items, dtype=np.int64)]
+        return torch.from_numpy(target_ids)
+
+    def users(self, rows: list[dict]) -> dict[str, torch.Tensor]:
+        """`user_features` (B, F_u), if configured."""
+        if not self.user_features:
+            return {}
+        users = np.array([row["user"] for row in rows])
+        features = [self.user_features[name][users] for name in self.user_feature_sizes]
+        return {"user_features": torch.from_numpy(np.stack(features, axis=1))}
+
+
+class SessionCollator(OneRecCollator):
+    r"""
+    For models whose context is encoded as a whole, so that all targets of a row see all of it: OneRec (one session per row).
+
+    Takes the rows of [`session_splits`]. Batches hold the context tensors of [`OneRecCollator`] and `target_ids` (B, m, L): the
+    m items of one session in order, pad tokens where a session is shorter. The model puts BOS before each item.
+    """
+
+    def __call__(self, rows: list[dict]) -> dict[str, torch.Tensor]:
+        if "targets" not in rows[0]:
             raise ValueError(
-                f"column {name!r} has {len(row[name])} values, the history {len(row['history'])}: they run in parallel."
+                f"the rows have no column 'targets', only {sorted(rows[0])}: a context that is encoded as a whole must end "
+                "before its targets. Make the rows with session_splits()."
             )
-        return np.asarray(row[name])
+        return self.context(rows) | {"target_ids": self.pad_targets([row["targets"] for row in rows])}
+
+
+def event_column(row: dict, name: str, parallel_to: str = "history") -> np.ndarray:
+    """An event column of a row, checked: as many values as the list column `parallel_to`."""
+    if name not in row:
+        raise KeyError(
+            f"the rows have no column {name!r} for the event feature of that name; they have {sorted(row)}."
+        )
+    if len(row[name]) != len(row[parallel_to]):
+        raise ValueError(
+            f"column {name!r} has {len(row[name])} values, the {parallel_to} {len(row[parallel_to])}: they run in parallel."
+        )
+    return np.asarray(row[name])

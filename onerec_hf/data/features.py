@@ -4,7 +4,7 @@ OneRec Technical Report, section 2.2.1 (play time, duration, label, author, tag,
 always stands for "unknown", in every feature.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Literal, NamedTuple
 
 import numpy as np
@@ -61,3 +61,25 @@ def category_codes(values: Sequence, max_size: int | None = None) -> np.ndarray:
     if max_size is not None:
         rank[rank >= max_size] = 0
     return rank[inverse]
+
+
+def reaches(columns: Mapping[str, Sequence], thresholds: Mapping[str, float]) -> np.ndarray:
+    """
+    Events at which at least one column reaches its threshold: `{"is_like": 1, "play_time_ms": 30_000}` is "liked, or played for
+    30 s". NaN and -1 ("unknown") never do.
+
+    Returns:
+        `np.ndarray` of shape (events,), bool; all False without thresholds.
+
+    Raises:
+        ValueError: a column that is not there, or a threshold that is not positive.
+    """
+    if absent := [name for name in thresholds if name not in columns]:
+        raise ValueError(f"no event column {absent} to compare with {dict(thresholds)}; there are {sorted(columns)}.")
+    if low := [name for name, least in thresholds.items() if not least > 0]:
+        raise ValueError(
+            f"the thresholds of {low} must be above 0, where 'no' and 'unknown' lie; got {dict(thresholds)}."
+        )
+    masks = [np.asarray(columns[name], dtype=np.float64) >= least for name, least in thresholds.items()]
+    length = len(next(iter(columns.values()), ()))
+    return np.logical_or.reduce(masks) if masks else np.zeros(length, dtype=bool)

@@ -80,9 +80,9 @@ def leave_last_out(interactions: Interactions) -> datasets.DatasetDict:
     train_end = np.where(count >= 3, end - 2, np.maximum(end - 1, first + 1))
     two, three = count >= 2, count >= 3
     return datasets.DatasetDict(
-        train=_rows(interactions, users, first, train_end),
-        validation=_rows(interactions, users[three], first[three], end[three] - 2, end[three] - 1),
-        test=_rows(interactions, users[two], first[two], end[two] - 1, end[two]),
+        train=user_rows(interactions, users, first, train_end),
+        validation=user_rows(interactions, users[three], first[three], end[three] - 2, end[three] - 1),
+        test=user_rows(interactions, users[two], first[two], end[two] - 1, end[two]),
     )
 
 
@@ -112,7 +112,7 @@ def global_time_split(
     validation_first = first + _count_before(interactions, validation_start)
     test_first = first + _count_before(interactions, test_start)
     users = np.flatnonzero(validation_first > first)
-    splits = {"train": _rows(interactions, users, first[users], validation_first[users])}
+    splits = {"train": user_rows(interactions, users, first[users], validation_first[users])}
     for name, start, stop in (("validation", validation_first, test_first), ("test", test_first, end)):
         active = stop > start
         cold, short = active & (start == first), active & (start - first < min_history)
@@ -122,7 +122,7 @@ def global_time_split(
                 f"left out for fewer than {min_history} events before it (min_history)"
             )
         users = np.flatnonzero(active & ~short)
-        splits[name] = _rows(interactions, users, first[users], start[users], stop[users])
+        splits[name] = user_rows(interactions, users, first[users], start[users], stop[users])
     if empty := [name for name, split in splits.items() if not len(split)]:
         time = interactions.timestamp
         raise ValueError(
@@ -137,7 +137,7 @@ def _count_before(interactions: Interactions, time: float) -> np.ndarray:
     return np.bincount(before, minlength=interactions.num_users)
 
 
-def _rows(
+def user_rows(
     interactions: Interactions,
     users: np.ndarray,
     first: np.ndarray,
@@ -145,23 +145,32 @@ def _rows(
     target_stop: np.ndarray | None = None,
 ) -> datasets.Dataset:
     """One row per user: history = events first..stop-1 (row numbers), targets = events stop..target_stop-1."""
-    history, offsets = _ranges(first, stop)
+    history, offsets = ranges(first, stop)
     lists = {"history": interactions.item_index[history].astype(np.int32)}
     lists |= {"timestamp": interactions.timestamp[history]}
     lists |= {name: values[history] for name, values in interactions.feedback.items()}
     columns = {"user": pa.array(users, pa.int32())}
     columns |= {name: pa.ListArray.from_arrays(offsets, pa.array(values)) for name, values in lists.items()}
     if target_stop is not None:
-        targets, target_offsets = _ranges(stop, target_stop)
+        targets, target_offsets = ranges(stop, target_stop)
         items = pa.array(interactions.item_index[targets].astype(np.int32))
         columns["targets"] = pa.ListArray.from_arrays(target_offsets, items)
+    return arrow_dataset(columns)
+
+
+def arrow_dataset(columns: dict[str, pa.Array]) -> datasets.Dataset:
+    """A `datasets.Dataset` of Arrow columns, in memory."""
     table = pa.table(columns)
     features = datasets.Features.from_arrow_schema(table.schema)
     return datasets.Dataset(datasets.table.InMemoryTable(table), info=datasets.DatasetInfo(features=features))
 
 
-def _ranges(first: np.ndarray, stop: np.ndarray) -> tuple[np.ndarray, pa.Array]:
+def ranges(first: np.ndarray, stop: np.ndarray) -> tuple[np.ndarray, pa.Array]:
     """Row numbers of the ranges first..stop-1 one after another, and their offsets."""
     offsets = np.concatenate([[0], np.cumsum(stop - first)])
+    if offsets[-1] > np.iinfo(np.int32).max:
+        raise ValueError(
+            f"the lists of a split hold {offsets[-1]} events in all, more than 2^31 - 1: split the log by users"
+        )
     rows = np.arange(offsets[-1]) + np.repeat(first - offsets[:-1], stop - first)
     return rows, pa.array(offsets, pa.int32())

@@ -1,0 +1,197 @@
+"""Training, validation and test rows of sessions (OneRec, arXiv:2502.18965, section 3.2): a history, and the session after it.
+
+A history holds events before its session's first one alone: none at the same instant, none after.
+"""
+
+from dataclasses import replace
+
+import datasets
+import numpy as np
+import pyarrow as pa
+from transformers.utils import logging
+
+from .interactions import Interactions
+from .sessions import SessionConfig, high_quality, session_index
+from .splits import arrow_dataset, ranges, user_rows
+
+logger = logging.get_logger(__name__)
+
+SPLITS = ("train", "validation", "test")
+
+
+def session_splits(
+    interactions: Interactions,
+    config: SessionConfig,
+    validation_start: float | None = None,
+    test_start: float | None = None,
+) -> datasets.DatasetDict:
+    """
+    One row per high-quality session.
+
+    By time, if the boundaries are given: a session belongs to the period in which it starts. Otherwise by user: the last session
+    is test, the one before it validation (for users with three or more), the rest training. Training and validation sessions
+    that run on into what is held out after them are left out, and counted in a warning.
+
+    Args:
+        validation_start, test_start: In the unit of `interactions.timestamp`; both or none.
+
+    Returns:
+        `datasets.DatasetDict` with `train`, `validation`, `test`, sorted by user and time:
+
+        - `user` (int32): user index; `session_start`: time of the session's first event.
+        - `history` (`List(int32)`): at most `config.max_history` item indices, oldest first.
+        - `timestamp` and one column per `feedback` but the request id: parallel to `history`.
+        - `targets` (`List(int32)`): at most `config.session_size` items of the session, in order.
+        - `target_timestamp`, `target_<feedback>`: parallel to `targets`. Of an item that is repeated in a session the first
+          event counts; with `cut="watched"` the first one watched.
+
+    Raises:
+        ValueError: columns of `config` that are absent or hold NaN, no session that meets the criteria, a split without rows,
+            boundaries that are not in order, or a feedback column with a name that the rows need.
+    """
+    if reserved := [name for name in interactions.feedback if name == "session_start" or name.startswith("target")]:
+        raise ValueError(f"feedback may not be named {reserved}: rows of sessions have such columns; rename it.")
+    session = session_index(interactions, config)
+    kept = high_quality(interactions, session, config)
+    order = np.argsort(session, kind="stable")  # events by session, then time
+    size = np.bincount(session)
+    end = np.cumsum(size)
+    first, last = order[end - size], order[end - 1]  # events, (S,)
+    split = _split_of(interactions, first, last, kept, validation_start, test_start)
+    history = _Histories(interactions, config, first)
+    short = history.stop - history.begin < config.min_history
+    if count := (short & (split >= 0)).sum():
+        logger.warning(f"{count} sessions have a history of fewer than {config.min_history} events and make no row")
+    targets, target_end = _targets(interactions, config, session, order)
+    rows = {}
+    for i, name in enumerate(SPLITS):
+        chosen = np.flatnonzero((split == i) & ~short)
+        rows[name] = _session_rows(interactions, config, chosen, first, history, targets, target_end)
+    if empty := [name for name, split in rows.items() if not len(split)]:
+        start = interactions.timestamp[first[kept]]
+        raise ValueError(
+            f"no rows in {empty}: {kept.sum()} sessions meet the criteria, {(kept & short).sum()} of them lack a history of "
+            f"{config.min_history}; they start from {start.min()} to {start.max()}, the boundaries are {validation_start} and "
+            f"{test_start}."
+        )
+    return datasets.DatasetDict(rows)
+
+
+def training_events(
+    interactions: Interactions,
+    config: SessionConfig,
+    splits: datasets.DatasetDict,
+    validation_start: float | None = None,
+) -> datasets.Dataset:
+    """
+    What may be learned about items without seeing what is held out: one row per user, with the effective events before
+    `validation_start`, or, for splits by user, before the user's first session of `validation` and `test`.
+
+    Returns:
+        `datasets.Dataset` with the columns of the training split of [`leave_last_out`].
+    """
+    before = np.full(interactions.num_users, np.inf if validation_start is None else validation_start)
+    if validation_start is None:
+        for name in ("validation", "test"):
+            held_out = splits[name].with_format("numpy")
+            np.minimum.at(before, held_out["user"][:], held_out["session_start"][:])
+    rows = config.effective_events(interactions) & (interactions.timestamp < before[interactions.user_index])
+    known = replace(
+        interactions,
+        user_index=interactions.user_index[rows],
+        item_index=interactions.item_index[rows],
+        timestamp=interactions.timestamp[rows],
+        feedback={name: values[rows] for name, values in interactions.feedback.items()},
+    )
+    first, end = known.user_offsets[:-1], known.user_offsets[1:]
+    users = np.flatnonzero(end > first)
+    return user_rows(known, users, first[users], end[users])
+
+
+def _split_of(interactions, first, last, kept, validation_start, test_start) -> np.ndarray:
+    """Row of `SPLITS` of each session, -1 for none, (S,)."""
+    user, start, end = interactions.user_index[first], interactions.timestamp[first], interactions.timestamp[last]
+    if validation_start is not None:
+        if test_start is None or not validation_start < test_start:
+            raise ValueError(f"validation_start ({validation_start}) must lie before test_start ({test_start}).")
+        boundaries = np.array([validation_start, test_start])
+        split = np.searchsorted(boundaries, start, side="right")
+        runs_on = split != np.searchsorted(boundaries, end, side="right")
+        split[~kept] = -1
+    elif test_start is not None:
+        raise ValueError("test_start without validation_start: give both boundaries or none.")
+    else:
+        split = np.full(len(first), -1)
+        rows = np.flatnonzero(kept)
+        count = np.bincount(user[rows], minlength=interactions.num_users)[user[rows]]
+        left = (
+            count - 1 - (np.arange(len(rows)) - np.searchsorted(user[rows], user[rows]))
+        )  # 0 for a user's last session
+        split[rows] = np.where(left == 0, 2, np.where((left == 1) & (count >= 3), 1, 0))
+        split[rows[count == 1]] = 0  # as `leave_last_out`: a user needs a training row first
+        held_out = np.full((2, interactions.num_users), np.inf)  # start of validation and test, then of test
+        np.minimum.at(held_out[0], user[split >= 1], start[split >= 1])
+        np.minimum.at(held_out[1], user[split == 2], start[split == 2])
+        runs_on = end > np.where(split == 0, held_out[0][user], np.where(split == 1, held_out[1][user], np.inf))
+    if count := (runs_on & (split >= 0)).sum():
+        logger.warning(
+            f"{count} sessions run on into the period or session that is held out after them and are left out"
+        )
+    split[runs_on] = -1
+    return split
+
+
+class _Histories:
+    """The history of every session: rows `begin` to `stop - 1` of `events`, the events that make histories."""
+
+    def __init__(self, interactions: Interactions, config: SessionConfig, first: np.ndarray):
+        user, time = interactions.user_index, interactions.timestamp
+        if config.history == "all":
+            effective = np.ones(len(interactions), dtype=bool)
+        else:
+            effective = config.effective_events(interactions)
+        same = np.zeros(len(interactions), dtype=bool)  # same user and time as the event before
+        same[1:] = (user[1:] == user[:-1]) & (time[1:] == time[:-1])
+        instant = np.maximum.accumulate(np.where(same, 0, np.arange(len(interactions))))  # first event of that instant
+        earlier = np.concatenate([[0], np.cumsum(effective)])  # effective events in rows before
+        self.events = np.flatnonzero(effective)
+        self.stop = earlier[instant[first]]
+        self.begin = np.maximum(earlier[interactions.user_offsets[user[first]]], self.stop - config.max_history)
+
+
+def _targets(interactions, config, session, order) -> tuple[np.ndarray, np.ndarray]:
+    """Target events of all sessions, by session and time, and where each session's end among them, (S,)."""
+    session, item = session[order], interactions.item_index[order]
+    if config.cut == "watched":
+        later = ~config.watched_events(interactions)[order]
+    else:
+        later = np.zeros(len(order), dtype=bool)
+    place = np.arange(len(order))
+    by_item = np.lexsort((place, later, item, session))
+    repeat = np.zeros(len(order), dtype=bool)
+    repeat[1:] = (np.diff(session[by_item]) == 0) & (np.diff(item[by_item]) == 0)
+    distinct = np.sort(by_item[~repeat])
+    by_rank = distinct[np.lexsort((distinct, later[distinct], session[distinct]))]
+    starts = np.searchsorted(session[by_rank], session[by_rank])  # where the session begins
+    chosen = np.sort(by_rank[np.arange(len(by_rank)) - starts < config.session_size])
+    return order[chosen], np.cumsum(np.bincount(session[chosen], minlength=session.max(initial=-1) + 1))
+
+
+def _session_rows(interactions, config, chosen, first, history, targets, target_end) -> datasets.Dataset:
+    """Rows of the sessions `chosen`."""
+    rows, offsets = ranges(history.begin[chosen], history.stop[chosen])
+    past = history.events[rows]
+    target_begin = np.concatenate([[0], target_end[:-1]])
+    rows, target_offsets = ranges(target_begin[chosen], target_end[chosen])
+    now = targets[rows]
+    columns = {
+        "user": pa.array(interactions.user_index[first[chosen]], pa.int32()),
+        "session_start": pa.array(interactions.timestamp[first[chosen]]),
+    }
+    values = {"timestamp": interactions.timestamp, **interactions.feedback}
+    values.pop(config.request, None)
+    for name, events, ends, prefix in (("history", past, offsets, ""), ("targets", now, target_offsets, "target_")):
+        items = pa.array(interactions.item_index[events].astype(np.int32))
+        columns[name] = pa.ListArray.from_arrays(ends, items)
+        columns |= {prefix + key: pa.ListArray.from_arrays(ends, pa.array(v[events])) for key, v in values.items()}
+    return arrow_dataset(columns)
