@@ -158,14 +158,14 @@ def test_both_layouts_of_expand_list_every_child_once():
     narrow = torch.stack([torch.arange(1, 250), torch.randint(256, (249,), generator=generator)], dim=1)
     catalogue = Catalogue(torch.cat([wide, narrow]), [256, 256])
     node = torch.tensor([[7, 0, 249, -1], [1, 2, 3, 4]])
-    parent, code, child, real = catalogue.expand(node, 1)
-    assert real.shape[1] == (7 + 3) * 32  # 7 runs of the wide node and one for each other, instead of 4 * 200
+    parent, child, real = catalogue.expand(node, 1)
+    assert real.shape == (2, 7 + 3, 32)  # 7 runs of the wide node and one for each other, instead of 4 of 200
     for row in range(2):
-        found = [(p, c) for p, c, r in zip(parent[row].tolist(), child[row].tolist(), real[row].tolist()) if r]
+        runs = zip(parent[row].tolist(), child[row], real[row])
+        found = [(p, c) for p, children, mask in runs for c in children[mask].tolist()]
         expected = []
         for position, one in enumerate(node[row].tolist()):
             if one >= 0:
                 _, children, mask = catalogue.children(torch.tensor(one), 1)
                 expected += [(position, c) for c in children[mask].tolist()]
         assert found == expected
-        assert torch.equal(code[row][real[row]], catalogue.codes[1][child[row][real[row]]].long())

@@ -21,7 +21,9 @@ def literal_catalogue(item_ids=None):
 def test_index_of_six_items():
     catalogue = literal_catalogue()
     assert [codes.tolist() for codes in catalogue.codes] == [[0, 1], [1, 0, 2], [0, 1, 0, 2, 2]]
-    assert [first.tolist() for first in catalogue.first_child] == [[0, 1, 3], [0, 2, 4, 5], [0, 1, 2, 3, 5, 6]]
+    first = [catalogue.first_child(torch.arange(len(codes) + 1), level) for level, codes in enumerate(catalogue.codes)]
+    assert [children.tolist() for children in first] == [[0, 1, 3], [0, 2, 4, 5], [0, 1, 2, 3, 5, 6]]
+    assert [surplus.tolist() for surplus in catalogue.surplus] == [[0, 0, 1], [0, 1, 2, 2], [0, 0, 0, 0, 1, 1]]
     assert catalogue.item_order.tolist() == [5, 1, 2, 3, 0, 4]  # the popular one of 0 and 3 comes first
     assert catalogue.leaves_of(CODES).tolist() == [3, 1, 2, 3, 4, 0]
     assert (catalogue.num_items, catalogue.num_semantic_ids, catalogue.max_children) == (6, 5, [2, 2, 2])
@@ -61,7 +63,8 @@ def test_alive_equals_an_index_rebuilt_from_the_subset():
         for level in range(3):
             count = len({codes[: level + 1] for codes in kept})
             assert int(masks[level][row].sum()) == count
-    leaf_codes = catalogue.semantic_ids[catalogue.item_order[catalogue.first_child[-1][:-1].long()]]
+    first_item = catalogue.first_child(torch.arange(catalogue.num_semantic_ids), 2)
+    leaf_codes = catalogue.semantic_ids[catalogue.item_order[first_item]]
     alive_codes = {tuple(codes) for codes in leaf_codes[masks[2][0]].tolist()}
     assert alive_codes == {tuple(codes) for codes in catalogue.semantic_ids[allowed[0]].tolist()}
 
@@ -128,3 +131,38 @@ def test_a_million_items():
     tokenizer = SemanticIdTokenizer(catalogue=Catalogue(codes, [8192] * 3))
     ids = tokenizer.encode_items(np.arange(1_000_000)[::-1])
     assert (ids == codes[::-1] + tokenizer.level_offsets).all()
+
+
+def test_a_new_version_beside_the_old_one():
+    old = Catalogue(CODES[:4], [3, 3, 3], [10, 20, 30, 40], POPULARITY[:4])
+    new = old.with_items(CODES[4:], [50, 60], POPULARITY[4:])
+    whole = literal_catalogue([10, 20, 30, 40, 50, 60])
+    assert new.item_ids.tolist() == whole.item_ids.tolist() and torch.equal(new.item_order, whole.item_order)
+    assert all(torch.equal(a, b) for a, b in zip(new.codes + new.surplus, whole.codes + whole.surplus))
+    assert old.num_items == 4 and old.leaves_of([[1, 2, 2]]).tolist() == [-1]
+    with pytest.raises(ValueError, match="not all different"):
+        old.with_items(CODES[4:], [50, 10], POPULARITY[4:])
+    with pytest.raises(ValueError, match="has popularity: give the new items theirs"):
+        old.with_items(CODES[4:], [50, 60])
+    with pytest.raises(ValueError, match="catalogue are int64, the new ones <U1"):
+        old.with_items(CODES[4:], ["a", "b"], POPULARITY[4:])
+
+
+@pytest.mark.parametrize("sizes", [[8192] * 3, [2**20] * 3, [300, 5, 40000]])
+def test_index_of_large_codebooks_equals_plain_sets(sizes):
+    """Codes of 8, 16 and 32 bits; sorted as one number with the item, or (60 bits) by argsort."""
+    generator = np.random.default_rng(0)
+    rows = np.stack([generator.choice(generator.integers(0, size, 9), 400) for size in sizes], axis=1)
+    rows[0] = np.array(sizes) - 1
+    catalogue = Catalogue(rows, sizes)
+    for level in range(3):
+        prefixes = sorted({tuple(row[: level + 1]) for row in rows.tolist()})
+        assert catalogue.codes[level].tolist() == [prefix[-1] for prefix in prefixes]
+        if level:
+            above = sorted({tuple(row[:level]) for row in rows.tolist()})
+            first = catalogue.first_child(torch.arange(len(above)), level - 1).tolist()
+            assert [prefixes[child][:level] for child in first] == above
+    leaves = sorted({tuple(row) for row in rows.tolist()})
+    assert [leaves[leaf] for leaf in catalogue.leaves_of(rows).tolist()] == [tuple(row) for row in rows.tolist()]
+    groups = [[i for i, row in enumerate(rows.tolist()) if tuple(row) == leaf] for leaf in leaves]
+    assert [items.tolist() for items in catalogue.items_with(leaves)] == groups

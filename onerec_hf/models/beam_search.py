@@ -8,6 +8,7 @@ M candidates of a step.
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from transformers import LogitsProcessor
 from transformers.cache_utils import DynamicCache
 from transformers.modeling_outputs import ModelOutput
@@ -33,7 +34,7 @@ class BeamSearchOutput(ModelOutput):
 def _top(scores: torch.Tensor, k: int):
     """`topk` that fills up with -inf where there are fewer than `k` candidates."""
     if scores.shape[1] < k:
-        scores = torch.nn.functional.pad(scores, (0, k - scores.shape[1]), value=float("-inf"))
+        scores = F.pad(scores, (0, k - scores.shape[1]), value=float("-inf"))
     return scores.topk(k, dim=1)
 
 
@@ -78,10 +79,11 @@ def beam_search(
         [`BeamSearchOutput`]; where fewer than K items or sessions exist, the rest of the beams are dead (`-inf`, -1).
     """
     batch, device, levels = context_kv.mask.shape[0], context_kv.mask.device, catalogue.num_levels
-    alive = None if allowed is None else [mask.expand(batch, -1) for mask in catalogue.alive(allowed)]
+    alive = catalogue.alive(allowed) if isinstance(allowed, torch.Tensor) else allowed
+    alive = None if alive is None else [mask.expand(batch, -1) for mask in alive]
     leaf_totals = None
     if alive is not None and num_items > 1:
-        leaf_totals = torch.nn.functional.pad(alive[-1].cumsum(1), (1, 0))
+        leaf_totals = F.pad(alive[-1].cumsum(1), (1, 0))
     cache = DynamicCache(config=model.config)
     tokens = torch.full((batch, 1), model.config.bos_token_id, device=device)
     scores = torch.zeros(batch, 1, device=device)
@@ -94,27 +96,29 @@ def beam_search(
         hidden = model.next_hidden(tokens, context_kv, cache)  # (B * beams, D)
         prefix = node.flatten().clamp(min=0) if level else None
         log_probs = model.level_log_probs(hidden, level, prefix, catalogue)  # (B * beams, V)
-        listed = catalogue.expand(node, level, beams, distinct=item == 0)  # sessions may meet in a node
-        parent, code, child, real = (x.expand(batch, -1) for x in listed)  # (B, M)
-        candidate = log_probs.view(batch, -1).gather(1, parent * log_probs.shape[1] + code) + scores.gather(1, parent)
+        # sessions may meet in a node, single items cannot
+        parent, child, real = catalogue.expand(node, level, beams, distinct=item == 0)  # (B, R), (B, R, W), (B, R, W)
+        width = child.shape[2]
+        parent, child, real = parent.expand(batch, -1), child.expand(batch, -1, -1), real.expand(batch, -1, -1)
+        place = (parent * log_probs.shape[1]).unsqueeze(2) + catalogue.codes[level][child]
+        candidate = log_probs.view(batch, -1).gather(1, place.flatten(1)).view(child.shape)
+        candidate = candidate + scores.gather(1, parent).unsqueeze(2)
         if alive is not None:
-            real = real & alive[level].gather(1, child)
+            real = real & alive[level].gather(1, child.flatten(1)).view(child.shape)
         if item:
             done = path[:, :, : item * levels].unflatten(2, (item, levels))
             for used in _used_up(catalogue, done, level, leaf_totals).unbind(2):
-                real = real & (used.gather(1, parent) != child)
-        scores, best = _top(candidate.masked_fill(~real, float("-inf")), num_beams)
+                real = real & (used.gather(1, parent).unsqueeze(2) != child)
+        scores, best = _top(torch.where(real, candidate, float("-inf")).flatten(1), num_beams)
         dead = scores == float("-inf")
         best = best.masked_fill(dead, 0)
-        parent, code = parent.gather(1, best), code.gather(1, best)  # (B, K)
-        path = torch.cat([path[rows, parent], child.gather(1, best).unsqueeze(2)], dim=2).masked_fill(
-            dead.unsqueeze(2), -1
-        )
+        parent, child = parent.gather(1, best // width), child.flatten(1).gather(1, best)  # (B, K)
+        path = torch.cat([path[rows, parent], child.unsqueeze(2)], dim=2).masked_fill(dead.unsqueeze(2), -1)
         if step + 1 < num_items * levels:
             cache.batch_select_indices((parent + rows * beams).flatten())
-            tokens = (code + model.config.level_offsets[level]).view(-1, 1)
+            tokens = (catalogue.codes[level][child].long() + model.config.level_offsets[level]).view(-1, 1)
             if level + 1 == levels:  # the next item starts behind a BOS of its own
-                tokens = torch.nn.functional.pad(tokens, (0, 1), value=model.config.bos_token_id)
+                tokens = F.pad(tokens, (0, 1), value=model.config.bos_token_id)
     path = path.unflatten(2, (num_items, levels))
     codes = torch.stack([catalogue.codes[level][path[..., level]].long() for level in range(levels)], dim=3)
     return BeamSearchOutput(
@@ -165,7 +169,7 @@ class CatalogueLogitsProcessor(LogitsProcessor):
         spare = torch.where(
             real, code + self.level_offsets[level], scores.shape[1]
         )  # padding goes to one extra column
-        allowed = torch.nn.functional.pad(allowed, (0, 1)).scatter_(1, spare, True)[:, :-1]
+        allowed = F.pad(allowed, (0, 1)).scatter_(1, spare, True)[:, :-1]
         return scores.masked_fill(~allowed, float("-inf"))
 
 

@@ -43,11 +43,12 @@ class Catalogue(PrefixIndex):
             raise ValueError(f"item_ids has shape {self.item_ids.shape}, semantic_ids has {self.num_items} rows.")
         if self.item_ids.dtype.kind not in "iuU":
             self.item_ids = self.item_ids.astype(str)
-        popularity = np.zeros(self.num_items) if popularity is None else np.asarray(popularity, dtype=np.float64)
-        if popularity.shape != (self.num_items,):
-            raise ValueError(f"popularity has shape {popularity.shape}, semantic_ids has {self.num_items} rows.")
-        self.popularity = popularity
         self._sorted_item_ids = None  # built on the first look-up
+        if item_ids is not None and len(set(self.item_ids.tolist())) < self.num_items:
+            raise ValueError("item_ids are not all different: an id names one item. Remove the repeated rows.")
+        self.popularity = None if popularity is None else np.asarray(popularity, dtype=np.float64)
+        if popularity is not None and self.popularity.shape != (self.num_items,):
+            raise ValueError(f"popularity has shape {self.popularity.shape}, semantic_ids has {self.num_items} rows.")
         self._index_items()
 
     def _checked(self, semantic_ids: torch.Tensor) -> torch.Tensor:
@@ -57,8 +58,8 @@ class Catalogue(PrefixIndex):
                 f"semantic_ids has shape {shape}: expected (num_items, {levels}) with at least one item, because "
                 f"codebook_sizes={self.codebook_sizes} has {levels} levels."
             )
-        outside = (semantic_ids < 0) | (semantic_ids >= torch.tensor(self.codebook_sizes))
-        if outside.any():
+        if bool((semantic_ids.amin(0) < 0).any() | (semantic_ids.amax(0) >= torch.tensor(self.codebook_sizes)).any()):
+            outside = (semantic_ids < 0) | (semantic_ids >= torch.tensor(self.codebook_sizes))
             row, level = outside.nonzero()[0].tolist()
             raise ValueError(
                 f"{int(outside.any(1).sum())} items have a code outside their codebook; the first is item index {row}: level "
@@ -70,14 +71,24 @@ class Catalogue(PrefixIndex):
         return semantic_ids.to(torch.int16 if max(self.codebook_sizes) <= 2**15 else torch.int32)
 
     def _index_items(self):
-        key = torch.zeros(self.num_items, dtype=torch.long)
-        for level, size in enumerate(self.codebook_sizes):
-            key = key * size + self.semantic_ids[:, level]
-        by_popularity = np.argsort(-self.popularity, kind="stable")
-        order = torch.from_numpy(by_popularity)
-        key, place = key[order].sort(stable=True)  # by semantic ID, popular items first inside one
-        self.item_order = order[place].int()  # (N,) items, leaf by leaf
-        self._build_index(key, self.codebook_sizes, self.semantic_ids.dtype)
+        bits = [(size - 1).bit_length() for size in self.codebook_sizes]
+        codes, key = self.semantic_ids.numpy(), np.zeros(self.num_items, dtype=np.int64)
+        for level, width in enumerate(bits):
+            key = (key << width) | codes[:, level]
+        order = None if self.popularity is None else np.argsort(-self.popularity, kind="stable")
+        key = key if order is None else key[order]
+        place_bits = self.num_items.bit_length()
+        if sum(bits) + place_bits <= 63:  # sorting numbers is many times faster than sorting positions
+            key = np.sort((key << place_bits) | np.arange(self.num_items))
+            place, key = key & ((1 << place_bits) - 1), key >> place_bits
+        else:
+            place = np.argsort(key, kind="stable")
+            key = key[place]
+        place = place if order is None else order[place]
+        self.item_order = torch.from_numpy(
+            place.astype(np.int32)
+        )  # (N,) items, leaf by leaf, popular ones first in a leaf
+        self._build_index(key, bits)
 
     def __len__(self) -> int:
         return self.num_items
@@ -93,10 +104,6 @@ class Catalogue(PrefixIndex):
         return self.semantic_ids.shape[0]
 
     @property
-    def num_levels(self) -> int:
-        return len(self.codebook_sizes)
-
-    @property
     def device(self) -> torch.device:
         return self.semantic_ids.device
 
@@ -106,8 +113,38 @@ class Catalogue(PrefixIndex):
             for name in ("semantic_ids", "item_order"):
                 setattr(self, name, getattr(self, name).to(device))
             self.codes = [codes.to(device) for codes in self.codes]
-            self.first_child = [first.to(device) for first in self.first_child]
+            self.surplus = [surplus.to(device) for surplus in self.surplus]
         return self
+
+    def with_items(self, semantic_ids, item_ids, popularity=None) -> "Catalogue":
+        """
+        A new catalogue with more items behind the old ones, whose item indices stay what they are.
+
+        This one is not touched, so a running process builds the next version beside it and swaps with
+        `model.catalogue = catalogue.with_items(...)`: one assignment; a `generate` that is under way ends on the old version.
+        Items leave by `allowed` masks until a version without them is built.
+
+        Args:
+            semantic_ids (array of shape (M, L)), item_ids (array of shape (M,)): As at construction, of the new items alone.
+            popularity (array of shape (M,), *optional*): Demanded if, and only if, this catalogue has it.
+        """
+        if (popularity is None) != (self.popularity is None):
+            raise ValueError(
+                f"this catalogue has {'no ' * (self.popularity is None)}popularity: give the new items "
+                f"{'none' if self.popularity is None else 'theirs'}, the items of one semantic ID are ordered by it."
+            )
+        item_ids = np.asarray(item_ids)
+        if (item_ids.dtype.kind in "iu") != (self.item_ids.dtype.kind in "iu"):
+            raise ValueError(
+                f"the item ids of this catalogue are {self.item_ids.dtype}, the new ones {item_ids.dtype}."
+            )
+        semantic_ids = self._checked(torch.as_tensor(np.asarray(semantic_ids)))
+        return Catalogue(
+            torch.cat([self.semantic_ids.cpu(), semantic_ids]),
+            self.codebook_sizes,
+            np.concatenate([self.item_ids, item_ids]),
+            None if popularity is None else np.concatenate([self.popularity, popularity]),
+        ).to(self.device)
 
     def index_of(self, item_ids) -> np.ndarray:
         """
@@ -154,8 +191,7 @@ class Catalogue(PrefixIndex):
         Returns:
             `torch.LongTensor` of shape (B, k): item indices, -1 where the leaves hold fewer than `k` items.
         """
-        first = self.first_child[-1].long()
-        start, end = first[leaves.clamp(min=0)], first[leaves.clamp(min=0) + 1]
+        start, end = (self.first_child(leaves.clamp(min=0) + more, self.num_levels - 1) for more in (0, 1))
         place = start.unsqueeze(2) + torch.arange(self.max_items, device=leaves.device)  # (B, S, largest collision)
         real = (place < end.unsqueeze(2)) & (leaves >= 0).unsqueeze(2)
         items = self.item_order[place.clamp(max=self.num_items - 1)].flatten(1).long()
@@ -177,18 +213,38 @@ class Catalogue(PrefixIndex):
 
     def items_with(self, codes) -> list[np.ndarray]:
         """Item indices that carry each of the semantic IDs (S, L), popular ones first; an empty array where there is none."""
-        first, order = self.first_child[-1].cpu().numpy(), self.item_order.cpu().numpy()
-        leaves = self.leaves_of(codes).tolist()
-        return [order[first[leaf] : first[leaf + 1]] if leaf >= 0 else order[:0] for leaf in leaves]
+        leaves, order = self.leaves_of(codes), self.item_order.cpu().numpy()
+        first, end = (self.first_child(leaves.clamp(min=0) + more, self.num_levels - 1) for more in (0, 1))
+        end = torch.where(leaves >= 0, end, first)
+        return [order[low:high] for low, high in zip(first.tolist(), end.tolist())]
+
+    def alive(self, allowed: torch.BoolTensor) -> list[torch.BoolTensor]:
+        """
+        Per level, the nodes that still lead to an allowed item: a subset of the catalogue, without rebuilding it.
+
+        Args:
+            allowed (`torch.BoolTensor` of shape (B, N)): Items that may be generated, one row per request.
+
+        Returns:
+            `list[torch.BoolTensor]`: One (B, nodes of the level) mask per level. `generate` and `beam_search` take it in place of
+            `allowed`, so that a filter that many requests share is worked out once.
+        """
+        if allowed.dtype != torch.bool or allowed.dim() != 2 or allowed.shape[1] != self.num_items:
+            raise ValueError(
+                f"allowed is {allowed.dtype} of shape {tuple(allowed.shape)}: expected a bool mask (batch, {self.num_items}), "
+                "one row per request and one column per item of the catalogue."
+            )
+        return self._alive(allowed.to(self.device).index_select(1, self.item_order))
 
     def save_pretrained(self, save_directory: str | os.PathLike) -> None:
         """Write `catalogue.safetensors` into the folder (made if it does not exist)."""
         os.makedirs(save_directory, exist_ok=True)
         tensors = {
             "semantic_ids": self.semantic_ids.cpu().to(torch.int32),
-            "popularity": torch.from_numpy(self.popularity),
             "codebook_sizes": torch.tensor(self.codebook_sizes),
         }
+        if self.popularity is not None:
+            tensors["popularity"] = torch.from_numpy(self.popularity)
         if self.item_ids.dtype.kind == "U":
             encoded = [item.encode() for item in self.item_ids.tolist()]
             tensors["item_id_ends"] = torch.tensor([len(item) for item in encoded]).cumsum(0)
@@ -210,7 +266,7 @@ class Catalogue(PrefixIndex):
         try:
             with safe_open(path, framework="pt") as file:
                 tensors = {name: file.get_tensor(name) for name in file.keys()}
-            sizes, semantic_ids, popularity = (tensors[n] for n in ("codebook_sizes", "semantic_ids", "popularity"))
+            sizes, semantic_ids = (tensors[name] for name in ("codebook_sizes", "semantic_ids"))
         except Exception as error:
             raise ValueError(
                 f"{path} is not a readable catalogue ({error}). Download or save it again; the file may be cut off."
@@ -220,7 +276,8 @@ class Catalogue(PrefixIndex):
         else:
             raw, ends = tensors["item_id_bytes"].numpy().tobytes(), tensors["item_id_ends"].tolist()
             item_ids = np.array([raw[a:b].decode() for a, b in zip([0, *ends], ends)])
-        return cls(semantic_ids, sizes.tolist(), item_ids, popularity.numpy())
+        popularity = tensors["popularity"].numpy() if "popularity" in tensors else None
+        return cls(semantic_ids, sizes.tolist(), item_ids, popularity)
 
 
 __all__ = ["CATALOGUE_NAME", "Catalogue"]

@@ -2,12 +2,20 @@
 
 The layout follows STATIC (arXiv:2602.22647) without its dense tables: the nodes of a level are sorted by prefix, so that a node's
 id is its position, its children are one run of the next level, and the nodes of the last level, the leaves, are the semantic IDs
-in order. Legend: B users, K beams, N items, L levels, W largest fan-out of a level, M listed children.
+in order. Legend: B users, K beams, N items, L levels, W children per run.
 """
 
+import numpy as np
 import torch
+import torch.nn.functional as F
 
 RUN_LENGTH = 32  # children per run of `PrefixIndex.expand`
+
+
+def _smallest(values: np.ndarray) -> torch.Tensor:
+    """The values (none negative) in the smallest integer type that holds them."""
+    types = ((np.uint8, 2**8), (np.int16, 2**15), (np.int32, 2**31), (np.int64, 2**63))
+    return torch.from_numpy(values.astype(next(kind for kind, end in types if values.max() < end)))
 
 
 class PrefixIndex:
@@ -16,29 +24,51 @@ class PrefixIndex:
 
     Attributes:
         codes (`list[torch.Tensor]`): Per level, the last code of each node.
-        first_child (`list[torch.IntTensor]`): Per level, where the children of each node begin, and one end more; below a leaf
-            lie the places of its items in `item_order`.
-        max_children (`list[int]`): Largest fan-out that leads to each level; the first one is the root's.
+        surplus (`list[torch.Tensor]`): Per level, (first child of a node) - (number of the node), and one end more. A node has at
+            least one child, so this is how many children beyond one the nodes before it have: small numbers in a small type
+            where prefixes are nearly unique. Below a leaf lie the places of its items.
+        max_children (`list[int]`): Most children of one node that lie on each level; on the first level, those of the root.
+        max_items (`int`): Most items of one leaf.
     """
 
-    def _build_index(self, key: torch.LongTensor, codebook_sizes: list[int], code_dtype: torch.dtype):
-        """`key` (N,): the semantic IDs as numbers of base `codebook_sizes`, sorted."""
-        self.codes, self.first_child, self.max_children = [], [], []
-        for size in reversed(codebook_sizes):
-            starts = torch.cat([torch.ones(1, dtype=torch.bool), key[1:] != key[:-1]]).nonzero()[:, 0]
-            first = torch.cat([starts, torch.tensor([len(key)])])
-            key = key[starts]
-            self.first_child.insert(0, first.int())
-            self.codes.insert(0, (key % size).to(code_dtype))
-            self.max_children.insert(0, int((first[1:] - first[:-1]).max()))
-            key = key // size
-        self._run_totals = {}  # level -> running sum of the runs of its largest nodes
+    def _build_index(self, key: np.ndarray, code_bits: list[int]):
+        """`key` (N,): the semantic IDs as sorted numbers, `code_bits[l]` bits per level."""
+        self.codes, self.surplus, self.max_children, self._run_counts = [], [], [], []
+        for bits in reversed(code_bits):
+            first = np.concatenate([[0], np.flatnonzero(key[1:] != key[:-1]) + 1, [len(key)]])
+            children = np.diff(first)
+            # how many nodes have how many runs of children, most runs first
+            histogram = np.bincount((children + RUN_LENGTH - 1) // RUN_LENGTH)
+            self._run_counts.insert(
+                0, [(runs, int(histogram[runs])) for runs in np.flatnonzero(histogram)[::-1].tolist()]
+            )
+            self.max_children.insert(0, int(children.max()))
+            self.surplus.insert(0, _smallest(first - np.arange(len(first))))
+            key = key[first[:-1]]
+            self.codes.insert(0, _smallest(key & ((1 << bits) - 1)))
+            key = key >> bits
         *self.max_children, self.max_items = [len(self.codes[0]), *self.max_children]
+
+    @property
+    def num_levels(self) -> int:
+        """L."""
+        return len(self.codes)
 
     @property
     def num_semantic_ids(self) -> int:
         """Leaves of the index: different semantic IDs; fewer than items where semantic IDs collide."""
         return len(self.codes[-1])
+
+    def first_child(self, node: torch.LongTensor, level: int) -> torch.LongTensor:
+        """First child of nodes of `level`; of `node + 1`, the end of the children. Below a leaf, a place in `item_order`."""
+        return self.surplus[level][node] + node
+
+    def leaf_range(self, node: torch.LongTensor, level: int):
+        """First leaf below nodes of `level` (0-based) and the one behind the last, in the shape of `node`."""
+        first, end = node, node + 1
+        for above in range(level, self.num_levels - 1):
+            first, end = self.first_child(first, above), self.first_child(end, above)
+        return first, end
 
     def children(self, node: torch.LongTensor | None, level: int):
         """
@@ -47,29 +77,21 @@ class PrefixIndex:
         Returns:
             codes (..., W), node ids (..., W) and a bool mask (..., W) of real children; W is the largest fan-out of the level.
         """
+        child = torch.arange(self.max_children[level], device=self.codes[0].device)
         if node is None:
-            child = torch.arange(len(self.codes[0]), device=self.codes[0].device)
             return self.codes[0].long(), child, torch.ones_like(child, dtype=torch.bool)
-        first = self.first_child[level - 1].long()
-        child = first[node].unsqueeze(-1) + torch.arange(self.max_children[level], device=self.codes[0].device)
-        real = child < first[node + 1].unsqueeze(-1)
-        child = torch.where(real, child, 0)
+        child = self.first_child(node, level - 1).unsqueeze(-1) + child
+        real = child < self.first_child(node + 1, level - 1).unsqueeze(-1)
+        child = child.clamp(max=len(self.codes[level]) - 1)
         return self.codes[level][child].long(), child, real
-
-    def leaf_range(self, node: torch.LongTensor, level: int):
-        """First leaf below nodes of `level` (0-based) and the one behind the last, in the shape of `node`."""
-        first, end = node, node + 1
-        for pointers in self.first_child[level:-1]:
-            first, end = pointers[first].long(), pointers[end].long()
-        return first, end
 
     def expand(self, node: torch.LongTensor | None, level: int, beams: int = 1, distinct: bool = True):
         """
-        All children of K nodes per request, as one flat list with a static length.
+        All children of K nodes per request, in R runs of W children; R and W are known before the nodes are.
 
-        Two layouts, the shorter one is taken: every node padded to the largest fan-out of the level, or runs of 32 children. Where
-        the nodes of a request are different, the runs of the K largest nodes of the level bound the number of runs exactly, so
-        nothing is lost and no length has to be read back from the device.
+        Two layouts, the smaller one is taken: one run per node, as long as the largest fan-out of the level, or runs of 32
+        children. Where the nodes of a request are different, the runs of the K largest nodes of the level bound the number of runs
+        exactly, so nothing is lost and no length has to be read back from the device.
 
         Args:
             node (`torch.LongTensor` of shape (B, K)): Nodes of the level above, -1 for none; None is the root.
@@ -77,54 +99,46 @@ class PrefixIndex:
             distinct (`bool`, defaults to `True`): Whether no node occurs twice in a row of `node`.
 
         Returns:
-            parent (B, M) (position 0..K-1 in its row), code (B, M), child (B, M), each int64, and a bool mask (B, M) of real ones.
-            At the root B is 1.
+            parent (B, R) (position 0..K-1 in its row), child (B, R, W), each int64, and a bool mask (B, R, W) of real ones. At the
+            root B is 1.
         """
         if node is None:
-            codes, child, real = (x.repeat(beams)[None] for x in self.children(None, 0))
-            parent = torch.arange(beams, device=self.codes[0].device).repeat_interleave(len(self.codes[0]))
-            return parent[None], codes, child, real
+            parent = torch.arange(beams, device=self.codes[0].device)[None]
+            child = torch.arange(len(self.codes[0]), device=parent.device).expand(1, beams, -1)
+            return parent, child, torch.ones((), dtype=torch.bool, device=parent.device).expand(child.shape)
         batch, beams = node.shape
-        runs = self._run_bound(level, beams)
-        first = self.first_child[level - 1].long()
-        start = first[node.clamp(min=0)]
-        count = torch.where(node >= 0, first[node.clamp(min=0) + 1] - start, 0)  # (B, K) children
-        if not distinct or beams * self.max_children[level] <= runs * RUN_LENGTH:
-            offset = torch.arange(self.max_children[level], device=node.device)
-            parent = torch.arange(beams, device=node.device).repeat_interleave(len(offset)).expand(batch, -1)
-            child = (start.unsqueeze(2) + offset).flatten(1)
-            real = (offset < count.unsqueeze(2)).flatten(1)
+        start = self.first_child(node.clamp(min=0), level - 1)
+        count = (self.first_child(node.clamp(min=0) + 1, level - 1) - start).masked_fill(
+            node < 0, 0
+        )  # (B, K) children
+        runs, width = self._run_bound(level, beams), RUN_LENGTH
+        if not distinct or beams * self.max_children[level] <= runs * width:
+            width = self.max_children[level]
+            parent = torch.arange(beams, device=node.device).expand(batch, -1)
         else:
-            ends = ((count + RUN_LENGTH - 1) // RUN_LENGTH).cumsum(1)  # (B, K) runs up to and with this beam
+            ends = ((count + width - 1) // width).cumsum(1)  # (B, K) runs up to and with this beam
             run = torch.arange(runs, device=node.device).expand(batch, -1).contiguous()
-            parent = torch.searchsorted(ends, run, right=True).clamp(max=beams - 1)  # (B, runs)
-            before = torch.nn.functional.pad(ends, (1, -1)).gather(1, parent)
-            offset = ((run - before) * RUN_LENGTH).unsqueeze(2) + torch.arange(RUN_LENGTH, device=node.device)
-            child = (start.gather(1, parent).unsqueeze(2) + offset).flatten(1)
-            real = ((offset < count.gather(1, parent).unsqueeze(2)) & (run < ends[:, -1:]).unsqueeze(2)).flatten(1)
-            parent = parent.repeat_interleave(RUN_LENGTH, dim=1)
-        child = torch.where(real, child, 0)
-        return parent, self.codes[level][child].long(), child, real
+            parent = torch.searchsorted(ends, run, right=True).clamp(max=beams - 1)  # (B, R)
+            skipped = (run - F.pad(ends, (1, -1)).gather(1, parent)) * width
+            start, count = start.gather(1, parent) + skipped, count.gather(1, parent) - skipped
+            # behind the last run, the last beam's count is used up: negative or zero
+        offset = torch.arange(width, device=node.device)
+        child = (start.unsqueeze(2) + offset).clamp_(max=len(self.codes[level]) - 1)
+        return parent, child, offset < count.unsqueeze(2)
 
     def _run_bound(self, level: int, beams: int) -> int:
         """The most runs of 32 children that `beams` different nodes of the level above can have."""
-        if level not in self._run_totals:
-            first = self.first_child[level - 1]
-            runs = (first[1:] - first[:-1] + RUN_LENGTH - 1) // RUN_LENGTH
-            largest = runs.sort(descending=True).values[: 2**13]
-            self._run_totals[level] = largest.long().cumsum(0).tolist()
-        totals = self._run_totals[level]
-        if beams <= len(totals):
-            return totals[beams - 1]
-        return totals[-1] if len(totals) < 2**13 else totals[-1] + (beams - len(totals)) * (totals[-1] - totals[-2])
+        total = 0
+        for runs, nodes in self._run_counts[level - 1]:
+            total, beams = total + runs * min(nodes, beams), beams - min(nodes, beams)
+        return total
 
     def step(self, node: torch.LongTensor | None, level: int, code: torch.LongTensor) -> torch.LongTensor:
         """The child of `node` that carries `code` on `level`, or -1; a dead parent (-1) stays dead. Shapes are equal."""
         if node is None:
             low, end = torch.zeros_like(code), torch.full_like(code, len(self.codes[0]))
         else:
-            first = self.first_child[level - 1].long()
-            low, end = first[node.clamp(min=0)], first[node.clamp(min=0) + 1]
+            low, end = (self.first_child(node.clamp(min=0) + more, level - 1) for more in (0, 1))
         codes, high = self.codes[level], end
         for _ in range(self.max_children[level].bit_length()):  # binary search in the sorted run of children
             middle = (low + high) // 2
@@ -135,25 +149,14 @@ class PrefixIndex:
             found = found & (node >= 0)
         return torch.where(found, low, -1)
 
-    def alive(self, allowed: torch.BoolTensor) -> list[torch.BoolTensor]:
-        """
-        Per level, the nodes that still lead to an allowed item: a subset of the catalogue, without rebuilding it.
-
-        Args:
-            allowed (`torch.BoolTensor` of shape (B, N)): Items that may be generated, one row per request.
-
-        Returns:
-            `list[torch.BoolTensor]`: One (B, nodes of the level) mask per level.
-        """
-        if allowed.dtype != torch.bool or allowed.dim() != 2 or allowed.shape[1] != self.num_items:
-            raise ValueError(
-                f"allowed is {allowed.dtype} of shape {tuple(allowed.shape)}: expected a bool mask (batch, {self.num_items}), "
-                "one row per request and one column per item of the catalogue."
-            )
-        mask, masks = allowed[:, self.item_order.long()], []
-        for first in reversed(self.first_child):
-            total = torch.nn.functional.pad(mask.int().cumsum(1), (1, 0))
-            mask = total[:, first[1:].long()] > total[:, first[:-1].long()]
+    def _alive(self, places: torch.BoolTensor) -> list[torch.BoolTensor]:
+        """Per level, the nodes (B, nodes) below which one of the `places` (B, N) of items is True."""
+        mask, masks = places, []
+        for level in reversed(range(self.num_levels)):
+            if level + 1 < self.num_levels or self.max_items > 1:  # else every leaf is its one item
+                edges = self.first_child(torch.arange(len(self.codes[level]) + 1, device=mask.device), level)
+                before = F.pad(mask.cumsum(1, dtype=torch.int32), (1, 0)).index_select(1, edges)
+                mask = before[:, 1:] > before[:, :-1]
             masks.insert(0, mask)
         return masks
 
