@@ -47,7 +47,8 @@ class Recommender:
             batch["allowed_items"] = allowed
         was_training = self.model.training
         self.model.eval()
-        tokens = self.model.generate(**batch, num_beams=self.num_beams, num_return_sequences=self.num_beams)
+        width = {"num_beams": self.num_beams, "num_return_sequences": self.num_beams}
+        tokens = self.model.generate(**batch, **width, num_items=1)  # of a session, its first item
         self.model.train(was_training)
         codes = tokens[:, 1:] - torch.tensor(self.model.config.level_offsets, device=tokens.device)
         leaves = catalogue.leaves_of(codes).view(len(rows), self.num_beams)

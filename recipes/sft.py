@@ -1,10 +1,12 @@
-"""Trains OneRec-V2 on a prepared folder and scores it on the test split.
+"""Trains a OneRec model on a prepared folder and scores it on the test split.
 
     accelerate launch recipes/sft.py --config recipes/configs/small_sft.yaml --data outputs/beauty --output_dir outputs/beauty_v2
 
-Built on `transformers.Trainer`: every `TrainingArguments` field works on the command line and in the YAML file (`--report_to`,
-`--resume_from_checkpoint`, `--bf16`, `--seed`, ...). Model choice is on the validation split. Writes the model, tokenizer and
-catalogue (one folder that `AutoModel.from_pretrained` loads), `metrics.json` and the predictions of every test user.
+`--model '{"model_type": "onerec_v2", ...}'` names the system: `onerec` (sessions), `onerec_v1` (pathways) or `onerec_v2`; presets
+lie in recipes/configs/models (`--model_config FILE`). Built on `transformers.Trainer`: every `TrainingArguments` field works on the
+command line and in the YAML file (`--report_to`, `--resume_from_checkpoint`, `--bf16`, `--seed`, ...). Model choice is on the
+validation split. Writes the model, tokenizer and catalogue (one folder that `AutoModel.from_pretrained` loads), `metrics.json` and
+the predictions of every test user.
 """
 
 import json
@@ -13,11 +15,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import datasets
-from transformers import AutoTokenizer, set_seed
+import yaml
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, set_seed
 from trl import TrlParser
 
-from onerec_hf import OneRecV2Config, OneRecV2ForCausalLM
-from onerec_hf.data import EventFeature, OneRecCollator, category_codes
+import onerec_hf  # noqa: F401  registers the models
+from onerec_hf.data import EventFeature, OneRecCollator, PathwayCollator, SessionCollator, category_codes, target_rows
 from onerec_hf.evaluation import evaluate
 from onerec_hf.recommender import Recommender
 from onerec_hf.trainers import OneRecSFTConfig, OneRecSFTTrainer
@@ -26,8 +29,16 @@ from onerec_hf.trainers import OneRecSFTConfig, OneRecSFTTrainer
 @dataclass
 class ModelArguments:
     data: str = field(metadata={"help": "Folder that recipes/prepare.py wrote."})
-    model: str = field(default="{}", metadata={"help": "Arguments of OneRecV2Config, YAML mapping or JSON."})
-    max_history: int = field(default=50, metadata={"help": "Items of context."})
+    model: str = field(default="{}", metadata={"help": "Arguments of the model's config, YAML mapping or JSON."})
+    model_config: str | None = field(
+        default=None, metadata={"help": "YAML file of such arguments; --model overrides it."}
+    )
+    max_history: int = field(default=50, metadata={"help": "Items of context (onerec_v1: see its pathway lengths)."})
+    positive: str = field(
+        default="{}",
+        metadata={"help": 'onerec_v1: what positive feedback is, columns and thresholds, e.g. {"is_like": 1}.'},
+    )
+    lifelong: str = field(default="history", metadata={"help": "onerec_v1: list column of the lifelong pathway."})
     event_features: str = field(
         default="{}", metadata={"help": 'Event columns as context features, e.g. {"play_time_ms": ["log", 24]}.'}
     )
@@ -44,8 +55,24 @@ class ModelArguments:
     )
 
 
+def mapping(text: str | dict) -> dict:
+    """An argument that is JSON on the command line and a mapping in a YAML file."""
+    return json.loads(text) if isinstance(text, str) else text
+
+
+def make_config(args: ModelArguments, tokenizer, collator=None) -> PreTrainedConfig:
+    """The config that `--model_config` and `--model` describe, with the tokenizer's codebooks and the collator's features."""
+    settings = {"model_type": "onerec_v2"}
+    if args.model_config:
+        settings |= yaml.safe_load(Path(args.model_config).read_text())
+    settings |= mapping(args.model)
+    if collator is not None:
+        settings |= {"context_features": collator.context_feature_sizes, "user_features": collator.user_feature_sizes}
+    return AutoConfig.for_model(**settings | {"codebook_sizes": tokenizer.codebook_sizes})
+
+
 def make_collator(args: ModelArguments, tokenizer) -> OneRecCollator:
-    """The collator, with the features that were asked for."""
+    """The collator of the model's kind, with the features that were asked for."""
 
     def categories(table: str, names: list[str]) -> dict:
         if not names:
@@ -55,14 +82,28 @@ def make_collator(args: ModelArguments, tokenizer) -> OneRecCollator:
             raise ValueError(f"{table} has no {absent}; it has {rows.column_names}.")
         return {name: category_codes(rows[name], args.max_categories) for name in names}
 
-    events = json.loads(args.event_features) if isinstance(args.event_features, str) else args.event_features
-    return OneRecCollator(
-        tokenizer.encode_semantic_ids(tokenizer.catalogue.semantic_ids),
-        args.max_history,
-        event_features={name: EventFeature(*feature) for name, feature in events.items()},
-        item_features=categories("items.parquet", args.item_features),
-        user_features=categories("users.parquet", args.user_features),
-    )
+    features = {
+        "event_features": {name: EventFeature(*feature) for name, feature in mapping(args.event_features).items()},
+        "item_features": categories("items.parquet", args.item_features),
+        "user_features": categories("users.parquet", args.user_features),
+    }
+    item_token_ids = tokenizer.encode_semantic_ids(tokenizer.catalogue.semantic_ids)
+    config = make_config(args, tokenizer)
+    if config.model_type == "onerec_v1":
+        lengths = {f"{name}_length": length for name, length in config.pathway_lengths.items()}
+        pathways = {"positive": mapping(args.positive), "lifelong": args.lifelong, **lengths}
+        return PathwayCollator(item_token_ids, **pathways, **features)
+    collator_class = SessionCollator if config.session_wise else OneRecCollator
+    return collator_class(item_token_ids, args.max_history, **features)
+
+
+def training_rows(train: datasets.Dataset, config: PreTrainedConfig, max_history: int) -> datasets.Dataset:
+    """OneRec-V2 takes every target of a user in one pass; an encoder needs one row per target, unless the rows are sessions."""
+    if "targets" not in train.column_names and config.model_type != "onerec_v2":
+        if config.model_type == "onerec_v1":
+            max_history = max(config.pathway_lengths.values())
+        train = target_rows(train, max_history)
+    return train.filter(lambda length: length >= ("targets" not in train.column_names) + 1, input_columns="length")
 
 
 def score(recommender: Recommender, split: datasets.Dataset, output: Path, seed: int) -> dict:
@@ -83,14 +124,8 @@ def main(args: ModelArguments, training: OneRecSFTConfig) -> dict:
     splits = datasets.load_from_disk(str(Path(args.data) / "splits"))
     tokenizer = AutoTokenizer.from_pretrained(Path(args.data) / "tokenizer")
     collator = make_collator(args, tokenizer)
-    settings = json.loads(args.model) if isinstance(args.model, str) else args.model
-    config = OneRecV2Config(
-        codebook_sizes=tokenizer.codebook_sizes,
-        context_features=collator.context_feature_sizes,
-        user_features=collator.user_feature_sizes,
-        **settings,
-    )
-    model = OneRecV2ForCausalLM(config)
+    config = make_config(args, tokenizer, collator)
+    model = AutoModelForCausalLM.from_config(config)
     model.catalogue = tokenizer.catalogue
     recommender = Recommender(model, collator, args.num_beams)
     validation = splits["validation"]
@@ -99,7 +134,7 @@ def main(args: ModelArguments, training: OneRecSFTConfig) -> dict:
     def generation_metrics(model) -> dict[str, float]:
         return evaluate(recommender, sample, num_items=model.catalogue.num_items, ks=(10,), progress=False).metrics
 
-    train = splits["train"].filter(lambda length: length > 1, input_columns="length").with_format("numpy")
+    train = training_rows(splits["train"], config, args.max_history).with_format("numpy")
     trainer = OneRecSFTTrainer(
         model,
         training,

@@ -18,6 +18,7 @@ from onerec_hf.data import (
     load_interactions,
     load_kuairand,
     load_kuairand_like_hate,
+    target_rows,
 )
 
 from .conftest import shared_data
@@ -403,3 +404,16 @@ def test_kuairand_like_hate_has_the_counts_of_its_readme():
     x = load_kuairand_like_hate(shared_data("kuairand27k_like_hate"))
     assert (len(x), x.num_users, x.num_items) == (41_828, 664, 9_359)
     assert (x.feedback["is_like"].sum(), x.feedback["is_hate"].sum()) == (33_745, 8_083)
+
+
+def test_target_rows_are_every_event_with_the_events_before_it():
+    train = datasets.Dataset.from_dict(
+        {"user": [3, 5, 9], "history": [[7, 8, 9, 7], [1], [4, 2]], "play": [[1.0, 2.0, 3.0, 4.0], [5.0], [6.0, 7.0]]}
+    )
+    rows = target_rows(train, max_history=2)
+    assert rows["user"][:] == [3, 3, 3, 9]
+    assert rows["history"][:] == [[7], [7, 8], [8, 9], [4]]
+    assert rows["play"][:] == [[1.0], [1.0, 2.0], [2.0, 3.0], [6.0]]
+    assert rows["targets"][:] == [[8], [9], [7], [2]]
+    assert rows["length"][:] == [1, 2, 2, 1]
+    assert target_rows(train.select([2, 0]), max_history=9)["history"][:] == [[4], [7], [7, 8], [7, 8, 9]]

@@ -92,6 +92,35 @@ def test_sft_with_features_evaluates_by_generation_and_resumes(quickstart, tmp_p
     assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
 
 
+V1 = {
+    "model_type": "onerec_v1",
+    "short_term_length": 5,
+    "positive_length": 0,
+    "lifelong_length": 20,
+    "num_lifelong_queries": 4,
+}
+ONE = {"model_type": "onerec", "num_session_items": 1, "context_tokens": "item"}
+
+
+@pytest.mark.parametrize("system", [V1, ONE], ids=["onerec_v1", "onerec"])
+def test_sft_trains_every_system(quickstart, tmp_path, system):
+    """With experts, balanced and logged; one row per target; scored by the same search."""
+    import sft
+
+    from onerec_hf.trainers import OneRecSFTConfig
+
+    model = system | {"hidden_size": 16, "num_hidden_layers": 1, "num_encoder_layers": 1, "num_attention_heads": 2}
+    model |= {"num_experts": 4, "moe_intermediate_size": 16}
+    arguments = sft.ModelArguments(data=str(quickstart[0] / "data"), model=model, num_beams=20, max_history=10)
+    training = OneRecSFTConfig(
+        output_dir=str(tmp_path), max_steps=30, logging_steps=10, learning_rate=3e-3, report_to="none"
+    )
+    report = sft.main(arguments, training)
+    assert report["test"]["invalid_rate"] == 0 and report["test"]["recall@20"] > 0
+    assert report["log"][0]["expert_load_max"] >= 1 and report["log"][1]["loss"] < report["log"][0]["loss"]
+    assert AutoModel.from_pretrained(tmp_path).config.model_type == system["model_type"]
+
+
 def test_prepare_learns_from_the_training_split_alone(quickstart):
     data = quickstart[0] / "data"
     splits = datasets.load_from_disk(str(data / "splits"))

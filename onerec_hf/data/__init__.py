@@ -17,7 +17,7 @@ from .pathways import PathwayCollator
 from .public_datasets import load_amazon, load_kuairand, load_kuairand_like_hate
 from .session_splits import session_splits, training_events
 from .sessions import SessionConfig, session_criteria, session_index
-from .splits import global_time_split, k_core, leave_last_out
+from .splits import global_time_split, k_core, leave_last_out, target_rows
 
 __all__ = [
     "EventFeature",
@@ -47,6 +47,7 @@ __all__ = [
     "session_index",
     "session_labels",
     "session_splits",
+    "target_rows",
     "text_embeddings",
     "training_events",
 ]

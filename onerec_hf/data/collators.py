@@ -102,10 +102,14 @@ class OneRecCollator:
         return items, codes
 
     def pad_events(
-        self, events: list[tuple[np.ndarray, np.ndarray]], name: str = "context"
+        self, events: list[tuple[np.ndarray, np.ndarray]], width: int | None = None
     ) -> dict[str, torch.Tensor]:
-        """Padded on the right: `{name}_ids` (B, T, L), `{name}_mask` (B, T) and, if configured, `{name}_features` (B, T, F)."""
-        width = max(1, *(len(items) for items, _ in events))
+        """
+        Padded on the right: `context_ids` (B, T, L), `context_mask` (B, T) and, if configured, `context_features` (B, T, F); T is
+        `width`, or the longest of the batch.
+        """
+        if width is None:
+            width = max(1, *(len(items) for items, _ in events))
         ids = np.full((len(events), width, self.item_token_ids.shape[1]), self.pad_token_id)
         mask = np.zeros((len(events), width), dtype=bool)
         features = np.zeros((len(events), width, len(self.context_feature_sizes)), dtype=np.int64)
@@ -113,9 +117,9 @@ class OneRecCollator:
             ids[i, : len(items)] = self.item_token_ids[items]
             mask[i, : len(items)] = True
             features[i, : len(items)] = codes
-        batch = {f"{name}_ids": torch.from_numpy(ids), f"{name}_mask": torch.from_numpy(mask)}
+        batch = {"context_ids": torch.from_numpy(ids), "context_mask": torch.from_numpy(mask)}
         if features.shape[2]:
-            batch[f"{name}_features"] = torch.from_numpy(features)
+            batch["context_features"] = torch.from_numpy(features)
         return batch
 
     def pad_targets(self, targets: list) -> torch.Tensor:
@@ -139,15 +143,15 @@ class SessionCollator(OneRecCollator):
     r"""
     For models whose context is encoded as a whole, so that all targets of a row see all of it: OneRec (one session per row).
 
-    Takes the rows of [`session_splits`]. Batches hold the context tensors of [`OneRecCollator`] and `target_ids` (B, m, L): the
-    m items of one session in order, pad tokens where a session is shorter. The model puts BOS before each item.
+    Takes the rows of [`session_splits`] or [`target_rows`]. Batches hold the context tensors of [`OneRecCollator`] and `target_ids`
+    (B, m, L): the m items of one session in order, pad tokens where a session is shorter. The model puts BOS before each item.
     """
 
     def __call__(self, rows: list[dict]) -> dict[str, torch.Tensor]:
         if "targets" not in rows[0]:
             raise ValueError(
                 f"the rows have no column 'targets', only {sorted(rows[0])}: a context that is encoded as a whole must end "
-                "before its targets. Make the rows with session_splits()."
+                "before its targets. Make the rows with session_splits() or target_rows()."
             )
         return self.context(rows) | {"target_ids": self.pad_targets([row["targets"] for row in rows])}
 

@@ -22,26 +22,26 @@ class PathwayCollator(SessionCollator):
 
     Args:
         item_token_ids (`np.ndarray` of shape (N, L)): Token ids of every item.
-        positive (`dict[str, float]`): Event columns and thresholds; an event with one of them reached is positive feedback
-            (`{"is_like": 1, "long_view": 1}`). The paper says "high-engagement" and no more.
-        short_term_length, positive_length, lifelong_length (`int`, default to 20, 256, 2000): Items of each pathway at most; older
-            ones are dropped.
+        positive (`dict[str, float]`, *optional*): Event columns and thresholds; an event with one of them reached is positive
+            feedback (`{"is_like": 1, "long_view": 1}`). The paper says "high-engagement" and no more.
+        short_term_length, positive_length, lifelong_length (`int`, default to 20, 256, 2000): Items of each pathway, as in the
+            model's config; older ones are dropped, 0 leaves the pathway out.
         lifelong (`"lifelong"` or `"history"`, defaults to `"lifelong"`): The list column of the lifelong pathway:
             [`compress_lifelong`]'s (its event columns are `lifelong_play_time_ms`, ...), or the history as it is, for logs in which
             no user has more than `lifelong_length` events.
         event_features, item_features, user_features, pad_token_id: As [`OneRecCollator`]. A `"gap"` is the time since the user's
             previous event in the column the pathway is cut from, positive or not.
 
-    Batches hold, for each pathway p of `short_term`, `positive`, `lifelong`: `{p}_ids` (B, T_p, L), `{p}_mask` (B, T_p) and, where
-    configured, `{p}_features` (B, T_p, F) in the order of `context_feature_sizes`, oldest first, T_p the longest of the batch and
-    at least 1; `user_features` (B, F_u), the static pathway; and `target_ids` (B, n, L).
+    Batches hold `context_ids` (B, T, L), `context_mask` (B, T) and, where configured, `context_features` (B, T, F), in which the
+    pathways stand side by side, each padded to its length and oldest first; `user_features` (B, F_u), the static pathway; and
+    `target_ids` (B, n, L).
     """
 
     def __init__(
         self,
         item_token_ids: np.ndarray,
         *,
-        positive: Mapping[str, float],
+        positive: Mapping[str, float] | None = None,
         short_term_length: int = 20,
         positive_length: int = 256,
         lifelong_length: int = 2000,
@@ -60,26 +60,32 @@ class PathwayCollator(SessionCollator):
         )
         if lifelong not in ("lifelong", "history"):
             raise ValueError(f"lifelong={lifelong!r}: allowed are 'lifelong' (compressed) and 'history' (as it is).")
-        self.positive, self.lifelong = dict(positive), lifelong
+        self.positive, self.lifelong = dict(positive or {}), lifelong
         self.lengths = dict(zip(PATHWAYS, (short_term_length, positive_length, lifelong_length)))
-        if min(self.lengths.values()) < 1:
-            raise ValueError(f"the pathways have lengths {self.lengths}: each holds at least one item.")
+        if min(self.lengths.values()) < 0 or not any(self.lengths.values()):
+            raise ValueError(f"the pathways have lengths {self.lengths}: none is negative, and one is above 0.")
+        if self.lengths["positive"] and not self.positive:
+            raise ValueError(
+                f"positive_length={positive_length} but no `positive`: name event columns and thresholds, as "
+                '{"is_like": 1}, or set positive_length=0 for logs without feedback.'
+            )
 
     def context(self, rows: list[dict]) -> dict[str, torch.Tensor]:
         """The tensors of all pathways, as `generate` takes them."""
-        pathways = {name: [] for name in PATHWAYS}
+        pathways = {name: [] for name, length in self.lengths.items() if length}
         for row in rows:
-            items, codes = self.events(row)
-            feedback = {name: event_column(row, name) for name in self.positive}
-            liked = reaches(feedback, self.positive) if len(items) else np.zeros(0, dtype=bool)
-            pathways["short_term"].append((items, codes))
-            pathways["positive"].append((items[liked], codes[liked]))
-            if self.lifelong == "history":
-                pathways["lifelong"].append((items, codes))
-            else:
-                pathways["lifelong"].append(self.events(row, "lifelong", "lifelong_"))
-        batch = self.users(rows)
-        for name, events in pathways.items():
-            length = self.lengths[name]
-            batch |= self.pad_events([(items[-length:], codes[-length:]) for items, codes in events], name)
-        return batch
+            for name, events in pathways.items():
+                items, codes = self._pathway(row, name)
+                events.append((items[-self.lengths[name] :], codes[-self.lengths[name] :]))
+        parts = [self.pad_events(events, self.lengths[name]) for name, events in pathways.items()]
+        return {name: torch.cat([part[name] for part in parts], dim=1) for name in parts[0]} | self.users(rows)
+
+    def _pathway(self, row: dict, name: str) -> tuple[np.ndarray, np.ndarray]:
+        """Items and categories of one pathway of a row."""
+        if name == "lifelong" and self.lifelong == "lifelong":
+            return self.events(row, "lifelong", "lifelong_")
+        items, codes = self.events(row)
+        if name == "positive" and len(items):
+            liked = reaches({column: event_column(row, column) for column in self.positive}, self.positive)
+            return items[liked], codes[liked]
+        return items, codes

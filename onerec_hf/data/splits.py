@@ -132,6 +132,36 @@ def global_time_split(
     return datasets.DatasetDict(splits)
 
 
+def target_rows(train: datasets.Dataset, max_history: int) -> datasets.Dataset:
+    """
+    One row per event that has events before it: what a model trains on whose encoder mixes the context (OneRec, OneRecV1).
+
+    Args:
+        train: The training split of [`leave_last_out`] or [`global_time_split`].
+        max_history: Events of context at most; older ones are dropped.
+
+    Returns:
+        `datasets.Dataset` with `user`, `history` (1 to `max_history` items), the event columns parallel to it, `targets` (one item)
+        and `length` (of the history).
+    """
+    table = train.with_format("arrow")[:]
+    lists = [name for name, feature in train.features.items() if isinstance(feature, datasets.List)]
+    offsets = table["history"].combine_chunks().offsets.to_numpy()
+    count = np.diff(offsets)
+    start = np.repeat(offsets[:-1], count)  # first event of each event's user
+    event = np.arange(offsets[0], offsets[-1])
+    target = event[event > start]
+    first = np.maximum(start[event > start], target - max_history)
+    rows, bounds = ranges(first, target)
+    values = {name: table[name].combine_chunks().values for name in lists}
+    columns = {"user": pa.array(np.repeat(table["user"].to_numpy(), count)[event > start], pa.int32())}
+    columns |= {name: pa.ListArray.from_arrays(bounds, value.take(pa.array(rows))) for name, value in values.items()}
+    one = pa.array(np.arange(len(target) + 1, dtype=np.int32))
+    columns["targets"] = pa.ListArray.from_arrays(one, values["history"].take(pa.array(target)))
+    columns["length"] = pa.array(target - first)
+    return arrow_dataset(columns)
+
+
 def _count_before(interactions: Interactions, time: float) -> np.ndarray:
     before = interactions.user_index[interactions.timestamp < time]
     return np.bincount(before, minlength=interactions.num_users)
