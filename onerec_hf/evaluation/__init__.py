@@ -1,6 +1,7 @@
 """Metrics and `evaluate()`: the same call for our models and for every baseline."""
 
+from .classification import auc, calibration, gauc
 from .evaluate import EvaluationResult, Recommender, evaluate
 from .metrics import paired_bootstrap
 
-__all__ = ["EvaluationResult", "Recommender", "evaluate", "paired_bootstrap"]
+__all__ = ["EvaluationResult", "Recommender", "auc", "calibration", "evaluate", "gauc", "paired_bootstrap"]

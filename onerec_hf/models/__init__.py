@@ -5,10 +5,12 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokeni
 from .beam_search import BeamSearchOutput, CatalogueLogitsProcessor, beam_search
 from .catalogue import Catalogue
 from .configuration_onerec import OneRecConfig, OneRecV1Config, OneRecV2Config
+from .configuration_reward import OneRecPScoreConfig, OneRecSessionRewardConfig
 from .layers import ContextKV
 from .modeling_onerec import OneRecForCausalLM, OneRecModel, OneRecPreTrainedModel
 from .modeling_onerec_v1 import OneRecV1ForCausalLM, OneRecV1Model, OneRecV1PreTrainedModel
 from .modeling_onerec_v2 import OneRecV2ForCausalLM, OneRecV2Model, OneRecV2PreTrainedModel
+from .modeling_reward import OneRecPScoreModel, OneRecSessionRewardModel, RewardModelOutput
 from .modeling_semantic_id import SemanticIdCausalLMOutput
 from .moe import balance_experts
 from .tokenization_semantic_id import SemanticIdTokenizer
@@ -25,6 +27,15 @@ for _config, _model in (
     # save_pretrained copies this folder's files and writes auto_map, so that repositories load without the package
     _config.register_for_auto_class()
     _model.register_for_auto_class("AutoModelForCausalLM")
+for _config, _model in (
+    (OneRecSessionRewardConfig, OneRecSessionRewardModel),
+    (OneRecPScoreConfig, OneRecPScoreModel),
+):
+    AutoConfig.register(_config.model_type, _config, exist_ok=True)
+    AutoModel.register(_config, _model, exist_ok=True)
+    AutoTokenizer.register(_config, tokenizer_class=SemanticIdTokenizer, exist_ok=True)
+    _config.register_for_auto_class()
+    _model.register_for_auto_class("AutoModel")
 SemanticIdTokenizer.register_for_auto_class()
 
 __all__ = [
@@ -35,7 +46,11 @@ __all__ = [
     "OneRecConfig",
     "OneRecForCausalLM",
     "OneRecModel",
+    "OneRecPScoreConfig",
+    "OneRecPScoreModel",
     "OneRecPreTrainedModel",
+    "OneRecSessionRewardConfig",
+    "OneRecSessionRewardModel",
     "OneRecV1Config",
     "OneRecV1ForCausalLM",
     "OneRecV1Model",
@@ -44,6 +59,7 @@ __all__ = [
     "OneRecV2ForCausalLM",
     "OneRecV2Model",
     "OneRecV2PreTrainedModel",
+    "RewardModelOutput",
     "SemanticIdCausalLMOutput",
     "SemanticIdTokenizer",
     "balance_experts",
