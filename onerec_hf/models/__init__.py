@@ -2,7 +2,8 @@
 
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer
 
-from .beam_search import BeamSearchOutput, CatalogueLogitsProcessor, beam_search
+from .any_model import CatalogueLogitsProcessor, catalogue_generate
+from .beam_search import BeamSearchOutput, beam_search, sample_items
 from .catalogue import Catalogue
 from .configuration_onerec import OneRecV2Config
 from .layers import ContextKV
@@ -32,4 +33,6 @@ __all__ = [
     "SemanticIdCausalLMOutput",
     "SemanticIdTokenizer",
     "beam_search",
+    "catalogue_generate",
+    "sample_items",
 ]
