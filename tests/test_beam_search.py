@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from transformers import LogitsProcessor
+from transformers import GenerationConfig, LogitsProcessor
 
 from onerec_hf import Catalogue
 
@@ -94,13 +94,31 @@ def test_subset_equals_a_smaller_catalogue():
         assert torch.equal(together[user], alone)
 
 
-def test_sampling_parameters_do_not_touch_a_beam_search():
+@pytest.mark.parametrize("loop", [{}, {"output_scores": True}], ids=["ours", "transformers"])
+def test_a_leaking_generation_config_does_not_touch_a_beam_search(loop):
+    """Qwen's generation_config, for one, samples with a penalty unless told otherwise."""
     catalogue = tiny_catalogue()
     model = tiny_model(catalogue)
     context = tiny_context(catalogue, model)
-    expected = model.generate(**context, num_beams=10, num_return_sequences=10)
-    model.generation_config.update(temperature=0.1, top_k=2, top_p=0.3, repetition_penalty=5.0)
-    assert torch.equal(model.generate(**context, num_beams=10, num_return_sequences=10), expected)
+    arguments = {"num_beams": 10, "num_return_sequences": 10, "return_dict_in_generate": True}
+    expected = model.generate(**context, **arguments).sequences
+    leak = {"temperature": 0.1, "top_k": 2, "top_p": 0.3, "repetition_penalty": 5.0, "no_repeat_ngram_size": 1}
+    model.generation_config.update(do_sample=True, **leak)
+    assert torch.equal(model.generate(**context, **arguments, **loop).sequences, expected)
+    given = GenerationConfig(**arguments, **leak, max_new_tokens=3, do_sample=False)
+    assert torch.equal(model.generate(**context, generation_config=given, **loop).sequences, expected)
+
+
+def test_what_is_asked_for_in_the_call_is_done():
+    catalogue = tiny_catalogue()
+    model = tiny_model(catalogue)
+    context = tiny_context(catalogue, model)
+    arguments = {"num_beams": 10, "num_return_sequences": 10, "return_dict_in_generate": True}
+    plain = model.generate(**context, **arguments)
+    penalised = model.generate(**context, **arguments, bad_words_ids=[plain.sequences[0, 1:2].tolist()])
+    assert (penalised.sequences[:10, 1] != plain.sequences[0, 1]).all()
+    longer = model.generate(**context, num_beams=2, max_new_tokens=4)
+    assert (longer[:, 4] == model.config.eos_token_id).all()
 
 
 def test_samples_are_items_too():

@@ -2,7 +2,8 @@
 
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer
 
-from .beam_search import BeamSearchOutput, CatalogueLogitsProcessor, beam_search
+from .any_model import CatalogueLogitsProcessor, catalogue_generate
+from .beam_search import BeamSearchOutput, beam_search, sample_items
 from .catalogue import Catalogue
 from .configuration_onerec import OneRecConfig, OneRecV1Config, OneRecV2Config
 from .configuration_reward import OneRecPScoreConfig, OneRecSessionRewardConfig
@@ -64,4 +65,6 @@ __all__ = [
     "SemanticIdTokenizer",
     "balance_experts",
     "beam_search",
+    "catalogue_generate",
+    "sample_items",
 ]

@@ -1,20 +1,22 @@
-"""Exact constrained beam search over a catalogue: the context is read once per user, dead beams are never filled.
+"""Exact constrained beam search, and sampling, over a catalogue: the context is read once per user, dead beams are never filled.
 
 The papers decode with beam search (OneRec, section 4.1: width 128; OneRec-V2, section 5: width 512), OneRec a whole session of
-items, each behind a BOS of its own (section 3.2). Legend: B users, K beams, m items of a session, L levels, V codes of a level,
-M candidates of a step.
+items, each behind a BOS of its own (section 3.2). Reinforcement learning draws groups of items instead: with replacement, or
+without it by stochastic beam search (Kool et al., arXiv:1903.06059). Legend: B users, K beams or samples, m items of a session,
+L levels, V codes of a level; a step's candidates are R runs of W children of one beam each.
 """
 
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from transformers import LogitsProcessor
 from transformers.cache_utils import DynamicCache
 from transformers.modeling_outputs import ModelOutput
 
 from .catalogue import Catalogue
 from .layers import ContextKV
+
+_DEAD = float("-inf")
 
 
 @dataclass
@@ -24,18 +26,118 @@ class BeamSearchOutput(ModelOutput):
         semantic_ids (`torch.LongTensor` of shape (B, K, m, L)): Codes of each item of each beam, best beam first; -1 on dead beams.
         leaves (`torch.LongTensor` of shape (B, K, m)): Leaves of the catalogue, -1 on dead beams.
         scores (`torch.FloatTensor` of shape (B, K)): Summed natural log-probability of the codes, `-inf` on dead beams.
+        sample_log_probs (`torch.FloatTensor` of shape (B, K)): Of samples, the natural log-probability with which each was drawn:
+            as `scores`, but after the temperature and normalised at each step over the codes that could be drawn.
+        gumbels (`torch.FloatTensor` of shape (B, K)): Of samples without replacement, `sample_log_probs` plus Gumbel noise; the
+            samples are the K largest. With kappa = `gumbels[:, -1]` left out, exp(q) / (1 - exp(-exp(q - kappa))) of the others'
+            `sample_log_probs` q are the weights of an unbiased sum over all items (arXiv:1903.06059, 4.2).
     """
 
     semantic_ids: torch.LongTensor | None = None
     leaves: torch.LongTensor | None = None
     scores: torch.FloatTensor | None = None
+    sample_log_probs: torch.FloatTensor | None = None
+    gumbels: torch.FloatTensor | None = None
 
 
-def _top(scores: torch.Tensor, k: int):
-    """`topk` that fills up with -inf where there are fewer than `k` candidates."""
-    if scores.shape[1] < k:
-        scores = F.pad(scores, (0, k - scores.shape[1]), value=float("-inf"))
-    return scores.topk(k, dim=1)
+def _top(values: torch.Tensor, k: int):
+    """Largest `k` of (B, R, W) per user, filled up with -inf: values (B, k), places in R * W (B, k), and which are -inf."""
+    values = values.flatten(1)
+    if values.shape[1] < k:
+        values = F.pad(values, (0, k - values.shape[1]), value=_DEAD)
+    values, best = values.topk(k, dim=1)
+    dead = values == _DEAD
+    return values, best.masked_fill(dead, 0), dead
+
+
+class BeamSearch:
+    """Keeps the K prefixes of the largest score."""
+
+    distinct = True  # no two beams of a user are the same prefix
+
+    def choose(self, scores, log_probs, parent, real, k):
+        """Places (B, k) among the (B, R, W) candidates, and which of them are dead."""
+        return _top(torch.where(real, log_probs + scores.gather(1, parent).unsqueeze(2), _DEAD), k)[1:]
+
+
+class _Samples:
+    """Draws each of the K continuations alone: with replacement."""
+
+    distinct, gumbels = False, None
+
+    def __init__(self, batch: int, temperature: float, generator: torch.Generator | None, device):
+        self.temperature, self.generator = temperature, generator
+        self.log_probs = torch.zeros(batch, 1, device=device)
+
+    def _gumbel(self, shape, device):
+        # torch's exponential_ never draws 0, so the logarithm is finite
+        return -torch.empty(shape, device=device).exponential_(generator=self.generator).log()
+
+    def _normalised(self, log_probs, parent, real):
+        """(B, R, W) log-probability of each candidate, normalised over the real children of its parent."""
+        logits = torch.where(real, log_probs / self.temperature, _DEAD)
+        beams = self.log_probs.shape[1]
+        top = logits.new_full((len(logits), beams), _DEAD).scatter_reduce(1, parent, logits.amax(2), "amax")
+        top = top.masked_fill(top == _DEAD, 0.0)  # beams without a child
+        logits = logits - top.gather(1, parent).unsqueeze(2)
+        total = torch.zeros_like(top).scatter_add(1, parent, logits.exp().sum(2))
+        return logits - total.log().gather(1, parent).unsqueeze(2)
+
+    def choose(self, scores, log_probs, parent, real, k):
+        log_probs = self._normalised(log_probs, parent, real)
+        drawn = log_probs.expand(-1, k, -1)  # the first step has one run, drawn from K times; later ones have K
+        best = (drawn + self._gumbel(drawn.shape, drawn.device)).argmax(2)
+        self.log_probs = self.log_probs.expand(-1, k) + drawn.gather(2, best.unsqueeze(2)).squeeze(2)
+        dead = self.log_probs.isnan() | (self.log_probs == _DEAD)
+        self.log_probs = self.log_probs.masked_fill(dead, _DEAD)
+        run = torch.arange(k, device=best.device) if log_probs.shape[1] == k else 0
+        return best + run * log_probs.shape[2], dead
+
+
+class _DistinctSamples(_Samples):
+    """Draws K different continuations: stochastic beam search (arXiv:1903.06059, algorithm 1)."""
+
+    distinct = True
+
+    def __init__(self, batch, temperature, generator, device):
+        super().__init__(batch, temperature, generator, device)
+        self.gumbels = self._gumbel((batch, 1), device)
+
+    def choose(self, scores, log_probs, parent, real, k):
+        log_probs = self._normalised(log_probs, parent, real) + self.log_probs.gather(1, parent).unsqueeze(2)
+        drawn = torch.where(real, log_probs + self._gumbel(log_probs.shape, log_probs.device), _DEAD)
+        # Gumbels of the children under the condition that their largest is the parent's (appendix B.3)
+        largest = torch.full_like(self.gumbels, _DEAD).scatter_reduce(1, parent, drawn.amax(2), "amax")
+        limit = self.gumbels.gather(1, parent).unsqueeze(2)
+        below = limit - drawn + torch.log1p(-(drawn - largest.gather(1, parent).unsqueeze(2)).exp())
+        drawn = limit - below.clamp(min=0) - torch.log1p((-below.abs()).exp())
+        self.gumbels, best, dead = _top(torch.where(real & (limit > _DEAD), drawn, _DEAD), k)
+        self.log_probs = log_probs.flatten(1).gather(1, best).masked_fill(dead, _DEAD)
+        return best, dead
+
+
+class SharedContext:
+    """Log-probabilities of the beams of B users by a model of this package: one context per user, generated rows gathered."""
+
+    def __init__(self, model, catalogue: Catalogue, context_kv: ContextKV):
+        self.model, self.catalogue, self.context_kv = model, catalogue, context_kv
+        self.cache = DynamicCache(config=model.config)
+
+    def __call__(self, level, node=None, code=None, parent=None):
+        """(B * K, V) for the codes of `level` behind `node` (B, K); `code` (B, K) was chosen last, in row `parent` (B * K,)."""
+        config = self.model.config
+        if parent is None:
+            tokens = torch.full(
+                (len(self.context_kv.mask), 1), config.bos_token_id, device=self.context_kv.mask.device
+            )
+        else:
+            self.cache.batch_select_indices(parent)
+            tokens = (code + config.level_offsets[level - 1]).view(-1, 1)
+            if level == 0:  # the next item of a session starts behind a BOS of its own
+                tokens = F.pad(tokens, (0, 1), value=config.bos_token_id)
+        hidden = self.model.next_hidden(tokens, self.context_kv, self.cache)  # (B * K, D)
+        prefix = None if node is None else node.flatten().clamp(min=0)
+        return self.model.level_log_probs(hidden, level, prefix, self.catalogue)
 
 
 def _used_up(catalogue: Catalogue, path: torch.LongTensor, level: int, leaf_totals) -> torch.LongTensor:
@@ -57,6 +159,53 @@ def _used_up(catalogue: Catalogue, path: torch.LongTensor, level: int, leaf_tota
     return torch.where(taken >= end - first, node, -1)
 
 
+def search(decoder, chooser, catalogue: Catalogue, batch: int, k: int, allowed=None, num_items: int = 1):
+    """
+    The loop that beam search and sampling share: static shapes, nothing read back from the device.
+
+    Args:
+        decoder (callable): As `SharedContext`.
+        chooser: As `BeamSearch`.
+        allowed (`torch.BoolTensor` or `list`, *optional*): As in [`beam_search`].
+
+    Returns:
+        [`BeamSearchOutput`] without the fields of samples.
+    """
+    device, levels = catalogue.device, catalogue.num_levels
+    alive = catalogue.alive(allowed) if isinstance(allowed, torch.Tensor) else allowed
+    alive = None if alive is None else [mask.expand(batch, -1) for mask in alive]
+    leaf_totals = F.pad(alive[-1].cumsum(1), (1, 0)) if alive is not None and num_items > 1 else None
+    rows = torch.arange(batch, device=device).unsqueeze(1)
+    scores = torch.zeros(batch, 1, device=device)
+    path = torch.zeros(batch, 1, 0, dtype=torch.long, device=device)  # (B, K, steps) nodes chosen so far
+    last = {}
+    for step in range(num_items * levels):
+        item, level = divmod(step, levels)
+        node = path[:, :, -1] if level else None
+        log_probs = decoder(level, node, **last)  # (B * beams, V)
+        # sessions may meet in a node, different single items cannot
+        beams, distinct = scores.shape[1], chooser.distinct and item == 0
+        parent, child, real = catalogue.expand(node, level, beams, distinct)
+        parent, child, real = parent.expand(batch, -1), child.expand(batch, -1, -1), real.expand(batch, -1, -1)
+        place = (parent * log_probs.shape[1]).unsqueeze(2) + catalogue.codes[level][child]
+        log_probs = log_probs.reshape(batch, -1).gather(1, place.flatten(1)).view(child.shape)  # (B, R, W)
+        if alive is not None:
+            real = real & alive[level].gather(1, child.flatten(1)).view(child.shape)
+        if item:
+            done = path[:, :, : item * levels].unflatten(2, (item, levels))
+            for used in _used_up(catalogue, done, level, leaf_totals).unbind(2):
+                real = real & (used.gather(1, parent).unsqueeze(2) != child)
+        best, dead = chooser.choose(scores, log_probs, parent, real, k)  # (B, K) each
+        parent, child = parent.gather(1, best // child.shape[2]), child.flatten(1).gather(1, best)
+        scores = (scores.gather(1, parent) + log_probs.flatten(1).gather(1, best)).masked_fill(dead, _DEAD)
+        path = torch.cat([path[rows, parent], child.unsqueeze(2)], dim=2).masked_fill(dead.unsqueeze(2), -1)
+        last = {"code": catalogue.codes[level][child].long(), "parent": (parent + rows * beams).flatten()}
+    path = path.unflatten(2, (num_items, levels))
+    codes = torch.stack([catalogue.codes[level][path[..., level]].long() for level in range(levels)], dim=3)
+    codes = codes.masked_fill(dead[:, :, None, None], -1)
+    return BeamSearchOutput(semantic_ids=codes, leaves=path[..., -1], scores=scores)
+
+
 def beam_search(
     model, catalogue: Catalogue, context_kv: ContextKV, num_beams: int, allowed=None, num_items: int = 1
 ) -> BeamSearchOutput:
@@ -65,112 +214,62 @@ def beam_search(
 
     Exact in the usual sense of beam search: at each step the K best existing prefixes survive. With `num_beams` at least the
     number of prefixes of every step but the last, it equals scoring every item (every ordered session) of the catalogue. An item
-    of a session is preceded by a BOS of its own, which costs nothing; no leaf occurs twice in a session.
+    of a session is preceded by a BOS of its own, which costs nothing; no leaf occurs twice in a session. Which of two prefixes
+    with equal scores comes first is left open.
 
     Args:
         model: A model of this package: `model.next_hidden`, `model.level_log_probs` and `model.config` are used.
         catalogue (`Catalogue`): On the model's device.
         context_kv (`ContextKV`): The encoded context of the B users.
         num_beams (`int`): K.
-        allowed (`torch.BoolTensor` of shape (B, N) or (1, N), *optional*): Subset of the items, per request.
+        allowed (`torch.BoolTensor` of shape (B, N) or (1, N), *optional*): Subset of the items, per request; or what
+            `catalogue.alive` made of it.
         num_items (`int`, defaults to 1): m, items per session.
 
     Returns:
         [`BeamSearchOutput`]; where fewer than K items or sessions exist, the rest of the beams are dead (`-inf`, -1).
     """
-    batch, device, levels = context_kv.mask.shape[0], context_kv.mask.device, catalogue.num_levels
-    alive = catalogue.alive(allowed) if isinstance(allowed, torch.Tensor) else allowed
-    alive = None if alive is None else [mask.expand(batch, -1) for mask in alive]
-    leaf_totals = None
-    if alive is not None and num_items > 1:
-        leaf_totals = F.pad(alive[-1].cumsum(1), (1, 0))
-    cache = DynamicCache(config=model.config)
-    tokens = torch.full((batch, 1), model.config.bos_token_id, device=device)
-    scores = torch.zeros(batch, 1, device=device)
-    path = torch.zeros(batch, 1, 0, dtype=torch.long, device=device)  # (B, K, steps) nodes chosen so far
-    rows = torch.arange(batch, device=device).unsqueeze(1)
-    for step in range(num_items * levels):
-        item, level = divmod(step, levels)
-        beams = scores.shape[1]
-        node = path[:, :, -1] if level else None
-        hidden = model.next_hidden(tokens, context_kv, cache)  # (B * beams, D)
-        prefix = node.flatten().clamp(min=0) if level else None
-        log_probs = model.level_log_probs(hidden, level, prefix, catalogue)  # (B * beams, V)
-        # sessions may meet in a node, single items cannot
-        parent, child, real = catalogue.expand(node, level, beams, distinct=item == 0)  # (B, R), (B, R, W), (B, R, W)
-        width = child.shape[2]
-        parent, child, real = parent.expand(batch, -1), child.expand(batch, -1, -1), real.expand(batch, -1, -1)
-        place = (parent * log_probs.shape[1]).unsqueeze(2) + catalogue.codes[level][child]
-        candidate = log_probs.view(batch, -1).gather(1, place.flatten(1)).view(child.shape)
-        candidate = candidate + scores.gather(1, parent).unsqueeze(2)
-        if alive is not None:
-            real = real & alive[level].gather(1, child.flatten(1)).view(child.shape)
-        if item:
-            done = path[:, :, : item * levels].unflatten(2, (item, levels))
-            for used in _used_up(catalogue, done, level, leaf_totals).unbind(2):
-                real = real & (used.gather(1, parent).unsqueeze(2) != child)
-        scores, best = _top(torch.where(real, candidate, float("-inf")).flatten(1), num_beams)
-        dead = scores == float("-inf")
-        best = best.masked_fill(dead, 0)
-        parent, child = parent.gather(1, best // width), child.flatten(1).gather(1, best)  # (B, K)
-        path = torch.cat([path[rows, parent], child.unsqueeze(2)], dim=2).masked_fill(dead.unsqueeze(2), -1)
-        if step + 1 < num_items * levels:
-            cache.batch_select_indices((parent + rows * beams).flatten())
-            tokens = (catalogue.codes[level][child].long() + model.config.level_offsets[level]).view(-1, 1)
-            if level + 1 == levels:  # the next item starts behind a BOS of its own
-                tokens = F.pad(tokens, (0, 1), value=model.config.bos_token_id)
-    path = path.unflatten(2, (num_items, levels))
-    codes = torch.stack([catalogue.codes[level][path[..., level]].long() for level in range(levels)], dim=3)
-    return BeamSearchOutput(
-        semantic_ids=codes.masked_fill(dead[:, :, None, None], -1), leaves=path[..., -1], scores=scores
-    )
+    decoder = SharedContext(model, catalogue, context_kv)
+    return search(decoder, BeamSearch(), catalogue, len(context_kv.mask), num_beams, allowed, num_items)
 
 
-class CatalogueLogitsProcessor(LogitsProcessor):
+def sample_items(
+    model,
+    catalogue: Catalogue,
+    context_kv: ContextKV,
+    num_samples: int,
+    replacement: bool = False,
+    temperature: float = 1.0,
+    generator: torch.Generator | None = None,
+    allowed=None,
+    num_items: int = 1,
+) -> BeamSearchOutput:
     """
-    The same constraint for transformers' own decoding loops (sampling, or any other model over the same vocabulary).
+    Draw a group of `num_samples` items (or sessions) of the catalogue for each user.
 
-    Stateless and free of host syncs: the prefix of each row is walked down from its own tokens.
+    At each step a code has the probability softmax(log-probability / temperature) over the codes that lead on to an existing,
+    allowed item. Without replacement, the K different samples are those of drawing one after the other and never again what was
+    drawn, largest `gumbels` first; they cost as much as a beam search.
 
     Args:
-        catalogue (`Catalogue`): The items that may be generated.
-        level_offsets (`list[int]`): Token id of code 0 of each level.
-        prompt_length (`int`): Tokens in front of the first code, BOS included.
-        allowed (`torch.BoolTensor` of shape (B, N), *optional*): Subset per request; rows of one request are adjacent.
-        eos_token_id (`int`, *optional*): Allowed alone once the semantic ID is complete.
+        replacement (`bool`, defaults to `False`): Whether an item may be drawn more than once.
+        temperature (`float`, defaults to 1.0): Above 0.
+        generator (`torch.Generator`, *optional*): On the model's device. Defaults to torch's global one.
+        model, catalogue, context_kv, allowed, num_items: As in [`beam_search`].
+
+    Returns:
+        [`BeamSearchOutput`] with `sample_log_probs`, and with `gumbels` when there is no replacement. Samples are dead (`-inf`, -1)
+        where no item is left.
     """
-
-    def __init__(self, catalogue: Catalogue, level_offsets, prompt_length: int = 1, allowed=None, eos_token_id=None):
-        self.catalogue, self.level_offsets, self.prompt_length = catalogue, list(level_offsets), prompt_length
-        self.alive = None if allowed is None else catalogue.alive(allowed)
-        self.eos_token_id = eos_token_id
-
-    def __call__(self, input_ids, scores):
-        level = input_ids.shape[1] - self.prompt_length
-        allowed = torch.zeros_like(scores, dtype=torch.bool)
-        if level >= self.catalogue.num_levels:
-            if self.eos_token_id is None:
-                raise ValueError(
-                    f"nothing may follow {self.catalogue.num_levels} codes: set max_new_tokens to that number."
-                )
-            allowed[:, self.eos_token_id] = True
-            return scores.masked_fill(~allowed, float("-inf"))
-        node = None
-        for depth in range(level):
-            code = input_ids[:, self.prompt_length + depth] - self.level_offsets[depth]
-            node = self.catalogue.step(node, depth, code)
-        code, child, real = self.catalogue.children(None if node is None else node.clamp(min=0), level)
-        code, child, real = (x.expand(len(scores), -1) for x in (code, child, real))
-        if node is not None:
-            real = real & (node >= 0).unsqueeze(1)
-        if self.alive is not None:
-            mask = self.alive[level]
-            real = real & mask.repeat_interleave(len(scores) // len(mask), 0).gather(1, child)
-        spare = torch.where(
-            real, code + self.level_offsets[level], scores.shape[1]
-        )  # padding goes to one extra column
-        allowed = F.pad(allowed, (0, 1)).scatter_(1, spare, True)[:, :-1]
-        return scores.masked_fill(~allowed, float("-inf"))
+    if not temperature > 0:
+        raise ValueError(f"temperature={temperature} must be above 0; for the best items use beam_search.")
+    batch, device = context_kv.mask.shape[0], context_kv.mask.device
+    chooser = (_Samples if replacement else _DistinctSamples)(batch, temperature, generator, device)
+    found = search(
+        SharedContext(model, catalogue, context_kv), chooser, catalogue, batch, num_samples, allowed, num_items
+    )
+    found.sample_log_probs, found.gumbels = chooser.log_probs, chooser.gumbels
+    return found
 
 
-__all__ = ["BeamSearchOutput", "CatalogueLogitsProcessor", "beam_search"]
+__all__ = ["BeamSearch", "BeamSearchOutput", "SharedContext", "beam_search", "sample_items", "search"]

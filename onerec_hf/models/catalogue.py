@@ -88,7 +88,7 @@ class Catalogue(PrefixIndex):
         self.item_order = torch.from_numpy(
             place.astype(np.int32)
         )  # (N,) items, leaf by leaf, popular ones first in a leaf
-        self._build_index(key, bits)
+        self._build_index(key, self.codebook_sizes)
 
     def __len__(self) -> int:
         return self.num_items

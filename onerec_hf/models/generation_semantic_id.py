@@ -12,7 +12,8 @@ from transformers.generation import GenerateBeamDecoderOnlyOutput, LogitsProcess
 from transformers.utils import logging
 from transformers.utils.hub import cached_file
 
-from .beam_search import CatalogueLogitsProcessor, beam_search
+from .any_model import CatalogueLogitsProcessor, catalogue_generate
+from .beam_search import beam_search, sample_items
 from .catalogue import CATALOGUE_NAME, Catalogue
 from .layers import ContextKV
 
@@ -20,8 +21,19 @@ logger = logging.get_logger(__name__)
 
 _HUB_KWARGS = ("cache_dir", "force_download", "local_files_only", "token", "revision", "subfolder")
 # what only transformers' own loop does; the fast search is not used when one of these is asked for
-_OWN_LOOP_FLAGS = ("do_sample", "output_scores", "output_logits", "output_attentions", "output_hidden_states")
+_OWN_LOOP_FLAGS = ("output_scores", "output_logits", "output_attentions", "output_hidden_states")
 _OWN_LOOP_ARGUMENTS = ("prefix_allowed_tokens_fn", "assistant_model", "streamer", "custom_generate", "past_key_values")
+_OWN_LOOP_ARGUMENTS += ("logits_processor", "stopping_criteria", "max_length", "max_time", "stop_strings")
+# what changes scores, with the values that change nothing
+_SCORE_SETTINGS = dict.fromkeys(("repetition_penalty", "top_p", "typical_p", "guidance_scale"), (None, 1.0))
+_SCORE_SETTINGS |= dict.fromkeys(("top_k", "no_repeat_ngram_size", "min_p", "min_length", "min_new_tokens"), (None, 0))
+_SCORE_SETTINGS |= dict.fromkeys(
+    ("epsilon_cutoff", "eta_cutoff", "diversity_penalty", "renormalize_logits"), (None, 0)
+)
+_SCORE_SETTINGS |= dict.fromkeys(
+    ("top_h", "bad_words_ids", "sequence_bias", "suppress_tokens", "forced_eos_token_id"), (None,)
+)
+_SAMPLING_ONLY = ("top_p", "typical_p", "top_k", "min_p", "epsilon_cutoff", "eta_cutoff", "top_h")
 
 
 class CatalogueGenerationMixin:
@@ -104,24 +116,32 @@ class CatalogueGenerationMixin:
         catalogue: Catalogue | None = None,
         allowed_items: torch.BoolTensor | None = None,
         num_items: int | None = None,
+        replacement: bool = True,
+        generator: torch.Generator | None = None,
         **kwargs,
     ):
         r"""
-        Recommend: semantic IDs of existing items, best first.
+        Recommend: semantic IDs of existing items, best first; or draw them, with `do_sample=True`.
 
-        Beam search (any `num_beams`, `do_sample=False`) takes this package's own exact search, which reads the context once per
-        user. Sampling, custom logits processors, stopping criteria, `output_scores` and the like take transformers' loop under
-        the same constraint. Sampling parameters of a generation config (temperature, top_k, ...) never touch a beam search.
+        Beam search and plain sampling take this package's own loop, which reads the context once per user. Custom logits
+        processors, `output_scores`, top_p and the like take transformers' loop under the same constraint, and say so.
+
+        A `generation_config` changes no beam search beyond its width: sampling parameters and penalties in it are not looked at
+        (a `do_sample=True` in the model's own counts only where `num_beams` is 1). Penalties given in the call count.
 
         Args:
             inputs (`torch.LongTensor` of shape (B, 1), *optional*): BOS tokens; may be left out.
             constrained (`bool`, defaults to `True`): Generate only items of the catalogue; `False` allows any codes.
             catalogue (`Catalogue`, *optional*): Instead of the model's own.
             allowed_items (`torch.BoolTensor` of shape (B, N) or (1, N), *optional*): Items each user may get (stock, category,
-                eligibility, not yet seen).
+                eligibility, not yet seen); or what `catalogue.alive` made of it, for a filter that many calls share.
             num_items (`int`, *optional*, defaults to the model's `num_items`): m, different items per row: 1, or a session.
+            replacement (`bool`, defaults to `True`): With `do_sample=True`: whether the samples of a user may repeat each other;
+                `False` draws `num_return_sequences` different ones ([`sample_items`] also returns their probabilities).
+            generator (`torch.Generator`, *optional*): With `do_sample=True`; defaults to torch's global one.
             kwargs: `context_ids` (B, T, L), `context_mask`, `context_features`, `user_features`, and everything that
                 `GenerationMixin.generate` takes: `num_beams`, `num_return_sequences`, `return_dict_in_generate`, ...
+                `compile_config` compiles the search, encoding of the context excepted (a new one for each new shape).
 
         Returns:
             `torch.LongTensor` of shape (B * num_return_sequences, m * (1 + L)): BOS and codes of each item; rows of pad tokens
@@ -130,54 +150,78 @@ class CatalogueGenerationMixin:
 
         Raises:
             ValueError: Without a catalogue, with one of other codebook sizes, with `num_return_sequences > num_beams`, or for a
-                session that the fast search cannot give.
+                session, or different samples, that the fast search cannot give.
         """
         inputs = kwargs.pop("input_ids", inputs)
+        given = {name: value for name, value in kwargs.items() if value is not None}
         settings = copy.deepcopy(generation_config if generation_config is not None else self.generation_config)
-        context = settings.update(**{name: value for name, value in kwargs.items() if value is not None})
+        settings.update(**self.generation_config.to_dict(), defaults_only=True)
+        context = settings.update(**given)
+        if generation_config is not None and generation_config.max_new_tokens is not None:
+            given.setdefault("max_new_tokens", generation_config.max_new_tokens)
+        if (settings.num_beams or 1) > 1 and generation_config is None and "do_sample" not in given:
+            settings.do_sample = False
+        num_items = self.num_items if num_items is None else num_items
         if not constrained and (catalogue is not None or allowed_items is not None):
             raise ValueError("constrained=False together with catalogue or allowed_items: leave out one side.")
         if constrained:
             catalogue = self._require_catalogue(catalogue)
-            if allowed_items is not None:
-                allowed_items = allowed_items.to(catalogue.device)
-        reason = self._own_loop_reason(inputs, settings, context)
-        num_items = self.num_items if num_items is None else num_items
-        if constrained and reason is None:
-            return self._beam_generate(settings, context, catalogue, allowed_items, num_items)
-        if num_items > 1:
+        reason = self._own_loop_reason(inputs, settings, given, num_items) if constrained else "constrained=False"
+        if reason is None:
+            return self._fast_generate(settings, context, catalogue, allowed_items, num_items, replacement, generator)
+        if num_items > 1 or not replacement or generator is not None:
             raise ValueError(
-                f"num_items={num_items} with {reason or 'constrained=False'}: only the fast search generates sessions."
+                f"num_items={num_items}, replacement={replacement}, generator={generator} together with {reason}: only the fast "
+                "search knows sessions, samples without replacement, and generators."
             )
         if constrained:
             logger.warning_once(
                 f"generate: {reason} is not part of the fast search, transformers' own loop runs instead."
             )
-        return self._own_loop(inputs, generation_config, catalogue if constrained else None, allowed_items, kwargs)
+        return self._own_loop(inputs, generation_config, settings, catalogue, allowed_items, kwargs)
 
-    def _own_loop_reason(self, inputs, settings, context) -> str | None:
+    def _own_loop_reason(self, inputs, settings, given, num_items) -> str | None:
         """Why transformers' own loop is needed, or None when the fast search does all that is asked."""
         for name in _OWN_LOOP_FLAGS:
             if getattr(settings, name, None):
                 return f"{name}={getattr(settings, name)}"
-        for name in (*_OWN_LOOP_ARGUMENTS, "logits_processor", "stopping_criteria"):
-            if context.get(name) is not None and (not isinstance(context[name], list) or len(context[name])):
+        for name in _OWN_LOOP_ARGUMENTS:
+            if given.get(name) is not None and (not isinstance(given[name], list) or len(given[name])):
                 return name
+        for name, harmless in _SCORE_SETTINGS.items():
+            value = getattr(settings, name, None) if settings.do_sample else given.get(name)
+            if value not in harmless and (settings.do_sample or name not in _SAMPLING_ONLY):
+                return f"{name}={value}"
+        if settings.do_sample and (settings.num_beams or 1) > 1:
+            return f"do_sample=True with num_beams={settings.num_beams}"
+        length = num_items * (self.config.num_levels + 1) - 1
+        if given.get("max_new_tokens", length) != length:
+            return f"max_new_tokens={given['max_new_tokens']} (the codes are {length} tokens)"
         if inputs is not None and inputs.shape[1] != 1:
             return f"a prompt of {inputs.shape[1]} tokens"
         return None
 
-    def _beam_generate(self, settings, context, catalogue, allowed_items, num_items):
-        num_beams, returned = settings.num_beams or 1, settings.num_return_sequences or 1
+    def _fast_generate(self, settings, context, catalogue, allowed_items, num_items, replacement, generator):
+        returned = settings.num_return_sequences or 1
         context_kv = context.pop("context_kv", None)
         if context_kv is None:
             context_kv = self.encode_context(**{name: context.pop(name, None) for name in self.context_input_names})
         context.pop("attention_mask", None)
         if context:
             raise ValueError(f"generate does not know these arguments: {sorted(context)}.")
-        found = beam_search(self, catalogue, context_kv, num_beams, allowed_items, num_items)
+        if isinstance(allowed_items, torch.Tensor):
+            allowed_items = catalogue.alive(allowed_items)
+        if settings.do_sample:
+            temperature = 1.0 if settings.temperature is None else settings.temperature
+            drawing = (returned, replacement, temperature, generator)
+            found = sample_items(self, catalogue, context_kv, *drawing, allowed_items, num_items)
+        else:
+            run = beam_search
+            if settings.compile_config is not None:
+                run = torch.compile(beam_search, **settings.compile_config.to_dict())
+            found = run(self, catalogue, context_kv, settings.num_beams or 1, allowed_items, num_items)
         codes = found.semantic_ids[:, :returned]  # (B, returned, m, L)
-        tokens = codes + torch.tensor(self.config.level_offsets, device=codes.device)
+        tokens = torch.stack([codes[..., l] + offset for l, offset in enumerate(self.config.level_offsets)], dim=3)
         tokens = F.pad(tokens, (1, 0), value=self.config.bos_token_id).flatten(2)  # [BOS s^1..s^L] m times
         dead = (codes[:, :, 0, :1] < 0).expand_as(tokens).clone()
         dead[:, :, 0] = False
@@ -188,8 +232,17 @@ class CatalogueGenerationMixin:
         scores = found.scores[:, :returned].flatten() / (sequences.shape[1] - 1) ** length_penalty
         return GenerateBeamDecoderOnlyOutput(sequences=sequences, sequences_scores=scores)
 
-    def _own_loop(self, inputs, generation_config, catalogue, allowed_items, kwargs):
-        if catalogue is not None:
+    def _own_loop(self, inputs, generation_config, settings, catalogue, allowed_items, kwargs):
+        if settings.do_sample:  # transformers' default would cut to the 50 best
+            kwargs.setdefault("top_k", settings.top_k or 0)
+        else:  # what may leak from a generation_config
+            leaks = {"do_sample": False, "repetition_penalty": 1.0, "no_repeat_ngram_size": 0}
+            source = self.generation_config if generation_config is None else generation_config
+            leaks = {name: value for name, value in leaks.items() if getattr(source, name) not in (None, value)}
+            kwargs = leaks | kwargs
+        if kwargs.get("custom_generate") is catalogue_generate:
+            kwargs |= {"catalogue": catalogue, "allowed_items": allowed_items}
+        elif catalogue is not None:
             processor = CatalogueLogitsProcessor(
                 catalogue, self.config.level_offsets, 1, allowed_items, self.config.eos_token_id
             )

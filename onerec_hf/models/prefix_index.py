@@ -23,6 +23,7 @@ class PrefixIndex:
     What the search asks about a set of semantic IDs; [`Catalogue`] adds the items.
 
     Attributes:
+        codebook_sizes (`list[int]`): Codes per level.
         codes (`list[torch.Tensor]`): Per level, the last code of each node.
         surplus (`list[torch.Tensor]`): Per level, (first child of a node) - (number of the node), and one end more. A node has at
             least one child, so this is how many children beyond one the nodes before it have: small numbers in a small type
@@ -31,10 +32,12 @@ class PrefixIndex:
         max_items (`int`): Most items of one leaf.
     """
 
-    def _build_index(self, key: np.ndarray, code_bits: list[int]):
-        """`key` (N,): the semantic IDs as sorted numbers, `code_bits[l]` bits per level."""
+    def _build_index(self, key: np.ndarray, codebook_sizes: list[int]):
+        """`key` (N,): the semantic IDs as sorted numbers, (size - 1).bit_length() bits per level."""
+        self.codebook_sizes = codebook_sizes
         self.codes, self.surplus, self.max_children, self._run_counts = [], [], [], []
-        for bits in reversed(code_bits):
+        for size in reversed(codebook_sizes):
+            bits = (size - 1).bit_length()
             first = np.concatenate([[0], np.flatnonzero(key[1:] != key[:-1]) + 1, [len(key)]])
             children = np.diff(first)
             # how many nodes have how many runs of children, most runs first
@@ -84,6 +87,28 @@ class PrefixIndex:
         real = child < self.first_child(node + 1, level - 1).unsqueeze(-1)
         child = child.clamp(max=len(self.codes[level]) - 1)
         return self.codes[level][child].long(), child, real
+
+    def valid_codes(self, node: torch.LongTensor | None, level: int, alive: torch.BoolTensor | None = None):
+        """
+        The codes of `level` that lead on from nodes of the level above (R,), -1 for none; `node=None` is the root.
+
+        Args:
+            alive (`torch.BoolTensor` of shape (B, nodes of `level`), *optional*): Those that count; rows of a request are adjacent.
+
+        Returns:
+            `torch.BoolTensor` of shape (R, V_level); at the root (1 or B, V_level).
+        """
+        codes, child, real = self.children(None if node is None else node.clamp(min=0), level)
+        if node is None:
+            real = real[None] if alive is None else alive
+        else:
+            real = real & (node >= 0).unsqueeze(1)
+            if alive is not None:
+                real = real & alive.repeat_interleave(len(node) // len(alive), 0).gather(1, child)
+        size = self.codebook_sizes[level]
+        code = torch.where(real, codes, size)  # what is no child goes to one column more
+        valid = torch.zeros(len(code), size + 1, dtype=torch.bool, device=code.device)
+        return valid.scatter_(1, code, True)[:, :-1]
 
     def expand(self, node: torch.LongTensor | None, level: int, beams: int = 1, distinct: bool = True):
         """
