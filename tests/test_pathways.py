@@ -42,44 +42,36 @@ def pathways(**change):
 
 
 def test_every_pathway_against_literal_tensors():
+    """Side by side: two places of the short-term pathway, two of the positive one, three of the lifelong one."""
     batch = pathways(short_term_length=2, positive_length=2, lifelong_length=3)([ROW, NEW_USER])
-    assert set(batch) == {"target_ids", "user_features"} | {
-        f"{p}_{what}" for p in ("short_term", "positive", "lifelong") for what in ("ids", "mask", "features")
-    }
-    empty = [[0, 0], [0, 0]]
-    assert batch["short_term_ids"].tolist() == [[[13, 23], [14, 24]], empty]
-    assert batch["positive_ids"].tolist() == [
-        [[12, 22], [13, 23]],
-        empty,
-    ]  # items 0, 2, 3 are positive, the oldest is cut
-    assert batch["lifelong_ids"].tolist() == [[[12, 22], [15, 25]], empty]
-    for name in ("short_term", "positive", "lifelong"):
-        assert batch[f"{name}_mask"].tolist() == [[True, True], [False, False]]
+    assert set(batch) == {"context_ids", "context_mask", "context_features", "user_features", "target_ids"}
+    pad = [0, 0]
+    # items 0, 2, 3 are positive, the oldest is cut
+    items = [[13, 23], [14, 24], [12, 22], [13, 23], [12, 22], [15, 25], pad]
+    assert batch["context_ids"].tolist() == [items, [pad] * 7]
+    assert batch["context_mask"].tolist() == [[True] * 6 + [False], [False] * 7]
     # columns: author, is_like, timestamp; gaps 7 -> 1 + log2(8) = 4, 1023 -> 11, 0 -> 1, 7.5 -> 4, the first one is unknown
-    none = [[0, 0, 0], [0, 0, 0]]
-    assert batch["short_term_features"].tolist() == [[[1, 0, 4], [0, 1, 11]], none]
-    assert batch["positive_features"].tolist() == [[[2, 2, 1], [1, 0, 4]], none]
-    assert batch["lifelong_features"].tolist() == [[[2, 2, 0], [4, 1, 4]], none]
+    none = [0, 0, 0]
+    features = [[1, 0, 4], [0, 1, 11], [2, 2, 1], [1, 0, 4], [2, 2, 0], [4, 1, 4], none]
+    assert batch["context_features"].tolist() == [features, [none] * 7]
     assert batch["user_features"].tolist() == [[6, 2], [5, 1]]  # by name: age, sex, as user_feature_sizes
     assert batch["target_ids"].tolist() == [[[15, 25], [11, 21]], [[13, 23], [0, 0]]]
 
 
-def test_lengths_are_those_of_the_longest_user_and_at_least_one():
-    shapes = {name: tensor.shape[1] for name, tensor in pathways()([ROW, NEW_USER]).items() if name.endswith("_mask")}
-    assert shapes == {"short_term_mask": 5, "positive_mask": 3, "lifelong_mask": 2}
-    batch = PathwayCollator(TOKENS, positive={"is_like": 1}).context([NEW_USER])
-    assert {name: tuple(tensor.shape) for name, tensor in batch.items()} == {
-        f"{p}_{what}": shape
-        for p in ("short_term", "positive", "lifelong")
-        for what, shape in (("ids", (1, 1, 2)), ("mask", (1, 1)))
-    }
+def test_lengths_are_those_of_the_config():
+    batch = pathways()([ROW, NEW_USER])
+    assert batch["context_ids"].shape == (2, 20 + 256 + 2000, 2)
+    mask = batch["context_mask"][0]
+    assert [part.sum().item() for part in mask.split([20, 256, 2000])] == [5, 3, 2]
+    batch = PathwayCollator(TOKENS, short_term_length=3, positive_length=0, lifelong_length=0).context([ROW, NEW_USER])
+    assert batch["context_ids"].tolist() == [[[12, 22], [13, 23], [14, 24]], [[0, 0]] * 3]
 
 
 def test_the_history_itself_may_be_the_lifelong_pathway():
     row = {name: values for name, values in ROW.items() if not name.startswith("lifelong")}
     batch = pathways(lifelong="history", lifelong_length=4)([row])
-    assert batch["lifelong_ids"].tolist() == [[[11, 21], [12, 22], [13, 23], [14, 24]]]
-    assert batch["lifelong_features"][0, :, 2].tolist() == [3, 1, 4, 11]
+    assert batch["context_ids"][0, -4:].tolist() == [[11, 21], [12, 22], [13, 23], [14, 24]]
+    assert batch["context_features"][0, -4:, 2].tolist() == [3, 1, 4, 11]
     with pytest.raises(KeyError, match="no column 'lifelong'"):
         pathways()([row])
 
@@ -87,8 +79,10 @@ def test_the_history_itself_may_be_the_lifelong_pathway():
 def test_errors_name_the_setting():
     with pytest.raises(ValueError, match="lifelong='both'"):
         pathways(lifelong="both")
-    with pytest.raises(ValueError, match="'positive': 0"):
-        pathways(positive_length=0)
+    with pytest.raises(ValueError, match="'positive': -1"):
+        pathways(positive_length=-1)
+    with pytest.raises(ValueError, match="positive_length=256 but no `positive`"):
+        pathways(positive=None)
     with pytest.raises(KeyError, match="no column 'is_follow'"):
         pathways(positive={"is_follow": 1})([ROW])
     with pytest.raises(ValueError, match="'is_like' has 4 values, the history 5"):
@@ -263,5 +257,6 @@ def test_rows_of_a_log_go_all_the_way():
         max_cluster_size=40,
     )
     batch = pathways(lifelong_length=2000, user_features={"age": np.arange(5)})(list(rows.with_format("numpy")))
-    assert batch["short_term_ids"].shape == (5, 20, 2) and batch["short_term_mask"].all()
-    assert 1 <= batch["lifelong_ids"].shape[1] <= 6 and batch["target_ids"].shape[::2] == (5, 2)
+    short, lifelong = batch["context_mask"].split([20, batch["context_mask"].shape[1] - 20], dim=1)
+    assert short.all() and (1 <= lifelong[:, -2000:].sum(1)).all() and (lifelong[:, -2000:].sum(1) <= 6).all()
+    assert batch["target_ids"].shape[::2] == (5, 2)
