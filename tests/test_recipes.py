@@ -143,3 +143,31 @@ def test_help(recipe):
 def test_an_unknown_column_is_named(quickstart, tmp_path):
     with pytest.raises(ValueError, match=r"items.parquet has no \['colour'\]"):
         train(quickstart, tmp_path, "--item_features", "colour")
+
+
+def test_prepare_writes_sessions(tmp_path):
+    import prepare
+    from trl import TrlParser
+
+    from onerec_hf.simulator import ShortVideoWorld
+
+    log = ShortVideoWorld(num_users=120, num_items=200, request_size=10, mean_events=60).logs()
+    log.to_parquet(tmp_path / "log.parquet")
+    columns = {"user_id": "user_id", "item_id": "video_id", "timestamp": "time_ms"}
+    argv = ["--source", str(tmp_path / "log.parquet"), "--columns", json.dumps(columns), "--output", str(tmp_path)]
+    argv += ["--feedback", "request_id", "play_time_ms", "is_click", "is_like", "is_follow", "is_forward"]
+    argv += ["--sessions", json.dumps({"request": "request_id", "min_interactions": 0})]
+    argv += ["--collaborative_dim", "8", "--codebook_size", "16", "--num_levels", "2"]
+    prepare.main(TrlParser(prepare.PrepareArguments).parse_args_and_config(argv)[0])
+    splits = datasets.load_from_disk(str(tmp_path / "splits"))
+    assert all(len(row["targets"]) == 5 and row["length"] == len(row["history"]) for row in splits["train"])
+    held_out = np.full(120, np.inf)
+    for name in ("validation", "test"):
+        for row in splits[name]:
+            held_out[row["user"]] = min(held_out[row["user"]], row["session_start"])
+    effective = log[["is_click", "is_like", "is_follow", "is_forward"]].any(axis=1)
+    users = np.sort(log.user_id.unique())
+    known = log[effective & (log.time_ms < held_out[np.searchsorted(users, log.user_id)])]
+    catalogue = AutoTokenizer.from_pretrained(tmp_path / "tokenizer").catalogue
+    counts = known.video_id.value_counts().reindex(catalogue.item_ids, fill_value=0)
+    assert np.isfinite(held_out).any() and (catalogue.popularity == counts).all()
