@@ -2,8 +2,8 @@
 
     OMP_NUM_THREADS=1 python benchmarks/lifelong.py --events 100000 --dim 64 --sizes 100 200 --output outputs/lifelong.json
 
-Views by a power law (exponent .5) over 50,000 videos whose embeddings are a mixture of 300 Gaussians, normalised. Processor seconds are
-what the machine's other jobs change least; the median of the repeats counts.
+Views by a power law (exponent .5) over 50,000 videos whose embeddings are a mixture of 300 Gaussians, normalised. Processor
+seconds are what the machine's other jobs change least; the median of the repeats counts.
 """
 
 import argparse
