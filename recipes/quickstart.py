@@ -15,11 +15,10 @@ import datasets
 import numpy as np
 import prepare
 import sft
-import torch
-from transformers import AutoModel, AutoTokenizer
 from transformers.utils import logging
 
 from onerec_hf.hub import model_card, plot_recall_by_frequency, plot_training_curve, results_table
+from onerec_hf.recommender import Recommender
 from onerec_hf.simulator import ShortVideoWorld
 from onerec_hf.trainers import OneRecSFTConfig
 
@@ -40,17 +39,13 @@ def simulate(output: Path, num_users: int, num_items: int, seed: int) -> ShortVi
 
 def show(folder: Path, data: Path, world: ShortVideoWorld, users: int = 3) -> None:
     """Loads the folder as any user would, and prints what a few users watched and would get."""
-    model, tokenizer = AutoModel.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+    recommender = Recommender.from_pretrained(folder)
     titles = dict(zip(world.items.video_id, world.items.title))
     test = datasets.load_from_disk(str(data / "splits"))["test"]
-    for row in test.select(range(users)):
-        history = tokenizer.catalogue.item_ids[row["history"][-5:]]
-        context = torch.tensor(tokenizer.encode_items(history)).unsqueeze(0)
-        found = tokenizer.decode_items(
-            model.generate(context_ids=context, num_beams=50, num_return_sequences=5)[:, 1:]
-        )
-        print(f"\nuser {row['user']} watched: " + "; ".join(titles[item] for item in history))
-        print("   recommended: " + "; ".join(titles[items[0]] for items in found))
+    histories = [recommender.model.catalogue.item_ids[row["history"]].tolist() for row in test.select(range(users))]
+    for history, found in zip(histories, recommender.recommend(histories, k=5, exclude_seen=True)):
+        print("\nlast watched: " + "; ".join(titles[item] for item in history[-5:]))
+        print("  recommended: " + "; ".join(item.metadata["title"] for item in found))
 
 
 def write_card(folder: Path, data: Path, reports: dict, predictions: dict, epochs: float) -> None:
@@ -121,7 +116,8 @@ def main(output: Path, num_users: int = 2000, num_items: int = 2000, epochs: flo
         report_to="none",
         seed=seed,
     )
-    reports["OneRec-V2"] = sft.main(sft.ModelArguments(data=str(data), model=MODEL, eval_users=500), training)
+    arguments = sft.ModelArguments(data=str(data), model=MODEL, eval_users=500, metadata=["title", "category"])
+    reports["OneRec-V2"] = sft.main(arguments, training)
     for name in ("popularity", "cooccurrence", "sasrec"):
         fit = {"num_epochs": 15} if name == "sasrec" else {}
         arguments = baseline.BaselineArguments(

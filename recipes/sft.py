@@ -11,102 +11,19 @@ the predictions of every test user.
 
 import json
 import time
-from dataclasses import dataclass, field
 from pathlib import Path
 
 import datasets
-import yaml
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, set_seed
+from model_arguments import ModelArguments, make_collator, make_config, serve, training_rows
+from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
 from trl import TrlParser
 
-import onerec_hf  # noqa: F401  registers the models
-from onerec_hf.data import EventFeature, OneRecCollator, PathwayCollator, SessionCollator, category_codes, target_rows
 from onerec_hf.evaluation import evaluate
-from onerec_hf.recommender import Recommender
+from onerec_hf.recommender import ItemRanker
 from onerec_hf.trainers import OneRecSFTConfig, OneRecSFTTrainer
 
 
-@dataclass
-class ModelArguments:
-    data: str = field(metadata={"help": "Folder that recipes/prepare.py wrote."})
-    model: str = field(default="{}", metadata={"help": "Arguments of the model's config, YAML mapping or JSON."})
-    model_config: str | None = field(
-        default=None, metadata={"help": "YAML file of such arguments; --model overrides it."}
-    )
-    max_history: int = field(default=50, metadata={"help": "Items of context (onerec_v1: see its pathway lengths)."})
-    positive: str = field(
-        default="{}",
-        metadata={"help": 'onerec_v1: what positive feedback is, columns and thresholds, e.g. {"is_like": 1}.'},
-    )
-    lifelong: str = field(default="history", metadata={"help": "onerec_v1: list column of the lifelong pathway."})
-    event_features: str = field(
-        default="{}", metadata={"help": 'Event columns as context features, e.g. {"play_time_ms": ["log", 24]}.'}
-    )
-    item_features: list[str] = field(
-        default_factory=list, metadata={"help": "Columns of items.parquet as context features."}
-    )
-    user_features: list[str] = field(default_factory=list, metadata={"help": "Columns of users.parquet."})
-    max_categories: int | None = field(
-        default=None, metadata={"help": "Values kept per item or user feature, the rarer ones share 0; default all."}
-    )
-    num_beams: int = 50
-    eval_users: int | None = field(
-        default=None, metadata={"help": "Validation users that are generated for; default all."}
-    )
-
-
-def mapping(text: str | dict) -> dict:
-    """An argument that is JSON on the command line and a mapping in a YAML file."""
-    return json.loads(text) if isinstance(text, str) else text
-
-
-def make_config(args: ModelArguments, tokenizer, collator=None) -> PreTrainedConfig:
-    """The config that `--model_config` and `--model` describe, with the tokenizer's codebooks and the collator's features."""
-    settings = {"model_type": "onerec_v2"}
-    if args.model_config:
-        settings |= yaml.safe_load(Path(args.model_config).read_text())
-    settings |= mapping(args.model)
-    if collator is not None:
-        settings |= {"context_features": collator.context_feature_sizes, "user_features": collator.user_feature_sizes}
-    return AutoConfig.for_model(**settings | {"codebook_sizes": tokenizer.codebook_sizes})
-
-
-def make_collator(args: ModelArguments, tokenizer) -> OneRecCollator:
-    """The collator of the model's kind, with the features that were asked for."""
-
-    def categories(table: str, names: list[str]) -> dict:
-        if not names:
-            return {}
-        rows = datasets.Dataset.from_parquet(str(Path(args.data) / table))
-        if absent := [name for name in names if name not in rows.column_names]:
-            raise ValueError(f"{table} has no {absent}; it has {rows.column_names}.")
-        return {name: category_codes(rows[name], args.max_categories) for name in names}
-
-    features = {
-        "event_features": {name: EventFeature(*feature) for name, feature in mapping(args.event_features).items()},
-        "item_features": categories("items.parquet", args.item_features),
-        "user_features": categories("users.parquet", args.user_features),
-    }
-    item_token_ids = tokenizer.encode_semantic_ids(tokenizer.catalogue.semantic_ids)
-    config = make_config(args, tokenizer)
-    if config.model_type == "onerec_v1":
-        lengths = {f"{name}_length": length for name, length in config.pathway_lengths.items()}
-        pathways = {"positive": mapping(args.positive), "lifelong": args.lifelong, **lengths}
-        return PathwayCollator(item_token_ids, **pathways, **features)
-    collator_class = SessionCollator if config.session_wise else OneRecCollator
-    return collator_class(item_token_ids, args.max_history, **features)
-
-
-def training_rows(train: datasets.Dataset, config: PreTrainedConfig, max_history: int) -> datasets.Dataset:
-    """OneRec-V2 takes every target of a user in one pass; an encoder needs one row per target, unless the rows are sessions."""
-    if "targets" not in train.column_names and config.model_type != "onerec_v2":
-        if config.model_type == "onerec_v1":
-            max_history = max(config.pathway_lengths.values())
-        train = target_rows(train, max_history)
-    return train.filter(lambda length: length >= ("targets" not in train.column_names) + 1, input_columns="length")
-
-
-def score(recommender: Recommender, split: datasets.Dataset, output: Path, seed: int) -> dict:
+def score(recommender: ItemRanker, split: datasets.Dataset, output: Path, seed: int) -> dict:
     """Metrics on a split, seen items kept and masked; writes each user's predictions."""
     report = {}
     for name, exclude_seen in (("predictions", False), ("predictions_exclude_seen", True)):
@@ -127,7 +44,7 @@ def main(args: ModelArguments, training: OneRecSFTConfig) -> dict:
     config = make_config(args, tokenizer, collator)
     model = AutoModelForCausalLM.from_config(config)
     model.catalogue = tokenizer.catalogue
-    recommender = Recommender(model, collator, args.num_beams)
+    recommender = ItemRanker(model, collator, args.num_beams)
     validation = splits["validation"]
     sample = validation.shuffle(seed=0).select(range(min(args.eval_users or len(validation), len(validation))))
 
@@ -150,15 +67,11 @@ def main(args: ModelArguments, training: OneRecSFTConfig) -> dict:
     trainer.save_model()
     if trainer.is_world_process_zero():
         output = Path(training.output_dir)
+        serve(recommender, args).save_beside(output)
         report |= score(recommender, splits["test"], output, training.seed)
         report["best_metric"], report["log"] = trainer.state.best_metric, trainer.state.log_history
         (output / "metrics.json").write_text(json.dumps(report, indent=2))
-        print(
-            json.dumps(
-                {name: report[name] for name in ("train_seconds", "num_parameters", "test", "test_exclude_seen")},
-                indent=2,
-            )
-        )
+        print(json.dumps({name: value for name, value in report.items() if name != "log"}, indent=2))
     return report
 
 

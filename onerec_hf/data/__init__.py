@@ -15,6 +15,7 @@ from .labels import event_labels, session_labels
 from .lifelong import compress_lifelong, hierarchical_kmeans
 from .pathways import PathwayCollator
 from .public_datasets import load_amazon, load_kuairand, load_kuairand_like_hate
+from .saved import load_collator, save_collator
 from .session_splits import session_splits, training_events
 from .sessions import SessionConfig, session_criteria, session_index
 from .splits import global_time_split, k_core, leave_last_out, target_rows
@@ -38,11 +39,13 @@ __all__ = [
     "k_core",
     "leave_last_out",
     "load_amazon",
+    "load_collator",
     "load_embeddings",
     "load_interactions",
     "load_kuairand",
     "load_kuairand_like_hate",
     "reaches",
+    "save_collator",
     "session_criteria",
     "session_index",
     "session_labels",

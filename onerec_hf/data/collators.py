@@ -46,6 +46,7 @@ class OneRecCollator:
             raise ValueError(f"max_history={max_history}: at least one item of context is needed.")
         self.item_token_ids = np.asarray(item_token_ids, dtype=np.int64)
         self.max_history, self.pad_token_id = max_history, pad_token_id
+        self.settings = {"max_history": max_history, "pad_token_id": pad_token_id}  # what `save_collator` writes
         self.event_features = {name: EventFeature(*feature) for name, feature in (event_features or {}).items()}
         self.item_features = {name: np.asarray(values) for name, values in (item_features or {}).items()}
         self.user_features = {name: np.asarray(values) for name, values in (user_features or {}).items()}

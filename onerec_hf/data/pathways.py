@@ -62,6 +62,8 @@ class PathwayCollator(SessionCollator):
             raise ValueError(f"lifelong={lifelong!r}: allowed are 'lifelong' (compressed) and 'history' (as it is).")
         self.positive, self.lifelong = dict(positive or {}), lifelong
         self.lengths = dict(zip(PATHWAYS, (short_term_length, positive_length, lifelong_length)))
+        self.settings = {"positive": self.positive, "lifelong": lifelong, "pad_token_id": pad_token_id}
+        self.settings |= {f"{name}_length": length for name, length in self.lengths.items()}
         if min(self.lengths.values()) < 0 or not any(self.lengths.values()):
             raise ValueError(f"the pathways have lengths {self.lengths}: none is negative, and one is above 0.")
         if self.lengths["positive"] and not self.positive:

@@ -1,0 +1,208 @@
+"""Histories of item ids in, item ids out: filters, features, new items, files, and what a new user gets wrong."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import datasets
+import numpy as np
+import pytest
+import torch
+
+from onerec_hf import Catalogue
+from onerec_hf.data import EventFeature, OneRecCollator, PathwayCollator, SessionCollator, load_collator
+from onerec_hf.recommender import ItemRanker, Recommender
+from onerec_hf.semantic_ids import ResidualKMeans
+
+from .tiny import SIZES, tiny_catalogue, tiny_model
+
+ROOT = Path(__file__).resolve().parents[1]
+HISTORIES = [[1000, 1001, 1002], [1063], []]
+
+
+def tokens_of(catalogue, model):
+    return catalogue.semantic_ids.numpy() + np.array(model.config.level_offsets)
+
+
+def recommender_of(architecture="v2", catalogue=None, num_beams=20, quantizer=None, **features):
+    catalogue = catalogue or tiny_catalogue()
+    sizes = {"context_features": {}, "user_features": {}}
+    if features:
+        probe = OneRecCollator(np.zeros((catalogue.num_items, 3)), **features)
+        sizes = {"context_features": probe.context_feature_sizes, "user_features": probe.user_feature_sizes}
+    model = tiny_model(catalogue, architecture=architecture, **sizes)
+    tokens = tokens_of(catalogue, model)
+    if architecture == "v1":
+        lengths = {f"{name}_length": length for name, length in model.config.pathway_lengths.items()}
+        collator = PathwayCollator(tokens, positive={"is_like": 1}, lifelong="lifelong", **lengths, **features)
+    else:
+        collator = {"onerec": SessionCollator}.get(architecture, OneRecCollator)(tokens, 50, **features)
+    metadata = {int(item): {"title": f"item {item}"} for item in catalogue.item_ids}
+    return Recommender(ItemRanker(model, collator, num_beams), metadata, quantizer)
+
+
+def ids(found):
+    return [[item.item_id for item in row] for row in found]
+
+
+@pytest.mark.parametrize("architecture", ["onerec", "v1", "v2"])
+def test_equals_a_plain_generate(architecture):
+    recommender = recommender_of(architecture)
+    model, catalogue = recommender.model, recommender.model.catalogue
+    found = recommender.recommend(HISTORIES, k=8)
+    for history, row in zip(HISTORIES, found):
+        context = recommender.ranker.collator.context(
+            [
+                {"user": 0, "history": catalogue.index_of(history), "is_like": np.full(len(history), np.nan)}
+                | {"lifelong": catalogue.index_of(history)}
+            ]
+        )
+        out = model.generate(
+            **context, num_beams=20, num_return_sequences=20, num_items=1, return_dict_in_generate=True
+        )
+        codes = out.sequences[:, 1:] - torch.tensor(model.config.level_offsets)
+        expected = [
+            (int(catalogue.item_ids[item]), score)
+            for items, score in zip(catalogue.items_with(codes), out.sequences_scores.tolist())
+            for item in items
+        ][:8]
+        assert [item.item_id for item in row] == [item for item, _ in expected]
+        assert [item.score for item in row] == pytest.approx([3 * score for _, score in expected], abs=1e-4)
+        assert row[0].metadata == {"title": f"item {row[0].item_id}"}
+
+
+def test_filters():
+    recommender = recommender_of()
+    everything = ids(recommender.recommend(HISTORIES, k=65))
+    assert all(sorted(row) == list(range(1000, 1065)) for row in everything)
+    unseen = ids(recommender.recommend(HISTORIES, k=65, exclude_seen=True))
+    assert [len(row) for row in unseen] == [62, 64, 65] and not set(unseen[0]) & set(HISTORIES[0])
+    assert [sorted(row) for row in ids(recommender.recommend(HISTORIES, k=9, allow=[1003, 1004]))] == [
+        [1003, 1004]
+    ] * 3
+    each = ids(recommender.recommend(HISTORIES, k=9, allow=[[1003], [1004, 1063], []], deny=[1063]))
+    assert each == [[1003], [1004], []]
+    assert recommender.recommend([], k=3) == []
+
+
+def test_items_of_one_semantic_id_share_its_score():
+    recommender = recommender_of()  # items 1060.. repeat the semantic IDs of 1000..
+    row = recommender.recommend([[1002]], k=65)[0]
+    score = {item.item_id: item.score for item in row}
+    assert all(score[1060 + i] == score[1000 + i] for i in range(5))
+    assert [item.score for item in row] == sorted(score.values(), reverse=True)
+
+
+def test_features_known_and_unknown():
+    features = {
+        "event_features": {"play_time_ms": EventFeature("log", 8)},
+        "item_features": {"author": np.arange(65) % 4},
+        "user_features": {"age": np.array([0, 3])},
+    }
+    recommender = recommender_of(**features)
+    plain = recommender.recommend(HISTORIES, k=5)
+    given = recommender.recommend(
+        HISTORIES, k=5, events={"play_time_ms": [[9, 99, 999], [1], []]}, users={"age": [3, 0, 3]}
+    )
+    assert [row[0].score for row in plain] != [row[0].score for row in given]
+    assert plain[1] != given[1] and plain[2] != given[2]  # a play time, and an age
+    with pytest.raises(ValueError, match=r"events has columns \['is_like'\]"):
+        recommender.recommend(HISTORIES, events={"is_like": HISTORIES})
+    with pytest.raises(ValueError, match=r"events\['play_time_ms'\]\[0\] has 2 values, the history 3"):
+        recommender.recommend(HISTORIES, events={"play_time_ms": [[1, 2], [1], []]})
+    with pytest.raises(ValueError, match=r"users\['age'\].*3 users"):
+        recommender.recommend(HISTORIES, users={"age": [1]})
+
+
+@pytest.mark.parametrize("architecture", ["onerec", "v1", "v2"])
+def test_round_trip(architecture, tmp_path):
+    features = {
+        "event_features": {"play_time_ms": EventFeature("log", 8)},
+        "item_features": {"author": np.arange(65) % 4},
+    }
+    recommender = recommender_of(architecture, **features)
+    recommender.save_pretrained(tmp_path)
+    again = Recommender.from_pretrained(tmp_path, num_beams=20)
+    assert type(again.ranker.collator) is type(recommender.ranker.collator)
+    assert again.recommend(HISTORIES, k=7) == recommender.recommend(HISTORIES, k=7)
+
+
+def test_new_items_join_without_training(tmp_path):
+    embeddings = torch.randn(65, 6, generator=torch.Generator().manual_seed(0))
+    quantizer = ResidualKMeans(3, 8, balanced=False, seed=0)
+    codes = quantizer.fit(embeddings).train_codes
+    catalogue = Catalogue(codes, SIZES, item_ids=range(1000, 1065))
+    recommender = recommender_of(catalogue=catalogue, quantizer=quantizer)
+    recommender.add_items([7, 8], embeddings[:2] + 1e-4, [{"title": "new"}, {"title": "newer"}])
+    row = recommender.recommend([[1005, 7]], k=67)[0]
+    found = {item.item_id: item for item in row}
+    assert len(found) == 67 and found[7].score == found[1000].score and found[8].metadata == {"title": "newer"}
+    recommender.save_pretrained(tmp_path)
+    again = Recommender.from_pretrained(tmp_path)
+    assert again.recommend([[8, 7]], k=5) == recommender.recommend([[8, 7]], k=5)
+    with pytest.raises(ValueError, match="item_ids"):
+        recommender.add_items([7], embeddings[:1].numpy())
+    with pytest.raises(ValueError, match="no codebooks"):
+        recommender_of().add_items([1], np.zeros((1, 6)))
+
+
+def test_a_collision_level_counts_on():
+    codes = np.array([[0, 1, 0], [0, 1, 1], [2, 3, 0]])
+    quantizer = ResidualKMeans(2, 8, balanced=False, seed=0)
+    points = torch.randn(40, 4, generator=torch.Generator().manual_seed(0))
+    quantizer.fit(points)
+    codes[:, :2] = quantizer.encode(points[[0, 0, 1]]).numpy()
+    recommender = recommender_of(catalogue=Catalogue(codes, SIZES, item_ids=[1, 2, 3]), quantizer=quantizer)
+    recommender.add_items([4, 5], points[[0, 0]].numpy())
+    assert recommender.model.catalogue.semantic_ids[3:, 2].tolist() == [2, 3]
+    with pytest.raises(ValueError, match="2 new items have codes whose 8 places are all taken"):
+        recommender.add_items(range(10, 16), points[[0] * 6].numpy())
+
+
+def test_what_a_new_user_gets_wrong():
+    recommender = recommender_of()
+    with pytest.raises(KeyError, match="1 of 2 item ids are not in the catalogue"):
+        recommender.recommend([[1000, 5]])
+    assert recommender.recommend([[5, 1000]], unknown_items="ignore") == recommender.recommend([[1000]])
+    with pytest.raises(ValueError, match="k=0"):
+        recommender.recommend(HISTORIES, k=0)
+    with pytest.raises(ValueError, match="2 lists for 3 users"):
+        recommender.recommend(HISTORIES, deny=[[1000], [1001]])
+    assert len(recommender.recommend([[1001]], k=10**6)[0]) == 65  # k larger than the catalogue
+    assert recommender.recommend([[1001] * 10_000]) == recommender.recommend([[1001] * 50])  # longer than the model
+
+
+def test_no_collator_no_model_no_recommender(tmp_path):
+    tiny_model(tiny_catalogue()).save_pretrained(tmp_path)
+    with pytest.raises(OSError, match="collator_config"):
+        Recommender.from_pretrained(tmp_path)
+    recommender = recommender_of(item_features={"author": np.arange(65)})
+    recommender.save_pretrained(tmp_path / "one")
+    with pytest.raises(ValueError, match="65 categories of 'author', the catalogue 3"):
+        load_collator(tmp_path / "one", np.zeros((3, 3)))
+
+
+@pytest.mark.parametrize("world", [1, 2])
+def test_every_row_of_a_dataset_once(world, tmp_path):
+    recommender_of().save_pretrained(tmp_path / "repo")
+    rows = datasets.Dataset.from_dict({"user": list(range(7)), "history": [[1000 + i] for i in range(7)]})
+    rows.to_parquet(tmp_path / "rows.parquet")
+    code = (
+        "import sys, datasets\nfrom onerec_hf.recommender import Recommender\n"
+        "rows = datasets.Dataset.from_parquet(sys.argv[1] + '/rows.parquet', cache_dir=sys.argv[1] + '/cache' + sys.argv[2])\n"
+        "Recommender.from_pretrained(sys.argv[1] + '/repo', 20).recommend_dataset(rows, sys.argv[1] + '/out', 3, batch_size=2)\n"
+    )
+    for rank in range(world):
+        env = dict(os.environ, RANK=str(rank), WORLD_SIZE=str(world))
+        run = subprocess.run(
+            [sys.executable, "-c", code, str(tmp_path), str(rank)], env=env, cwd=ROOT, capture_output=True, text=True
+        )
+        assert run.returncode == 0, run.stderr
+    parts = sorted((tmp_path / "out").iterdir())
+    assert [part.name for part in parts] == [f"part-{rank:05d}.parquet" for rank in range(world)]
+    found = datasets.concatenate_datasets([datasets.Dataset.from_parquet(str(part)) for part in parts])
+    assert found["user"][:] == list(range(7))
+    expected = Recommender.from_pretrained(tmp_path / "repo", 20).recommend(rows["history"][:], 3)
+    assert found["item_ids"][:] == ids(expected)
+    assert found["scores"][0] == pytest.approx([item.score for item in expected[0]], abs=1e-4)
