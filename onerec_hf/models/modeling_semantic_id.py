@@ -178,9 +178,7 @@ class SemanticIdModel(SemanticIdPreTrainedModel):
             raise ValueError(f"{rows} rows of input_ids cannot share {context_kv.mask.shape[0]} contexts evenly.")
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache(config=self.config)
-        if position_ids is None:
-            past = past_key_values.get_seq_length() if past_key_values is not None else 0
-            position_ids = torch.arange(past, past + length, device=inputs_embeds.device).unsqueeze(0)
+        # before the default positions: given ones are searched for packed rows, which reads a tensor back
         causal_mask = create_causal_mask(
             config=self.config,
             inputs_embeds=inputs_embeds,
@@ -188,6 +186,9 @@ class SemanticIdModel(SemanticIdPreTrainedModel):
             past_key_values=past_key_values,
             position_ids=position_ids,
         )
+        if position_ids is None:
+            past = past_key_values.get_seq_length() if past_key_values is not None else 0
+            position_ids = torch.arange(past, past + length, device=inputs_embeds.device).unsqueeze(0)
         cross_mask = self.cross_attention_mask(context_kv, rows, length, target_positions, inputs_embeds.dtype)
         hidden_states = inputs_embeds
         if self.embed_positions is not None:
@@ -283,8 +284,8 @@ class SemanticIdMixin(CatalogueGenerationMixin):
                 ", for every item" if self.config.session_wise else ""
             )
             raise ValueError(f"rows have {token_ids.shape[1]} tokens: expected {rows}.")
-        position = torch.arange(token_ids.shape[1], device=token_ids.device)
-        before_code = position[position % size != size - 1]
+        code = torch.arange(token_ids.shape[1] // size * (size - 1), device=token_ids.device)
+        before_code = code + code // (size - 1)  # every position but each item's last; a mask would be read back
         hidden_states = hidden_states[:, before_code].reshape(-1, size - 1, hidden_states.shape[-1])
         codes = token_ids[:, before_code + 1].reshape(-1, size - 1)
         return self.code_log_probs(hidden_states, codes).view(len(token_ids), -1, size - 1)
