@@ -28,6 +28,7 @@ from .layers import (
     DecoderLayer,
     EncoderAttention,
     FeedForward,
+    LevelHead,
     PositionRMSNorm,
     SelfAttention,
 )
@@ -215,7 +216,7 @@ class SemanticIdMixin(CatalogueGenerationMixin):
 
     def build_head(self):
         """`lm_head`, and a generation config that stops after the last code."""
-        self.lm_head = nn.Linear(self.config.hidden_size, self.config.vocab_size, bias=False)
+        self.lm_head = LevelHead(self.config.hidden_size, self.config.vocab_size, bias=False)
         self.post_init()
         self.generation_config.max_new_tokens = self.config.num_levels
 
@@ -238,8 +239,7 @@ class SemanticIdMixin(CatalogueGenerationMixin):
             `torch.FloatTensor` of shape (R, V_level), float32, in nats.
         """
         start = self.config.level_offsets[level]
-        weight = self.lm_head.weight[start : start + self.config.codebook_sizes[level]]
-        logits = F.linear(hidden_states, weight).float()
+        logits = self.lm_head(hidden_states, slice(start, start + self.config.codebook_sizes[level])).float()
         if self.config.score_normalization == "valid":
             codes, _, real = self._require_catalogue(catalogue).children(node, level)
             spare = torch.where(real, codes, logits.shape[1]).expand(len(logits), -1)
