@@ -80,8 +80,8 @@ class OneRecV1PathwayEmbedding(nn.Module):
             )
         features = [self.embed_codes(context_ids).flatten(2), *self.embed_features(context_features)]
         items = self.dropout(torch.cat(features, dim=-1))  # (B, T, L * code_dim + features)
-        hidden = [self._static(context_ids.new_zeros(len(context_ids), 1), user_features)]
-        masks = [mask.new_ones(len(mask), 1)]
+        hidden = [self._static(context_ids.new_zeros(context_ids.shape[0], 1), user_features)]
+        masks = [mask.new_ones(mask.shape[0], 1)]
         start = 0
         for name, length in self.lengths.items():
             own, own_mask = items[:, start : start + length], mask[:, start : start + length]
@@ -106,7 +106,7 @@ class OneRecV1PathwayEmbedding(nn.Module):
     def _compress(self, items, mask):
         """QFormer: (B, L_l, D) -> (B, N_q, D); a user without a lifelong history has none of the N_q tokens."""
         query = torch.arange(self.config.num_lifelong_queries, device=items.device)
-        queries = self.lifelong_queries(query).expand(len(items), -1, -1)
+        queries = self.lifelong_queries(query).expand(items.shape[0], -1, -1)
         some = mask.any(1, keepdim=True)  # (B, 1)
         visible = (mask | ~some)[
             :, None, None

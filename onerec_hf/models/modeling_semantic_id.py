@@ -242,8 +242,8 @@ class SemanticIdMixin(CatalogueGenerationMixin):
         logits = self.lm_head(hidden_states, slice(start, start + self.config.codebook_sizes[level])).float()
         if self.config.score_normalization == "valid":
             codes, _, real = self._require_catalogue(catalogue).children(node, level)
-            spare = torch.where(real, codes, logits.shape[1]).expand(len(logits), -1)
-            valid = torch.zeros(len(logits), logits.shape[1] + 1, dtype=torch.bool, device=logits.device)
+            spare = torch.where(real, codes, logits.shape[1]).expand(logits.shape[0], -1)
+            valid = torch.zeros(logits.shape[0], logits.shape[1] + 1, dtype=torch.bool, device=logits.device)
             logits = logits.masked_fill(~valid.scatter_(1, spare, True)[:, :-1], torch.finfo(torch.float32).min)
         return logits.log_softmax(-1)
 
@@ -288,7 +288,7 @@ class SemanticIdMixin(CatalogueGenerationMixin):
         before_code = code + code // (size - 1)  # every position but each item's last; a mask would be read back
         hidden_states = hidden_states[:, before_code].reshape(-1, size - 1, hidden_states.shape[-1])
         codes = token_ids[:, before_code + 1].reshape(-1, size - 1)
-        return self.code_log_probs(hidden_states, codes).view(len(token_ids), -1, size - 1)
+        return self.code_log_probs(hidden_states, codes).view(token_ids.shape[0], -1, size - 1)
 
     def mask_logits_to_level(self, logits: torch.Tensor, positions: torch.LongTensor) -> torch.Tensor:
         """
