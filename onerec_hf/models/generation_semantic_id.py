@@ -65,7 +65,9 @@ class CatalogueGenerationMixin:
                 f"the catalogue has codebook_sizes={catalogue.codebook_sizes}, the model {self.config.codebook_sizes}: they "
                 "come from different semantic IDs. Use the catalogue that the model was trained with."
             )
-        return catalogue.to(self.lm_head.weight.device)
+        # where the head computes; under offloading its weights lie elsewhere
+        hook = getattr(self.lm_head, "_hf_hook", None)
+        return catalogue.to(getattr(hook, "execution_device", self.lm_head.weight.device))
 
     def save_pretrained(self, save_directory: str | os.PathLike, **kwargs):
         """As `PreTrainedModel.save_pretrained`, plus `catalogue.safetensors`, and `auto_map` entries for every Auto class."""

@@ -210,6 +210,14 @@ class PositionRMSNorm(nn.Module):
         return F.rms_norm(hidden_states, hidden_states.shape[-1:], eps=self.eps) * weight
 
 
+class LevelHead(nn.Linear):
+    """The output head, rows [specials | level 1 | ... | level L]; with `rows`, the scores of these rows alone."""
+
+    def forward(self, hidden_states, rows: slice = slice(None)):
+        # in its own forward, so that whoever moves or gathers weights before a module runs (offload, FSDP) sees the slice too
+        return F.linear(hidden_states, self.weight[rows])
+
+
 class FeatureEmbedding(nn.Module):
     """Embeddings of categorical features, (..., F) -> a list of (..., width), in the order of the config."""
 
@@ -275,6 +283,7 @@ __all__ = [
     "FeatureEmbedding",
     "FeedForward",
     "KeyValueProjection",
+    "LevelHead",
     "PositionRMSNorm",
     "SelfAttention",
     "age_buckets",

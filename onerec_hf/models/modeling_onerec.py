@@ -58,7 +58,7 @@ class OneRecContextEmbedding(nn.Module):
             shared = shared + self.feature_proj(self.dropout(torch.cat(features, dim=-1)))
         tokens = tokens + shared.unsqueeze(2)
         mask = mask.repeat_interleave(tokens.shape[2], dim=1)
-        static = self.static_slot.weight.expand(len(context_ids), 1, -1)
+        static = self.static_slot(context_ids.new_zeros(context_ids.shape[0], 1))
         user = self.embed_user(user_features)
         if self.user_proj is not None:
             static = static + self.user_proj(self.dropout(torch.cat(user, dim=-1))).unsqueeze(1)

@@ -80,15 +80,15 @@ class OneRecV1PathwayEmbedding(nn.Module):
             )
         features = [self.embed_codes(context_ids).flatten(2), *self.embed_features(context_features)]
         items = self.dropout(torch.cat(features, dim=-1))  # (B, T, L * code_dim + features)
-        hidden = [self._static(len(context_ids), user_features)]
-        masks = [mask.new_ones(len(mask), 1)]
+        hidden = [self._static(context_ids.new_zeros(context_ids.shape[0], 1), user_features)]
+        masks = [mask.new_ones(mask.shape[0], 1)]
         start = 0
         for name, length in self.lengths.items():
             own, own_mask = items[:, start : start + length], mask[:, start : start + length]
             states = self.pathways[name](own)  # (B, length, D)
             if name == "lifelong":
                 states, own_mask = self._compress(states, own_mask)
-                states = states + self.embed_positions[name].weight
+                states = states + self.embed_positions[name](torch.arange(states.shape[1], device=states.device))
             else:
                 states = states + self.embed_positions[name](item_ages(own_mask) - 1)
             hidden.append(states)
@@ -96,8 +96,8 @@ class OneRecV1PathwayEmbedding(nn.Module):
             start += length
         return torch.cat(hidden, dim=1), torch.cat(masks, dim=1)
 
-    def _static(self, batch: int, user_features):
-        static = (self.static_slot.weight + self.embed_positions["static"].weight).expand(batch, 1, -1)
+    def _static(self, first, user_features):
+        static = self.static_slot(first) + self.embed_positions["static"](first)  # (B, 1, D)
         user = self.embed_user(user_features)
         if self.user_proj is None:
             return static
@@ -105,7 +105,8 @@ class OneRecV1PathwayEmbedding(nn.Module):
 
     def _compress(self, items, mask):
         """QFormer: (B, L_l, D) -> (B, N_q, D); a user without a lifelong history has none of the N_q tokens."""
-        queries = self.lifelong_queries.weight.expand(len(items), -1, -1)
+        query = torch.arange(self.config.num_lifelong_queries, device=items.device)
+        queries = self.lifelong_queries(query).expand(items.shape[0], -1, -1)
         some = mask.any(1, keepdim=True)  # (B, 1)
         visible = (mask | ~some)[
             :, None, None

@@ -53,7 +53,7 @@ class OneRecV2ContextProcessor(nn.Module):
         codes = self.embed_codes(context_ids).flatten(2)  # (B, T, L * dim)
         items = torch.cat([codes, *self.embed_features(context_features)], dim=-1)
         items = self.item_proj(self.dropout(items))  # (B, T, width)
-        static = self.static_slot.weight.expand(len(context_ids), 1, -1)
+        static = self.static_slot(context_ids.new_zeros(context_ids.shape[0], 1))
         user = self.embed_user(user_features)
         if self.user_proj is not None:
             static = static + self.user_proj(self.dropout(torch.cat(user, dim=-1))).unsqueeze(1)

@@ -74,7 +74,7 @@ class TargetAwareItems(nn.Module):
         mask = checked_context(self.config, context_ids, context_mask)
         codes = self.embed_codes(context_ids).flatten(2)  # (B, T, L * dim)
         items = self.context_proj(self.dropout(torch.cat([codes, *self.embed_features(context_features)], dim=-1)))
-        user = self.static_slot.weight.expand(len(context_ids), -1)
+        user = self.static_slot(context_ids.new_zeros(len(context_ids)))
         features = self.embed_user(user_features)
         if self.user_proj is not None:
             user = user + self.user_proj(self.dropout(torch.cat(features, dim=-1)))

@@ -28,6 +28,7 @@ from .layers import (
     DecoderLayer,
     EncoderAttention,
     FeedForward,
+    LevelHead,
     PositionRMSNorm,
     SelfAttention,
 )
@@ -178,9 +179,7 @@ class SemanticIdModel(SemanticIdPreTrainedModel):
             raise ValueError(f"{rows} rows of input_ids cannot share {context_kv.mask.shape[0]} contexts evenly.")
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache(config=self.config)
-        if position_ids is None:
-            past = past_key_values.get_seq_length() if past_key_values is not None else 0
-            position_ids = torch.arange(past, past + length, device=inputs_embeds.device).unsqueeze(0)
+        # before the default positions: given ones are searched for packed rows, which reads a tensor back
         causal_mask = create_causal_mask(
             config=self.config,
             inputs_embeds=inputs_embeds,
@@ -188,6 +187,9 @@ class SemanticIdModel(SemanticIdPreTrainedModel):
             past_key_values=past_key_values,
             position_ids=position_ids,
         )
+        if position_ids is None:
+            past = past_key_values.get_seq_length() if past_key_values is not None else 0
+            position_ids = torch.arange(past, past + length, device=inputs_embeds.device).unsqueeze(0)
         cross_mask = self.cross_attention_mask(context_kv, rows, length, target_positions, inputs_embeds.dtype)
         hidden_states = inputs_embeds
         if self.embed_positions is not None:
@@ -214,7 +216,7 @@ class SemanticIdMixin(CatalogueGenerationMixin):
 
     def build_head(self):
         """`lm_head`, and a generation config that stops after the last code."""
-        self.lm_head = nn.Linear(self.config.hidden_size, self.config.vocab_size, bias=False)
+        self.lm_head = LevelHead(self.config.hidden_size, self.config.vocab_size, bias=False)
         self.post_init()
         self.generation_config.max_new_tokens = self.config.num_levels
 
@@ -237,12 +239,11 @@ class SemanticIdMixin(CatalogueGenerationMixin):
             `torch.FloatTensor` of shape (R, V_level), float32, in nats.
         """
         start = self.config.level_offsets[level]
-        weight = self.lm_head.weight[start : start + self.config.codebook_sizes[level]]
-        logits = F.linear(hidden_states, weight).float()
+        logits = self.lm_head(hidden_states, slice(start, start + self.config.codebook_sizes[level])).float()
         if self.config.score_normalization == "valid":
             codes, _, real = self._require_catalogue(catalogue).children(node, level)
-            spare = torch.where(real, codes, logits.shape[1]).expand(len(logits), -1)
-            valid = torch.zeros(len(logits), logits.shape[1] + 1, dtype=torch.bool, device=logits.device)
+            spare = torch.where(real, codes, logits.shape[1]).expand(logits.shape[0], -1)
+            valid = torch.zeros(logits.shape[0], logits.shape[1] + 1, dtype=torch.bool, device=logits.device)
             logits = logits.masked_fill(~valid.scatter_(1, spare, True)[:, :-1], torch.finfo(torch.float32).min)
         return logits.log_softmax(-1)
 
@@ -283,11 +284,11 @@ class SemanticIdMixin(CatalogueGenerationMixin):
                 ", for every item" if self.config.session_wise else ""
             )
             raise ValueError(f"rows have {token_ids.shape[1]} tokens: expected {rows}.")
-        position = torch.arange(token_ids.shape[1], device=token_ids.device)
-        before_code = position[position % size != size - 1]
+        code = torch.arange(token_ids.shape[1] // size * (size - 1), device=token_ids.device)
+        before_code = code + code // (size - 1)  # every position but each item's last; a mask would be read back
         hidden_states = hidden_states[:, before_code].reshape(-1, size - 1, hidden_states.shape[-1])
         codes = token_ids[:, before_code + 1].reshape(-1, size - 1)
-        return self.code_log_probs(hidden_states, codes).view(len(token_ids), -1, size - 1)
+        return self.code_log_probs(hidden_states, codes).view(token_ids.shape[0], -1, size - 1)
 
     def mask_logits_to_level(self, logits: torch.Tensor, positions: torch.LongTensor) -> torch.Tensor:
         """
