@@ -16,15 +16,18 @@ def group_advantages(rewards_BG: torch.Tensor) -> torch.Tensor:
     A_i = (r_i - mean(r)) / std(r) over each group (Technical Report, ECPO), std being the population's.
 
     Args:
-        rewards_BG (`torch.Tensor` of shape (B, G)): Finite rewards.
+        rewards_BG (`torch.Tensor` of shape (B, G)): Rewards; NaN for a sample without one, which has no part in mean and std.
 
     Returns:
-        `torch.Tensor` of shape (B, G); exactly 0 in a group whose rewards are all equal.
+        `torch.Tensor` of shape (B, G); exactly 0 in a group whose rewards are all equal, and where there is no reward.
     """
-    centred = rewards_BG - rewards_BG.mean(1, keepdim=True)
+    known = ~rewards_BG.isnan()
+    count = known.sum(1, keepdim=True).clamp(min=1)
+    centred = torch.where(known, rewards_BG - rewards_BG.nansum(1, keepdim=True) / count, 0.0)
     # not std == 0: the mean of equal floats can be off by a rounding error, which the division would blow up to +-1
-    equal = rewards_BG.amax(1, keepdim=True) == rewards_BG.amin(1, keepdim=True)
-    std = rewards_BG.std(1, correction=0, keepdim=True)
+    high, low = (rewards_BG.masked_fill(~known, side) for side in (-torch.inf, torch.inf))
+    equal = high.amax(1, keepdim=True) <= low.amin(1, keepdim=True)
+    std = (centred.square().sum(1, keepdim=True) / count).sqrt()
     return torch.where(equal, 0.0, centred / std.masked_fill(equal, 1.0))
 
 
