@@ -90,7 +90,7 @@ class FormatReward:
         num_samples (`int`, defaults to 5): K; the paper's test takes 5 of 128, the production value is not in the paper.
         selection: `"random"` (the paper's choice) or `"top"`, the K most probable, which needs the summed log-probabilities of the
             completions as the column `sample_log_probs` (of a TRL `rollout_func`).
-        seed (`int`, *optional*): Of the random selection; default torch's global generator, whose state a trainer's checkpoints hold.
+        seed (`int`, *optional*): Of the random selection; default torch's global generator, which checkpoints of a trainer hold.
     """
 
     def __init__(

@@ -1,7 +1,7 @@
 """Logged exposures -> rows for reinforcement learning from user feedback, and for rejection-sampled fine-tuning.
 
-OneRec-V2, duration-aware reward shaping and GBPO (arXiv:2508.20900); OneRec Technical Report, RSFT (arXiv:2506.13695). Legend: M events
-of a log, U users, n exposures of a request, L levels.
+OneRec-V2, duration-aware reward shaping and GBPO (arXiv:2508.20900); OneRec Technical Report, RSFT (arXiv:2506.13695). Legend:
+M events of a log, U users, n exposures of a request, L levels.
 """
 
 from collections.abc import Mapping
@@ -49,16 +49,16 @@ def feedback_exposures(
         negative, play_time, duration (`str`): Columns: dislike (0/1), times in one unit.
         request (`str`, *optional*): Column of request ids; exposures of a request share a context. `None`: each is its own.
         start (`float`, *optional*): Only exposures from this time on make rows; the earlier ones are past to judge them by.
-        log_probs (`np.ndarray` of shape (M, L), *optional*): Log-probability of each code at exposure, by the policy that chose it, in
-            the order of `interactions`; NaN where another pipeline did.
+        log_probs (`np.ndarray` of shape (M, L), *optional*): Log-probability of each code at exposure, by the policy that chose
+            it, in the order of `interactions`; NaN where another pipeline did.
         user_ids (`np.ndarray`, *optional*): Ids in the order of the `user` column; default the log's own.
         max_history (`int`): Items of history kept.
         quantile, ties: See [`duration_aware_advantages`]; `percentiles`: `base`, `eps`, `min_history`, `count_self` of
             [`play_time_percentiles`].
 
     Returns:
-        `datasets.Dataset`, sorted by user and time: `user`, `history`, `timestamp` and feedback columns parallel to it, `targets` (n),
-        `advantage` (n), `play_time` (of all exposures of the request, summed) and, if given, `log_probs` (n, L).
+        `datasets.Dataset`, sorted by user and time: `user`, `history`, `timestamp` and feedback columns parallel to it, `targets`
+        (n), `advantage` (n), `play_time` (of all exposures of the request, summed) and, if given, `log_probs` (n, L).
     """
     needed = [*positive, negative, play_time, duration, *([request] if request else [])]
     if absent := [name for name in needed if name not in interactions.feedback]:

@@ -1,11 +1,10 @@
 """Reinforcement learning of a OneRec model: ECPO (OneRec Technical Report, arXiv:2506.13695), GBPO (OneRec-V2, arXiv:2508.20900).
 
 TRL's `GRPOTrainer` keeps the sampler, the buffer of rollouts, rewards, reference, PEFT and logging; rollouts are its public
-`rollout_func`, and the loss is ours, because its ratio is pi(code | prefix, user) within the level. Legend: B users, G candidates of a
-user, R = B * G rows, C tokens of a completion, n exposures of a user, L levels.
+`rollout_func`, and the loss is ours, because its ratio is pi(code | prefix, user) within the level. Legend: B users, G candidates
+of a user, R = B * G rows, C tokens of a completion, n exposures of a user, L levels.
 """
 
-import time
 from collections.abc import Callable
 
 import datasets
@@ -13,52 +12,16 @@ import torch
 import torch.nn.functional as F
 from torch.nn.utils import get_total_norm
 from trl import GRPOTrainer
-from trl.models import unwrap_model_for_generation
 
 from ..models import SemanticIdTokenizer
 from ..rewards import completion_leaves
 from .balance import ExpertBalanceCallback
-from .grpo_batches import EndlessBatches, RolloutCheckpoint, pad_logged
+from .grpo_batches import EndlessBatches, pad_logged
 from .grpo_config import OneRecGRPOConfig
-from .policy_losses import (
-    behaviour_log_probs,
-    ecpo_loss,
-    ecpo_old_log_probs,
-    gbpo_loss,
-    gbpo_old_log_probs,
-    group_advantages,
-    grpo_loss,
-)
+from .grpo_rollouts import RolloutCheckpoint, rollout
+from .policy_losses import behaviour_log_probs, group_advantages, policy_loss, policy_loss_metrics
 
 _CONTEXT = "context/"  # prefix of a context's tensors among the rollouts of TRL's buffer
-
-
-def rollout(prompts: list[int], trainer: "OneRecGRPOTrainer") -> dict[str, list]:
-    """TRL's `rollout_func`: G candidates of each user of `trainer.context`, adjacent rows, from the current policy."""
-    start, group = time.perf_counter(), trainer.group_size
-    how = trainer.args.rollout
-    settings = {"num_beams": group}
-    if how != "beam":
-        settings = {"do_sample": True, "temperature": trainer.temperature, "top_k": 0, "num_beams": 1}
-        settings |= {"replacement": False} if how == "tree" else {}
-        settings |= {"constrained": False} if how == "unconstrained" else {}
-    with torch.no_grad(), unwrap_model_for_generation(trainer.model_wrapped, trainer.accelerator):
-        policy = trainer.policy
-        was_training = policy.training
-        policy.eval()
-        rows = policy.generate(**trainer.context, **settings, num_return_sequences=group)  # (R, 1 + C)
-        policy.train(was_training)
-    if bool((rows[:, 1] == policy.config.pad_token_id).any()):
-        raise ValueError(f"some users have fewer than num_generations={group} different items: lower it.")
-    completion = rows[:, 1:]
-    is_code = completion >= policy.config.level_offsets[0]
-    result = {"prompt_ids": rows[:, :1].tolist(), "completion_ids": completion.tolist(), "logprobs": None}
-    result["env_mask"] = is_code.long().tolist()  # BOS between the items of a session is nobody's choice
-    if any(getattr(function, "needs_sample_log_probs", False) for function in trainer.reward_funcs):
-        with torch.no_grad():
-            result["sample_log_probs"] = trainer.row_log_probs(policy, trainer.context, rows)[0].sum(1).tolist()
-    trainer.record({"rollout_seconds": time.perf_counter() - start})
-    return result
 
 
 class OneRecGRPOTrainer(GRPOTrainer):
@@ -70,12 +33,12 @@ class OneRecGRPOTrainer(GRPOTrainer):
 
     Args:
         model: A OneRec model with a catalogue, or the folder of one.
-        reward_funcs: TRL's reward functions, as in `onerec_hf.rewards`. `None` for a candidate: no reward of this function; where no
-            function has one, the advantage is 0 and the candidate has no part in the group's mean. May be left out with
+        reward_funcs: TRL's reward functions, as in `onerec_hf.rewards`. `None` for a candidate: no reward of this function; where
+            no function has one, the advantage is 0 and the candidate has no part in the group's mean. May be left out with
             `logged_weight=1`.
         args ([`OneRecGRPOConfig`]).
-        train_dataset, eval_dataset (`datasets.Dataset`): One row per user, whatever `data_collator.context` and the reward functions
-            read; with a column `targets` (item indices) the share of groups that hold a target is logged.
+        train_dataset, eval_dataset (`datasets.Dataset`): One row per user, whatever `data_collator.context` and the reward
+            functions read; with a column `targets` (item indices) the share of groups that hold a target is logged.
         data_collator: As in SFT: `data_collator.context(rows)` gives the context, `data_collator(rows)` also `target_ids`.
         logged_dataset (`datasets.Dataset`, *optional*): Logged exposures, one row per context: `targets` (n items),
             `advantage` (n numbers, used as they are by every loss; 0 is left out) and, where the policy that showed them is known,
@@ -85,10 +48,9 @@ class OneRecGRPOTrainer(GRPOTrainer):
         processing_class, callbacks, optimizers, peft_config, ...: As TRL's.
 
     Logged beside TRL's numbers, means over the micro-batches since the last log: `loss/on_policy`, `loss/logged`, `loss/sft`;
-    `legality`; `hit_rate` (groups with a true target); `zero_advantage`; `entropy/level_<l>` in nats, `kl`; `clip_fraction` (codes whose
-    gradient the clip removed); `bound_fraction` (codes whose pi_old was raised to pi'_old); `weight/positive` and `weight/negative`,
-    the largest |d loss / d log pi| of a code over |A|; `grad_norm/positive` and `grad_norm/negative`, see `sign_norm_steps`;
-    `rollout_seconds`. Clip, bound and weight are those of on-policy codes where there are any, else of logged ones.
+    `legality`; `hit_rate` (groups with a true target); `zero_advantage`; `entropy/level_<l>` in nats; `kl`; the numbers of
+    [`policy_loss_metrics`], of on-policy codes where there are any, else of logged ones; `grad_norm/positive` and
+    `grad_norm/negative`, see `sign_norm_steps`; `rollout_seconds`.
     """
 
     _tag_names = ["onerec", "rl"]
@@ -313,8 +275,7 @@ class OneRecGRPOTrainer(GRPOTrainer):
         advantages, logged = (x.to(log_probs.device) for x in pad_logged(rows, tuple(log_probs.shape)))
         old = behaviour_log_probs(log_probs, logged)
         mask = (advantages != 0).unsqueeze(2).expand(log_probs.shape)
-        own = {} if "bound_fraction" in metrics else metrics
-        per_sample = self._policy_loss(log_probs, old, advantages.unsqueeze(2), mask, own).mean(2)  # (B, n)
+        per_sample = self._policy_loss(log_probs, old, advantages.unsqueeze(2), mask, metrics).mean(2)  # (B, n)
         kept = advantages != 0
         count = kept.sum().clamp(min=1)
         metrics["loss/logged"] = per_sample.detach()[kept].sum() / count
@@ -322,32 +283,10 @@ class OneRecGRPOTrainer(GRPOTrainer):
 
     def _policy_loss(self, log_probs, old, advantages, mask, metrics):
         """Loss of each code, shape of `log_probs`; `advantages` broadcast to it, `mask` says which codes the log counts."""
-        epsilon, delta, loss_type = self.args.epsilon, self.args.delta, self.args.loss_type
-
-        def loss(log_probs):
-            if loss_type == "gbpo":
-                return gbpo_loss(log_probs, old, advantages)
-            if loss_type == "ecpo":
-                return ecpo_loss(log_probs, old, advantages, epsilon, delta)
-            return grpo_loss(log_probs, old, advantages, epsilon)
-
-        used = old
-        if loss_type == "gbpo":
-            used = gbpo_old_log_probs(log_probs, old, advantages)
-        elif loss_type == "ecpo":
-            used = ecpo_old_log_probs(log_probs, old, epsilon, delta)
-        with torch.enable_grad():
-            leaf = log_probs.detach().requires_grad_()
-            weight = torch.autograd.grad(loss(leaf).sum(), leaf)[0].abs()
-        counted = (mask.bool() & (advantages != 0)).expand(log_probs.shape)
-        metrics["bound_fraction"] = (used > old)[counted].float().mean()
-        if loss_type != "gbpo":
-            metrics["clip_fraction"] = (weight == 0)[counted].float().mean()
-        size = advantages.expand(log_probs.shape)
-        for name, side in (("positive", size > 0), ("negative", size < 0)):
-            relative = (weight / size.abs())[counted & side]
-            metrics[f"weight/{name}"] = relative.max() if len(relative) else torch.nan
-        return loss(log_probs)
+        settings = {"loss_type": self.args.loss_type, "epsilon": self.args.epsilon, "delta": self.args.delta}
+        if "bound_fraction" not in metrics:
+            metrics |= policy_loss_metrics(log_probs, old, advantages, mask, **settings)
+        return policy_loss(log_probs, old, advantages, **settings)
 
     def _norms_by_sign(self, parts) -> dict[str, torch.Tensor]:
         """

@@ -1,17 +1,12 @@
-"""What reinforcement learning draws beside rollouts, and what a resumed run needs: batches by number, rollouts in the checkpoint.
+"""What reinforcement learning draws beside rollouts: batches by number, so that a resumed run needs no state.
 
-OneRec-V2 (arXiv:2508.20900) trains on logged exposures of which only some have a logged generation probability; the OneRec Technical
-Report (arXiv:2506.13695) runs RL beside a supervised loss. Legend: B contexts, n exposures of a context, L levels.
+OneRec-V2 (arXiv:2508.20900) trains on logged exposures of which only some have a logged generation probability; the OneRec
+Technical Report (arXiv:2506.13695) runs RL beside a supervised loss. Legend: B contexts, n exposures of a context, L levels.
 """
-
-import os
 
 import datasets
 import numpy as np
 import torch
-from safetensors.torch import load_file, save_file
-from transformers import TrainerCallback
-from transformers.trainer_utils import get_last_checkpoint
 
 
 class EndlessBatches:
@@ -65,48 +60,4 @@ def pad_logged(rows: list[dict], shape: tuple[int, int, int]) -> tuple[torch.Ten
     return advantages, logged
 
 
-class RolloutCheckpoint(TrainerCallback):
-    """
-    Writes the rollouts that are still to be trained on into every checkpoint, and reads them back.
-
-    Without them a run that stops between two generations would go on with new rollouts of a newer policy: other numbers than those of
-    the unbroken run.
-    """
-
-    def __init__(self, trainer):
-        self.trainer = trainer
-
-    def on_save(self, args, state, control, **kwargs):
-        trainer, folder = self.trainer, os.path.join(args.output_dir, f"checkpoint-{state.global_step}")
-        tensors = {"step": torch.tensor(trainer._step)}
-        if trainer._step % (args.steps_per_generation * trainer.num_iterations):  # some are left
-            for i, chunk in enumerate(trainer._buffered_inputs):
-                tensors |= {f"{i}:{name}": tensor.contiguous().clone() for name, tensor in chunk.items()}
-        os.makedirs(folder, exist_ok=True)
-        save_file(tensors, os.path.join(folder, self._name))
-
-    @property
-    def _name(self) -> str:
-        return f"rollouts-{self.trainer.accelerator.process_index}.safetensors"
-
-    def restore(self, checkpoint: str | bool | None) -> None:
-        """Reads the rollouts of a checkpoint folder (`True`: the last one of the output folder)."""
-        if checkpoint is True:
-            checkpoint = get_last_checkpoint(self.trainer.args.output_dir)
-        if not checkpoint:
-            return
-        path = os.path.join(checkpoint, self._name)
-        if not os.path.isfile(path):
-            raise FileNotFoundError(
-                f"{path} is absent: the checkpoint is of another trainer or number of processes. Start a new run from its weights."
-            )
-        tensors = load_file(path, device=str(self.trainer.accelerator.device))
-        self.trainer._step = int(tensors.pop("step"))
-        chunks: list[dict] = [{} for _ in range(self.trainer.args.steps_per_generation)]
-        for name, tensor in tensors.items():
-            place, _, name = name.partition(":")
-            chunks[int(place)][name] = tensor
-        self.trainer._buffered_inputs = chunks if tensors else None
-
-
-__all__ = ["EndlessBatches", "RolloutCheckpoint", "pad_logged"]
+__all__ = ["EndlessBatches", "pad_logged"]

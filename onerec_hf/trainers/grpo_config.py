@@ -1,4 +1,4 @@
-"""Settings of reinforcement learning: ECPO (OneRec Technical Report, arXiv:2506.13695), GBPO (OneRec-V2, arXiv:2508.20900), GRPO."""
+"""Settings of RL with GRPO, ECPO (OneRec Technical Report, arXiv:2506.13695) or GBPO (OneRec-V2, arXiv:2508.20900)."""
 
 import dataclasses
 from dataclasses import dataclass, field
@@ -31,9 +31,10 @@ class OneRecGRPOConfig(GRPOConfig):
         epsilon: Clip range of GRPO and ECPO; not in the paper, 0.2 is customary.
         delta (`float`, defaults to 0.1): ECPO's early clip: no ratio is above 1 + epsilon + delta (the paper's value). TRL's option
             of the same name is another rule, which drops such samples.
-        rollout: How the G = `num_generations` candidates of a user are made: `"beam"` (the G best items; the Technical Report found it
-            better than sampling), `"sample"` (constrained, may repeat), `"tree"` (constrained, all different) or `"unconstrained"`
-            (codes that may belong to no item; what the format reward is for). Log-probabilities are the policy's own in each case.
+        rollout: How the G = `num_generations` candidates of a user are made: `"beam"` (the G best items; the Technical Report
+            found it better than sampling), `"sample"` (constrained, may repeat), `"tree"` (constrained, all different) or
+            `"unconstrained"` (codes that may belong to no item; what the format reward is for). Log-probabilities are the
+            policy's own in each case.
         temperature: Of the sampling alone. Ratios, entropy and KL are those of the policy as it serves, at temperature 1.
         steps_per_generation: Parameters of the rollouts are refreshed after so many micro-batches (times `num_iterations`); the
             default is every optimizer step. The Technical Report pushes parameters every 1000 steps.
@@ -42,8 +43,8 @@ class OneRecGRPOConfig(GRPOConfig):
         logged_batch_size (`int`, defaults to 32): Rows of `logged_dataset` per micro-batch and process.
         rl_weight, sft_weight (`float`, default to 1 and 0): Weights of the two losses.
         sft_batch_size (`int`, defaults to 32): Rows of `sft_dataset` per micro-batch and process.
-        sign_norm_steps (`int`, defaults to 20): Every so many micro-batches the gradient is also taken for positive and for negative
-            advantages alone; two more backward passes. 0 is never.
+        sign_norm_steps (`int`, defaults to 20): Every so many micro-batches the gradient is also taken for positive and for
+            negative advantages alone, two more backward passes; 0 is never.
         per_device_train_batch_size: Candidates per micro-batch, whole groups: a multiple of `num_generations`, since the candidates
             of a user share one pass over the context.
         beta: Weight of KL(policy || reference), 0 in both papers. The policy must come from a folder, which is the reference.
