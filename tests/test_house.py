@@ -20,7 +20,10 @@ RULES = {
     "data": (set(), {"datasets", "torch", "transformers", "numpy", "pandas", "pyarrow", "safetensors", "tqdm"}),
     "baselines": ({"models"}, {"torch", "transformers", "numpy", "scipy", "tqdm", "safetensors"}),
     "rewards": ({"models"}, {"torch"}),
-    "trainers": ({"models", "data", "rewards"}, {"trl", "transformers", "accelerate", "peft", "torch", "datasets"}),
+    "trainers": (
+        {"models", "data", "rewards"},
+        {"trl", "transformers", "accelerate", "peft", "torch", "datasets", "numpy", "safetensors"},
+    ),
     "": (
         {"models", "data", "semantic_ids"},
         {"torch", "transformers", "numpy", "huggingface_hub", "matplotlib", "jinja2", "safetensors", "tqdm"},

@@ -15,6 +15,8 @@ from onerec_hf.trainers.policy_losses import (
     group_advantages,
     grpo_loss,
     log_complement,
+    policy_loss,
+    policy_loss_metrics,
 )
 
 EPSILON, DELTA = 0.2, 0.1
@@ -148,6 +150,28 @@ def test_group_advantages():
     seven = torch.full((1, 7), 0.1)
     assert seven.std(1, correction=0).item() != 0
     assert group_advantages(seven).tolist() == [[0] * 7]
+
+
+def test_samples_without_reward_have_no_part_in_their_group():
+    found = group_advantages(torch.tensor([[1.0, math.nan, 3.0], [math.nan, 5.0, math.nan], [math.nan] * 3]))
+    assert found.tolist() == [[-1, 0, 1], [0, 0, 0], [0, 0, 0]]
+
+
+def test_metrics_of_a_rule():
+    """Three codes, ratios 0.5, 1.25 and 3, by hand; the fourth has an advantage of 0, the fifth is masked."""
+    pi = torch.tensor([0.3, 0.3, 0.3, 0.3, 0.3])
+    log_probs, old = pi.log(), (pi / torch.tensor([0.5, 1.25, 3.0, 3.0, 3.0])).clamp(max=0.999).log()
+    mask, wanted = torch.tensor([1, 1, 1, 1, 0]), {}
+    wanted["grpo"] = {"bound_fraction": 0, "clip_fraction": 2 / 3, "weight/positive": 0.0, "weight/negative": 3.0}
+    wanted["ecpo"] = {"bound_fraction": 1 / 3, "clip_fraction": 2 / 3, "weight/positive": 0.0, "weight/negative": 1.3}
+    wanted["gbpo"] = {"bound_fraction": 1, "weight/positive": 1.0, "weight/negative": 0.3 / 0.7}
+    advantages = torch.tensor([-2.0, 0.5, -1.0, 0.0, 1.0])
+    for loss_type, numbers in wanted.items():
+        found = policy_loss_metrics(log_probs, old, advantages, mask, loss_type)
+        assert {name: pytest.approx(value.item(), abs=1e-5) for name, value in found.items()} == numbers, loss_type
+        assert policy_loss(log_probs, old, advantages, loss_type).shape == (5,)
+    none = policy_loss_metrics(log_probs, old, torch.ones(5), mask, "gbpo")
+    assert math.isnan(none["weight/negative"])
 
 
 def test_delta_must_be_positive():

@@ -90,7 +90,7 @@ class FormatReward:
         num_samples (`int`, defaults to 5): K; the paper's test takes 5 of 128, the production value is not in the paper.
         selection: `"random"` (the paper's choice) or `"top"`, the K most probable, which needs the summed log-probabilities of the
             completions as the column `sample_log_probs` (of a TRL `rollout_func`).
-        seed (`int`, defaults to 0): Of the random selection.
+        seed (`int`, *optional*): Of the random selection; default torch's global generator, which checkpoints of a trainer hold.
     """
 
     def __init__(
@@ -99,14 +99,15 @@ class FormatReward:
         num_generations: int,
         num_samples: int = 5,
         selection: Literal["random", "top"] = "random",
-        seed: int = 0,
+        seed: int | None = None,
     ):
         if selection not in ("random", "top"):
             raise ValueError(f"selection={selection!r}: allowed are 'random' and 'top'.")
         if not 1 <= num_samples <= num_generations:
             raise ValueError(f"num_samples={num_samples}: K must be between 1 and num_generations={num_generations}.")
         self.catalogue, self.num_generations, self.num_samples = catalogue, num_generations, num_samples
-        self.selection, self.generator = selection, torch.Generator().manual_seed(seed)
+        self.selection, self.needs_sample_log_probs = selection, selection == "top"
+        self.generator = None if seed is None else torch.Generator().manual_seed(seed)
         self.__name__ = "format_reward"
 
     def __call__(self, prompts=None, completions=None, completion_ids=(), sample_log_probs=None, **columns):

@@ -16,15 +16,18 @@ def group_advantages(rewards_BG: torch.Tensor) -> torch.Tensor:
     A_i = (r_i - mean(r)) / std(r) over each group (Technical Report, ECPO), std being the population's.
 
     Args:
-        rewards_BG (`torch.Tensor` of shape (B, G)): Finite rewards.
+        rewards_BG (`torch.Tensor` of shape (B, G)): Rewards; NaN for a sample without one, which has no part in mean and std.
 
     Returns:
-        `torch.Tensor` of shape (B, G); exactly 0 in a group whose rewards are all equal.
+        `torch.Tensor` of shape (B, G); exactly 0 in a group whose rewards are all equal, and where there is no reward.
     """
-    centred = rewards_BG - rewards_BG.mean(1, keepdim=True)
+    known = ~rewards_BG.isnan()
+    count = known.sum(1, keepdim=True).clamp(min=1)
+    centred = torch.where(known, rewards_BG - rewards_BG.nansum(1, keepdim=True) / count, 0.0)
     # not std == 0: the mean of equal floats can be off by a rounding error, which the division would blow up to +-1
-    equal = rewards_BG.amax(1, keepdim=True) == rewards_BG.amin(1, keepdim=True)
-    std = rewards_BG.std(1, correction=0, keepdim=True)
+    high, low = (rewards_BG.masked_fill(~known, side) for side in (-torch.inf, torch.inf))
+    equal = high.amax(1, keepdim=True) <= low.amin(1, keepdim=True)
+    std = (centred.square().sum(1, keepdim=True) / count).sqrt()
     return torch.where(equal, 0.0, centred / std.masked_fill(equal, 1.0))
 
 
@@ -101,6 +104,59 @@ def gbpo_loss(log_probs: torch.Tensor, old_log_probs: torch.Tensor, advantages: 
     return -(log_probs - gbpo_old_log_probs(log_probs, old_log_probs, advantages)).exp() * advantages
 
 
+def policy_loss(
+    log_probs: torch.Tensor,
+    old_log_probs: torch.Tensor,
+    advantages: torch.Tensor,
+    loss_type: str,
+    epsilon: float = 0.2,
+    delta: float = 0.1,
+) -> torch.Tensor:
+    """[`grpo_loss`], [`ecpo_loss`] or [`gbpo_loss`] by name."""
+    if loss_type == "gbpo":
+        return gbpo_loss(log_probs, old_log_probs, advantages)
+    if loss_type == "ecpo":
+        return ecpo_loss(log_probs, old_log_probs, advantages, epsilon, delta)
+    return grpo_loss(log_probs, old_log_probs, advantages, epsilon)
+
+
+def policy_loss_metrics(
+    log_probs: torch.Tensor,
+    old_log_probs: torch.Tensor,
+    advantages: torch.Tensor,
+    mask: torch.Tensor,
+    loss_type: str,
+    epsilon: float = 0.2,
+    delta: float = 0.1,
+) -> dict[str, torch.Tensor]:
+    """
+    What the rule does to a batch; codes with an advantage of 0, or `mask` 0, do not count.
+
+    Returns:
+        `bound_fraction`, the share of codes whose pi_old was raised to pi'_old; `clip_fraction` (not of GBPO), of those whose
+        gradient the clip removed; `weight/positive` and `weight/negative`, the largest |d loss / d log pi| / |A| of a code (NaN
+        where there is none): 1 for REINFORCE, at most 1 for GBPO.
+    """
+    leaf = log_probs.detach().requires_grad_()
+    with torch.enable_grad():
+        loss = policy_loss(leaf, old_log_probs, advantages, loss_type, epsilon, delta)
+        weight = torch.autograd.grad(loss.sum(), leaf)[0].abs()
+    used = old_log_probs
+    if loss_type == "gbpo":
+        used = gbpo_old_log_probs(log_probs, old_log_probs, advantages)
+    elif loss_type == "ecpo":
+        used = ecpo_old_log_probs(log_probs, old_log_probs, epsilon, delta)
+    advantages = advantages.expand(log_probs.shape)
+    counted = mask.bool() & (advantages != 0)
+    metrics = {"bound_fraction": (used > old_log_probs)[counted].float().mean()}
+    if loss_type != "gbpo":
+        metrics["clip_fraction"] = (weight == 0)[counted].float().mean()
+    for name, side in (("positive", advantages > 0), ("negative", advantages < 0)):
+        relative = (weight / advantages.abs())[counted & side]
+        metrics[f"weight/{name}"] = relative.max() if len(relative) else torch.tensor(torch.nan)
+    return metrics
+
+
 __all__ = [
     "behaviour_log_probs",
     "ecpo_loss",
@@ -110,4 +166,6 @@ __all__ = [
     "group_advantages",
     "grpo_loss",
     "log_complement",
+    "policy_loss",
+    "policy_loss_metrics",
 ]

@@ -1,0 +1,319 @@
+"""Reinforcement learning of a OneRec model: ECPO (OneRec Technical Report, arXiv:2506.13695), GBPO (OneRec-V2, arXiv:2508.20900).
+
+TRL's `GRPOTrainer` keeps the sampler, the buffer of rollouts, rewards, reference, PEFT and logging; rollouts are its public
+`rollout_func`, and the loss is ours, because its ratio is pi(code | prefix, user) within the level. Legend: B users, G candidates
+of a user, R = B * G rows, C tokens of a completion, n exposures of a user, L levels.
+"""
+
+from collections.abc import Callable
+
+import datasets
+import torch
+import torch.nn.functional as F
+from torch.nn.utils import get_total_norm
+from trl import GRPOTrainer
+
+from ..models import SemanticIdTokenizer
+from ..rewards import completion_leaves
+from .balance import ExpertBalanceCallback
+from .grpo_batches import EndlessBatches, pad_logged
+from .grpo_config import OneRecGRPOConfig
+from .grpo_rollouts import RolloutCheckpoint, rollout
+from .policy_losses import behaviour_log_probs, group_advantages, policy_loss, policy_loss_metrics
+
+_CONTEXT = "context/"  # prefix of a context's tensors among the rollouts of TRL's buffer
+
+
+class OneRecGRPOTrainer(GRPOTrainer):
+    r"""
+    GRPO, ECPO or GBPO on groups that the policy generates, on logged exposures, or on both, beside a supervised loss.
+
+    Every user's candidates share one pass over the context, in the rollouts and in the loss: the buffer holds groups, so TRL
+    shuffles users, not candidates. Contexts, reward columns and targets are looked up once per user.
+
+    Args:
+        model: A OneRec model with a catalogue, or the folder of one.
+        reward_funcs: TRL's reward functions, as in `onerec_hf.rewards`. `None` for a candidate: no reward of this function; where
+            no function has one, the advantage is 0 and the candidate has no part in the group's mean. May be left out with
+            `logged_weight=1`.
+        args ([`OneRecGRPOConfig`]).
+        train_dataset, eval_dataset (`datasets.Dataset`): One row per user, whatever `data_collator.context` and the reward
+            functions read; with a column `targets` (item indices) the share of groups that hold a target is logged.
+        data_collator: As in SFT: `data_collator.context(rows)` gives the context, `data_collator(rows)` also `target_ids`.
+        logged_dataset (`datasets.Dataset`, *optional*): Logged exposures, one row per context: `targets` (n items),
+            `advantage` (n numbers, used as they are by every loss; 0 is left out) and, where the policy that showed them is known,
+            `log_probs` (n lists of L log-probabilities within the level at exposure; NaN or an absent column: pi_old = sg(pi)).
+            [`feedback_exposures`] makes them.
+        sft_dataset (`datasets.Dataset`, *optional*): Rows of the supervised loss, as `data_collator` takes them.
+        processing_class, callbacks, optimizers, peft_config, ...: As TRL's.
+
+    Logged beside TRL's numbers, means over the micro-batches since the last log: `loss/on_policy`, `loss/logged`, `loss/sft`;
+    `legality`; `hit_rate` (groups with a true target); `zero_advantage`; `entropy/level_<l>` in nats; `kl`; the numbers of
+    [`policy_loss_metrics`], of on-policy codes where there are any, else of logged ones; `grad_norm/positive` and
+    `grad_norm/negative`, see `sign_norm_steps`; `rollout_seconds`.
+    """
+
+    _tag_names = ["onerec", "rl"]
+    loss_is_scaled_for_ga = False  # `Trainer` divides by the accumulation steps
+
+    def __init__(
+        self,
+        model,
+        reward_funcs=None,
+        args: OneRecGRPOConfig | None = None,
+        train_dataset: datasets.Dataset | None = None,
+        eval_dataset: datasets.Dataset | None = None,
+        processing_class=None,
+        *,
+        data_collator: Callable,
+        logged_dataset: datasets.Dataset | None = None,
+        sft_dataset: datasets.Dataset | None = None,
+        **kwargs,
+    ):
+        for name, weight, rows in (
+            ("logged_dataset", args.logged_weight, logged_dataset),
+            ("sft_dataset", args.sft_weight, sft_dataset),
+        ):
+            if (weight > 0) != (rows is not None):
+                raise ValueError(f"{name} is {'' if rows is not None else 'not '}given, but its weight is {weight}.")
+        if args.logged_weight == 1:
+            train_dataset, reward_funcs = logged_dataset, reward_funcs or [_no_reward]
+        if processing_class is None and not isinstance(model, str):
+            processing_class = SemanticIdTokenizer(codebook_sizes=model.config.codebook_sizes)
+        self.collator, self.context = data_collator, None
+        self.rows = {"train": train_dataset, "eval": eval_dataset}
+        prompts = {name: None if rows is None else _places(rows) for name, rows in self.rows.items()}
+        super().__init__(
+            model,
+            reward_funcs,
+            args,
+            prompts["train"],
+            prompts["eval"],
+            processing_class,
+            rollout_func=rollout,
+            **kwargs,
+        )
+        self._check_policy()
+        place = (args.seed, self.accelerator.process_index, self.accelerator.num_processes)
+        self.logged = logged_dataset and EndlessBatches(logged_dataset, args.logged_batch_size, *place)
+        self.supervised = sft_dataset and EndlessBatches(sft_dataset, args.sft_batch_size, *place)
+        self.rollout_checkpoint = RolloutCheckpoint(self)
+        self.add_callback(self.rollout_checkpoint)
+        self.expert_balance = None
+        if self.policy.config.num_experts:
+            self.expert_balance = ExpertBalanceCallback(self.policy.config.router_bias_update_rate)
+            self.add_callback(self.expert_balance)
+
+    def _check_policy(self):
+        policy = self.policy
+        if policy.catalogue is None:
+            raise ValueError(
+                f"{type(policy).__name__} has no catalogue: set `model.catalogue`, or load it from a folder."
+            )
+        if self.args.rollout == "unconstrained" and policy.config.score_normalization == "valid":
+            raise ValueError(
+                "rollout='unconstrained' with score_normalization='valid': codes of no item have no probability there. Train "
+                "the policy with score_normalization='level', or use a constrained rollout."
+            )
+
+    @property
+    def policy(self):
+        """The OneRec model itself: no DDP around it, adapters inside."""
+        model = self.accelerator.unwrap_model(self.model)
+        return model.get_base_model() if hasattr(model, "peft_config") else model
+
+    @property
+    def group_size(self) -> int:
+        """G of the current mode."""
+        return self.num_generations if self.model.training else self.num_generations_eval
+
+    def record(self, metrics: dict[str, float | torch.Tensor]) -> None:
+        """Adds numbers to the next log, each the mean over the processes."""
+        values = torch.stack(
+            [torch.as_tensor(value, device=self.accelerator.device).float() for value in metrics.values()]
+        )
+        for name, value in zip(metrics, self.accelerator.reduce(values, "mean").tolist()):
+            self._metrics["train" if self.model.training else "eval"][name].append(value)
+
+    def train(self, resume_from_checkpoint=None, **kwargs):
+        self.rollout_checkpoint.restore(resume_from_checkpoint)
+        return super().train(resume_from_checkpoint, **kwargs)
+
+    def log(self, logs: dict[str, float], *args, **kwargs) -> None:
+        if self.expert_balance is not None and "loss" in logs:
+            logs |= self.expert_balance.logs()
+        super().log(logs, *args, **kwargs)
+
+    # ---- rollouts ------------------------------------------------------------------------------------------------------
+
+    def _generate_and_score_completions(self, inputs):
+        """As TRL's, which sees row numbers for prompts; one entry per group comes back, with the group's context."""
+        if self.model.training and self.args.logged_weight == 1:
+            return {"none": torch.zeros(self.args.steps_per_generation)}
+        group = self.group_size
+        if len(inputs) % group:
+            raise ValueError(f"a process got {len(inputs)} candidates, no whole groups of {group}.")
+        rows = self.rows["train" if self.model.training else "eval"]
+        users = [dict(rows[row["prompt"]]) for row in inputs[::group]]
+        self.context = self._prepare_input(self.collator.context(users))
+        inputs = [user | row for user, repeats in zip(users, _chunks(inputs, group)) for row in repeats]
+        found = super()._generate_and_score_completions(inputs)
+        found["advantages"] = self._advantages  # TRL's are normalised in another way
+        found["rows"] = torch.cat([found["prompt_ids"], found["completion_ids"]], dim=1)
+        kept = ("rows", "tool_mask", "advantages", "old_per_token_logps", "ref_per_token_logps")
+        groups = {name: found[name].unflatten(0, (-1, group)) for name in kept if name in found}
+        return groups | {_CONTEXT + name: tensor for name, tensor in self.context.items()}
+
+    def _calculate_rewards(self, inputs, prompts, completions, completion_ids_list):
+        rewards = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)  # of all processes
+        added = [self.args.loss_type == "gbpo" or n in self.args.unnormalized_rewards for n in self.reward_func_names]
+        added = torch.tensor(added, device=rewards.device)
+        weighted = rewards * self.reward_weights.to(rewards.device)
+        normalised = weighted[:, ~added]
+        normalised = normalised.nansum(1).masked_fill(normalised.isnan().all(1), torch.nan)
+        advantages = group_advantages(normalised.view(-1, self.group_size)).flatten() + weighted[:, added].nansum(1)
+        first = self.accelerator.process_index * len(prompts)
+        self._advantages = advantages[first : first + len(prompts)]
+        catalogue, group = self.policy.catalogue, self.group_size
+        leaves, owner = completion_leaves(completion_ids_list, catalogue)
+        illegal = owner[leaves < 0].unique()
+        metrics = {"legality": 1 - len(illegal) / len(prompts), "zero_advantage": (advantages == 0).float().mean()}
+        if "targets" in inputs[0]:
+            hits = 0
+            for place, row in enumerate(inputs[::group]):
+                wanted = catalogue.leaves_of(catalogue.semantic_ids[torch.as_tensor(row["targets"]).long()].long())
+                hits += bool(torch.isin(leaves[owner // group == place], wanted.cpu()).any())
+            metrics["hit_rate"] = hits * group / len(inputs)
+        self.record(metrics)
+        return rewards
+
+    # ---- log-probabilities ---------------------------------------------------------------------------------------------
+
+    def row_log_probs(self, model, context, rows):
+        """
+        Log-probabilities within the level, of the policy, the old policy and the reference alike.
+
+        Args:
+            rows (`torch.LongTensor` of shape (R, 1 + C)): BOS and completion; the rows of a context are adjacent.
+
+        Returns:
+            (R, C) in nats, 0 on BOS, and the hidden states (R, C, D) before each token.
+        """
+        found = model(input_ids=rows[:, :-1], labels=rows, logits_to_keep=1, output_hidden_states=True, **context)
+        log_probs = F.pad(found.target_log_probs, (1, 0)).flatten(1)[:, 1:]  # BOS in front of each item but the first
+        return log_probs, found.hidden_states[-1]
+
+    def _get_per_token_logps_and_entropies(self, model, input_ids, *args, batch_size=None, **kwargs):
+        """What TRL asks for after rollouts: the old policy's and the reference's numbers, whole groups at a time."""
+        users = max(1, (batch_size or len(input_ids)) // self.group_size)
+        found = []
+        for start in range(0, len(input_ids) // self.group_size, users):
+            context = {name: tensor[start : start + users] for name, tensor in self.context.items()}
+            part = input_ids[start * self.group_size : (start + users) * self.group_size]
+            found.append(self.row_log_probs(model, context, part)[0])
+        return torch.cat(found), None, None
+
+    @torch.no_grad()
+    def _entropies(self, hidden, rows) -> dict[str, torch.Tensor]:
+        """Entropy of each level in nats, mean over the rows' items."""
+        policy, size = self.policy, self.policy.config.num_levels + 1
+        hidden = F.pad(hidden.detach(), (0, 0, 0, 1)).unflatten(1, (-1, size)).flatten(0, 1)
+        tokens, node, entropies = rows.view(-1, size), None, {}
+        for level, offset in enumerate(policy.config.level_offsets):
+            log_probs = policy.level_log_probs(hidden[:, level], level, node)
+            entropies[f"entropy/level_{level + 1}"] = -(log_probs.exp() * log_probs).sum(1).mean()
+            if policy.config.score_normalization == "valid" and level + 1 < size - 1:
+                node = policy.catalogue.step(node, level, tokens[:, level + 1] - offset).clamp(min=0)
+        return entropies
+
+    # ---- loss ----------------------------------------------------------------------------------------------------------
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        """The weighted sum of the losses, see [`OneRecGRPOConfig`]."""
+        args, training = self.args, self.model.training
+        logged_weight = args.logged_weight if training else 0.0
+        metrics, parts = {}, []
+        if logged_weight < 1:
+            parts.append((1 - logged_weight, *self._on_policy_loss(model, inputs, metrics)))
+        if logged_weight > 0:
+            parts.append((logged_weight, *self._logged_loss(model, metrics)))
+        loss = sum(weight * (per_sample.sum() / count) for weight, per_sample, _, count in parts)
+        if training and args.sign_norm_steps and self._step % args.sign_norm_steps == 0:
+            metrics |= self._norms_by_sign(parts)
+        loss = args.rl_weight * loss
+        if training and args.sft_weight > 0:
+            supervised = model(**self._prepare_input(self.collator(self.supervised(self._step)))).loss
+            metrics["loss/sft"] = supervised.detach()
+            loss = loss + args.sft_weight * supervised
+        self.record(metrics)
+        return (loss, None) if return_outputs else loss
+
+    def _on_policy_loss(self, model, inputs, metrics):
+        """Loss (R,), advantage (R,) and count of the candidates; numbers for the log go to `metrics`."""
+        context = {n.removeprefix(_CONTEXT): tensor for n, tensor in inputs.items() if n.startswith(_CONTEXT)}
+        rows = inputs["rows"].flatten(0, 1)
+        mask, advantages = inputs["tool_mask"].flatten(0, 1), inputs["advantages"].flatten()
+        log_probs, hidden = self.row_log_probs(model, context, rows)
+        old = inputs.get("old_per_token_logps")
+        old = log_probs.detach() if old is None else old.flatten(0, 1)
+        per_code = self._policy_loss(log_probs, old, advantages.unsqueeze(1), mask, metrics)
+        if self.beta:
+            gap = inputs["ref_per_token_logps"].flatten(0, 1) - log_probs
+            kl = gap.exp() - gap - 1
+            metrics["kl"] = (kl.detach() * mask).sum() / mask.sum()
+            per_code = per_code + self.beta * kl
+        per_sample = (per_code * mask).sum(1) / mask.sum(1)
+        metrics["loss/on_policy"] = per_sample.detach().mean()
+        metrics |= self._entropies(hidden, rows)
+        return per_sample, advantages, len(rows)
+
+    def _logged_loss(self, model, metrics):
+        """As `_on_policy_loss`, of the next logged exposures; advantages of 0 are filtered out (OneRec-V2)."""
+        rows = self.logged(self._step)
+        batch = self._prepare_input(self.collator(rows))
+        log_probs = model(**batch).target_log_probs  # (B, n, L)
+        advantages, logged = (x.to(log_probs.device) for x in pad_logged(rows, tuple(log_probs.shape)))
+        old = behaviour_log_probs(log_probs, logged)
+        mask = (advantages != 0).unsqueeze(2).expand(log_probs.shape)
+        per_sample = self._policy_loss(log_probs, old, advantages.unsqueeze(2), mask, metrics).mean(2)  # (B, n)
+        kept = advantages != 0
+        count = kept.sum().clamp(min=1)
+        metrics["loss/logged"] = per_sample.detach()[kept].sum() / count
+        return torch.where(kept, per_sample, 0.0).flatten(), advantages.flatten(), count
+
+    def _policy_loss(self, log_probs, old, advantages, mask, metrics):
+        """Loss of each code, shape of `log_probs`; `advantages` broadcast to it, `mask` says which codes the log counts."""
+        settings = {"loss_type": self.args.loss_type, "epsilon": self.args.epsilon, "delta": self.args.delta}
+        if "bound_fraction" not in metrics:
+            metrics |= policy_loss_metrics(log_probs, old, advantages, mask, **settings)
+        return policy_loss(log_probs, old, advantages, **settings)
+
+    def _norms_by_sign(self, parts) -> dict[str, torch.Tensor]:
+        """
+        Gradient norm of the policy loss of positive and of negative advantages alone, over all trained parameters.
+
+        Exact for this process's micro-batch, before clipping and without `rl_weight`; the log has the mean over processes.
+        """
+        parameters = [p for p in self.policy.parameters() if p.requires_grad]
+        norms = {}
+        for name, sign in (("positive", 1), ("negative", -1)):
+            loss = sum(weight * ((a.sign() == sign) * x).sum() / count for weight, x, a, count in parts)
+            grads = torch.autograd.grad(loss, parameters, retain_graph=True, allow_unused=True)
+            norms[f"grad_norm/{name}"] = get_total_norm([grad for grad in grads if grad is not None])
+        return norms
+
+
+def _no_reward(completion_ids=(), **columns):
+    return [None] * len(completion_ids)
+
+
+def _places(rows: datasets.Dataset) -> datasets.Dataset:
+    """Row numbers for prompts: TRL repeats prompts G times in its loader, and numbers are cheap to repeat."""
+    return datasets.Dataset.from_dict({"prompt": range(len(rows))})
+
+
+def _chunks(rows: list, size: int) -> list[list]:
+    return [rows[start : start + size] for start in range(0, len(rows), size)]
+
+
+__all__ = ["OneRecGRPOTrainer"]

@@ -1,0 +1,94 @@
+"""Settings of RL with GRPO, ECPO (OneRec Technical Report, arXiv:2506.13695) or GBPO (OneRec-V2, arXiv:2508.20900)."""
+
+import dataclasses
+from dataclasses import dataclass, field
+
+from trl import GRPOConfig
+
+LOSS_TYPES = ("grpo", "ecpo", "gbpo")
+ROLLOUTS = ("beam", "sample", "tree", "unconstrained")
+# fields of TRL's config that describe text generation, other losses or vLLM; nothing here reads them
+_NOT_READ = (
+    "top_p top_k min_p repetition_penalty generation_kwargs chat_template_kwargs cache_implementation max_completion_length "
+    "use_vllm epsilon_high importance_sampling_level multi_objective_aggregation scale_rewards mask_truncated_completions "
+    "top_entropy_quantile entropy_coef use_adaptive_entropy off_policy_mask_threshold use_bias_correction_kl "
+    "cast_lm_head_to_fp32 router_aux_loss_coef use_transformers_continuous_batching use_transformers_paged"
+).split()
+
+
+@dataclass
+class OneRecGRPOConfig(GRPOConfig):
+    r"""
+    TRL's `GRPOConfig` with the losses and rollouts of OneRec. The objective is
+
+        rl_weight * ((1 - logged_weight) * L_on_policy + logged_weight * L_logged) + sft_weight * L_SFT
+
+    Neither paper reports a weight, a learning rate of RL or (for feedback samples) a group size.
+
+    Args:
+        loss_type: `"ecpo"` (Technical Report, default), `"gbpo"` (OneRec-V2) or `"grpo"`. GRPO and ECPO normalise the rewards of a
+            group to advantages; GBPO takes rewards as advantages, as they are.
+        epsilon: Clip range of GRPO and ECPO; not in the paper, 0.2 is customary.
+        delta (`float`, defaults to 0.1): ECPO's early clip: no ratio is above 1 + epsilon + delta (the paper's value). TRL's option
+            of the same name is another rule, which drops such samples.
+        rollout: How the G = `num_generations` candidates of a user are made: `"beam"` (the G best items; the Technical Report
+            found it better than sampling), `"sample"` (constrained, may repeat), `"tree"` (constrained, all different) or
+            `"unconstrained"` (codes that may belong to no item; what the format reward is for). Log-probabilities are the
+            policy's own in each case.
+        temperature: Of the sampling alone. Ratios, entropy and KL are those of the policy as it serves, at temperature 1.
+        steps_per_generation: Parameters of the rollouts are refreshed after so many micro-batches (times `num_iterations`); the
+            default is every optimizer step. The Technical Report pushes parameters every 1000 steps.
+        unnormalized_rewards: Names of reward functions whose values are advantages already: added after the normalisation.
+        logged_weight (`float`, defaults to 0): Share of logged exposures in the policy loss, 0 to 1; 1 does no rollouts.
+        logged_batch_size (`int`, defaults to 32): Rows of `logged_dataset` per micro-batch and process.
+        rl_weight, sft_weight (`float`, default to 1 and 0): Weights of the two losses.
+        sft_batch_size (`int`, defaults to 32): Rows of `sft_dataset` per micro-batch and process.
+        sign_norm_steps (`int`, defaults to 20): Every so many micro-batches the gradient is also taken for positive and for
+            negative advantages alone, two more backward passes; 0 is never.
+        per_device_train_batch_size: Candidates per micro-batch, whole groups: a multiple of `num_generations`, since the candidates
+            of a user share one pass over the context.
+        beta: Weight of KL(policy || reference), 0 in both papers. The policy must come from a folder, which is the reference.
+    """
+
+    loss_type: str = field(default="ecpo", metadata={"help": f"One of {', '.join(LOSS_TYPES)}."})
+    delta: float = field(default=0.1, metadata={"help": "ECPO's early clip; the paper's value."})
+    rollout: str = field(default="beam", metadata={"help": f"One of {', '.join(ROLLOUTS)}."})
+    unnormalized_rewards: list[str] = field(
+        default_factory=lambda: ["format_reward"], metadata={"help": "Reward functions that give advantages."}
+    )
+    logged_weight: float = field(default=0.0, metadata={"help": "Share of logged exposures in the policy loss."})
+    logged_batch_size: int = field(default=32, metadata={"help": "Rows of logged exposures per micro-batch."})
+    rl_weight: float = field(default=1.0, metadata={"help": "Weight of the policy loss."})
+    sft_weight: float = field(default=0.0, metadata={"help": "Weight of the supervised loss."})
+    sft_batch_size: int = field(default=32, metadata={"help": "Supervised rows per micro-batch."})
+    sign_norm_steps: int = field(
+        default=20, metadata={"help": "Micro-batches between gradient norms by sign; 0: never."}
+    )
+    disable_dropout: bool = field(default=True, metadata={"help": "So that the ratio on policy is exactly 1."})
+    gradient_checkpointing: bool = field(default=False, metadata={"help": "Of three tokens a row it saves little."})
+    bf16: bool = field(default=False, metadata={"help": "As in transformers; TRL's default is True."})
+
+    def __post_init__(self):
+        defaults = {entry.name: entry.default for entry in dataclasses.fields(GRPOConfig)}
+        if changed := [name for name in _NOT_READ if getattr(self, name) != defaults[name]]:
+            raise ValueError(f"{changed}: OneRecGRPOTrainer does not read these fields of GRPOConfig; leave them out.")
+        for name, allowed in (("loss_type", LOSS_TYPES), ("rollout", ROLLOUTS)):
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"{name}={getattr(self, name)!r}: allowed are {', '.join(allowed)}.")
+        if not 0 <= self.logged_weight <= 1:
+            raise ValueError(
+                f"logged_weight={self.logged_weight}: a share between 0 (on-policy) and 1 (logged alone)."
+            )
+        if not self.delta > 0:
+            raise ValueError(f"delta={self.delta}: must be above 0; the paper's value is 0.1.")
+        if self.logged_weight == 1 and self.max_steps <= 0:
+            raise ValueError("logged_weight=1 does no rollouts, so no epoch ends the training: set max_steps.")
+        if self.per_device_train_batch_size % self.num_generations:
+            raise ValueError(
+                f"per_device_train_batch_size={self.per_device_train_batch_size} must be a multiple of "
+                f"num_generations={self.num_generations}: the candidates of a user share one pass over the context."
+            )
+        super().__post_init__()
+
+
+__all__ = ["OneRecGRPOConfig"]
