@@ -462,7 +462,7 @@ def two_steps(folder, batch_size):
 
 def test_resume_without_rollouts_says_so(tmp_path):
     (tmp_path / "checkpoint-3").mkdir()
-    with pytest.raises(FileNotFoundError, match="rollouts-0.safetensors"):
+    with pytest.raises(FileNotFoundError, match=r"rollouts-0\.safetensors"):
         make(tmp_path).train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
 
 

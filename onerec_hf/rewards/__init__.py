@@ -1,5 +1,6 @@
 """Rewards: duration-aware shaping of play times, and reward functions with TRL's signature."""
 
+from .candidates import CandidateCollator, reward_of_model
 from .duration import duration_aware_advantages, duration_buckets, play_time_percentiles
 from .functions import (
     FormatReward,
@@ -13,6 +14,7 @@ from .functions import (
 )
 
 __all__ = [
+    "CandidateCollator",
     "FormatReward",
     "HitReward",
     "IndustrialReward",
@@ -23,5 +25,6 @@ __all__ = [
     "duration_buckets",
     "is_legal",
     "play_time_percentiles",
+    "reward_of_model",
     "select_for_format",
 ]

@@ -1,0 +1,93 @@
+"""A reward model as a reward function: generated completions become the candidates it judges.
+
+OneRec, reward model (arXiv:2502.18965, eq. 5 to 7); OneRec Technical Report, P-Score (arXiv:2506.13695). Legend: B samples, G
+completions of a sample, m items of a completion.
+"""
+
+from collections.abc import Callable
+
+import torch
+
+from ..models.catalogue import Catalogue
+from .functions import ModelReward, completion_leaves
+
+
+class CandidateCollator:
+    r"""
+    Makes a reward model's inputs from samples with `completion_ids`: the `collate` of [`ModelReward`].
+
+    A semantic ID that several items share counts as its most popular one. Completions that are no items get item 0 and a score that
+    means nothing.
+
+    Args:
+        collator: The reward model's own: `context(rows)`, the context tensors, and `candidates(rows)`, the tensors of the items in
+            each row's `targets` (`RewardCollator`).
+        catalogue (`Catalogue`): The policy's, to read items from completions.
+        device (`torch.device`, *optional*): Where the tensors shall be.
+    """
+
+    def __init__(self, collator, catalogue: Catalogue, device: torch.device | None = None):
+        self.collator, self.catalogue, self.device = collator, catalogue, device
+
+    def __call__(self, rows: list[dict]) -> dict[str, torch.Tensor]:
+        completions = [ids for row in rows for ids in row["completion_ids"]]
+        leaves, owner = completion_leaves(completions, self.catalogue)
+        items = self.catalogue.items_of(leaves.to(self.catalogue.device).unsqueeze(1), 1)[:, 0].clamp(min=0).cpu()
+        order = owner.argsort(stable=True)
+        items = items[order].split(owner.bincount(minlength=len(completions)).tolist())
+        samples = [row for row in rows for _ in row["completion_ids"]]
+        judged = [self._candidate(row, candidate.tolist()) for row, candidate in zip(samples, items)]
+        # a training row without targets is judged as it was generated for: its last item is what comes next
+        last = {} if "targets" in rows[0] else {"drop_last": True}
+        batch = self.collator.context(rows, **last) | self.collator.candidates(judged)
+        return {name: value.to(self.device) for name, value in batch.items()}
+
+    def _candidate(self, row: dict, items: list[int]) -> dict:
+        """The row with other items in its request, whose own columns (scenario, hour) are the same for all of them."""
+        request = {name: [*values[:1]] * len(items) for name, values in row.items() if name.startswith("target_")}
+        return row | request | {"targets": items}
+
+
+def reward_of_model(
+    reward_model,
+    collator,
+    policy,
+    num_generations: int,
+    catalogue: Catalogue | None = None,
+    batch_size: int = 64,
+) -> Callable[..., list[float]]:
+    """
+    A reward model as a reward function for the policy's completions.
+
+    Args:
+        reward_model: Any module that takes the tensors of `collator` and returns an object with `rewards`, one for each completion.
+        collator: See [`CandidateCollator`].
+        policy: The OneRec model that generates.
+        num_generations (`int`): Completions per sample, adjacent: `num_candidates` of [`IPAConfig`].
+        catalogue (`Catalogue`, *optional*): The one that the reward model was trained with, to be compared with the policy's.
+        batch_size (`int`, defaults to 64): Samples per call of the reward model.
+
+    Raises:
+        ValueError: When the reward model knows other semantic IDs than the policy.
+    """
+    if list(reward_model.config.codebook_sizes) != list(policy.config.codebook_sizes):
+        raise ValueError(
+            f"the reward model has codebook_sizes={reward_model.config.codebook_sizes}, the policy {policy.config.codebook_sizes}: "
+            "it was trained with other semantic IDs. Train it with the policy's tokenizer."
+        )
+    own = policy.catalogue
+    if catalogue is not None and not (
+        catalogue.item_ids.shape == own.item_ids.shape
+        and (catalogue.item_ids == own.item_ids).all()
+        and torch.equal(catalogue.semantic_ids.cpu(), own.semantic_ids.cpu())
+    ):
+        raise ValueError(
+            f"the reward model was trained with {catalogue}, the policy has {own}: the same codes mean other items. Train it with "
+            "the policy's tokenizer."
+        )
+    reward_model.eval()
+    collate = CandidateCollator(collator, own, reward_model.device)
+    return ModelReward(reward_model, collate, num_generations, batch_size=batch_size)
+
+
+__all__ = ["CandidateCollator", "reward_of_model"]
