@@ -122,6 +122,11 @@ class Recommender:
             OSError: When there is no such model, or no collator beside it. ValueError: When it has no catalogue.
         """
         model = AutoModel.from_pretrained(repo, **hub_kwargs).eval().to(device)
+        return cls.of_model(model, repo, num_beams, **hub_kwargs)
+
+    @classmethod
+    def of_model(cls, model, repo: str | os.PathLike, num_beams: int = 50, **hub_kwargs) -> "Recommender":
+        """As `from_pretrained`, for a model that was loaded from `repo` already."""
         if getattr(model, "catalogue", None) is None:
             raise ValueError(f"{repo} holds no catalogue.safetensors, so there are no items to recommend.")
         tokens = model.catalogue.semantic_ids.cpu().numpy() + np.array(model.config.level_offsets)

@@ -121,6 +121,19 @@ def test_sft_trains_every_system(quickstart, tmp_path, system):
     assert AutoModel.from_pretrained(tmp_path).config.model_type == system["model_type"]
 
 
+def test_recommend_serves_every_row(quickstart, tmp_path):
+    import recommend
+
+    rows = [{"history": [int(i)], "user": u} for u, i in enumerate(range(0, 60, 7))]
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    arguments = {"repo": str(quickstart[0] / "onerec-v2-quickstart"), "output": str(tmp_path / "out"), "k": 3}
+    path = recommend.main(
+        recommend.RecommendArguments(dataset=str(tmp_path / "rows.jsonl"), unknown_items="ignore", **arguments)
+    )
+    found = datasets.Dataset.from_parquet(str(path))
+    assert found["user"][:] == [row["user"] for row in rows] and {len(row) for row in found["item_ids"]} == {3}
+
+
 def test_prepare_learns_from_the_training_split_alone(quickstart):
     data = quickstart[0] / "data"
     splits = datasets.load_from_disk(str(data / "splits"))
@@ -132,7 +145,7 @@ def test_prepare_learns_from_the_training_split_alone(quickstart):
     assert catalogue.num_semantic_ids == catalogue.num_items  # next_free leaves no collision
 
 
-@pytest.mark.parametrize("recipe", ["prepare", "sft", "baseline", "quickstart"])
+@pytest.mark.parametrize("recipe", ["prepare", "sft", "baseline", "quickstart", "recommend"])
 def test_help(recipe):
     result = subprocess.run(
         [sys.executable, f"recipes/{recipe}.py", "--help"], capture_output=True, text=True, cwd=ROOT

@@ -9,6 +9,7 @@ import datasets
 import numpy as np
 import pytest
 import torch
+from transformers import pipeline
 
 from onerec_hf import Catalogue
 from onerec_hf.data import EventFeature, OneRecCollator, PathwayCollator, SessionCollator, load_collator
@@ -158,6 +159,21 @@ def test_a_collision_level_counts_on():
     assert recommender.model.catalogue.semantic_ids[3:, 2].tolist() == [2, 3]
     with pytest.raises(ValueError, match="2 new items have codes whose 8 places are all taken"):
         recommender.add_items(range(10, 16), points[[0] * 6].numpy())
+
+
+def test_the_pipeline_is_the_same(tmp_path):
+    recommender = recommender_of()
+    recommender.save_pretrained(tmp_path)
+    recommend = pipeline("onerec-recommendation", model=str(tmp_path), num_beams=20)
+    expected = [
+        [{"item_id": item.item_id, "score": pytest.approx(item.score, abs=1e-4), **item.metadata} for item in row]
+        for row in recommender.recommend(HISTORIES, k=4, exclude_seen=True)
+    ]
+    assert recommend(HISTORIES, k=4, exclude_seen=True) == expected
+    assert recommend(HISTORIES, k=4, exclude_seen=True, batch_size=2) == expected
+    assert recommend(HISTORIES[0], k=4, exclude_seen=True) == expected[0]
+    with pytest.raises(KeyError, match="not in the catalogue"):
+        recommend([5])
 
 
 def test_what_a_new_user_gets_wrong():

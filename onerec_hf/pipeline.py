@@ -1,0 +1,61 @@
+"""`pipeline("onerec-recommendation", model=repo)`: the [`Recommender`] under transformers' own entry point."""
+
+import os
+
+from transformers import AutoModelForCausalLM, Pipeline
+from transformers.pipelines import PIPELINE_REGISTRY
+
+TASK = "onerec-recommendation"
+
+
+class OneRecRecommendationPipeline(Pipeline):
+    """
+    Histories of item ids in, recommended items out.
+
+    ```python
+    recommend = pipeline("onerec-recommendation", model="org/onerec-1b")
+    recommend([1003, 1007], k=10)  # one user: a list of {"item_id", "score", ...}
+    recommend([[1003, 1007], [1063]], k=10, exclude_seen=True)  # several
+    ```
+
+    Keyword arguments are those of [`Recommender.recommend`]; `batch_size` users are searched at once.
+    """
+
+    _load_processor = _load_image_processor = _load_feature_extractor = _load_tokenizer = False
+
+    def __init__(self, model, *args, num_beams: int = 50, **kwargs):
+        from .recommender import Recommender  # needs `datasets`, which the models alone do not
+
+        super().__init__(model, *args, **kwargs)
+        repo = self.model.name_or_path
+        hub_kwargs = {} if os.path.isdir(repo) else {"revision": self.model.config._commit_hash}
+        self.recommender = Recommender.of_model(self.model, repo, num_beams, **hub_kwargs)
+
+    def __call__(self, histories, batch_size: int | None = None, **kwargs):
+        histories = list(histories)
+        one = not histories or not hasattr(histories[0], "__len__") or isinstance(histories[0], str)
+        if one:
+            histories = [histories]
+        size = batch_size or len(histories)
+        found = []
+        for start in range(0, len(histories), size):
+            found += super().__call__({"histories": histories[start : start + size]}, **kwargs)
+        return found[0] if one else found
+
+    def _sanitize_parameters(self, **kwargs):
+        return {}, kwargs, {}
+
+    def preprocess(self, inputs):
+        return inputs
+
+    def _forward(self, inputs, **kwargs):
+        found = self.recommender.recommend(inputs["histories"], **kwargs)
+        # plain dictionaries: transformers takes a forward's outputs apart to move their tensors
+        rows = [[{"item_id": item.item_id, "score": item.score, **item.metadata} for item in row] for row in found]
+        return {"found": rows}
+
+    def postprocess(self, outputs):
+        return outputs["found"]
+
+
+PIPELINE_REGISTRY.register_pipeline(TASK, OneRecRecommendationPipeline, pt_model=AutoModelForCausalLM)

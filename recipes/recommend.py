@@ -1,0 +1,63 @@
+"""Recommends items for every row of a data set of histories, and writes parquet.
+
+    accelerate launch recipes/recommend.py --repo org/onerec-1b --dataset histories.parquet --output outputs/recommended --k 20
+
+Each row's `history` holds item ids, oldest first. Several processes share the rows, each row is served once; process r writes
+`part-<r>.parquet` with the columns of the data set, `item_ids` and `scores`.
+"""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import datasets
+from trl import TrlParser
+
+import onerec_hf  # noqa: F401  registers the models
+from onerec_hf.recommender import Recommender
+
+
+@dataclass
+class RecommendArguments:
+    repo: str = field(metadata={"help": "Folder or Hub repository of a trained model."})
+    dataset: str = field(metadata={"help": "parquet or JSONL file, folder of datasets.save_to_disk, or Hub data set."})
+    output: str = field(metadata={"help": "Folder to write."})
+    column: str = "history"
+    split: str = field(default="train", metadata={"help": "Of a Hub data set or a saved DatasetDict."})
+    k: int = 10
+    num_beams: int = 50
+    exclude_seen: bool = False
+    unknown_items: str = field(default="error", metadata={"help": "error, or ignore: drop unknown ids of a history."})
+    batch_size: int = 256
+    device: str | None = None
+
+
+def load(args: RecommendArguments) -> datasets.Dataset:
+    """The rows, of any kind of source."""
+    path = Path(args.dataset)
+    if path.is_dir():
+        rows = datasets.load_from_disk(str(path))
+        return rows[args.split] if isinstance(rows, datasets.DatasetDict) else rows
+    if path.suffix in (".parquet", ".json", ".jsonl"):
+        kind = "parquet" if path.suffix == ".parquet" else "json"
+        return datasets.load_dataset(kind, data_files=str(path), split="train")
+    return datasets.load_dataset(args.dataset, split=args.split)
+
+
+def main(args: RecommendArguments) -> Path:
+    """Runs the recipe; returns the file that this process wrote."""
+    recommender = Recommender.from_pretrained(args.repo, args.num_beams, args.device)
+    path = recommender.recommend_dataset(
+        load(args),
+        args.output,
+        args.k,
+        column=args.column,
+        batch_size=args.batch_size,
+        exclude_seen=args.exclude_seen,
+        unknown_items=args.unknown_items,
+    )
+    print(f"-> {path}")
+    return path
+
+
+if __name__ == "__main__":
+    main(TrlParser(RecommendArguments).parse_args_and_config()[0])
