@@ -17,7 +17,7 @@ from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 
 from onerec_hf import Catalogue, OneRecV2ForCausalLM
-from onerec_hf.data import OneRecCollator, SessionCollator
+from onerec_hf.data import OneRecCollator, PathwayCollator, SessionCollator
 from onerec_hf.trainers import IPAConfig, IPATrainer
 from onerec_hf.trainers.pair_files import load_rows, save_rows
 from onerec_hf.trainers.pair_mining import choose_pairs, completion_log_probs, context_inputs, mine_pairs
@@ -26,18 +26,6 @@ from onerec_hf.trainers.seed_divergence import sample_candidates, seed_log_ratio
 from .tiny import ARCHITECTURES, SIZES, tiny_catalogue, tiny_model
 
 ITEMS = {"onerec": 5, "v1": 30, "v2": 30, "v2_moe": 30}  # of the catalogue; 5 items make 60 ordered sessions of 3
-
-
-class PathwaysSideBySide(SessionCollator):
-    """The context of OneRecV1 at the length of its pathways."""
-
-    def pad_events(self, events, name="context"):
-        batch = super().pad_events(events, name)
-        missing = 9 - batch["context_ids"].shape[1]
-        return {
-            "context_ids": F.pad(batch["context_ids"], (0, 0, 0, missing)),
-            "context_mask": F.pad(batch["context_mask"], (0, missing)),
-        }
 
 
 def world(architecture: str, num_rows: int = 8, seed: int = 0, **overrides):
@@ -50,7 +38,16 @@ def world(architecture: str, num_rows: int = 8, seed: int = 0, **overrides):
     if not architecture.startswith("v2"):
         for row in rows:
             row["targets"] = torch.randperm(ITEMS[architecture], generator=generator)[:3].tolist()
-    kind = {"onerec": SessionCollator, "v1": PathwaysSideBySide}.get(architecture, OneRecCollator)
+            row["is_like"] = [1, 0, 1, 1]
+    pathways = partial(
+        PathwayCollator,
+        positive={"is_like": 1},
+        short_term_length=2,
+        positive_length=3,
+        lifelong_length=4,
+        lifelong="history",
+    )
+    kind = {"onerec": SessionCollator, "v1": pathways}.get(architecture, OneRecCollator)
     token_ids = catalogue.semantic_ids.numpy() + torch.tensor(model.config.level_offsets).numpy()
     return model, kind(token_ids), datasets.Dataset.from_list(rows)
 

@@ -1,0 +1,96 @@
+"""Reward models as reward functions: the candidates they see are the items that were generated, judged beside their own user."""
+
+import numpy as np
+import pytest
+import torch
+
+from onerec_hf import (
+    Catalogue,
+    OneRecPScoreConfig,
+    OneRecPScoreModel,
+    OneRecSessionRewardConfig,
+    OneRecSessionRewardModel,
+)
+from onerec_hf.data import OneRecCollator
+from onerec_hf.rewards import reward_of_model
+from onerec_hf.trainers.pair_mining import mine_pairs
+
+from .test_ipa import world
+from .tiny import SIZES, tiny_catalogue
+
+
+class Candidates(OneRecCollator):
+    """A reward model's collator; the hour of the request and the item's parity are features of every candidate."""
+
+    item_feature_sizes = {"hour": 24, "parity": 3}
+
+    def candidates(self, rows):
+        hour = [row.get("target_hour", [0] * len(row["targets"])) for row in rows]
+        features = [np.stack([h, np.asarray(row["targets"]) % 2 + 1], axis=1) for h, row in zip(hour, rows)]
+        return {
+            "item_ids": self.pad_targets([row["targets"] for row in rows]),
+            "item_features": torch.from_numpy(np.stack(features)).long(),
+        }
+
+
+def reward_model(session: bool):
+    torch.manual_seed(0)
+    kind, model = (
+        (OneRecSessionRewardConfig, OneRecSessionRewardModel) if session else (OneRecPScoreConfig, OneRecPScoreModel)
+    )
+    sizes = {"hidden_size": 16, "context_embed_dim": 8, "initializer_range": 0.5}
+    return model(kind(codebook_sizes=SIZES, item_features=Candidates.item_feature_sizes, **sizes))
+
+
+@pytest.mark.parametrize("architecture", ["onerec", "v2"])
+def test_rewards_are_those_of_the_model_one_candidate_at_a_time(architecture):
+    policy, collator, rows = world(architecture, num_rows=3)
+    judge = reward_model(architecture == "onerec")
+    own = Candidates(collator.item_token_ids)
+    rows = [row | {"target_hour": [row["user"] + 5] * 3} for row in rows]
+    mined, _ = mine_pairs(policy, rows, [0, 1, 2], collator, reward_of_model(judge, own, policy, 7, batch_size=2), 7)
+    assert len(mined) == 3
+    tokens = {tuple(ids): item for item, ids in enumerate(collator.item_token_ids.tolist())}
+    for pair, row in zip(mined, rows):
+        context = own.context([row], drop_last="targets" not in row)
+        for name, reward in (("chosen", pair["chosen_reward"]), ("rejected", pair["rejected_reward"][0])):
+            items = [tokens[tuple(ids)] for ids in np.reshape(pair[name], (-1, 3)).tolist()]
+            features = torch.tensor([[[row["user"] + 5, item % 2 + 1] for item in items]])
+            with torch.no_grad():
+                found = judge(item_ids=own.pad_targets([items]), item_features=features, **context)
+            assert reward == pytest.approx(found.rewards.item(), abs=1e-5)
+
+
+def test_dead_beams_and_shared_semantic_ids():
+    policy, collator, _ = world("v2")
+    shared = tiny_catalogue(4, num_collisions=1)
+    policy.catalogue = Catalogue(shared.semantic_ids, SIZES, popularity=[1, 1, 1, 9])  # item 3 is item 0, more popular
+    seen = []
+
+    class Judge(torch.nn.Module):
+        config, device = policy.config, torch.device("cpu")
+
+        def forward(self, item_ids, item_features, **context):
+            seen.append(item_features[:, 0, 1])
+            return item_ids[:, 0].sum(1).float()
+
+    own = Candidates(collator.item_token_ids)
+    reward = reward_of_model(Judge(), own, policy, 4, catalogue=policy.catalogue)
+    codes = shared.semantic_ids[:3].long() + torch.tensor(policy.config.level_offsets)
+    completions = [*codes.tolist(), [0, 0, 0]]
+    assert len(reward(completion_ids=completions, user=[0] * 4, history=[[0, 1, 2]] * 4)) == 4
+    assert seen[0].tolist() == [2, 2, 1, 1]  # items 3, 1, 2, and 0 in place of none
+
+
+def test_a_reward_model_of_another_catalogue_is_refused():
+    policy, collator, _ = world("v2")
+    own, judge = Candidates(collator.item_token_ids), reward_model(False)
+    reward_of_model(judge, own, policy, 4, catalogue=policy.catalogue)
+    moved = Catalogue(policy.catalogue.semantic_ids.flip(0), SIZES, policy.catalogue.item_ids)
+    renamed = Catalogue(policy.catalogue.semantic_ids, SIZES)
+    for other in (moved, renamed, tiny_catalogue(20)):
+        with pytest.raises(ValueError, match="the same codes mean other items"):
+            reward_of_model(judge, own, policy, 4, catalogue=other)
+    judge.config.codebook_sizes = [8, 8, 9]
+    with pytest.raises(ValueError, match="was trained with other semantic IDs"):
+        reward_of_model(judge, own, policy, 4)
