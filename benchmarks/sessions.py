@@ -1,0 +1,199 @@
+"""Session-wise against point-wise: which serves a whole session better, by the simulator's truth (OneRec, section 3.2).
+
+    python benchmarks/sessions.py --seeds 0 1 2 --output outputs/sessions.json
+
+One encoder-decoder, trained on the same sessions: session-wise (five items per row, each decoded after the ones before it), and
+point-wise (each item of a session a row of its own). They serve the sessions of the last days, five items each: `session` decodes
+a whole session, `top 5` takes the five best items of one search, `one by one` puts each item it chose behind the history and
+searches again. `logged` is what the logging policy showed, `popularity` the five most watched items.
+"""
+
+import argparse
+import json
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import datasets
+import numpy as np
+import torch
+from transformers import set_seed
+
+from onerec_hf import Catalogue, OneRecConfig, OneRecForCausalLM
+from onerec_hf.data import SessionCollator, SessionConfig, load_interactions, session_splits, training_events
+from onerec_hf.semantic_ids import ResidualKMeans, resolve_collisions
+from onerec_hf.simulator import ShortVideoWorld
+from onerec_hf.trainers import OneRecSFTConfig, OneRecSFTTrainer
+
+DAY_MS = 86_400_000
+ITEMS = 5
+MODEL = {
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 2,
+    "num_encoder_layers": 2,
+    "num_attention_heads": 4,
+}
+MODEL |= {
+    "context_embed_dim": 32,
+    "context_tokens": "item",
+    "max_context_items": 50,
+    "num_experts": 4,
+    "moe_intermediate_size": 64,
+}
+MODEL |= {"dropout": 0.2, "score_normalization": "valid", "router_bias_update_rate": 0.001}
+
+
+def prepare(world: ShortVideoWorld):
+    """Session rows split by time, the catalogue, and how often each item was watched in training."""
+    log = {name: column.to_numpy() for name, column in world.logs().items()}
+    feedback = ["request_id", "play_time_ms", "is_click", "is_like", "is_follow", "is_forward"]
+    columns = {"user_id": "user_id", "item_id": "video_id", "timestamp": "time_ms"}
+    interactions = load_interactions(log, columns=columns, feedback=feedback)
+    config = SessionConfig(request="request_id", min_watched=3, min_interactions=0, session_size=ITEMS, max_history=50)
+    edges = [world.start_time_ms + day * DAY_MS for day in (world.num_days - 4, world.num_days - 2)]
+    rows = session_splits(interactions, config, *edges)
+    watched = np.concatenate(training_events(interactions, config, rows, edges[0]).with_format("numpy")["history"])
+    embeddings = torch.from_numpy(world.content_embeddings[interactions.item_ids])
+    quantizer = ResidualKMeans(3, 32, balanced=True, seed=0).fit(embeddings)
+    codes = resolve_collisions(quantizer.train_codes, quantizer, embeddings, policy="next_free")
+    catalogue = Catalogue(codes, [32] * 3, interactions.item_ids)
+    counts = np.bincount(watched, minlength=catalogue.num_items)
+    return interactions, rows, catalogue, counts
+
+
+def one_row_per_item(rows: datasets.Dataset) -> datasets.Dataset:
+    """The point-wise form of session rows: each target alone, all with the history before the session."""
+    table = rows.select_columns(["user", "history", "targets"]).to_pandas().explode("targets")
+    table["targets"] = [[int(item)] for item in table["targets"]]
+    return datasets.Dataset.from_pandas(table, preserve_index=False)
+
+
+def train(items: int, rows, catalogue: Catalogue, epochs: float, seed: int):
+    """A model of sessions of `items` items; the checkpoint with the lowest validation loss."""
+    set_seed(seed)
+    model = OneRecForCausalLM(OneRecConfig(codebook_sizes=catalogue.codebook_sizes, num_session_items=items, **MODEL))
+    model.catalogue = catalogue
+    collator = SessionCollator(catalogue.semantic_ids.numpy() + np.array(model.config.level_offsets), 50)
+    fit, validation = rows["train"], rows["validation"]
+    if items == 1:
+        fit, validation = one_row_per_item(fit), one_row_per_item(validation)
+    with TemporaryDirectory() as folder:
+        arguments = OneRecSFTConfig(
+            folder,
+            num_train_epochs=epochs,
+            per_device_train_batch_size=64 * ITEMS // items,
+            per_device_eval_batch_size=256,
+            train_sampling_strategy="random",
+            learning_rate=2e-3,
+            weight_decay=0.1,
+            lr_scheduler_type="cosine",
+            warmup_steps=30,
+            eval_strategy="epoch",
+            save_strategy="epoch",
+            save_total_limit=1,
+            load_best_model_at_end=True,
+            metric_for_best_model="loss",
+            greater_is_better=False,
+            logging_steps=50,
+            report_to="none",
+            disable_tqdm=True,
+            seed=seed,
+        )
+        columns = {"train_dataset": fit.with_format("numpy"), "eval_dataset": validation.with_format("numpy")}
+        trainer = OneRecSFTTrainer(model, arguments, data_collator=collator, **columns)
+        trainer.train()
+    best = trainer.state.best_metric / items / catalogue.num_levels
+    return model.eval(), collator, {"nats_per_code": best, "parameters": model.num_parameters()}
+
+
+def serve(model, collator, rows: datasets.Dataset, how: str) -> np.ndarray:
+    """Item indices (S, 5) for the sessions of `rows`."""
+    catalogue, shown = model.catalogue, []
+    for start in range(0, len(rows), 256):
+        batch = [{"user": 0, "history": history} for history in rows[start : start + 256]["history"]]
+        if how == "one by one":
+            chosen = np.zeros((len(batch), 0), dtype=np.int64)
+            for _ in range(ITEMS):
+                allowed = torch.ones(len(batch), catalogue.num_items, dtype=torch.bool)
+                allowed[np.arange(len(batch))[:, None], chosen] = False
+                longer = [row | {"history": [*row["history"], *own]} for row, own in zip(batch, chosen.tolist())]
+                found = model.generate(**collator.context(longer), num_beams=20, allowed_items=allowed, num_items=1)
+                chosen = np.concatenate([chosen, items_of(found, catalogue, model)], axis=1)
+        else:
+            settings = {"num_items": ITEMS} if how == "session" else {"num_items": 1, "num_return_sequences": ITEMS}
+            found = model.generate(**collator.context(batch), num_beams=20, **settings)
+            chosen = items_of(found, catalogue, model).reshape(len(batch), ITEMS)
+        shown.append(chosen)
+    return np.concatenate(shown)
+
+
+def items_of(sequences, catalogue: Catalogue, model) -> np.ndarray:
+    codes = sequences.view(-1, catalogue.num_levels + 1)[:, 1:] - torch.tensor(model.config.level_offsets)
+    return catalogue.items_of(catalogue.leaves_of(codes).view(-1, 1), 1).numpy()
+
+
+def judge(world: ShortVideoWorld, interactions, rows: datasets.Dataset, items: np.ndarray) -> dict[str, float]:
+    """Expected feedback of the five items by the simulator's truth, and what the sets look like."""
+    users = interactions.user_ids[np.array(rows["user"])][:, None]
+    times = np.array(rows["session_start"]).astype(np.int64)[:, None] + 30_000 * np.arange(items.shape[1])
+    truth = world.expected_feedback(users, interactions.item_ids[items], times)
+    vectors = world.content_embeddings[interactions.item_ids[items]]  # (S, 5, D)
+    vectors = vectors / np.linalg.norm(vectors, axis=2, keepdims=True)
+    similar = np.einsum("sid,sjd->sij", vectors, vectors)
+    off = ~np.eye(items.shape[1], dtype=bool)
+    categories = world.items.category.to_numpy()[interactions.item_ids[items]]
+    real = [set(targets) for targets in rows["targets"]]
+    return {
+        "watch_s": float(truth["play_time_ms"].sum(1).mean() / 1000),
+        "likes": float(truth["is_like"].sum(1).mean()),
+        "long_views": float(truth["long_view"].sum(1).mean()),
+        "diversity": float(1 - similar[:, off].mean()),
+        "categories": float(np.mean([len(set(row)) for row in categories])),
+        "duplicates": float(np.mean([len(row) - len(set(row)) for row in items.tolist()])),
+        "hits": float(np.mean([len(set(row) & own) for row, own in zip(items.tolist(), real)])),
+        "coverage": len(np.unique(items)) / interactions.num_items,
+    }
+
+
+def run(seed: int, args) -> dict[str, dict[str, float]]:
+    world = ShortVideoWorld(args.num_users, args.num_items, request_size=10, seed=seed)
+    interactions, rows, catalogue, counts = prepare(world)
+    test = rows["test"].filter(lambda targets: len(targets) == ITEMS, input_columns="targets")
+    popular = np.tile(np.argsort(-counts)[:ITEMS], (len(test), 1))
+    shown = {"logged": np.array(test["targets"]), "popularity": popular}
+    losses = {}
+    for name, items in (("session-wise", ITEMS), ("point-wise", 1)):
+        model, collator, losses[name] = train(items, rows, catalogue, args.epochs, seed)
+        for how in ("session", "top 5", "one by one") if items > 1 else ("top 5", "one by one"):
+            shown[f"{name}: {how}"] = serve(model, collator, test, how)
+    report = {name: judge(world, interactions, test, items) for name, items in shown.items()}
+    print(f"seed {seed}: {[len(split) for split in rows.values()]} sessions, {len(test)} served, {losses}", flush=True)
+    return report
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--num_users", type=int, default=2000)
+    parser.add_argument("--num_items", type=int, default=1500)
+    parser.add_argument("--epochs", type=float, default=12)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--output", type=Path)
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    reports = [run(seed, args) for seed in args.seeds]
+    names = list(reports[0]["logged"])
+    print("| served by | " + " | ".join(names) + " |\n" + "|---" * (len(names) + 1) + "|")
+    for way in reports[0]:
+        values = np.array([[report[way][name] for name in names] for report in reports])
+        cells = [f"{mean:.3f} ±{spread:.3f}" for mean, spread in zip(values.mean(0), values.std(0))]
+        print(f"| {way} | " + " | ".join(cells) + " |")
+    if args.output:
+        args.output.parent.mkdir(parents=True, exist_ok=True)
+        args.output.write_text(
+            json.dumps({"arguments": vars(args) | {"output": str(args.output)}, "reports": reports}, indent=2)
+        )
+
+
+if __name__ == "__main__":
+    main()
