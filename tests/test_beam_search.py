@@ -2,9 +2,11 @@
 
 import pytest
 import torch
-from transformers import GenerationConfig, LogitsProcessor
+from transformers import CompileConfig, GenerationConfig, LogitsProcessor
 
-from onerec_hf import Catalogue
+from benchmarks.validity import check_validity
+from onerec_hf import Catalogue, beam_search, sample_items
+from onerec_hf.models.beam_search import BeamSearch
 
 from .tiny import tiny_catalogue, tiny_context, tiny_model
 
@@ -151,6 +153,98 @@ def test_order_of_users_and_padding_do_not_matter():
         "context_mask": torch.tensor([[False, False, True, True, True]]),
     }
     assert torch.equal(model.generate(**left, num_beams=10, num_return_sequences=10), together[1])
+
+
+def test_users_may_be_worked_off_in_parts(monkeypatch):
+    """On a CPU the log-probabilities of a step are made for so many users at a time as fit a small buffer."""
+    catalogue = tiny_catalogue()
+    model = tiny_model(catalogue)
+    context = tiny_context(catalogue, model)
+    allowed = torch.rand(3, catalogue.num_items, generator=torch.Generator().manual_seed(5)) < 0.5
+    arguments = {"allowed_items": allowed, "num_items": 2, "num_beams": 6, "num_return_sequences": 6}
+    together = model.generate(**context, **arguments)
+    monkeypatch.setattr(BeamSearch, "chunk_bytes", 1)
+    assert torch.equal(model.generate(**context, **arguments), together)
+
+
+def test_nothing_invalid_and_nothing_twice():
+    """Random models, catalogues, subsets and beam widths; a million items of this are benchmarks/validity.py."""
+    assert sum(check_validity(seed) for seed in range(15)) > 300
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision(dtype):
+    """Beams exist and are distinct, and their scores are those of the same weights in float32 within the precision."""
+    catalogue = tiny_catalogue()
+    model = tiny_model(catalogue).to(dtype)
+    context = tiny_context(catalogue, model)
+    out = model.generate(**context, num_beams=20, num_return_sequences=20, return_dict_in_generate=True)
+    assert out.sequences_scores.dtype == torch.float32
+    codes = codes_of(out.sequences, model, 3)
+    assert (catalogue.leaves_of(codes.flatten(0, 1)) >= 0).all()
+    assert all(len({tuple(row) for row in user.tolist()}) == 20 for user in codes)
+    with torch.no_grad():
+        exact = model.float()(target_ids=out.sequences[:, 1:].view(3, 20, 3), **context).target_log_probs.sum(-1)
+    torch.testing.assert_close(
+        out.sequences_scores.view(3, 20) * 3, exact, atol=0.5 if dtype == torch.bfloat16 else 0.1, rtol=0
+    )
+
+
+def test_decoding_is_one_graph():
+    """`torch.compile(fullgraph=True)` of the whole search; inductor takes minutes on a CPU, so the graph is run as it is."""
+    catalogue = Catalogue(tiny_catalogue().semantic_ids[:, :2], [8, 8])
+    model = tiny_model(catalogue, num_hidden_layers=1, codebook_sizes=[8, 8])
+    context = tiny_context(catalogue, model)
+    arguments = {"num_beams": 7, "num_return_sequences": 7, "return_dict_in_generate": True}
+    expected = model.generate(**context, **arguments)
+    compiled = CompileConfig(fullgraph=True, backend="eager", mode=None)
+    out = model.generate(**context, **arguments, compile_config=compiled)
+    assert torch.equal(out.sequences, expected.sequences)
+    torch.testing.assert_close(out.sequences_scores, expected.sequences_scores)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_no_synchronisation_on_a_gpu(dtype):
+    catalogue = tiny_catalogue()
+    model = tiny_model(catalogue)
+    context = tiny_context(catalogue, model)
+    kv = model.encode_context(**context)
+    allowed = torch.rand(3, catalogue.num_items, generator=torch.Generator().manual_seed(5)) < 0.5
+    expected = [beam_search(model, catalogue, kv, 7, allowed, num_items) for num_items in (1, 2)]
+    model, catalogue = model.to("cuda", dtype), catalogue.to("cuda")
+    kv = model.encode_context(**{name: tensor.cuda() for name, tensor in context.items()})
+    alive = catalogue.alive(allowed.cuda())
+    beam_search(model, catalogue, kv, 7, alive)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        found = [beam_search(model, catalogue, kv, 7, alive, num_items) for num_items in (1, 2)]
+        sample_items(model, catalogue, kv, 7, allowed=alive, generator=torch.Generator("cuda"))
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    for ours, truth in zip(found, expected):
+        if dtype == torch.float32:
+            assert torch.equal(ours.leaves.cpu(), truth.leaves)
+        torch.testing.assert_close(
+            ours.scores.cpu(), truth.scores, atol=1e-4 if dtype == torch.float32 else 0.5, rtol=0
+        )
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_one_cuda_graph():
+    catalogue = tiny_catalogue()
+    model = tiny_model(catalogue).cuda()
+    kv = model.encode_context(**{name: tensor.cuda() for name, tensor in tiny_context(catalogue, model).items()})
+    catalogue.to("cuda")
+    with torch.no_grad():
+        expected = beam_search(model, catalogue, kv, 7)
+        compiled = torch.compile(beam_search, fullgraph=True, mode="reduce-overhead")
+        for _ in range(3):
+            torch.compiler.cudagraph_mark_step_begin()
+            found = compiled(model, catalogue, kv, 7)
+        assert torch.equal(found.leaves, expected.leaves)
 
 
 @pytest.mark.parametrize(

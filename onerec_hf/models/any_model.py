@@ -74,12 +74,11 @@ class _TreeAttention:
         self.level_offsets, self.normalize = level_offsets, normalize
         self.prompt_mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
         self.cache = DynamicCache()
-        self.ancestors = torch.zeros(
-            len(input_ids), 1, 0, dtype=torch.bool, device=input_ids.device
-        )  # (B, K, positions)
+        # (B, K, positions behind the prompt)
+        self.ancestors = torch.zeros(len(input_ids), 1, 0, dtype=torch.bool, device=input_ids.device)
 
-    def __call__(self, level, node=None, code=None, parent=None):
-        """As `_SharedContext` of beam_search.py: (B * K, V)."""
+    def advance(self, level, code=None, parent=None):
+        """As `SharedContext.advance`, with logits in place of hidden states: (B, K, vocabulary)."""
         batch, beams = len(self.input_ids), 1 if code is None else code.shape[1]
         if code is None:
             inputs = {"input_ids": self.input_ids, "attention_mask": self.prompt_mask}
@@ -96,13 +95,15 @@ class _TreeAttention:
             inputs = {"input_ids": code + self.level_offsets[level - 1]}
             inputs["attention_mask"] = mask.masked_fill(~visible, torch.finfo(mask.dtype).min).unsqueeze(1)
             inputs["position_ids"] = (self.prompt_mask.sum(1, keepdim=True) + level - 1).expand(-1, beams)
-        logits = (
-            self.model(**inputs, past_key_values=self.cache, use_cache=True).logits[:, -beams:].flatten(0, 1).float()
-        )
+        return self.model(**inputs, past_key_values=self.cache, use_cache=True).logits[:, -beams:]
+
+    def log_probs(self, hidden, level, node=None):
+        """As `SharedContext.log_probs`."""
+        logits = hidden.flatten(0, 1).float()
         start = self.level_offsets[level]
         inside = slice(start, start + self.catalogue.codebook_sizes[level])
         if self.normalize == "vocab":
-            return logits[:, inside] - logits.logsumexp(-1, keepdim=True)
+            return logits.log_softmax(-1)[:, inside]  # faster than a logsumexp
         logits = logits[:, inside]
         if self.normalize == "valid":
             valid = self.catalogue.valid_codes(None if node is None else node.flatten(), level)

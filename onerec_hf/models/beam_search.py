@@ -54,6 +54,7 @@ class BeamSearch:
     """Keeps the K prefixes of the largest score."""
 
     distinct = True  # no two beams of a user are the same prefix
+    chunk_bytes = 2**24  # log-probabilities of a step are made and used up for so many users at a time, on a CPU
 
     def choose(self, scores, log_probs, parent, real, k):
         """Places (B, k) among the (B, R, W) candidates, and which of them are dead."""
@@ -63,7 +64,7 @@ class BeamSearch:
 class _Samples:
     """Draws each of the K continuations alone: with replacement."""
 
-    distinct, gumbels = False, None
+    distinct, gumbels, chunk_bytes = False, None, None
 
     def __init__(self, batch: int, temperature: float, generator: torch.Generator | None, device):
         self.temperature, self.generator = temperature, generator
@@ -117,27 +118,28 @@ class _DistinctSamples(_Samples):
 
 
 class SharedContext:
-    """Log-probabilities of the beams of B users by a model of this package: one context per user, generated rows gathered."""
+    """The beams of B users in a model of this package: one context per user, only generated rows are gathered."""
 
     def __init__(self, model, catalogue: Catalogue, context_kv: ContextKV):
         self.model, self.catalogue, self.context_kv = model, catalogue, context_kv
         self.cache = DynamicCache(config=model.config)
 
-    def __call__(self, level, node=None, code=None, parent=None):
-        """(B * K, V) for the codes of `level` behind `node` (B, K); `code` (B, K) was chosen last, in row `parent` (B * K,)."""
-        config = self.model.config
+    def advance(self, level: int, code=None, parent=None) -> torch.Tensor:
+        """(B, K, D) in front of the codes of `level`; `code` (B, K) was chosen last, in row `parent` (B * K,)."""
+        config, batch = self.model.config, len(self.context_kv.mask)
         if parent is None:
-            tokens = torch.full(
-                (len(self.context_kv.mask), 1), config.bos_token_id, device=self.context_kv.mask.device
-            )
+            tokens = torch.full((batch, 1), config.bos_token_id, device=self.context_kv.mask.device)
         else:
             self.cache.batch_select_indices(parent)
             tokens = (code + config.level_offsets[level - 1]).view(-1, 1)
             if level == 0:  # the next item of a session starts behind a BOS of its own
                 tokens = F.pad(tokens, (0, 1), value=config.bos_token_id)
-        hidden = self.model.next_hidden(tokens, self.context_kv, self.cache)  # (B * K, D)
+        return self.model.next_hidden(tokens, self.context_kv, self.cache).unflatten(0, (batch, -1))
+
+    def log_probs(self, hidden: torch.Tensor, level: int, node=None) -> torch.Tensor:
+        """(b * K, V) log-probabilities of the codes of `level` for some of the users, behind `node` (b, K)."""
         prefix = None if node is None else node.flatten().clamp(min=0)
-        return self.model.level_log_probs(hidden, level, prefix, self.catalogue)
+        return self.model.level_log_probs(hidden.flatten(0, 1), level, prefix, self.catalogue)
 
 
 def _used_up(catalogue: Catalogue, path: torch.LongTensor, level: int, leaf_totals) -> torch.LongTensor:
@@ -159,13 +161,44 @@ def _used_up(catalogue: Catalogue, path: torch.LongTensor, level: int, leaf_tota
     return torch.where(taken >= end - first, node, -1)
 
 
+class _Step:
+    """One step of the search: the next K prefixes of some users out of all children of their beams."""
+
+    def __init__(self, decoder, chooser, catalogue, alive, k):
+        self.decoder, self.chooser, self.catalogue, self.alive, self.k = decoder, chooser, catalogue, alive, k
+        self.leaf_totals = None if alive is None else F.pad(alive[-1].cumsum(1), (1, 0))
+
+    def __call__(self, hidden, scores, path, users: slice):
+        """hidden (b, k, D), scores (b, k), path (b, k, steps) -> scores, parents, children (b, K) and which are dead."""
+        catalogue, (batch, beams, steps) = self.catalogue, path.shape
+        item, level = divmod(steps, catalogue.num_levels)
+        node = path[:, :, -1] if level else None
+        log_probs = self.decoder.log_probs(hidden, level, node)  # (b * k, V)
+        # sessions may meet in a node, different single items cannot
+        parent, child, real = catalogue.expand(node, level, beams, self.chooser.distinct and item == 0)
+        parent, child, real = parent.expand(batch, -1), child.expand(batch, -1, -1), real.expand(batch, -1, -1)
+        place = (parent * log_probs.shape[1]).unsqueeze(2) + catalogue.codes[level][child]
+        log_probs = log_probs.reshape(batch, -1).gather(1, place.flatten(1)).view(child.shape)  # (b, R, W)
+        if self.alive is not None:
+            real = real & self.alive[level][users].gather(1, child.flatten(1)).view(child.shape)
+        if item:
+            done = path[:, :, : item * catalogue.num_levels].unflatten(2, (item, -1))
+            leaf_totals = None if self.leaf_totals is None else self.leaf_totals[users]
+            for used in _used_up(catalogue, done, level, leaf_totals).unbind(2):
+                real = real & (used.gather(1, parent).unsqueeze(2) != child)
+        best, dead = self.chooser.choose(scores, log_probs, parent, real, self.k)  # (b, K) each
+        parent, child = parent.gather(1, best // child.shape[2]), child.flatten(1).gather(1, best)
+        scores = (scores.gather(1, parent) + log_probs.flatten(1).gather(1, best)).masked_fill(dead, _DEAD)
+        return scores, parent, child, dead
+
+
 def search(decoder, chooser, catalogue: Catalogue, batch: int, k: int, allowed=None, num_items: int = 1):
     """
     The loop that beam search and sampling share: static shapes, nothing read back from the device.
 
     Args:
-        decoder (callable): As `SharedContext`.
-        chooser: As `BeamSearch`.
+        decoder: As [`SharedContext`].
+        chooser: As [`BeamSearch`].
         allowed (`torch.BoolTensor` or `list`, *optional*): As in [`beam_search`].
 
     Returns:
@@ -174,30 +207,20 @@ def search(decoder, chooser, catalogue: Catalogue, batch: int, k: int, allowed=N
     device, levels = catalogue.device, catalogue.num_levels
     alive = catalogue.alive(allowed) if isinstance(allowed, torch.Tensor) else allowed
     alive = None if alive is None else [mask.expand(batch, -1) for mask in alive]
-    leaf_totals = F.pad(alive[-1].cumsum(1), (1, 0)) if alive is not None and num_items > 1 else None
+    step = _Step(decoder, chooser, catalogue, alive, k)
     rows = torch.arange(batch, device=device).unsqueeze(1)
     scores = torch.zeros(batch, 1, device=device)
     path = torch.zeros(batch, 1, 0, dtype=torch.long, device=device)  # (B, K, steps) nodes chosen so far
     last = {}
-    for step in range(num_items * levels):
-        item, level = divmod(step, levels)
-        node = path[:, :, -1] if level else None
-        log_probs = decoder(level, node, **last)  # (B * beams, V)
-        # sessions may meet in a node, different single items cannot
-        beams, distinct = scores.shape[1], chooser.distinct and item == 0
-        parent, child, real = catalogue.expand(node, level, beams, distinct)
-        parent, child, real = parent.expand(batch, -1), child.expand(batch, -1, -1), real.expand(batch, -1, -1)
-        place = (parent * log_probs.shape[1]).unsqueeze(2) + catalogue.codes[level][child]
-        log_probs = log_probs.reshape(batch, -1).gather(1, place.flatten(1)).view(child.shape)  # (B, R, W)
-        if alive is not None:
-            real = real & alive[level].gather(1, child.flatten(1)).view(child.shape)
-        if item:
-            done = path[:, :, : item * levels].unflatten(2, (item, levels))
-            for used in _used_up(catalogue, done, level, leaf_totals).unbind(2):
-                real = real & (used.gather(1, parent).unsqueeze(2) != child)
-        best, dead = chooser.choose(scores, log_probs, parent, real, k)  # (B, K) each
-        parent, child = parent.gather(1, best // child.shape[2]), child.flatten(1).gather(1, best)
-        scores = (scores.gather(1, parent) + log_probs.flatten(1).gather(1, best)).masked_fill(dead, _DEAD)
+    for position in range(num_items * levels):
+        level, beams = position % levels, scores.shape[1]
+        hidden = decoder.advance(level, **last)
+        chunk = batch
+        if device.type == "cpu" and chooser.chunk_bytes is not None:
+            chunk = max(1, chooser.chunk_bytes // (4 * beams * catalogue.codebook_sizes[level]))
+        users = [slice(start, start + chunk) for start in range(0, batch, chunk)]
+        chosen = [step(hidden[some], scores[some], path[some], some) for some in users]
+        scores, parent, child, dead = (torch.cat(parts) if len(parts) > 1 else parts[0] for parts in zip(*chosen))
         path = torch.cat([path[rows, parent], child.unsqueeze(2)], dim=2).masked_fill(dead.unsqueeze(2), -1)
         last = {"code": catalogue.codes[level][child].long(), "parent": (parent + rows * beams).flatten()}
     path = path.unflatten(2, (num_items, levels))
