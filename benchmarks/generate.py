@@ -7,8 +7,9 @@
 `--model t5` is transformers' own encoder-decoder (4 + 4 layers, d=256), the same weights in every way. `--model ClassName` is one
 of this package with `--config` (JSON) on top of 4 layers of d=256. Ways: `unconstrained`, transformers' beam search without a
 catalogue; `dict trie`, with `prefix_allowed_tokens_fn`; `processor`, with our `CatalogueLogitsProcessor`; `ours`, the fast search.
-transformers repeats the context per beam before it is encoded; for our models, whose context it would not repeat, that is done
-by hand in `unconstrained` and `dict trie`, while `processor` shares it. Every constrained way must return our scores first.
+transformers repeats the encoder output per beam, projects it per beam and reorders it in every step. Our models keep it from doing
+so; in their `unconstrained` and `dict trie` the finished keys and values are repeated by hand, which costs transformers less than a
+model of its own, and `processor` shares them. Every constrained way must return our scores first.
 Seconds are processor time, medians, the ways alternating. `floor` is our time over that of our matrix products alone, at the speed
 of a large one in this run.
 """
@@ -27,9 +28,15 @@ from transformers import GenerationConfig, LogitsProcessorList
 from transformers.generation import GenerationMixin
 
 import onerec_hf
-from onerec_hf import Catalogue, CatalogueLogitsProcessor, OneRecV2Config, beam_search
+from onerec_hf import Catalogue, CatalogueLogitsProcessor, ContextKV, OneRecV2Config, beam_search
 
 BOS = 1
+
+
+def repeated(kv: ContextKV, times: int) -> ContextKV:
+    """The context once per beam."""
+    many = [tuple(t.repeat_interleave(times, 0) for t in states) for states in (kv.key_states, kv.value_states)]
+    return ContextKV(key_states=many[0], value_states=many[1], mask=kv.mask.repeat_interleave(times, 0))
 
 
 def make_model(name: str, sizes: list[int], overrides: dict):
@@ -56,17 +63,18 @@ def ways_of(model, catalogue, trie, batch: int, context: int, beams: int) -> dic
         inputs = {"context_ids": catalogue.semantic_ids[items] + torch.tensor(offsets)}
         bos = torch.full((batch, 1), BOS)
 
+        @torch.no_grad()
         def loop(**kwargs):
-            repeated = {name: tensor.repeat_interleave(beams, 0) for name, tensor in inputs.items()}
-            with torch.no_grad():
-                kv = model.encode_context(**repeated)
+            kv = repeated(model.encode_context(**inputs), beams)
             return GenerationMixin.generate(model, bos, context_kv=kv, **own, **kwargs)
 
         def processor():
             chosen = LogitsProcessorList([CatalogueLogitsProcessor(catalogue, offsets)])
             return GenerationMixin.generate(model, bos, logits_processor=chosen, **inputs, **own)
 
-        ours = partial(model.generate, **inputs, **settings, catalogue=catalogue, return_dict_in_generate=True)
+        ours = partial(
+            model.generate, **inputs, **settings, catalogue=catalogue, num_items=1, return_dict_in_generate=True
+        )
     else:
         ids = catalogue.semantic_ids[items][:, :, 0].long() + offsets[0]  # one token per context position
         loop = partial(model.generate, ids, **own)

@@ -52,10 +52,10 @@ class CatalogueLogitsProcessor(LogitsProcessor):
             code = input_ids[:, self.prompt_length + depth] - self.level_offsets[depth]
             node = self.catalogue.step(node, depth, code)
         valid = self.catalogue.valid_codes(node, level, None if self.alive is None else self.alive[level])
-        start, rows = self.level_offsets[level], len(scores)
+        start, rows = self.level_offsets[level], scores.shape[0]
         inside = slice(start, start + valid.shape[1])
-        if 1 < len(valid) < rows:  # at the first level, one row per request
-            valid = valid.repeat_interleave(rows // len(valid), 0)
+        if 1 < valid.shape[0] < rows:  # at the first level, one row per request
+            valid = valid.repeat_interleave(rows // valid.shape[0], 0)
         result = torch.full_like(scores, _DEAD)
         result[:, inside] = scores[:, inside].masked_fill(~valid, _DEAD)
         return result
@@ -75,11 +75,11 @@ class _TreeAttention:
         self.prompt_mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
         self.cache = DynamicCache()
         # (B, K, positions behind the prompt)
-        self.ancestors = torch.zeros(len(input_ids), 1, 0, dtype=torch.bool, device=input_ids.device)
+        self.ancestors = torch.zeros(input_ids.shape[0], 1, 0, dtype=torch.bool, device=input_ids.device)
 
     def advance(self, level, code=None, parent=None):
         """As `SharedContext.advance`, with logits in place of hidden states: (B, K, vocabulary)."""
-        batch, beams = len(self.input_ids), 1 if code is None else code.shape[1]
+        batch, beams = self.input_ids.shape[0], 1 if code is None else code.shape[1]
         if code is None:
             inputs = {"input_ids": self.input_ids, "attention_mask": self.prompt_mask}
             inputs["position_ids"] = (self.prompt_mask.cumsum(1) - 1).clamp(min=0)
@@ -167,16 +167,16 @@ def catalogue_generate(
     """
     context_kv = model_kwargs.get("context_kv")
     if context_kv is not None:
-        batch, level_offsets = len(context_kv.mask), model.config.level_offsets
+        batch, level_offsets = context_kv.mask.shape[0], model.config.level_offsets
         found = beam_search(model, catalogue, context_kv, search_beams, allowed_items)
     else:
         _check(model, generation_config, normalize)
-        batch = len(input_ids)
+        batch = input_ids.shape[0]
         decoder = _TreeAttention(
             model, input_ids, model_kwargs.get("attention_mask"), catalogue, level_offsets, normalize
         )
         found = search(decoder, BeamSearch(), catalogue, batch, search_beams, allowed_items)
-    if len(input_ids) != batch or (generation_config.num_beams or 1) > 1:
+    if input_ids.shape[0] != batch or (generation_config.num_beams or 1) > 1:
         raise ValueError(
             "catalogue_generate: leave num_beams and num_return_sequences at 1 and give search_beams=K instead; transformers "
             "repeats the prompt for them before it calls a custom_generate."

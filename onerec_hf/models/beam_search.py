@@ -78,7 +78,7 @@ class _Samples:
         """(B, R, W) log-probability of each candidate, normalised over the real children of its parent."""
         logits = torch.where(real, log_probs / self.temperature, _DEAD)
         beams = self.log_probs.shape[1]
-        top = logits.new_full((len(logits), beams), _DEAD).scatter_reduce(1, parent, logits.amax(2), "amax")
+        top = logits.new_full((logits.shape[0], beams), _DEAD).scatter_reduce(1, parent, logits.amax(2), "amax")
         top = top.masked_fill(top == _DEAD, 0.0)  # beams without a child
         logits = logits - top.gather(1, parent).unsqueeze(2)
         total = torch.zeros_like(top).scatter_add(1, parent, logits.exp().sum(2))
@@ -126,7 +126,7 @@ class SharedContext:
 
     def advance(self, level: int, code=None, parent=None) -> torch.Tensor:
         """(B, K, D) in front of the codes of `level`; `code` (B, K) was chosen last, in row `parent` (B * K,)."""
-        config, batch = self.model.config, len(self.context_kv.mask)
+        config, batch = self.model.config, self.context_kv.mask.shape[0]
         if parent is None:
             tokens = torch.full((batch, 1), config.bos_token_id, device=self.context_kv.mask.device)
         else:
@@ -253,7 +253,7 @@ def beam_search(
         [`BeamSearchOutput`]; where fewer than K items or sessions exist, the rest of the beams are dead (`-inf`, -1).
     """
     decoder = SharedContext(model, catalogue, context_kv)
-    return search(decoder, BeamSearch(), catalogue, len(context_kv.mask), num_beams, allowed, num_items)
+    return search(decoder, BeamSearch(), catalogue, context_kv.mask.shape[0], num_beams, allowed, num_items)
 
 
 def sample_items(

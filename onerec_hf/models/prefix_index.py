@@ -104,10 +104,10 @@ class PrefixIndex:
         else:
             real = real & (node >= 0).unsqueeze(1)
             if alive is not None:
-                real = real & alive.repeat_interleave(len(node) // len(alive), 0).gather(1, child)
+                real = real & alive.repeat_interleave(node.shape[0] // alive.shape[0], 0).gather(1, child)
         size = self.codebook_sizes[level]
         code = torch.where(real, codes, size)  # what is no child goes to one column more
-        valid = torch.zeros(len(code), size + 1, dtype=torch.bool, device=code.device)
+        valid = torch.zeros(code.shape[0], size + 1, dtype=torch.bool, device=code.device)
         return valid.scatter_(1, code, True)[:, :-1]
 
     def expand(self, node: torch.LongTensor | None, level: int, beams: int = 1, distinct: bool = True):
