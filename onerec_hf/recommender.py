@@ -15,7 +15,7 @@ from transformers.utils.hub import cached_file
 
 from .data.collators import OneRecCollator
 from .data.saved import load_collator, save_collator
-from .semantic_ids import ResidualKMeans
+from .semantic_ids import RQVAE, ResidualKMeans, load_quantizer
 
 METADATA_NAME = "items.jsonl"
 
@@ -98,10 +98,12 @@ class Recommender:
     Args:
         ranker ([`ItemRanker`]): Model and collator.
         metadata (`dict[item id, dict]`, *optional*): Returned with each item.
-        quantizer ([`~semantic_ids.ResidualKMeans`], *optional*): The codebooks, for `add_items`.
+        quantizer ([`~semantic_ids.ResidualKMeans`] or [`~semantic_ids.RQVAE`], *optional*): The codebooks, for `add_items`.
     """
 
-    def __init__(self, ranker: ItemRanker, metadata: Mapping | None = None, quantizer: ResidualKMeans | None = None):
+    def __init__(
+        self, ranker: ItemRanker, metadata: Mapping | None = None, quantizer: ResidualKMeans | RQVAE | None = None
+    ):
         self.ranker, self.metadata, self.quantizer = ranker, dict(metadata or {}), quantizer
 
     @property
@@ -141,7 +143,7 @@ class Recommender:
         )
         if path is not None:
             cached_file(str(repo), "quantizer.safetensors", **hub_kwargs)
-            quantizer = ResidualKMeans.from_pretrained(Path(path).parent)
+            quantizer = load_quantizer(Path(path).parent)
         return cls(ItemRanker(model, collator, num_beams), metadata, quantizer)
 
     def save_pretrained(self, folder: str | os.PathLike) -> None:

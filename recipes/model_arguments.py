@@ -11,7 +11,7 @@ from transformers import AutoConfig, PreTrainedConfig
 import onerec_hf  # noqa: F401  registers the models
 from onerec_hf.data import EventFeature, OneRecCollator, PathwayCollator, SessionCollator, category_codes, target_rows
 from onerec_hf.recommender import ItemRanker, Recommender
-from onerec_hf.semantic_ids import ResidualKMeans
+from onerec_hf.semantic_ids import load_quantizer
 
 
 @dataclass
@@ -103,4 +103,4 @@ def serve(ranker: ItemRanker, args: ModelArguments) -> Recommender:
     if args.metadata:
         rows = datasets.Dataset.from_parquet(str(Path(args.data) / "items.parquet"))
         metadata = {row.pop("item_id"): row for row in rows.select_columns(["item_id", *args.metadata])}
-    return Recommender(ranker, metadata, ResidualKMeans.from_pretrained(Path(args.data) / "tokenizer"))
+    return Recommender(ranker, metadata, load_quantizer(Path(args.data) / "tokenizer"))

@@ -25,7 +25,7 @@ from trl import TrlParser
 
 from onerec_hf import Catalogue, SemanticIdTokenizer
 from onerec_hf import data as logs
-from onerec_hf.semantic_ids import ResidualKMeans, plot_codebook_usage, quality_report, resolve_collisions
+from onerec_hf.semantic_ids import RQVAE, ResidualKMeans, plot_codebook_usage, quality_report, resolve_collisions
 
 
 @dataclass
@@ -54,9 +54,10 @@ class PrepareArguments:
     )
     text_fields: list[str] = field(default_factory=list)
     collaborative_dim: int = field(default=128, metadata={"help": "Width of the co-occurrence embedding; 0 for none."})
+    quantizer: Literal["residual_kmeans", "rqvae"] = "residual_kmeans"
     num_levels: int = 3
     codebook_size: int = 256
-    balanced: bool = True
+    balanced: bool = field(default=True, metadata={"help": "Clusters of equal size; residual_kmeans alone."})
     collisions: Literal["extra_level", "next_free", "keep"] = "next_free"
     seed: int = 0
 
@@ -123,7 +124,10 @@ def main(args: PrepareArguments) -> dict:
     for name, rows in splits.items():
         splits[name] = rows.add_column("length", [len(history) for history in rows["history"]])
     embeddings = embed(args, interactions, train)
-    quantizer = ResidualKMeans(args.num_levels, args.codebook_size, balanced=args.balanced, seed=args.seed)
+    if args.quantizer == "rqvae":
+        quantizer = RQVAE(args.num_levels, args.codebook_size, seed=args.seed)
+    else:
+        quantizer = ResidualKMeans(args.num_levels, args.codebook_size, balanced=args.balanced, seed=args.seed)
     codes = quantizer.fit(torch.from_numpy(embeddings)).train_codes
     report = {"before collisions": quality_report(codes, torch.from_numpy(embeddings), quantizer)}
     codes = resolve_collisions(codes, quantizer, torch.from_numpy(embeddings), policy=args.collisions)

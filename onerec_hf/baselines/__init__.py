@@ -1,8 +1,22 @@
 """Strong baselines that `onerec_hf.evaluation.evaluate` scores with the same call as our models."""
 
+from .bert4rec import BERT4Rec
 from .cooccurrence import CoOccurrence
+from .fdsa import FDSA, attribute_codes
+from .item_knn import ItemKNN
 from .popularity import Popularity
 from .ranking import rank_items
 from .sasrec import SASRec
+from .tiger import TIGER
 
-__all__ = ["CoOccurrence", "Popularity", "SASRec", "rank_items"]
+__all__ = [
+    "FDSA",
+    "TIGER",
+    "BERT4Rec",
+    "CoOccurrence",
+    "ItemKNN",
+    "Popularity",
+    "SASRec",
+    "attribute_codes",
+    "rank_items",
+]

@@ -1,7 +1,8 @@
-"""Item embeddings to semantic IDs: residual k-means, collision policies, quality report."""
+"""Item embeddings to semantic IDs: residual k-means or RQ-VAE, collision policies, quality report."""
 
 from .collisions import resolve_collisions
 from .quality import plot_codebook_usage, quality_report
 from .residual import ResidualKMeans
+from .rqvae import RQVAE, load_quantizer
 
-__all__ = ["ResidualKMeans", "plot_codebook_usage", "quality_report", "resolve_collisions"]
+__all__ = ["RQVAE", "ResidualKMeans", "load_quantizer", "plot_codebook_usage", "quality_report", "resolve_collisions"]

@@ -4,13 +4,14 @@ import torch
 
 from .blocks import row_blocks, squared_distances
 from .residual import ResidualKMeans
+from .rqvae import RQVAE
 
 COLLISION_POLICIES = ("extra_level", "next_free", "keep")
 
 
 def resolve_collisions(
     codes: torch.Tensor,
-    quantizer: ResidualKMeans | None = None,
+    quantizer: ResidualKMeans | RQVAE | None = None,
     item_embeddings: torch.Tensor | None = None,
     *,
     policy: str,
@@ -25,7 +26,7 @@ def resolve_collisions(
 
     Args:
         codes (`torch.LongTensor` of shape `(num_items, num_levels)`): `train_codes`, or what `encode` returned.
-        quantizer (`ResidualKMeans`, *optional*): for `"next_free"`.
+        quantizer (`ResidualKMeans` or `RQVAE`, *optional*): for `"next_free"`; distances are those of the space it quantises.
         item_embeddings (`torch.FloatTensor` of shape `(num_items, embedding_dim)`, *optional*): for `"next_free"`; the same
             rows on the same device.
         policy (`str`): one of the three.
@@ -45,7 +46,10 @@ def resolve_collisions(
         return torch.cat([codes, _ranks(groups, torch.zeros_like(groups)).unsqueeze(1)], dim=1)
     if quantizer is None or item_embeddings is None:
         raise ValueError('`policy="next_free"` measures distances: pass `quantizer` and `item_embeddings` as well.')
-    return _next_free(codes, quantizer, torch.as_tensor(item_embeddings))
+    item_embeddings = torch.as_tensor(item_embeddings)
+    if isinstance(quantizer, RQVAE):
+        quantizer, item_embeddings = quantizer.latent, quantizer.encoder_outputs(item_embeddings)
+    return _next_free(codes, quantizer, item_embeddings)
 
 
 def row_ids(codes: torch.Tensor) -> torch.Tensor:

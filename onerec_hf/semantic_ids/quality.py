@@ -9,16 +9,17 @@ import torch
 from .blocks import row_blocks
 from .collisions import row_ids
 from .residual import ResidualKMeans
+from .rqvae import RQVAE
 
 
-def quality_report(codes: torch.Tensor, item_embeddings: torch.Tensor, quantizer: ResidualKMeans) -> dict:
+def quality_report(codes: torch.Tensor, item_embeddings: torch.Tensor, quantizer: ResidualKMeans | RQVAE) -> dict:
     """Numbers that say how good a catalogue's semantic IDs are. Lists have one entry per level of the quantizer.
 
     Args:
         codes (`torch.LongTensor` of shape `(num_items, num_levels)`): or one level more, appended by the collision policy
             `"extra_level"`, which then counts in the three numbers about collisions and in no other.
         item_embeddings (`torch.FloatTensor` of shape `(num_items, embedding_dim)`): the same rows on the same device.
-        quantizer (`ResidualKMeans`): fitted.
+        quantizer (`ResidualKMeans` or `RQVAE`): fitted.
 
     Returns:
         `dict` of plain numbers, ready for JSON:

@@ -89,7 +89,7 @@ class ResidualKMeans:
         Returns:
             The quantizer itself.
         """
-        item_embeddings = self._checked(item_embeddings)
+        item_embeddings = self.checked(item_embeddings)
         if len(item_embeddings) < self.codebook_size:
             raise ValueError(
                 f"{len(item_embeddings)} items cannot fill {self.codebook_size} codes per level; "
@@ -131,7 +131,7 @@ class ResidualKMeans:
             `torch.LongTensor` of shape `(num_items, num_levels)`, values in `[0, codebook_size)`, on the items' device.
         """
         codebooks = self._fitted()
-        item_embeddings = self._checked(item_embeddings, width=codebooks.shape[2])
+        item_embeddings = self.checked(item_embeddings, width=codebooks.shape[2])
         codebooks = codebooks.to(item_embeddings.device)
         codes = torch.empty(len(item_embeddings), self.num_levels, dtype=torch.long, device=item_embeddings.device)
         center = codebooks[0].mean(dim=0)
@@ -216,7 +216,7 @@ class ResidualKMeans:
             )
         return self.codebooks
 
-    def _checked(self, item_embeddings: torch.Tensor | np.ndarray, width: int | None = None) -> torch.Tensor:
+    def checked(self, item_embeddings: torch.Tensor | np.ndarray, width: int | None = None) -> torch.Tensor:
         item_embeddings = torch.as_tensor(item_embeddings).detach()
         if item_embeddings.ndim != 2 or not item_embeddings.is_floating_point():
             raise ValueError(

@@ -1,0 +1,185 @@
+"""TIGER (Rajput et al. 2023, arXiv:2305.05065): a T5 that reads semantic IDs and writes the next one.
+
+Shapes: **B** users, **T** encoder tokens, **L** levels, **K** beams, **N** items.
+"""
+
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch.nn.functional import cross_entropy
+from transformers import LogitsProcessorList, T5Config, T5ForConditionalGeneration
+
+from ..models.any_model import CatalogueLogitsProcessor
+from ..models.catalogue import Catalogue
+from .training import pad_right, recent_items, train_baseline
+
+_PAD = 0  # also starts the decoder, as in every T5
+_DEAD = -1e6  # transformers' beam search scores beams that left the catalogue near -1e9 or with -inf
+
+
+class TIGER:
+    """An encoder-decoder over tokens [pad | level 1 | ... | level L | users]; `self.model` is a plain T5.
+
+    The encoder reads a user token and the semantic IDs of the last items, the decoder writes L codes. The paper's catalogue:
+    three levels of 256 codes of an RQ-VAE and a level that tells apart items with the same codes (`recipes/prepare.py
+    --quantizer rqvae --collisions extra_level`); any other works as well. Defaults are the paper's sizes.
+    Different: generation is always constrained to the catalogue, by transformers' own beam search and
+    `CatalogueLogitsProcessor` (the paper lets beams leave it and counts them as misses).
+
+    Args:
+        catalogue (`Catalogue`): semantic IDs of all items.
+        num_user_tokens (`int`, defaults to 2000): user u has token `u mod num_user_tokens`; 0: no user token.
+        hidden_size (`int`, defaults to 128): `d_model`.
+        intermediate_size (`int`, defaults to 1024): `d_ff`.
+        num_hidden_layers (`int`, defaults to 4): layers of the encoder, and as many of the decoder.
+        num_attention_heads (`int`, defaults to 6), head_dim (`int`, defaults to 64): of every attention.
+        max_length (`int`, defaults to 20): number of most recent history items the model sees.
+        dropout (`float`, defaults to 0.1): T5's.
+        num_beams (`int`, defaults to 50): K; at least the number of items asked for.
+        seed (`int`, defaults to 0): of the initial weights.
+    """
+
+    def __init__(
+        self,
+        catalogue: Catalogue,
+        *,
+        num_user_tokens: int = 2000,
+        hidden_size: int = 128,
+        intermediate_size: int = 1024,
+        num_hidden_layers: int = 4,
+        num_attention_heads: int = 6,
+        head_dim: int = 64,
+        max_length: int = 20,
+        dropout: float = 0.1,
+        num_beams: int = 50,
+        seed: int = 0,
+    ):
+        config = T5Config(
+            vocab_size=1 + sum(catalogue.codebook_sizes) + num_user_tokens,
+            d_model=hidden_size,
+            d_ff=intermediate_size,
+            d_kv=head_dim,
+            num_layers=num_hidden_layers,
+            num_decoder_layers=num_hidden_layers,
+            num_heads=num_attention_heads,
+            dropout_rate=dropout,
+            pad_token_id=_PAD,
+            decoder_start_token_id=_PAD,
+            eos_token_id=None,
+            num_user_tokens=num_user_tokens,  # ours, as the next: T5 ignores them, `save_pretrained` keeps them
+            max_items=max_length,
+        )
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            self.model = T5ForConditionalGeneration(config).eval()
+        self.training_log: list[dict[str, float]] = []
+        self._set_catalogue(catalogue, num_beams)
+
+    def _set_catalogue(self, catalogue: Catalogue, num_beams: int) -> None:
+        self.catalogue, self.num_beams = catalogue, num_beams
+        self.level_offsets = [1 + sum(catalogue.codebook_sizes[:level]) for level in range(catalogue.num_levels)]
+        self.item_tokens = catalogue.semantic_ids.cpu().long() + torch.tensor(self.level_offsets)  # (N, L)
+
+    @property
+    def num_items(self) -> int:
+        return self.catalogue.num_items
+
+    @property
+    def max_length(self) -> int:
+        return self.model.config.max_items
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Writes `config.json`, `model.safetensors`, `generation_config.json` and `catalogue.safetensors`."""
+        self.model.save_pretrained(folder)
+        self.catalogue.save_pretrained(folder)
+
+    @classmethod
+    def from_pretrained(cls, folder: str | Path, num_beams: int = 50) -> "TIGER":
+        """Reads what `save_pretrained` wrote."""
+        self = cls.__new__(cls)
+        self.model = T5ForConditionalGeneration.from_pretrained(folder).eval()
+        self.training_log = []
+        self._set_catalogue(Catalogue.from_pretrained(folder), num_beams)
+        return self
+
+    def fit(
+        self,
+        histories: Iterable[Sequence[int]],
+        users: Sequence[int] | None = None,
+        *,
+        validate: Callable[["TIGER"], float] | None = None,
+        **training,
+    ) -> "TIGER":
+        """Trains on every item of every history but the first, given the items before it.
+
+        Args:
+            histories (iterable of lists of `int`): item indices in time order, e.g. `dataset["train"]["history"]`.
+            users (sequence of `int`, *optional*): their users, e.g. `dataset["train"]["user"]`; required with user tokens.
+            validate: see `train_baseline`. It generates: a sample of the validation users is enough to choose an epoch.
+            training: `num_epochs`, `batch_size`, `learning_rate`, `patience`, `seed`, ... of `train_baseline`. The paper:
+                batches of 256, 200,000 steps, learning rate .01 that falls with the inverse square root (of Adafactor).
+        """
+        histories = [list(history) for history in histories]
+        if users is None and self.model.config.num_user_tokens:
+            raise ValueError("TIGER has user tokens: pass `users` as well, or set num_user_tokens=0.")
+        users = [0] * len(histories) if users is None else users
+        rows = [
+            {"user": user, "input_ids": history[max(0, end - self.max_length) : end], "target": history[end]}
+            for user, history in zip(users, histories, strict=True)
+            for end in range(1, len(history))
+        ]
+        train_baseline(self, rows, self._collate, self._loss, validate=validate, **training)
+        return self
+
+    @torch.no_grad()
+    def recommend(self, examples: dict[str, list], k: int, exclude_seen: bool = False) -> np.ndarray:
+        """The k best items for each row of `examples` (`user` and `history`), `(B, k)`; -1 where the beams hold fewer."""
+        if k > self.num_beams:
+            raise ValueError(f"k={k} items need num_beams of at least {k}, it is {self.num_beams}.")
+        recent, catalogue = recent_items(examples, self.max_length, "TIGER"), self.catalogue.to(self.model.device)
+        allowed = None
+        if exclude_seen:
+            allowed = torch.ones(len(recent), self.num_items, dtype=torch.bool)
+            for row, history in enumerate(examples["history"]):
+                allowed[row, list(history)] = False
+        codes, scores = self._generate(self._encoder_inputs(examples.get("user"), recent), allowed)
+        leaves = catalogue.leaves_of(codes.flatten(0, 1)).view(scores.shape)  # (B, K)
+        leaves = leaves.masked_fill(scores < _DEAD, -1)
+        return catalogue.items_of(leaves, k, allowed=allowed).cpu().numpy()
+
+    def _generate(self, inputs: dict, allowed: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
+        """Codes (B, K, L) and scores (B, K) of the beams, best first, by transformers' own loop."""
+        beams = max(self.num_beams, 2)  # one beam is greedy search, which returns no scores
+        found = self.model.generate(
+            **inputs,
+            logits_processor=LogitsProcessorList(
+                [CatalogueLogitsProcessor(self.catalogue, self.level_offsets, allowed=allowed)]
+            ),
+            num_beams=beams,
+            num_return_sequences=beams,
+            max_new_tokens=self.catalogue.num_levels,
+            do_sample=False,
+            return_dict_in_generate=True,
+            output_scores=True,
+        )
+        codes = found.sequences[:, 1:] - torch.tensor(self.level_offsets, device=found.sequences.device)
+        codes = codes.view(-1, beams, self.catalogue.num_levels)
+        return codes[:, : self.num_beams], found.sequences_scores.view(-1, beams)[:, : self.num_beams]
+
+    def _encoder_inputs(self, users: Sequence[int] | None, histories: list[list[int]]) -> dict[str, torch.Tensor]:
+        rows = [self.item_tokens[history].flatten() for history in histories]
+        if num_users := self.model.config.num_user_tokens:
+            first = self.model.config.vocab_size - num_users
+            rows = [torch.cat([torch.tensor([first + user % num_users]), row]) for user, row in zip(users, rows)]
+        input_ids = pad_right(rows, _PAD).to(self.model.device)
+        return {"input_ids": input_ids, "attention_mask": (input_ids != _PAD).long()}
+
+    def _collate(self, rows: list[dict]) -> dict[str, torch.Tensor]:
+        inputs = self._encoder_inputs([row["user"] for row in rows], [row["input_ids"] for row in rows])
+        return inputs | {"labels": self.item_tokens[[row["target"] for row in rows]].to(self.model.device)}
+
+    def _loss(self, batch: dict[str, torch.Tensor]) -> tuple[torch.Tensor, int]:
+        logits = self.model(**batch).logits  # (B, L, V)
+        return cross_entropy(logits.flatten(0, 1), batch["labels"].flatten(), reduction="sum"), batch["labels"].numel()
