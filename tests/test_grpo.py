@@ -160,15 +160,16 @@ def test_rollouts_are_what_was_asked_for(tmp_path):
     model, catalogue = trainer.policy, trainer.policy.catalogue
     trainer.context = trainer.collator.context([{"user": 3}, {"user": 0}])
     found = {}
-    for how in ("beam", "sample", "unconstrained"):
+    for how in ("beam", "sample", "tree", "unconstrained"):
         trainer.args.rollout = how
         found[how] = rollout([0] * 2 * G, trainer)
         assert len(found[how]["completion_ids"]) == 2 * G and model.training is trainer.model.training
     wanted = model.generate(**trainer.context, num_beams=G, num_return_sequences=G)[:, 1:]
     assert found["beam"]["completion_ids"] == wanted.tolist()
-    assert len({tuple(ids) for ids in found["beam"]["completion_ids"][:G]}) == G
+    for how in ("beam", "tree"):
+        assert len({tuple(ids) for ids in found[how]["completion_ids"][:G]}) == G
     legal = {how: is_legal(rollouts["completion_ids"], catalogue) for how, rollouts in found.items()}
-    assert legal["beam"].all() and legal["sample"].all() and not legal["unconstrained"].all()
+    assert legal["beam"].all() and legal["sample"].all() and legal["tree"].all() and not legal["unconstrained"].all()
 
 
 def test_a_group_larger_than_the_catalogue_is_refused(tmp_path):
@@ -212,9 +213,18 @@ def test_every_architecture(architecture, tmp_path):
         assert ("expert_load_max" in log) == (trainer.expert_balance is not None)
 
 
-def test_samples_of_sessions_say_why_not(tmp_path):
+@pytest.mark.parametrize("how", ["sample", "tree"])
+def test_sessions_are_sampled(how, tmp_path):
+    trainer = make(tmp_path, architecture="onerec", rollout=how, rows=users(3))
+    trainer.train()
+    assert (
+        trainer.state.log_history[0]["legality"] == 1 and trainer.state.log_history[0]["completions/mean_length"] == 9
+    )
+
+
+def test_unconstrained_sessions_say_why_not(tmp_path):
     with pytest.raises(ValueError, match="num_items=3"):
-        make(tmp_path, architecture="onerec", rollout="sample").train()
+        make(tmp_path, architecture="onerec", rollout="unconstrained").train()
 
 
 def test_session_codes_count_and_bos_does_not(tmp_path):
