@@ -2,10 +2,11 @@
 
     python benchmarks/reinforcement.py --part all --seeds 0 1 2 --output outputs/reinforcement
 
-Each seed is a world of its own with its own supervised model (OneRec-V2 with the papers' softmax within the level). Parts: `legality`
-(unconstrained samples under ECPO, alone and with the format reward on random or on the most probable samples), `gradients` (norms on
-negative advantages under GRPO, ECPO, GBPO), `ab` (feedback arms against the supervised model), `speed`. The rewards of rollouts are
-the world's true probability of a long view: what a perfect reward model would say. Simulated numbers are no results on real data.
+Each seed is a world of its own with its own supervised model (OneRec-V2 with the papers' softmax within the level). Parts:
+`legality` (unconstrained samples under ECPO, alone and with the format reward on random or on the most probable samples),
+`gradients` (norms on negative advantages under GRPO, ECPO, GBPO), `ab` (feedback arms against the supervised model), `speed`. The
+rewards of rollouts are the world's true probability of a long view: what a perfect reward model would say. Simulated numbers are no
+results on real data.
 """
 
 import argparse
@@ -33,7 +34,7 @@ from onerec_hf.rewards import FormatReward, completion_leaves, is_legal
 from onerec_hf.simulator import ShortVideoWorld, serve
 from onerec_hf.trainers import OneRecGRPOConfig, OneRecSFTConfig
 
-USERS, ITEMS = 1000, 1000
+USERS, ITEMS, TEST_USERS = 1000, 1000, 500
 COMMON = {"report_to": "none", "save_strategy": "no", "use_cpu": True, "disable_tqdm": True, "logging_steps": 10}
 RL = COMMON | {"learning_rate": 1e-3, "lr_scheduler_type": "constant", "optim": "adamw_torch"}
 
@@ -98,7 +99,7 @@ def train(
 ) -> dict:
     """One run of recipes/grpo.py; its report."""
     training = OneRecGRPOConfig(output_dir=str(output), seed=seed, **(RL | settings))
-    own = grpo.RLArguments(policy=str(policy), data=str(data), **(arguments or {}))
+    own = grpo.RLArguments(policy=str(policy), data=str(data), test_users=TEST_USERS, **(arguments or {}))
     return grpo.main(own, training, rewards)
 
 

@@ -1,11 +1,11 @@
 """Simulated A/B test: two models serve the same simulated users for some days, their exposures become the next day's logs.
 
-    python recipes/ab_test.py --a outputs/quickstart/onerec-v2-quickstart --b outputs/rl --log outputs/quickstart/impressions.parquet \
+    python recipes/ab_test.py --a outputs/quickstart/onerec-v2-quickstart --b outputs/rl --log impressions.parquet \
         --world '{"num_users": 2000, "num_items": 2000, "seed": 0}' --num_days 7 --seeds 0 1 2 --output outputs/ab
 
-Both meet the same users, visits and random numbers; the interval is over users (bootstrap, each with both of their totals). `--log` is
-the world's log of all impressions. Writes `ab_test.json`, a table, a picture and, with `--keep_logs`, the exposures of both with
-the log-probabilities of their codes, as recipes/grpo.py takes them. Numbers of a simulated world are no results on real users.
+Both meet the same users, visits and random numbers; the interval is over users (bootstrap, each with both of their totals). `--log`
+is the world's log of all impressions. Writes `ab_test.json`, a table, a picture and, with `--keep_logs`, the exposures of both
+with the log-probabilities of their codes, as recipes/grpo.py takes them. A simulated world says nothing about real users.
 """
 
 import argparse

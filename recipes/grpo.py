@@ -52,6 +52,7 @@ class RLArguments:
         default="train", metadata={"help": "Rows of the supervised loss: the split, or the better half of exposures."}
     )
     num_beams: int = 50
+    test_users: int | None = field(default=None, metadata={"help": "Users of the test split to score; default all."})
 
 
 def next_item_rows(train: datasets.Dataset, max_history: int) -> datasets.Dataset:
@@ -136,7 +137,8 @@ def main(args: RLArguments, training: OneRecGRPOConfig, reward_funcs: list | Non
     if trainer.is_world_process_zero():
         output = Path(training.output_dir)
         recommender.save_beside(output)
-        report |= score(recommender.ranker, splits["test"], output, training.seed)
+        test = splits["test"].select(range(min(args.test_users or len(splits["test"]), len(splits["test"]))))
+        report |= score(recommender.ranker, test, output, training.seed)
         report["log"] = trainer.state.log_history
         (output / "metrics.json").write_text(json.dumps(report, indent=2))
         print(json.dumps({name: value for name, value in report.items() if name != "log"}, indent=2))

@@ -2,7 +2,7 @@
 
 The online tests of the OneRec Technical Report (arXiv:2506.13695) and OneRec-V2 (arXiv:2508.20900) in small. How long a session
 lasts is an assumption of this file, calibrated on nothing: a user leaves after a video with a fixed probability, a smaller one
-after a long view. All chance is a function of (seed, user, day, position, video): two recommenders with one seed meet the same users.
+after a long view. All chance is a function of (seed, user, day, position, video), so policies with one seed meet the same users.
 """
 
 from collections.abc import Callable, Sequence
@@ -35,8 +35,8 @@ def serve(
     Serve every user of `history` for some days after the world's log.
 
     Once a day the recommender makes a list for each user from what they watched until the day before (long views); it leaves out
-    what they have seen. The user opens the app with `visit_probability`, sees the list from the top and leaves at some point, at the
-    latest at its end.
+    what they have seen. The user opens the app with `visit_probability`, sees the list from the top and leaves at some point, at
+    the latest at its end.
 
     Args:
         world: With its truth; the recommender never sees it.
