@@ -213,6 +213,22 @@ def test_every_architecture(architecture, tmp_path):
         assert ("expert_load_max" in log) == (trainer.expert_balance is not None)
 
 
+def test_evaluation_generates_and_trains_nothing(tmp_path):
+    settings = {"num_generations_eval": 2, "per_device_eval_batch_size": 4, "eval_strategy": "steps", "eval_steps": 1}
+    trainer = make(tmp_path, trainer={"eval_dataset": users()}, **settings)
+    before = [parameter.detach().clone() for parameter in trainer.policy.parameters()]
+    found = trainer.evaluate()
+    assert found["eval_legality"] == 1 and 0 <= found["eval_hit_rate"] <= 1 and math.isfinite(found["eval_loss"])
+    wanted = []
+    for user in range(USERS):
+        context = trainer.collator.context([{"user": user}])
+        tokens = trainer.policy.generate(**context, num_beams=2, num_return_sequences=2)[:, 1:]
+        wanted += reward(tokens.tolist(), [user] * 2)
+    assert found["eval_reward"] == pytest.approx(sum(wanted) / len(wanted), abs=1e-4)
+    assert all(torch.equal(old, new) for old, new in zip(before, trainer.policy.parameters()))
+    assert not (tmp_path / "README.md").exists()
+
+
 @pytest.mark.parametrize("how", ["sample", "tree"])
 def test_sessions_are_sampled(how, tmp_path):
     trainer = make(tmp_path, architecture="onerec", rollout=how, rows=users(3))
