@@ -160,15 +160,16 @@ def test_rollouts_are_what_was_asked_for(tmp_path):
     model, catalogue = trainer.policy, trainer.policy.catalogue
     trainer.context = trainer.collator.context([{"user": 3}, {"user": 0}])
     found = {}
-    for how in ("beam", "sample", "unconstrained"):
+    for how in ("beam", "sample", "tree", "unconstrained"):
         trainer.args.rollout = how
         found[how] = rollout([0] * 2 * G, trainer)
         assert len(found[how]["completion_ids"]) == 2 * G and model.training is trainer.model.training
     wanted = model.generate(**trainer.context, num_beams=G, num_return_sequences=G)[:, 1:]
     assert found["beam"]["completion_ids"] == wanted.tolist()
-    assert len({tuple(ids) for ids in found["beam"]["completion_ids"][:G]}) == G
+    for how in ("beam", "tree"):
+        assert len({tuple(ids) for ids in found[how]["completion_ids"][:G]}) == G
     legal = {how: is_legal(rollouts["completion_ids"], catalogue) for how, rollouts in found.items()}
-    assert legal["beam"].all() and legal["sample"].all() and not legal["unconstrained"].all()
+    assert legal["beam"].all() and legal["sample"].all() and legal["tree"].all() and not legal["unconstrained"].all()
 
 
 def test_a_group_larger_than_the_catalogue_is_refused(tmp_path):
@@ -212,9 +213,34 @@ def test_every_architecture(architecture, tmp_path):
         assert ("expert_load_max" in log) == (trainer.expert_balance is not None)
 
 
-def test_samples_of_sessions_say_why_not(tmp_path):
+def test_evaluation_generates_and_trains_nothing(tmp_path):
+    settings = {"num_generations_eval": 2, "per_device_eval_batch_size": 4, "eval_strategy": "steps", "eval_steps": 1}
+    trainer = make(tmp_path, trainer={"eval_dataset": users()}, **settings)
+    before = [parameter.detach().clone() for parameter in trainer.policy.parameters()]
+    found = trainer.evaluate()
+    assert found["eval_legality"] == 1 and 0 <= found["eval_hit_rate"] <= 1 and math.isfinite(found["eval_loss"])
+    wanted = []
+    for user in range(USERS):
+        context = trainer.collator.context([{"user": user}])
+        tokens = trainer.policy.generate(**context, num_beams=2, num_return_sequences=2)[:, 1:]
+        wanted += reward(tokens.tolist(), [user] * 2)
+    assert found["eval_reward"] == pytest.approx(sum(wanted) / len(wanted), abs=1e-4)
+    assert all(torch.equal(old, new) for old, new in zip(before, trainer.policy.parameters()))
+    assert not (tmp_path / "README.md").exists()
+
+
+@pytest.mark.parametrize("how", ["sample", "tree"])
+def test_sessions_are_sampled(how, tmp_path):
+    trainer = make(tmp_path, architecture="onerec", rollout=how, rows=users(3))
+    trainer.train()
+    assert (
+        trainer.state.log_history[0]["legality"] == 1 and trainer.state.log_history[0]["completions/mean_length"] == 9
+    )
+
+
+def test_unconstrained_sessions_say_why_not(tmp_path):
     with pytest.raises(ValueError, match="num_items=3"):
-        make(tmp_path, architecture="onerec", rollout="sample").train()
+        make(tmp_path, architecture="onerec", rollout="unconstrained").train()
 
 
 def test_session_codes_count_and_bos_does_not(tmp_path):

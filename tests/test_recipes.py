@@ -145,7 +145,76 @@ def test_prepare_learns_from_the_training_split_alone(quickstart):
     assert catalogue.num_semantic_ids == catalogue.num_items  # next_free leaves no collision
 
 
-@pytest.mark.parametrize("recipe", ["prepare", "sft", "baseline", "quickstart", "recommend"])
+def train_grpo(quickstart, folder, *arguments):
+    import grpo
+    from trl import TrlParser
+
+    from onerec_hf.trainers import OneRecGRPOConfig
+
+    argv = ["--policy", str(quickstart[0] / "onerec-v2-quickstart"), "--data", str(quickstart[0] / "data")]
+    argv += ["--output_dir", str(folder), "--report_to", "none", "--save_strategy", "no", "--logging_steps", "1"]
+    argv += [
+        "--use_cpu",
+        "true",
+        "--sft_weight",
+        "0.5",
+        "--learning_rate",
+        "1e-3",
+        "--sign_norm_steps",
+        "0",
+        *arguments,
+    ]
+    return grpo.main(*TrlParser((grpo.RLArguments, OneRecGRPOConfig)).parse_args_and_config(argv))
+
+
+@pytest.fixture(scope="module")
+def impressions(quickstart, tmp_path_factory):
+    """Every impression of the quickstart's world, which keeps only those that were watched."""
+    from onerec_hf.simulator import ShortVideoWorld
+
+    path = tmp_path_factory.mktemp("impressions") / "impressions.parquet"
+    ShortVideoWorld(num_users=150, num_items=200, seed=0).logs().to_parquet(path)
+    return path
+
+
+WORLD = json.dumps({"num_users": 150, "num_items": 200, "seed": 0})
+COLUMNS = json.dumps({"user_id": "user_id", "item_id": "video_id", "timestamp": "time_ms"})
+
+
+def test_grpo_from_rollouts_leaves_a_repository(quickstart, tmp_path):
+    arguments = ["--rewards", "hit", "format", "--rollout", "sample", "--num_generations", "8"]
+    arguments += ["--per_device_train_batch_size", "32", "--max_steps", "3"]
+    report = train_grpo(quickstart, tmp_path, *arguments)
+    log = report["log"][0]
+    assert log["legality"] == log["rewards/format_reward/mean"] == 1
+    assert (log["rewards/hit_reward/mean"] > 0) == (log["hit_rate"] > 0)
+    assert 0 <= report["test"]["recall@10"] <= 1 and AutoModel.from_pretrained(tmp_path).catalogue.num_items <= 200
+
+
+def test_feedback_of_own_exposures_then_an_ab_test(quickstart, impressions, tmp_path):
+    """A model against itself: every lift is exactly 0. What it logged is its own probability, so the first ratio is 1."""
+    import ab_test
+    import pandas as pd
+
+    policy = str(quickstart[0] / "onerec-v2-quickstart")
+    same = ab_test.main(policy, policy, str(impressions), str(tmp_path / "aa"), WORLD, num_days=3, keep_logs=True)
+    assert all(lift == {"value": 0, "low": 0, "high": 0} for lift in same["lifts"].values())
+    assert {"app_stay_time", "watch_time", "views", "likes", "diversity"} <= set(same["lifts"])
+    assert (tmp_path / "aa" / "ab_test.png").read_bytes()[:4] == b"\x89PNG"
+    own = pd.read_parquet(tmp_path / "aa" / "exposures_control_0.parquet").assign(
+        request_id=lambda log: log.request_id + 10**6
+    )
+    pd.concat([pd.read_parquet(impressions), own]).to_parquet(tmp_path / "both.parquet")
+    logged = ["--exposures", str(tmp_path / "both.parquet"), "--columns", COLUMNS, "--ties", "inclusive"]
+    logged += ["--logged_weight", "1", "--max_steps", "1", "--sft", "rsft", "--logged_batch_size", "64"]
+    logged += ["--start", str(float(own.time_ms.min())), "--loss_type", "grpo"]
+    log = train_grpo(quickstart, tmp_path / "rl", *logged)["log"][0]
+    assert log["weight/positive"] == pytest.approx(1, abs=1e-3) and log["clip_fraction"] == 0
+    other = ab_test.main(policy, str(tmp_path / "rl"), str(impressions), str(tmp_path / "ab"), WORLD, num_days=1)
+    assert any(lift["value"] != 0 for lift in other["lifts"].values())
+
+
+@pytest.mark.parametrize("recipe", ["prepare", "sft", "baseline", "quickstart", "recommend", "grpo", "ab_test"])
 def test_help(recipe):
     result = subprocess.run(
         [sys.executable, f"recipes/{recipe}.py", "--help"], capture_output=True, text=True, cwd=ROOT

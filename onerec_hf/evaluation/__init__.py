@@ -1,7 +1,18 @@
 """Metrics and `evaluate()`: the same call for our models and for every baseline."""
 
+from .bootstrap import Lift, bootstrap_lift
 from .classification import auc, calibration, gauc
 from .evaluate import EvaluationResult, Recommender, evaluate
 from .metrics import paired_bootstrap
 
-__all__ = ["EvaluationResult", "Recommender", "auc", "calibration", "evaluate", "gauc", "paired_bootstrap"]
+__all__ = [
+    "EvaluationResult",
+    "Lift",
+    "Recommender",
+    "auc",
+    "bootstrap_lift",
+    "calibration",
+    "evaluate",
+    "gauc",
+    "paired_bootstrap",
+]

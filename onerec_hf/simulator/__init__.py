@@ -3,6 +3,7 @@
 Simulated metrics are never results on real data.
 """
 
+from .serving import serve, user_totals
 from .world import ShortVideoWorld
 
-__all__ = ["ShortVideoWorld"]
+__all__ = ["ShortVideoWorld", "serve", "user_totals"]

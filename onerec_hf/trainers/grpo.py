@@ -70,6 +70,8 @@ class OneRecGRPOTrainer(GRPOTrainer):
         sft_dataset: datasets.Dataset | None = None,
         **kwargs,
     ):
+        if args is None:
+            raise ValueError("args is missing: give an OneRecGRPOConfig.")
         for name, weight, rows in (
             ("logged_dataset", args.logged_weight, logged_dataset),
             ("sft_dataset", args.sft_weight, sft_dataset),
@@ -143,6 +145,9 @@ class OneRecGRPOTrainer(GRPOTrainer):
         if self.expert_balance is not None and "loss" in logs:
             logs |= self.expert_balance.logs()
         super().log(logs, *args, **kwargs)
+
+    def create_model_card(self, *args, **kwargs) -> None:
+        """Nothing: TRL's card tells how to chat with the model. `hub.model_card` makes ours."""
 
     # ---- rollouts ------------------------------------------------------------------------------------------------------
 

@@ -1,0 +1,261 @@
+"""Reinforcement learning in a simulated world: legality, gradient norms, a simulated A/B test, time per step.
+
+    python benchmarks/reinforcement.py --part all --seeds 0 1 2 --output outputs/reinforcement
+
+Each seed is a world of its own with its own supervised model (OneRec-V2 with the papers' softmax within the level). Parts:
+`legality` (unconstrained samples under ECPO, alone and with the format reward on random or on the most probable samples),
+`gradients` (norms on negative advantages under GRPO, ECPO, GBPO), `ab` (feedback arms against the supervised model), `speed`. The
+rewards of rollouts are the world's true probability of a long view: what a perfect reward model would say. Simulated numbers are no
+results on real data.
+"""
+
+import argparse
+import json
+import logging as python_logging
+import sys
+from pathlib import Path
+
+import datasets
+import numpy as np
+import pandas as pd
+import torch
+from transformers.utils import logging
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "recipes"))
+
+import ab_test
+import grpo
+import prepare
+import quickstart
+import sft
+
+from onerec_hf.recommender import Recommender
+from onerec_hf.rewards import FormatReward, completion_leaves, is_legal
+from onerec_hf.simulator import ShortVideoWorld, serve
+from onerec_hf.trainers import OneRecGRPOConfig, OneRecSFTConfig
+
+USERS, ITEMS, TEST_USERS = 1000, 1000, 400
+COMMON = {"report_to": "none", "save_strategy": "no", "use_cpu": True, "disable_tqdm": True, "logging_steps": 10}
+RL = COMMON | {"learning_rate": 1e-3, "lr_scheduler_type": "constant", "optim": "adamw_torch"}
+
+
+def supervised(output: Path, seed: int) -> tuple[ShortVideoWorld, Path, Path]:
+    """The world, its prepared folder and a supervised model, made once."""
+    world = ShortVideoWorld(num_users=USERS, num_items=ITEMS, seed=seed)
+    data, policy = output / "data", output / "sft"
+    if (policy / "metrics.json").exists():
+        return world, data, policy
+    output.mkdir(parents=True, exist_ok=True)
+    log = world.logs()
+    log.to_parquet(output / "impressions.parquet")
+    log[log.long_view == 1].to_parquet(output / "log.parquet")
+    world.items.to_parquet(output / "videos.parquet")
+    arguments = prepare.PrepareArguments(
+        source=str(output / "log.parquet"),
+        items=str(output / "videos.parquet"),
+        columns={"user_id": "user_id", "item_id": "video_id", "timestamp": "time_ms"},
+        output=str(data),
+        collaborative_dim=64,
+        codebook_size=32,
+        seed=seed,
+    )
+    np.save(output / "content.npy", world.content_embeddings[prepare.load(arguments).item_ids])
+    arguments.embeddings = str(output / "content.npy")
+    prepare.main(arguments)
+    training = OneRecSFTConfig(
+        output_dir=str(policy),
+        num_train_epochs=30,
+        per_device_train_batch_size=64,
+        learning_rate=3e-3,
+        lr_scheduler_type="cosine",
+        warmup_steps=50,
+        weight_decay=0.1,
+        seed=seed,
+        **COMMON,
+    )
+    model = quickstart.MODEL | {"score_normalization": "level"}
+    sft.main(sft.ModelArguments(data=str(data), model=model, metadata=["title"]), training)
+    return world, data, policy
+
+
+def true_reward(world: ShortVideoWorld, data: Path, catalogue):
+    """P(long view) of each legal candidate for its own user at the time of its context's last event; None for an illegal one."""
+    users = np.asarray(datasets.Dataset.from_parquet(str(data / "users.parquet"))["user_id"])
+
+    def true_long_view(completion_ids, user, timestamp, **columns):
+        leaves, owner = completion_leaves(completion_ids, catalogue)
+        leaf = torch.full((len(completion_ids),), -1).scatter_(0, owner, leaves)
+        legal = (leaf >= 0).numpy()
+        items = catalogue.items_of(leaf.clamp(min=0).unsqueeze(1), 1)[:, 0].numpy()
+        time_ms = np.array([own[-1] for own in timestamp])
+        found = world.expected_feedback(users[np.asarray(user)], catalogue.item_ids[items], time_ms)["long_view"]
+        return [float(value) if good else None for value, good in zip(found, legal)]
+
+    return true_long_view
+
+
+def train(
+    output: Path, data: Path, policy: Path, rewards: list, seed: int, arguments: dict | None = None, **settings
+) -> dict:
+    """One run of recipes/grpo.py; its report."""
+    training = OneRecGRPOConfig(output_dir=str(output), seed=seed, **(RL | settings))
+    own = grpo.RLArguments(policy=str(policy), data=str(data), test_users=TEST_USERS, **(arguments or {}))
+    return grpo.main(own, training, rewards)
+
+
+def sampled_legality(policy: Path, data: Path, seed: int, samples: int = 64) -> float:
+    """Share of unconstrained samples that are items, over 200 test users."""
+    ranker = Recommender.from_pretrained(policy).ranker
+    torch.manual_seed(seed)
+    rows = datasets.load_from_disk(str(data / "splits"))["test"].select(range(200))
+    context = ranker.collator.context(list(rows))
+    tokens = ranker.model.generate(**context, constrained=False, do_sample=True, top_k=0, num_return_sequences=samples)
+    return is_legal(tokens[:, 1:].tolist(), ranker.model.catalogue).float().mean().item()
+
+
+def legality(output: Path, seed: int, steps: int = 200) -> dict:
+    world, data, policy = supervised(output, seed)
+    model = Recommender.from_pretrained(policy).model
+    group = 64
+    reward = true_reward(world, data, model.catalogue)
+    report = {"sft": {"sampled_legality": sampled_legality(policy, data, seed)}}
+    settings = {"rollout": "unconstrained", "num_generations": group, "per_device_train_batch_size": 4 * group}
+    for name, selection in (("ecpo", None), ("ecpo + format, random K", "random"), ("ecpo + format, top K", "top")):
+        rewards = [reward] + ([FormatReward(model.catalogue, group, 5, selection)] if selection else [])
+        folder = output / "legality" / name.replace(" ", "_")
+        found = train(folder, data, policy, rewards, seed, max_steps=steps, **settings)
+        report[name] = {"sampled_legality": sampled_legality(folder, data, seed)}
+        report[name] |= {key: found["test"][key] for key in ("recall@10", "ndcg@10")}
+        report[name]["curve"] = [
+            (log["step"], log["legality"], log["reward"]) for log in found["log"] if "legality" in log
+        ]
+    return report
+
+
+def gradients(output: Path, seed: int, steps: int = 100) -> dict:
+    """Constrained samples, four steps of training per rollout, so that ratios leave 1."""
+    world, data, policy = supervised(output, seed)
+    model, group, report = Recommender.from_pretrained(policy).model, 16, {}
+    reward = true_reward(world, data, model.catalogue)
+
+    def centred(**columns):
+        """-1 to 1 around the group's mean, for GBPO, which does not normalise; GRPO and ECPO get the same advantages."""
+        rewards = torch.tensor(reward(**columns)).view(-1, group)
+        rewards = (rewards - rewards.mean(1, keepdim=True)) / rewards.std(1, correction=0, keepdim=True).clamp(
+            min=1e-6
+        )
+        return rewards.flatten().tolist()
+
+    for loss_type in ("grpo", "ecpo", "gbpo"):
+        found = train(
+            output / "gradients" / loss_type,
+            data,
+            policy,
+            [centred],
+            seed,
+            loss_type=loss_type,
+            rollout="sample",
+            num_generations=group,
+            per_device_train_batch_size=8 * group,
+            steps_per_generation=4,
+            unnormalized_rewards=["centred"],
+            sign_norm_steps=2,
+            max_steps=steps,
+        )
+        keys = (
+            "grad_norm/negative",
+            "grad_norm/positive",
+            "weight/negative",
+            "weight/positive",
+            "entropy/level_1",
+            "reward",
+        )
+        report[loss_type] = {
+            "curve": [[log["step"], *(log.get(key) for key in keys)] for log in found["log"] if "reward" in log]
+        }
+        report[loss_type] |= {"keys": ["step", *keys], "recall@10": found["test"]["recall@10"]}
+    return report
+
+
+def ab(output: Path, seed: int, steps: int = 200) -> dict:
+    """Feedback of the logging pipeline, of the model's own exposures with their probabilities, of both; joint with SFT."""
+    world, data, policy = supervised(output, seed)
+    log = pd.read_parquet(output / "impressions.parquet")
+    users = np.unique(log.user_id[log.long_view == 1]).tolist()
+    own_log = output / "own_exposures.parquet"
+    if not own_log.exists():  # two weeks of the model's exposures, in front of the test and with other random numbers
+        server = ab_test.Server(Recommender.from_pretrained(policy).ranker, users)
+        shown = serve(world, server, log[log.user_id.isin(users)], num_days=14, seed=100 + seed)
+        pd.concat([log, shown.assign(request_id=shown.request_id + 10**9)]).to_parquet(own_log)
+    end = float(world.start_time_ms + world.num_days * 86_400_000)
+    columns = {"user_id": "user_id", "item_id": "video_id", "timestamp": "time_ms"}
+    arms = {"sft, as long again": (output / "impressions.parquet", None, {"rl_weight": 0.0})}
+    arms["gbpo, feedback without own samples"] = (output / "impressions.parquet", None, {})
+    arms["gbpo, feedback of own samples"] = (own_log, end, {})
+    report = {}
+    for name, (path, start, settings) in arms.items():
+        folder = output / "ab" / name.replace(" ", "_").replace(",", "")
+        arguments = {"exposures": str(path), "columns": columns, "start": start, "ties": "inclusive"}
+        settings = {"loss_type": "gbpo", "logged_weight": 1.0, "logged_batch_size": 64, "sft_weight": 1.0} | settings
+        found = train(
+            folder,
+            data,
+            policy,
+            None,
+            seed,
+            arguments,
+            sft_batch_size=64,
+            max_steps=steps,
+            learning_rate=3e-4,
+            **settings,
+        )
+        test = ab_test.main(
+            str(policy),
+            str(folder),
+            str(output / "impressions.parquet"),
+            str(folder / "ab"),
+            json.dumps({"num_users": USERS, "num_items": ITEMS, "seed": seed}),
+            num_days=5,
+            seeds=[seed],
+        )
+        report[name] = {"lifts": test["lifts"], "test": found["test"]}
+    report["sft"] = {"test": json.loads((policy / "metrics.json").read_text())["test"]}
+    return report
+
+
+def speed(output: Path, seed: int, steps: int = 8) -> dict:
+    """Seconds per step and the share of rollouts in it, 8 users per step."""
+    world, data, policy = supervised(output, seed)
+    model, report = Recommender.from_pretrained(policy).model, {}
+    reward = true_reward(world, data, model.catalogue)
+    cases = [("beam", 32), ("beam", 128), ("beam", 512), ("sample", 128), ("tree", 128), ("unconstrained", 128)]
+    for rollout, group in cases:
+        settings = {"num_generations": group, "per_device_train_batch_size": 8 * group, "rollout": rollout}
+        settings |= {"max_steps": steps, "logging_steps": 1, "sign_norm_steps": 0}
+        found = train(output / "speed", data, policy, [reward], seed, **settings)
+        logs = [log for log in found["log"] if "step_time" in log][2:]
+        step, rolled = (float(np.median([log[key] for log in logs])) for key in ("step_time", "rollout_seconds"))
+        report[f"{rollout}, G={group}"] = {"step": step, "rollouts": rolled / step}
+    return report
+
+
+def main(part: str, seeds: list[int], output: Path) -> None:
+    parts = {"legality": legality, "gradients": gradients, "ab": ab, "speed": speed}
+    for name in parts if part == "all" else [part]:
+        for seed in seeds:
+            report = parts[name](output / f"seed{seed}", seed)
+            path = output / f"{name}_{seed}.json"
+            path.write_text(json.dumps(report, indent=2))
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--part", choices=["all", "legality", "gradients", "ab", "speed"], default="all")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0])
+    parser.add_argument("--output", type=Path, default=Path("outputs/reinforcement"))
+    torch.set_num_threads(1)
+    logging.set_verbosity_error()
+    python_logging.getLogger("trl").setLevel(
+        python_logging.ERROR
+    )  # illegal samples have no reward: said for every batch
+    main(**vars(parser.parse_args()))

@@ -1,0 +1,149 @@
+"""Reinforcement learning of a trained model by GRPO, ECPO or GBPO, from rollouts, from logged feedback, or from both.
+
+    accelerate launch recipes/grpo.py --policy outputs/mymodel --data outputs/mydata --rewards hit format --rollout sample \
+        --num_generations 16 --per_device_train_batch_size 64 --sft_weight 1 --output_dir outputs/mymodel_ecpo
+    accelerate launch recipes/grpo.py --policy outputs/mymodel --data outputs/mydata --exposures impressions.parquet \
+        --loss_type gbpo --logged_weight 1 --sft_weight 1 --max_steps 500 --output_dir outputs/mymodel_gbpo
+
+`impressions.parquet` holds **every** impression with play time, duration, dislike and what counts as watched; columns
+`log_prob_1` to `log_prob_L`, if any, are the log-probabilities of the codes at exposure (null or above 0: not known). Every field
+of `OneRecGRPOConfig` works on the command line and in a YAML file. Writes a repository as `recipes/sft.py` does. Other rewards (a
+reward model): `main(args, training, reward_funcs=[...])` from Python.
+"""
+
+import json
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+import datasets
+import numpy as np
+import pandas as pd
+from model_arguments import mapping, training_rows
+from sft import score
+from transformers import AutoTokenizer, set_seed
+from trl import TrlParser
+
+from onerec_hf.data import load_interactions, target_rows
+from onerec_hf.recommender import Recommender
+from onerec_hf.rewards import FormatReward, HitReward
+from onerec_hf.trainers import OneRecGRPOConfig, OneRecGRPOTrainer, feedback_exposures, rejection_sample
+
+
+@dataclass
+class RLArguments:
+    policy: str = field(metadata={"help": "Folder of the trained model: the start, and the reference of a KL term."})
+    data: str = field(metadata={"help": "Folder that recipes/prepare.py wrote."})
+    rewards: list[str] = field(
+        default_factory=lambda: ["hit"],
+        metadata={"help": "hit (a true target), format (legality of K random samples), format_top (of the K best)."},
+    )
+    format_samples: int = field(default=5, metadata={"help": "K of the format reward."})
+    exposures: str | None = field(default=None, metadata={"help": "Table of all impressions, for logged feedback."})
+    columns: str = field(default="{}", metadata={"help": "Our names to yours in it, for user_id, item_id, timestamp."})
+    watched: str = field(
+        default='{"long_view": 1}', metadata={"help": "What fills histories: columns and thresholds."}
+    )
+    request: str | None = field(default="request_id", metadata={"help": "Impressions of a request share a context."})
+    start: float | None = field(default=None, metadata={"help": "Train on impressions from this time on."})
+    ties: Literal["strict", "inclusive"] = field(default="strict", metadata={"help": "At the top quartile's edge."})
+    sft: Literal["train", "rsft"] = field(
+        default="train", metadata={"help": "Rows of the supervised loss: the split, or the better half of exposures."}
+    )
+    num_beams: int = 50
+    test_users: int | None = field(default=None, metadata={"help": "Users of the test split to score; default all."})
+
+
+def next_item_rows(train: datasets.Dataset, max_history: int) -> datasets.Dataset:
+    """A row per user and next item; rows of sessions are such rows already."""
+    return train if "targets" in train.column_names else target_rows(train, max_history)
+
+
+def load_exposures(args: RLArguments, catalogue, max_history: int) -> datasets.Dataset:
+    """Requests with duration-aware advantages."""
+    table = pd.read_parquet(args.exposures)
+    watched, levels = mapping(args.watched), catalogue.num_levels
+    names = [f"log_prob_{level + 1}" for level in range(levels) if f"log_prob_{level + 1}" in table]
+    table[names] = table[names].fillna(1.0)
+    kept = [
+        *dict.fromkeys([*watched, "play_time_ms", "duration_ms", "is_hate", *([args.request] if args.request else [])])
+    ]
+    log = load_interactions(table, columns=mapping(args.columns), feedback=[*kept, *names])
+    log_probs = None
+    if names:
+        log_probs = np.stack([log.feedback.pop(name) for name in names], axis=1)
+        log_probs = np.where(log_probs > 0, np.nan, log_probs)
+    users = datasets.Dataset.from_parquet(str(Path(args.data) / "users.parquet"))["user_id"]
+    new = np.setdiff1d(log.user_ids, users)
+    return feedback_exposures(
+        log,
+        catalogue,
+        positive=watched,
+        request=args.request,
+        start=args.start,
+        log_probs=log_probs,
+        user_ids=[*users, *new.tolist()],
+        max_history=max_history,
+        ties=args.ties,
+    )
+
+
+def make_rewards(args: RLArguments, catalogue, token_ids: np.ndarray, num_generations: int) -> list:
+    """The reward functions that were named."""
+    hit = HitReward("targets")
+
+    def hit_reward(targets, completion_ids, **columns):
+        own = [token_ids[list(items)].tolist() for items in targets]
+        return hit(completion_ids=completion_ids, targets=own)
+
+    known = {"hit": lambda: hit_reward}
+    for name, selection in (("format", "random"), ("format_top", "top")):
+        known[name] = lambda how=selection: FormatReward(catalogue, num_generations, args.format_samples, how)
+    if unknown := [name for name in args.rewards if name not in known]:
+        raise ValueError(f"rewards={unknown}: allowed are {sorted(known)}.")
+    return [known[name]() for name in args.rewards]
+
+
+def main(args: RLArguments, training: OneRecGRPOConfig, reward_funcs: list | None = None) -> dict:
+    """Runs the recipe; returns what it writes to `metrics.json`."""
+    set_seed(training.seed)
+    recommender = Recommender.from_pretrained(args.policy, args.num_beams)
+    model, collator, catalogue = recommender.model, recommender.ranker.collator, recommender.model.catalogue
+    splits = datasets.load_from_disk(str(Path(args.data) / "splits"))
+    max_history = getattr(collator, "max_history", 50)
+    exposures = load_exposures(args, catalogue, max_history) if args.exposures else None
+    supervised = None
+    if training.sft_weight > 0:
+        rsft = args.sft == "rsft"
+        supervised = rejection_sample(exposures) if rsft else training_rows(splits["train"], model.config, max_history)
+    logged = exposures.filter(lambda row: any(row["advantage"])) if training.logged_weight > 0 and exposures else None
+    if reward_funcs is None and training.logged_weight < 1:
+        reward_funcs = make_rewards(args, catalogue, collator.item_token_ids, training.num_generations)
+    trainer = OneRecGRPOTrainer(
+        model,
+        reward_funcs,
+        training,
+        next_item_rows(splits["train"], max_history),
+        processing_class=AutoTokenizer.from_pretrained(args.policy),
+        data_collator=collator,
+        logged_dataset=logged,
+        sft_dataset=supervised,
+    )
+    start = time.perf_counter()
+    trainer.train(resume_from_checkpoint=training.resume_from_checkpoint)
+    report = {"train_seconds": time.perf_counter() - start}
+    trainer.save_model()
+    if trainer.is_world_process_zero():
+        output = Path(training.output_dir)
+        recommender.save_beside(output)
+        test = splits["test"].select(range(min(args.test_users or len(splits["test"]), len(splits["test"]))))
+        report |= score(recommender.ranker, test, output, training.seed)
+        report["log"] = trainer.state.log_history
+        (output / "metrics.json").write_text(json.dumps(report, indent=2))
+        print(json.dumps({name: value for name, value in report.items() if name != "log"}, indent=2))
+    return report
+
+
+if __name__ == "__main__":
+    main(*TrlParser((RLArguments, OneRecGRPOConfig)).parse_args_and_config())
