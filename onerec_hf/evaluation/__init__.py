@@ -1,7 +1,16 @@
 """Metrics and `evaluate()`: the same call for our models and for every baseline."""
 
-from .classification import auc, calibration, gauc
+from .classification import auc, calibration, feedback_report, gauc
 from .evaluate import EvaluationResult, Recommender, evaluate
 from .metrics import paired_bootstrap
 
-__all__ = ["EvaluationResult", "Recommender", "auc", "calibration", "evaluate", "gauc", "paired_bootstrap"]
+__all__ = [
+    "EvaluationResult",
+    "Recommender",
+    "auc",
+    "calibration",
+    "evaluate",
+    "feedback_report",
+    "gauc",
+    "paired_bootstrap",
+]
