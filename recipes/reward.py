@@ -69,9 +69,8 @@ def rate_numbers(args, train: datasets.Dataset, items: dict, boundaries: np.ndar
     names = [name for name in train.column_names if name.startswith("target_")]
     feedback = {name.removeprefix("target_"): flat(train, name) for name in names}
     labels = event_labels(feedback, args.targets, watch_cap_ms=args.watch_cap_ms)
-    num_items, num_users = (
-        len(datasets.Dataset.from_parquet(str(Path(args.data) / name))) for name in ("items.parquet", "users.parquet")
-    )
+    tables = (str(Path(args.data) / name) for name in ("items.parquet", "users.parquet"))
+    num_items, num_users = (len(datasets.Dataset.from_parquet(table)) for table in tables)
     numbers = {}, {}
     for key in args.rates:
         group = {"item": np.arange(num_items), "user": np.arange(num_users), **items}[key]
@@ -92,19 +91,18 @@ def make_collator(args: RewardArguments, tokenizer, splits: datasets.DatasetDict
     users = table_features(args, "users.parquet", args.user_categories, args.user_quantiles)
     item_numbers, user_numbers = rate_numbers(args, splits["train"], items, boundaries)
     events, requests = (
-        {name: EventFeature(*feature) for name, feature in (json.loads(v) if isinstance(v, str) else v).items()}
-        for v in (args.event_features, args.request_features)
+        json.loads(v) if isinstance(v, str) else v for v in (args.event_features, args.request_features)
     )
     return RewardCollator(
         tokenizer.encode_semantic_ids(tokenizer.catalogue.semantic_ids),
         args.max_history,
-        event_features=events,
+        event_features={name: EventFeature(*feature) for name, feature in events.items()},
         item_features={name: items[name] for name in args.context_item_features},
         user_features=users,
         targets=args.targets,
         session_wise=False,
         candidate_features=items | {"item_id": np.arange(tokenizer.catalogue.num_items) + 1},
-        request_features=requests,
+        request_features={name: EventFeature(*feature) for name, feature in requests.items()},
         boundaries=boundaries,
         item_numbers=item_numbers,
         user_numbers=user_numbers,
@@ -145,7 +143,9 @@ def main(args: RewardArguments, training: TrainingArguments) -> dict:
         item_numbers=collator.item_number_names,
         **(json.loads(args.model) if isinstance(args.model, str) else args.model),
     )
-    splits = splits.with_format("numpy")
+    names, read = splits["train"].column_names, {"timestamp", *collator.event_features}
+    unread = [name for name in names if f"target_{name}" in names and name not in read]
+    splits = splits.remove_columns(unread).with_format("numpy")
     begin = collator.boundaries[args.warm_up - 1] if args.warm_up else -np.inf
     trainer = Trainer(
         OneRecPScoreModel(config),
