@@ -33,6 +33,9 @@ class PrepareArguments:
     source: str = field(metadata={"help": "parquet, CSV or JSONL file, folder of a public layout, or Hub data set."})
     output: str = field(metadata={"help": "Folder to write."})
     layout: Literal["logs", "amazon", "kuairand", "kuairand_like_hate"] = "logs"
+    shown_before: bool = field(
+        default=False, metadata={"help": "kuairand: put what users were shown before the log into their histories."}
+    )
     columns: str = field(default="{}", metadata={"help": "Our names to yours, for user_id, item_id, timestamp."})
     feedback: list[str] = field(
         default_factory=list, metadata={"help": "Event columns to keep (play_time_ms, is_like)."}
@@ -75,7 +78,8 @@ def load(args: PrepareArguments) -> logs.Interactions:
             "kuairand": logs.load_kuairand,
             "kuairand_like_hate": logs.load_kuairand_like_hate,
         }
-        interactions = loaders[args.layout](args.source)
+        settings = {"history": True} if args.shown_before else {}
+        interactions = loaders[args.layout](args.source, **settings)
     return logs.k_core(interactions, args.k_core) if args.k_core > 1 else interactions
 
 

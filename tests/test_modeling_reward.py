@@ -16,9 +16,15 @@ from onerec_hf import OneRecPScoreConfig, OneRecPScoreModel, OneRecSessionReward
 
 SIZES = [8, 8, 8]
 TARGETS = ["swt", "ltr"]
-FEATURES = {"context_features": {"play": 5, "like": 3}, "user_features": {"age": 4}, "item_features": {"hour": 6}}
+FEATURES = {
+    "context_features": {"play": 5, "like": 3},
+    "user_features": {"age": 4},
+    "item_features": {"hour": 6},
+    "item_numbers": ["rate", "count"],
+}
 MODELS = [(OneRecSessionRewardConfig, OneRecSessionRewardModel), (OneRecPScoreConfig, OneRecPScoreModel)]
 SESSION, P_SCORE = MODELS
+ITEM = ("item_ids", "item_features", "item_numbers")
 
 
 def tiny(config_class, model_class, **overrides):
@@ -28,7 +34,7 @@ def tiny(config_class, model_class, **overrides):
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if "norm" not in name:
-                parameter.copy_(0.4 * torch.randn(parameter.shape, generator=generator))
+                parameter.copy_(0.25 * torch.randn(parameter.shape, generator=generator))
     return model
 
 
@@ -45,6 +51,7 @@ def inputs(batch=3, length=6, candidates=4, seed=1):
     return {
         "item_ids": tokens((batch, candidates), generator),
         "item_features": torch.randint(6, (batch, candidates, 1), generator=generator),
+        "item_numbers": torch.randn(batch, candidates, 2, generator=generator),
         "context_ids": tokens((batch, length), generator) * mask.unsqueeze(2),
         "context_mask": mask,
         "context_features": torch.randint(3, (batch, length, 2), generator=generator) * mask.unsqueeze(2),
@@ -66,14 +73,12 @@ def test_every_input_counts_and_padding_does_not(pair):
     model, batch = tiny(*pair), inputs()
     rewards = model(**batch).rewards
     assert rewards.shape == ((3,) if pair is SESSION else (3, 4)) and rewards.isfinite().all()
-    for name in ("context_ids", "context_features", "user_features", "item_ids", "item_features"):
-        changed = dict(batch, **{name: batch[name].clone()})
-        changed[name].view(3, -1)[0, 0] = changed[name].view(3, -1)[0, 0] % 3 + (5 if name.endswith("ids") else 0)
-        if name.endswith("features"):
-            changed[name].view(3, -1)[0, 0] = (batch[name].view(3, -1)[0, 0] + 1) % 3
-        if name == "item_ids":
-            changed[name][0, 0, 0] = (batch[name][0, 0, 0] - 4 + 1) % 8 + 4
-        assert (model(**changed).rewards - rewards)[0].abs().max() > 1e-5, name
+    change = {"ids": lambda x: (x + 1) % 8 + 4, "features": lambda x: (x + 1) % 3, "numbers": lambda x: x + 1}
+    for name in ("context_ids", "context_features", "user_features", *ITEM):
+        changed = batch | {name: batch[name].clone()}
+        first = changed[name][0].view(-1)[:1]  # of the first user
+        first.copy_(change[name.split("_")[1]](first))
+        assert (model(**changed).rewards - rewards)[0].abs().max() > 1e-6, name
         same(model(**changed).rewards[1:], rewards[1:])  # other users are not touched
     filler = dict(batch, context_ids=torch.where(batch["context_mask"].unsqueeze(2), batch["context_ids"], 5))
     same(model(**filler).rewards, rewards)
@@ -84,12 +89,12 @@ def test_every_input_counts_and_padding_does_not(pair):
 def test_rows_of_a_user_share_the_context(pair):
     model, batch = tiny(*pair), inputs()
     many = inputs(batch=6, seed=2)
-    shared = dict(batch, item_ids=many["item_ids"], item_features=many["item_features"])
+    shared = batch | {name: many[name] for name in ITEM}
     repeated = {name: value.repeat_interleave(2, 0) for name, value in batch.items()}
-    repeated |= {name: many[name] for name in ("item_ids", "item_features")}
+    repeated |= {name: many[name] for name in ITEM}
     same(model(**shared).rewards, model(**repeated).rewards)
     with pytest.raises(ValueError, match="5 rows of item_ids cannot share 3 contexts"):
-        model(**{**shared, "item_ids": many["item_ids"][:5], "item_features": many["item_features"][:5]})
+        model(**shared | {name: many[name][:5] for name in ITEM})
 
 
 @torch.no_grad()
@@ -97,7 +102,7 @@ def test_p_score_judges_every_candidate_alone():
     model, batch = tiny(*P_SCORE), inputs()
     together = model(**batch)
     for i in range(4):
-        alone = model(**dict(batch, **{name: batch[name][:, i : i + 1] for name in ("item_ids", "item_features")}))
+        alone = model(**dict(batch, **{name: batch[name][:, i : i + 1] for name in ITEM}))
         same(alone.rewards[:, 0], together.rewards[:, i])
         same(alone.logits[:, 0], together.logits[:, i])
 
@@ -111,7 +116,7 @@ def test_p_score_sees_the_behaviours_before_each_candidate_only():
     for user in range(3):
         for i in range(4):
             cut = {name: value[user : user + 1] for name, value in batch.items()}
-            cut |= {name: cut[name][:, i : i + 1] for name in ("item_ids", "item_features")}
+            cut |= {name: cut[name][:, i : i + 1] for name in ITEM}
             cut["context_mask"] = cut["context_mask"] & (torch.arange(6) < positions[user, i])
             same(model(**cut).rewards[0, 0], together[user, i])
     right = {name: value.roll(3, 1) if name.startswith("context") else value for name, value in batch.items()}
@@ -123,10 +128,10 @@ def test_a_session_is_more_than_its_items():
     model, batch = tiny(*SESSION), inputs()
     rewards = model(**batch).logits
     order = torch.tensor([2, 0, 3, 1])
-    shuffled = dict(batch, **{name: batch[name][:, order] for name in ("item_ids", "item_features")})
+    shuffled = dict(batch, **{name: batch[name][:, order] for name in ITEM})
     same(model(**shuffled).logits, rewards)  # a sum over items that attend to each other knows no order
     # padding items have no part in the sum nor in the attention
-    padded = {name: torch.cat([batch[name], batch[name][:, :2]], 1) for name in ("item_ids", "item_features")}
+    padded = {name: torch.cat([batch[name], batch[name][:, :2]], 1) for name in ITEM}
     mask = torch.tensor([[True] * 4 + [False] * 2] * 3)
     same(model(**(batch | padded), item_mask=mask).logits, rewards)
     differ(model(**(batch | padded)).logits, rewards)
@@ -135,7 +140,7 @@ def test_a_session_is_more_than_its_items():
     hook = model.towers[0].hidden.register_forward_pre_hook(lambda module, args: states.append(args[0]))
     model(**batch)
     for part in (slice(0, 2), slice(2, 4)):
-        model(**dict(batch, **{name: batch[name][:, part] for name in ("item_ids", "item_features")}))
+        model(**dict(batch, **{name: batch[name][:, part] for name in ITEM}))
     hook.remove()
     differ(states[0], states[1] + states[2])
     with pytest.raises(ValueError, match="a session without items"):
@@ -274,6 +279,8 @@ def test_what_does_not_fit_is_named():
         model(**dict(batch, item_ids=batch["item_ids"][..., :2]))
     with pytest.raises(ValueError, match="item_features holds 0 features"):
         model(**dict(batch, item_features=None))
+    with pytest.raises(ValueError, match=r"one column for each of \['count', 'rate'\]"):
+        model(**dict(batch, item_numbers=None))
 
 
 def test_defaults_are_the_papers_targets():

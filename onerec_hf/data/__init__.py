@@ -13,8 +13,10 @@ from .features import EventFeature, category_codes, reaches
 from .interactions import Interactions, load_interactions
 from .labels import event_labels, session_labels
 from .lifelong import compress_lifelong, hierarchical_kmeans
+from .past_rates import past_rates, period_of, quantile_codes
 from .pathways import PathwayCollator
 from .public_datasets import load_amazon, load_kuairand, load_kuairand_like_hate
+from .reward_collator import RewardCollator
 from .saved import load_collator, save_collator
 from .session_splits import session_splits, training_events
 from .sessions import SessionConfig, session_criteria, session_index
@@ -25,6 +27,7 @@ __all__ = [
     "Interactions",
     "OneRecCollator",
     "PathwayCollator",
+    "RewardCollator",
     "SessionCollator",
     "SessionConfig",
     "category_codes",
@@ -44,6 +47,9 @@ __all__ = [
     "load_interactions",
     "load_kuairand",
     "load_kuairand_like_hate",
+    "past_rates",
+    "period_of",
+    "quantile_codes",
     "reaches",
     "save_collator",
     "session_criteria",

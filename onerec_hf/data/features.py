@@ -16,11 +16,12 @@ class EventFeature(NamedTuple):
 
     Args:
         kind: `"category"`: small whole numbers, value v becomes v + 1. `"log"`: non-negative amounts (ms, counts) in buckets that
-            double. `"gap"`: the time since the user's previous event, as `"log"`; meant for `timestamp`.
+            double. `"gap"`: the time since the user's previous event, as `"log"`; meant for `timestamp`. `"hour"`: hour of the day
+            (UTC) of a time in ms.
         size: Number of values, 0 ("unknown") included; larger values share the last one.
     """
 
-    kind: Literal["category", "log", "gap"]
+    kind: Literal["category", "log", "gap", "hour"]
     size: int
 
     def encode(self, values: np.ndarray) -> np.ndarray:
@@ -32,10 +33,14 @@ class EventFeature(NamedTuple):
         values = np.where(known, values, 0)
         if self.kind == "category":
             codes = values.astype(np.int64) + 1
+        elif self.kind == "hour":
+            codes = (values // 3_600_000 % 24).astype(np.int64) + 1
         elif self.kind in ("log", "gap"):
             codes = np.log2(values + 1).astype(np.int64) + 1
         else:
-            raise ValueError(f"kind={self.kind!r} of an event feature: allowed are 'category', 'log' and 'gap'.")
+            raise ValueError(
+                f"kind={self.kind!r} of an event feature: allowed are 'category', 'log', 'gap' and 'hour'."
+            )
         return np.where(known, codes.clip(max=self.size - 1), 0)
 
 

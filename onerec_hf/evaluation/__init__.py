@@ -1,7 +1,7 @@
 """Metrics and `evaluate()`: the same call for our models and for every baseline."""
 
 from .bootstrap import Lift, bootstrap_lift
-from .classification import auc, calibration, gauc
+from .classification import auc, calibration, feedback_report, gauc
 from .evaluate import EvaluationResult, Recommender, evaluate
 from .metrics import paired_bootstrap
 
@@ -13,6 +13,7 @@ __all__ = [
     "bootstrap_lift",
     "calibration",
     "evaluate",
+    "feedback_report",
     "gauc",
     "paired_bootstrap",
 ]

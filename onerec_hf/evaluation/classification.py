@@ -3,6 +3,8 @@
 GAUC is the one of the public KuaiRand tables: each user's AUC weighted by the user's events, over users with both classes.
 """
 
+from collections.abc import Sequence
+
 import numpy as np
 
 
@@ -54,6 +56,32 @@ def calibration(labels: np.ndarray, probabilities: np.ndarray, num_bins: int = 1
         "ratio": float(probabilities.mean() / mean) if mean > 0 else float("nan"),
         "error": float(error / len(labels)),
     }
+
+
+def feedback_report(
+    labels: np.ndarray, probabilities: np.ndarray, users: np.ndarray, targets: Sequence[str]
+) -> dict[str, float]:
+    """
+    All of the above for every kind of feedback; unknown labels are left out, and a kind whose labels are no 0 or 1 (a share of a
+    time) is cut at its mean for AUC and GAUC.
+
+    Args:
+        labels, probabilities (`np.ndarray` of shape `(M, X)`): labels in [0, 1], NaN (or negative) where unknown.
+        users (`np.ndarray` of shape `(M,)`): integers.
+        targets (`Sequence[str]`): the X names.
+
+    Returns:
+        `dict[str, float]`: `{target}_auc`, `_gauc`, `_calibration` (mean probability / mean label), `_calibration_error`.
+    """
+    report = {}
+    for x, target in enumerate(targets):
+        known = labels[:, x] >= 0
+        label, probability, user = labels[known, x], probabilities[known, x], users[known]
+        match = calibration(label, probability)
+        binary = label if np.isin(label, (0, 1)).all() else label > label.mean()
+        report |= {f"{target}_auc": auc(binary, probability), f"{target}_gauc": gauc(binary, probability, user)}
+        report |= {f"{target}_calibration": match["ratio"], f"{target}_calibration_error": match["error"]}
+    return report
 
 
 def _checked(labels, scores, binary: bool = True) -> tuple[np.ndarray, np.ndarray]:

@@ -25,6 +25,9 @@ class RewardConfig(PreTrainedConfig):
         user_features (`dict[str, int]`, *optional*): Categorical features of the user, as above.
         item_features (`dict[str, int]`, *optional*): Categorical features of every candidate in its request (author, duration
             bucket, hour, ...), as above.
+        item_numbers (`list[str]`, *optional*): Numeric features of every candidate in its request, centred and of order 1 (log-odds
+            of past rates, log counts). Rare objectives need them: a table of buckets is learned from too few positives. Columns run
+            in the order of the sorted names.
         feature_embed_dims (`dict[str, int]`, *optional*): Widths of single features, by name, instead of `context_embed_dim`.
         position_bias_buckets (`int`, defaults to 32): Buckets of the learned attention bias over the age of a behaviour.
         position_bias_max_distance (`int`, defaults to 128): Ages beyond it share the last bucket.
@@ -33,7 +36,7 @@ class RewardConfig(PreTrainedConfig):
 
     codebook_sizes: list[int] | None = None
     targets: list[str] | None = None
-    target_weights: list[float] | None = None
+    target_weights: list[float | int] | None = None
     hidden_size: int = 64
     tower_size: int | None = None
     num_attention_heads: int = 4
@@ -44,10 +47,11 @@ class RewardConfig(PreTrainedConfig):
     context_features: dict[str, int] | None = None
     user_features: dict[str, int] | None = None
     item_features: dict[str, int] | None = None
+    item_numbers: list[str] | None = None
     feature_embed_dims: dict[str, int] | None = None
     position_bias_buckets: int = 32
     position_bias_max_distance: int = 128
-    dropout: float = 0.0
+    dropout: float | int = 0.0
     initializer_range: float = 0.02
     rms_norm_eps: float = 1e-6
     pad_token_id: int | None = 0
@@ -55,13 +59,14 @@ class RewardConfig(PreTrainedConfig):
     def __post_init__(self, **kwargs):
         self.codebook_sizes = list(self.codebook_sizes or [8192] * 3)
         self.targets = list(self.targets or self.default_targets)
-        self.target_weights = list(self.target_weights or [1.0] * len(self.targets))
+        self.target_weights = [float(weight) for weight in self.target_weights or [1] * len(self.targets)]
         self.tower_size = self.tower_size or self.hidden_size
         self.num_key_value_heads = self.num_context_key_value_heads = self.num_attention_heads
         self.head_dim = self.head_dim or self.hidden_size // self.num_attention_heads
         # by name, because config.json is written with sorted keys: the columns must mean the same after a reload
         for name in ("context_features", "user_features", "item_features"):
             setattr(self, name, dict(sorted((getattr(self, name) or {}).items())))
+        self.item_numbers = sorted(self.item_numbers or [])
         self.feature_embed_dims = dict(self.feature_embed_dims or {})
         super().__post_init__(**kwargs)
 
@@ -106,11 +111,11 @@ class OneRecSessionRewardConfig(RewardConfig):
 
     model_type = "onerec_session_reward"
 
-    reward_weights: list[float] | None = None
+    reward_weights: list[float | int] | None = None
 
     def __post_init__(self, **kwargs):
         super().__post_init__(**kwargs)
-        self.reward_weights = list(self.reward_weights or [1.0] * len(self.targets))
+        self.reward_weights = [float(weight) for weight in self.reward_weights or [1] * len(self.targets)]
 
     def validate_reward_weights(self):
         """Part of the strict validation: one weight per objective."""
@@ -131,7 +136,7 @@ class OneRecPScoreConfig(RewardConfig):
 
     model_type = "onerec_p_score"
 
-    fused_weight: float = 1.0
+    fused_weight: float | int = 1.0
 
     @property
     def default_targets(self) -> tuple[str, ...]:

@@ -58,7 +58,7 @@ class TargetAwareItems(nn.Module):
         self.embed_user = FeatureEmbedding(config.user_features, config, "user_features")
         self.embed_item = FeatureEmbedding(config.item_features, config, "item_features")
         self.context_proj = nn.Linear(config.num_levels * dim + self.embed_features.width, width)
-        self.item_proj = nn.Linear(config.num_levels * dim + self.embed_item.width, width)
+        self.item_proj = nn.Linear(config.num_levels * dim + self.embed_item.width + len(config.item_numbers), width)
         self.user_proj = nn.Linear(self.embed_user.width, width, bias=False) if config.user_features else None
         self.static_slot = nn.Embedding(1, width)
         self.context_norm = nn.RMSNorm(width, eps=config.rms_norm_eps)
@@ -82,7 +82,7 @@ class TargetAwareItems(nn.Module):
         key, value = self.key_values(states)
         return ContextKV(key_states=(key,), value_states=(value,), mask=F.pad(mask, (1, 0), value=True)), user
 
-    def forward(self, item_ids, item_features, context_kv: ContextKV, user, target_positions=None):
+    def forward(self, item_ids, item_features, item_numbers, context_kv: ContextKV, user, target_positions=None):
         """Candidates (R, m, L) -> e (R, m, D), v (R, m, D) and the user of every row (R, D)."""
         if item_ids.dim() != 3 or item_ids.shape[2] != self.config.num_levels:
             raise ValueError(
@@ -91,9 +91,15 @@ class TargetAwareItems(nn.Module):
             )
         if len(item_ids) % len(user):
             raise ValueError(f"{len(item_ids)} rows of item_ids cannot share {len(user)} contexts evenly.")
-        codes = self.embed_codes(item_ids).flatten(2)
-        items = torch.cat([codes, *self.embed_item(item_features)], dim=-1)
-        items = self.item_norm(F.silu(self.item_proj(self.dropout(items))))  # (R, m, D)
+        names = self.config.item_numbers
+        if (0 if item_numbers is None else item_numbers.shape[-1]) != len(names):
+            raise ValueError(
+                f"item_numbers must be a float tensor with one column for each of {names}, as the config names them."
+            )
+        parts = [self.dropout(torch.cat([self.embed_codes(item_ids).flatten(2), *self.embed_item(item_features)], -1))]
+        if names:
+            parts.append(item_numbers.to(parts[0].dtype))
+        items = self.item_norm(F.silu(self.item_proj(torch.cat(parts, dim=-1))))  # (R, m, D)
         mask = self._mask(context_kv.mask, len(item_ids) // len(user) * item_ids.shape[1], target_positions)
         attended, _ = self.attention(items, context_kv.key_states[0], context_kv.value_states[0], mask.to(items.dtype))
         user = user.repeat_interleave(len(item_ids) // len(user), dim=0)
@@ -179,6 +185,7 @@ class OneRecSessionRewardModel(RewardPreTrainedModel):
         self,
         item_ids: torch.LongTensor,
         item_features: torch.LongTensor | None = None,
+        item_numbers: torch.FloatTensor | None = None,
         item_mask: torch.BoolTensor | None = None,
         context_ids: torch.LongTensor | None = None,
         context_mask: torch.BoolTensor | None = None,
@@ -191,6 +198,7 @@ class OneRecSessionRewardModel(RewardPreTrainedModel):
             item_ids (`torch.LongTensor` of shape (R, m, L)): Token ids of the items of R sessions. R may be a multiple of the B
                 contexts; the sessions of one user are adjacent.
             item_features (`torch.LongTensor` of shape (R, m, F_i), *optional*): As `config.item_features`.
+            item_numbers (`torch.FloatTensor` of shape (R, m, F_n), *optional*): As `config.item_numbers`.
             item_mask (`torch.BoolTensor` of shape (R, m), *optional*): False for padding of shorter sessions.
             context_ids (`torch.LongTensor` of shape (B, T, L)): Token ids of the behaviours, oldest first.
             context_mask (`torch.BoolTensor` of shape (B, T), *optional*): True for real behaviours.
@@ -202,7 +210,7 @@ class OneRecSessionRewardModel(RewardPreTrainedModel):
             [`RewardModelOutput`]; `rewards` is the sum of `config.reward_weights` times the towers' probabilities.
         """
         context_kv, user = self.items.encode_context(context_ids, context_mask, context_features, user_features)
-        items, _, _ = self.items(item_ids, item_features, context_kv, user)  # (R, m, D)
+        items, _, _ = self.items(item_ids, item_features, item_numbers, context_kv, user)  # (R, m, D)
         if item_mask is None:
             item_mask = torch.ones(item_ids.shape[:2], dtype=torch.bool, device=item_ids.device)
         if not bool(item_mask.any(1).all()):
@@ -243,6 +251,7 @@ class OneRecPScoreModel(RewardPreTrainedModel):
         self,
         item_ids: torch.LongTensor,
         item_features: torch.LongTensor | None = None,
+        item_numbers: torch.FloatTensor | None = None,
         item_mask: torch.BoolTensor | None = None,
         context_ids: torch.LongTensor | None = None,
         context_mask: torch.BoolTensor | None = None,
@@ -258,14 +267,15 @@ class OneRecPScoreModel(RewardPreTrainedModel):
             target_positions (`torch.LongTensor` of shape (R, m), *optional*): How many behaviours each candidate may see; default
                 all. So one context serves all of a user's logged exposures in one pass.
             labels (`torch.FloatTensor` of shape (R, m, X), *optional*): In [0, 1], NaN where unknown.
-            item_features, context_ids, context_mask, context_features, user_features: As [`OneRecSessionRewardModel`].
+            item_features, item_numbers, context_ids, context_mask, context_features, user_features: As
+                [`OneRecSessionRewardModel`].
 
         Returns:
             [`RewardModelOutput`]; `rewards` is the P-Score, in (0, 1). The loss is the towers' auxiliary loss plus
             `config.fused_weight` times L_P = sum of w^xtr BCE(y^xtr, p), the same p in every term.
         """
         context_kv, user = self.items.encode_context(context_ids, context_mask, context_features, user_features)
-        states, items, user = self.items(item_ids, item_features, context_kv, user, target_positions)
+        states, items, user = self.items(item_ids, item_features, item_numbers, context_kv, user, target_positions)
         hidden, logits = zip(*(tower(states) for tower in self.towers))
         logits = torch.stack(logits, dim=-1)  # (R, m, X)
         parts = [*hidden, user.unsqueeze(1).expand_as(items), items]

@@ -1,0 +1,72 @@
+"""What was known about items and users at a time: rates of past feedback, and numeric columns as buckets.
+
+The time line is cut at boundaries (days, say). Everything about an exposure comes from before the last boundary at or before it, so
+a training row never reads its own label, and all exposures of a user in one period are judged from one state of knowledge.
+"""
+
+from collections.abc import Sequence
+
+import numpy as np
+
+
+def period_of(time: np.ndarray, boundaries: Sequence[float]) -> np.ndarray:
+    """Number of boundaries at or before each time, int64: 0 before the first one, `len(boundaries)` from the last one on."""
+    return np.searchsorted(np.asarray(boundaries), time, side="right").astype(np.int64)
+
+
+def past_rates(
+    time: np.ndarray,
+    index: np.ndarray,
+    labels: np.ndarray,
+    size: int,
+    boundaries: Sequence[float],
+    *,
+    smoothing: float = 20.0,
+) -> tuple[np.ndarray, np.ndarray]:
+    """
+    How often each item (user, author, tag, ...) got a feedback before every boundary.
+
+    Args:
+        time (`np.ndarray` of shape (M,)): Of past events, in any order. Give training events only: what they say is used for all
+            later exposures.
+        index (`np.ndarray` of shape (M,)): Which item each event belongs to, 0 to `size - 1`.
+        labels (`np.ndarray` of shape (M,)): In [0, 1]; NaN is unknown and not counted.
+        boundaries (`Sequence[float]`): P times in increasing order, in the unit of `time`.
+        smoothing (`float`, defaults to 20): s, pseudo-events that have the overall mean.
+
+    Returns:
+        `rates` and `counts`, both `np.ndarray` of shape (P + 1, size), float32. Row p holds what is known from events before
+        boundary p - 1, row 0 nothing at all. Rates are log-odds of (sum + s mean) / (count + s) minus those of the mean, so 0 is
+        "as all others, or unknown"; counts are log(1 + count).
+    """
+    if smoothing <= 0:
+        raise ValueError(f"smoothing={smoothing}: above 0, or an item with one event has a rate of 0 or 1.")
+    known = ~np.isnan(labels)
+    index, labels = np.asarray(index)[known], np.asarray(labels, dtype=np.float64)[known]
+    # an event of period q is known from period q + 1 on
+    period = period_of(np.asarray(time)[known], boundaries) + 1
+    cells, shape = period * size + index, (len(boundaries) + 2, size)
+    count = np.bincount(cells, minlength=shape[0] * size).reshape(shape).cumsum(0)[:-1]
+    total = np.bincount(cells, labels, minlength=shape[0] * size).reshape(shape).cumsum(0)[:-1]
+    seen = count.sum(1, keepdims=True)
+    # the mean itself is smoothed by one event of each kind: a period without positives has finite log-odds
+    mean = (total.sum(1, keepdims=True) + 1) / (seen + 2)
+    rate = (total + smoothing * mean) / (count + smoothing)
+    rates = np.log(rate / (1 - rate)) - np.log(mean / (1 - mean))
+    return rates.astype(np.float32), np.log1p(count).astype(np.float32)
+
+
+def quantile_codes(values: np.ndarray, num_buckets: int) -> np.ndarray:
+    """
+    Numbers (lengths, sizes, dates) as categories of nearly equally many rows.
+
+    Args:
+        values (`np.ndarray` of shape (rows,)): NaN is unknown.
+
+    Returns:
+        `np.ndarray` of shape (rows,), int64: 1 to `num_buckets` in order of value, fewer where many values are equal; 0 for NaN.
+    """
+    values = np.asarray(values, dtype=np.float64)
+    known = ~np.isnan(values)
+    edges = np.unique(np.quantile(values[known], np.arange(1, num_buckets) / num_buckets)) if known.any() else []
+    return np.where(known, np.searchsorted(edges, values, side="right") + 1, 0)

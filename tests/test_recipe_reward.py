@@ -1,0 +1,137 @@
+"""recipes/reward.py as a person runs it, on a simulated log."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import datasets
+import numpy as np
+import pytest
+import torch
+from transformers import AutoModel, AutoTokenizer
+
+from onerec_hf import OneRecPScoreModel
+from onerec_hf.evaluation import auc
+from onerec_hf.simulator import ShortVideoWorld
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT / "recipes"))
+DAY = 86_400_000
+START = 1_704_067_200_000
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    import prepare
+
+    folder = tmp_path_factory.mktemp("reward")
+    world = ShortVideoWorld(num_users=120, num_items=80, num_days=10, mean_events=30, seed=3)
+    world.logs().to_parquet(folder / "log.parquet")
+    world.items.to_parquet(folder / "items.parquet")
+    world.users.to_parquet(folder / "users.parquet")
+    names = {"user_id": "user_id", "item_id": "video_id", "timestamp": "time_ms"}
+    quality = {"min_watched": 0, "min_watch_time_ms": 0, "min_interactions": 0, "min_history": 0, "cut": "first"}
+    prepare.main(
+        prepare.PrepareArguments(
+            source=str(folder / "log.parquet"),
+            output=str(folder / "data"),
+            columns=names,
+            feedback=["play_time_ms", "duration_ms", "is_click", "long_view", "is_like", "is_follow", "is_forward"],
+            items=str(folder / "items.parquet"),
+            users=str(folder / "users.parquet"),
+            sessions={"max_gap": 0, "max_events": 1, "history": "all", **quality},
+            validation_start=START + 6 * DAY,
+            test_start=START + 8 * DAY,
+            collaborative_dim=16,
+            codebook_size=16,
+        )
+    )
+    return folder / "data"
+
+
+@pytest.fixture(scope="module")
+def trained(data, tmp_path_factory):
+    import reward
+    from transformers import TrainingArguments
+    from trl import TrlParser
+
+    output = tmp_path_factory.mktemp("model")
+    argv = ["--data", str(data), "--output_dir", str(output), "--targets", "ctr", "swt", "--watch_cap_ms", "60000"]
+    argv += [
+        "--item_categories",
+        "category",
+        "author_id",
+        "--item_quantiles",
+        "duration_ms",
+        "--rates",
+        "item",
+        "user",
+    ]
+    argv += [
+        "--context_item_features",
+        "category",
+        "--event_features",
+        '{"is_click": ["category", 3]}',
+        "--period",
+        str(DAY),
+    ]
+    argv += ["--request_features", '{"timestamp": ["hour", 25]}', "--warm_up", "1", "--user_categories", "activity"]
+    argv += [
+        "--model",
+        '{"hidden_size": 16, "context_embed_dim": 4}',
+        "--num_train_epochs",
+        "2",
+        "--report_to",
+        "none",
+    ]
+    argv += ["--learning_rate", "0.01", "--per_device_train_batch_size", "64", "--eval_strategy", "epoch"]
+    parser = TrlParser((reward.RewardArguments, TrainingArguments))
+    return output, reward.main(*parser.parse_args_and_config(argv))
+
+
+def test_it_learns_and_reports(trained):
+    output, result = trained
+    assert result == json.loads((output / "metrics.json").read_text())
+    for split in ("validation", "test"):
+        for target in ("ctr", "swt"):
+            assert result[split][f"{target}_auc"] > 0.6
+            assert 0.7 < result[split][f"{target}_calibration"] < 1.4
+            assert result[split][f"p_score_{target}_auc"] > 0.6
+    scores = datasets.Dataset.from_parquet(str(output / "test_scores.parquet")).with_format("numpy")[:]
+    found = auc(scores["ctr"], scores["predicted_ctr"])
+    assert found == pytest.approx(result["test"]["ctr_auc"], abs=1e-6)
+
+
+def test_the_folder_loads_and_scores_any_candidate(trained, data):
+    output, _ = trained
+    model = AutoModel.from_pretrained(output)
+    assert isinstance(model, OneRecPScoreModel) and model.config.targets == ["ctr", "swt"]
+    tokenizer = AutoTokenizer.from_pretrained(output)
+    assert tokenizer.catalogue.num_items == 80
+    names = model.config.item_features, model.config.item_numbers
+    batch = {
+        "item_ids": torch.tensor(tokenizer.encode_semantic_ids(tokenizer.catalogue.semantic_ids))[None],
+        "item_features": torch.ones(1, 80, len(names[0]), dtype=torch.long),
+        "item_numbers": torch.zeros(1, 80, len(names[1])),
+        "context_ids": torch.zeros(1, 1, tokenizer.catalogue.num_levels, dtype=torch.long),
+        "context_mask": torch.zeros(1, 1, dtype=torch.bool),
+        "context_features": torch.zeros(1, 1, len(model.config.context_features), dtype=torch.long),
+        "user_features": torch.zeros(1, len(model.config.user_features), dtype=torch.long),
+    }
+    rewards = model(**batch).rewards
+    assert rewards.shape == (1, 80) and np.all((0 < rewards.detach().numpy()) & (rewards.detach().numpy() < 1))
+
+
+def test_an_unknown_column_is_named(data, tmp_path):
+    import reward
+    from transformers import TrainingArguments
+
+    arguments = reward.RewardArguments(data=str(data), item_categories=["colour"])
+    with pytest.raises(ValueError, match=r"items.parquet has no \['colour'\]"):
+        reward.main(arguments, TrainingArguments(str(tmp_path), report_to="none"))
+
+
+def test_help():
+    result = subprocess.run([sys.executable, "recipes/reward.py", "--help"], capture_output=True, text=True, cwd=ROOT)
+    assert result.returncode == 0 and "--targets" in result.stdout, result.stderr
