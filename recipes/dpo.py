@@ -6,8 +6,8 @@
 `--policy` is a folder that recipes/sft.py wrote, and the feature arguments are those it was trained with; `--reward` a folder with
 a reward model and its tokenizer. Without one, `--pairs FOLDER` takes a saved `datasets` set of `row`, `chosen`, `rejected` (plain
 DPO; such as the `pairs/iteration_000` of another run). One epoch is one iteration. `--loss_type`, `--dpo_ratio`, `--beta` and all
-`TrainingArguments` work on the command line and in the YAML file; `--lora_r 8` trains an adapter and writes the merged model. Writes
-the model folder, `metrics.json` and predictions of the test split, and the pairs.
+`TrainingArguments` work on the command line and in the YAML file; `--lora_r 8` trains an adapter and writes the merged model.
+Writes the model folder, `metrics.json` and predictions of the test split, and the pairs.
 """
 
 import json
