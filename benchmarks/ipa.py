@@ -30,7 +30,7 @@ from onerec_hf.data import (
 )
 from onerec_hf.data.reward_collator import RewardCollator
 from onerec_hf.evaluation import evaluate
-from onerec_hf.recommender import Recommender
+from onerec_hf.recommender import ItemRanker
 from onerec_hf.rewards import reward_of_model
 from onerec_hf.semantic_ids import ResidualKMeans, resolve_collisions
 from onerec_hf.simulator import ShortVideoWorld
@@ -148,7 +148,7 @@ def judge(setting: Setting, model, reward_model, reward_collator, cap: float) ->
     """Truth, the reward model's opinion and recall of the ten best items of every test user; entropy per level in nats."""
     model.eval()
     result = evaluate(
-        Recommender(model, setting.collator, 50), setting.test, num_items=setting.log.num_items, progress=False
+        ItemRanker(model, setting.collator, 50), setting.test, num_items=setting.log.num_items, progress=False
     )
     users, lists = result.user, result.predictions[:, :10]
     truth = setting.true_watch_time(users, lists)

@@ -16,21 +16,22 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import datasets
-import sft
+from model_arguments import ModelArguments, make_collator, mapping, serve, training_rows
 from peft import LoraConfig
+from sft import score
 from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer, set_seed
 from trl import TrlParser
 
 from onerec_hf.data import EventFeature, category_codes
 from onerec_hf.data.reward_collator import RewardCollator
 from onerec_hf.evaluation import evaluate
-from onerec_hf.recommender import Recommender
+from onerec_hf.recommender import ItemRanker
 from onerec_hf.rewards import reward_of_model
 from onerec_hf.trainers import IPAConfig, IPATrainer
 
 
 @dataclass
-class DPOArguments(sft.ModelArguments):
+class DPOArguments(ModelArguments):
     policy: str = field(default="", metadata={"help": "Folder of the model to align, with its tokenizer."})
     reward: str | None = field(default=None, metadata={"help": "Folder of the reward model, with its tokenizer."})
     reward_max_history: int = field(default=50, metadata={"help": "Items of context of the reward model."})
@@ -46,7 +47,7 @@ def make_reward(args: DPOArguments, policy, tokenizer, num_candidates: int):
     """The reward model as a reward function; its features are read by name from its config."""
     model = AutoModel.from_pretrained(args.reward)
     catalogue = AutoTokenizer.from_pretrained(args.reward).catalogue  # that it was trained with
-    events = sft.mapping(args.event_features)
+    events = mapping(args.event_features)
 
     def categories(table: str, names) -> dict:
         if not names:
@@ -54,7 +55,7 @@ def make_reward(args: DPOArguments, policy, tokenizer, num_candidates: int):
         rows = datasets.Dataset.from_parquet(str(Path(args.data) / table))
         return {name: category_codes(rows[name], args.max_categories) for name in names}
 
-    request = {name: EventFeature(*feature) for name, feature in sft.mapping(args.reward_request_features).items()}
+    request = {name: EventFeature(*feature) for name, feature in mapping(args.reward_request_features).items()}
     context, config = model.config.context_features, model.config
     collator = RewardCollator(
         tokenizer.encode_semantic_ids(policy.catalogue.semantic_ids),
@@ -77,8 +78,8 @@ def main(args: DPOArguments, training: IPAConfig) -> dict:
     tokenizer = AutoTokenizer.from_pretrained(args.policy)
     model = AutoModelForCausalLM.from_pretrained(args.policy)
     args.model = model.config.to_diff_dict()
-    collator = sft.make_collator(args, tokenizer)
-    recommender = Recommender(model, collator, args.num_beams)
+    collator = make_collator(args, tokenizer)
+    recommender = ItemRanker(model, collator, args.num_beams)
     validation = splits["validation"]
     sample = validation.shuffle(seed=0).select(range(min(args.eval_users or len(validation), len(validation))))
 
@@ -89,7 +90,7 @@ def main(args: DPOArguments, training: IPAConfig) -> dict:
         model,
         training,
         data_collator=collator,
-        train_dataset=sft.training_rows(splits["train"], model.config, args.max_history).with_format("numpy"),
+        train_dataset=training_rows(splits["train"], model.config, args.max_history).with_format("numpy"),
         eval_dataset=validation.with_format("numpy"),
         processing_class=tokenizer,
         generation_metrics=generation_metrics,
@@ -103,10 +104,11 @@ def main(args: DPOArguments, training: IPAConfig) -> dict:
     if trainer.is_world_process_zero():
         output = Path(training.output_dir)
         if args.lora_r:
-            model = trainer.accelerator.unwrap_model(trainer.model).merge_and_unload()
-        model.save_pretrained(output)
+            recommender.model = trainer.accelerator.unwrap_model(trainer.model).merge_and_unload()
+        recommender.model.save_pretrained(output)
         tokenizer.save_pretrained(output)
-        report |= sft.score(Recommender(model, collator, args.num_beams), splits["test"], output, training.seed)
+        serve(recommender, args).save_beside(output)
+        report |= score(recommender, splits["test"], output, training.seed)
         report["log"] = trainer.state.log_history
         (output / "metrics.json").write_text(json.dumps(report, indent=2))
         print(json.dumps({name: report[name] for name in ("train_seconds", "test", "test_exclude_seen")}, indent=2))

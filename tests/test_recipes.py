@@ -155,7 +155,13 @@ def align(quickstart, folder, *arguments):
     from onerec_hf.trainers import IPAConfig
 
     settings = {"data": quickstart[0] / "data", "policy": quickstart[0] / "onerec-v2-quickstart", "output_dir": folder}
-    settings |= {"num_train_epochs": 2, "report_to": "none", "save_strategy": "no", "dpo_ratio": 0.1, "logging_steps": 1}
+    settings |= {
+        "num_train_epochs": 2,
+        "report_to": "none",
+        "save_strategy": "no",
+        "dpo_ratio": 0.1,
+        "logging_steps": 1,
+    }
     settings |= {"num_candidates": 16, "kl_users": 8, "num_beams": 20}
     argv = [part for name, value in settings.items() for part in (f"--{name}", str(value))]
     parser = TrlParser((dpo.DPOArguments, IPAConfig))
@@ -192,9 +198,7 @@ def test_prepare_learns_from_the_training_split_alone(quickstart):
     assert catalogue.num_semantic_ids == catalogue.num_items  # next_free leaves no collision
 
 
-@pytest.mark.parametrize("recipe", ["prepare", "sft", "baseline", "quickstart", "recommend"])
-=======
-@pytest.mark.parametrize("recipe", ["prepare", "sft", "dpo", "baseline", "quickstart"])
+@pytest.mark.parametrize("recipe", ["prepare", "sft", "dpo", "baseline", "quickstart", "recommend"])
 def test_help(recipe):
     result = subprocess.run(
         [sys.executable, f"recipes/{recipe}.py", "--help"], capture_output=True, text=True, cwd=ROOT
