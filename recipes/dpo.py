@@ -1,0 +1,119 @@
+"""Aligns a trained OneRec model with a reward by Iterative Preference Alignment (OneRec, Algorithm 2).
+
+    accelerate launch recipes/dpo.py --config recipes/configs/small_dpo.yaml --data outputs/mydata --policy outputs/mymodel \
+        --reward outputs/myreward --output_dir outputs/aligned
+
+`--policy` is a folder that recipes/sft.py wrote, and the feature arguments are those it was trained with; `--reward` a folder with
+a reward model and its tokenizer. Without one, `--pairs FOLDER` takes a saved `datasets` set of `row`, `chosen`, `rejected` (plain
+DPO; such as the `pairs/iteration_000` of another run). One epoch is one iteration. `--loss_type`, `--dpo_ratio`, `--beta` and all
+`TrainingArguments` work on the command line and in the YAML file; `--lora_r 8` trains an adapter and writes the merged model.
+Writes the model folder, `metrics.json` and predictions of the test split, and the pairs.
+"""
+
+import json
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import datasets
+from model_arguments import ModelArguments, make_collator, mapping, serve, training_rows
+from peft import LoraConfig
+from sft import score
+from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer, set_seed
+from trl import TrlParser
+
+from onerec_hf.data import EventFeature, category_codes
+from onerec_hf.data.reward_collator import RewardCollator
+from onerec_hf.evaluation import evaluate
+from onerec_hf.recommender import ItemRanker
+from onerec_hf.rewards import reward_of_model
+from onerec_hf.trainers import IPAConfig, IPATrainer
+
+
+@dataclass
+class DPOArguments(ModelArguments):
+    policy: str = field(default="", metadata={"help": "Folder of the model to align, with its tokenizer."})
+    reward: str | None = field(default=None, metadata={"help": "Folder of the reward model, with its tokenizer."})
+    reward_max_history: int = field(default=50, metadata={"help": "Items of context of the reward model."})
+    reward_request_features: str = field(
+        default="{}",
+        metadata={"help": 'Its features of the request, columns target_<name>, e.g. {"hour": ["log", 24]}.'},
+    )
+    pairs: str | None = field(default=None, metadata={"help": "Saved pairs instead of a reward model."})
+    lora_r: int | None = field(default=None, metadata={"help": "Rank of a LoRA adapter; default trains all weights."})
+
+
+def make_reward(args: DPOArguments, policy, tokenizer, num_candidates: int):
+    """The reward model as a reward function; its features are read by name from its config."""
+    model = AutoModel.from_pretrained(args.reward)
+    catalogue = AutoTokenizer.from_pretrained(args.reward).catalogue  # that it was trained with
+    events = mapping(args.event_features)
+
+    def categories(table: str, names) -> dict:
+        if not names:
+            return {}
+        rows = datasets.Dataset.from_parquet(str(Path(args.data) / table))
+        return {name: category_codes(rows[name], args.max_categories) for name in names}
+
+    request = {name: EventFeature(*feature) for name, feature in mapping(args.reward_request_features).items()}
+    context, config = model.config.context_features, model.config
+    collator = RewardCollator(
+        tokenizer.encode_semantic_ids(policy.catalogue.semantic_ids),
+        args.reward_max_history,
+        event_features={name: EventFeature(*events[name]) for name in context if name in events},
+        item_features=categories("items.parquet", [name for name in context if name not in events]),
+        user_features=categories("users.parquet", config.user_features),
+        targets=config.targets,
+        session_wise=config.model_type == "onerec_session_reward",
+        candidate_features=categories("items.parquet", [name for name in config.item_features if name not in request]),
+        request_features=request,
+    )
+    return reward_of_model(model, collator, policy, num_candidates, catalogue)
+
+
+def main(args: DPOArguments, training: IPAConfig) -> dict:
+    """Runs the recipe; returns what it writes to `metrics.json`."""
+    set_seed(training.seed)
+    splits = datasets.load_from_disk(str(Path(args.data) / "splits"))
+    tokenizer = AutoTokenizer.from_pretrained(args.policy)
+    model = AutoModelForCausalLM.from_pretrained(args.policy)
+    args.model = model.config.to_diff_dict()
+    collator = make_collator(args, tokenizer)
+    recommender = ItemRanker(model, collator, args.num_beams)
+    validation = splits["validation"]
+    sample = validation.shuffle(seed=0).select(range(min(args.eval_users or len(validation), len(validation))))
+
+    def generation_metrics(model) -> dict[str, float]:
+        return evaluate(recommender, sample, num_items=model.catalogue.num_items, ks=(10,), progress=False).metrics
+
+    trainer = IPATrainer(
+        model,
+        training,
+        data_collator=collator,
+        train_dataset=training_rows(splits["train"], model.config, args.max_history).with_format("numpy"),
+        eval_dataset=validation.with_format("numpy"),
+        processing_class=tokenizer,
+        generation_metrics=generation_metrics,
+        reward=make_reward(args, model, tokenizer, training.num_candidates) if args.reward else None,
+        pairs=datasets.load_from_disk(args.pairs) if args.pairs else None,
+        peft_config=LoraConfig(r=args.lora_r, task_type="CAUSAL_LM") if args.lora_r else None,
+    )
+    start = time.perf_counter()
+    trainer.train(resume_from_checkpoint=training.resume_from_checkpoint)
+    report = {"train_seconds": time.perf_counter() - start}
+    if trainer.is_world_process_zero():
+        output = Path(training.output_dir)
+        if args.lora_r:
+            recommender.model = trainer.accelerator.unwrap_model(trainer.model).merge_and_unload()
+        recommender.model.save_pretrained(output)
+        tokenizer.save_pretrained(output)
+        serve(recommender, args).save_beside(output)
+        report |= score(recommender, splits["test"], output, training.seed)
+        report["log"] = trainer.state.log_history
+        (output / "metrics.json").write_text(json.dumps(report, indent=2))
+        print(json.dumps({name: report[name] for name in ("train_seconds", "test", "test_exclude_seen")}, indent=2))
+    return report
+
+
+if __name__ == "__main__":
+    main(*TrlParser((DPOArguments, IPAConfig)).parse_args_and_config())
