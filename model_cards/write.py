@@ -24,14 +24,18 @@ def table(marker: str, *labels: str) -> dict[str, tuple[dict[str, float], dict[s
     """
     text = (ROOT / "docs" / "results.md").read_text(encoding="utf-8")
     block = text.partition(f"<!-- {marker} -->")[2].partition(f"<!-- /{marker} -->")[0]
-    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in block.splitlines() if line.startswith("|")]
+    rows = [
+        [cell.strip() for cell in line.strip("|").split("|")] for line in block.splitlines() if line.startswith("|")
+    ]
     if not rows:
         raise ValueError(f"docs/results.md has no table between <!-- {marker} --> and <!-- /{marker} -->.")
     found = {}
     for label in labels:
         row = next((row for row in rows if row[0].startswith(label)), None)
         if row is None:
-            raise ValueError(f"no row of the table {marker!r} in docs/results.md begins with {label!r}: {[r[0] for r in rows]}")
+            raise ValueError(
+                f"no row of the table {marker!r} in docs/results.md begins with {label!r}: {[r[0] for r in rows]}"
+            )
         cells = {name: re.findall(r"(?<![±\d.])\d*\.\d+", cell) for name, cell in zip(rows[0], row) if "@" in name}
         found[label] = tuple({name: float(values[side]) for name, values in cells.items()} for side in (0, 1))
     return found
@@ -46,15 +50,15 @@ def beauty():
         config,
         title="OneRec-V2 on Amazon Beauty",
         repo="org/onerec-v2-beauty",
-        summary="A small OneRec-V2 trained for minutes on two shared CPU cores: a reference for the recipe, not a strong model. The "
-        "co-occurrence counter and SASRec with full softmax are ahead of it.",
-        data="Amazon Beauty (2014), 5-core: 22,363 users, 12,101 items, leave last out. The reviews are for research use and not part of "
-        "the repository. Semantic IDs: balanced residual k-means over text (title, brand, category) and co-occurrence embeddings of "
-        "the training split, collisions moved to the next free code (`recipes/configs/amazon_prepare.yaml`).",
+        summary="A small OneRec-V2 trained on a CPU: a reference for the recipe, to be read beside the baselines in the table.",
+        data="Amazon Beauty (2014), 5-core: 22,363 users, 12,101 items, leave last out. The reviews are for research use and are "
+        "not part of the repository. Semantic IDs: balanced residual k-means over text (title, brand, category) and "
+        "co-occurrence embeddings of the training split, collisions moved to the next free code "
+        "(`recipes/configs/amazon_prepare.yaml`).",
         training="`recipes/sft.py` with `recipes/configs/small_sft.yaml`: every target of a user in one pass, model choice by "
         f"{settings['metric_for_best_model'].removeprefix('eval_')} on validation users, {settings['num_train_epochs']} epochs, "
-        f"learning rate {settings['learning_rate']:g}, dropout {settings['model']['dropout']:g}. One seed; commands, hardware and what "
-        "was tried are in docs/results.md.",
+        f"learning rate {settings['learning_rate']:g}, dropout {settings['model']['dropout']:g}. Commands, seeds, hardware and "
+        "what was tried are in docs/results.md.",
         results=rows,
         dataset_name="Amazon Beauty 2014, 5-core",
         tags=["amazon-beauty"],

@@ -1,4 +1,4 @@
-"""OneRec for the Hugging Face ecosystem. `import onerec_hf` registers the models with transformers' Auto classes, and the pipeline."""
+"""OneRec for the Hugging Face ecosystem. `import onerec_hf` registers the models and the pipeline with transformers."""
 
 import importlib
 from typing import TYPE_CHECKING

@@ -35,7 +35,9 @@ def test_metadata_survive_the_way_through_a_file(tmp_path):
     assert (data.license, data.library_name, data.datasets) == ("apache-2.0", "transformers", ["org/log"])
     assert (data.base_model, data.base_model_relation) == ("org/base", "finetune")
     assert {"onerec", "onerec_v2", "recommendation", "beauty"} <= set(data.tags)
-    assert [(r.metric_name, r.metric_value, r.metric_type, r.dataset_type, r.dataset_split) for r in data.eval_results] == [
+    assert [
+        (r.metric_name, r.metric_value, r.metric_type, r.dataset_type, r.dataset_split) for r in data.eval_results
+    ] == [
         ("recall@10", 0.12346, "recall", "org/log", "test"),
         ("ndcg@10", 0.06, "ndcg", "org/log", "test"),
         ("recall@10, seen items masked", 0.2, "recall", "org/log", "test"),
@@ -105,8 +107,8 @@ def test_the_snippet_runs_as_printed(tmp_path, architecture, overrides, lists):
     with contextlib.redirect_stdout(printed):
         exec(snippet, {})
     found = eval(printed.getvalue())
-    assert len(found) == lists and set(sum(found, [])) <= set(catalogue.item_ids.tolist())
-    assert ("0 is \"unknown\"; columns: age, author" in snippet) == ("context_features" in overrides)
+    assert len(found) == lists and {item for row in found for item in row} <= set(catalogue.item_ids.tolist())
+    assert ('0 is "unknown"; columns: age, author' in snippet) == ("context_features" in overrides)
 
 
 def test_the_snippet_pads_the_pathways():
@@ -154,7 +156,10 @@ def test_prediction_entropy_over_existing_children():
     batch = tiny_context(catalogue, model) | {"target_ids": token_ids.unsqueeze(1)}
     everything = {tuple(row) for row in catalogue.semantic_ids.tolist()}
     expected = [
-        [math.log(len({item[level] for item in everything if item[:level] == tuple(row[:level])})) for level in range(3)]
+        [
+            math.log(len({item[level] for item in everything if item[:level] == tuple(row[:level])}))
+            for level in range(3)
+        ]
         for row in codes.tolist()
     ]
     np.testing.assert_allclose(prediction_entropy(model, batch), expected, atol=1e-5)

@@ -34,7 +34,7 @@ class System(Paper):
 
     name: str = ""
     reads: str = "what a user did, item by item,"
-    writes: str = "the item that comes next"
+    writes: str = "the item that comes next, as a *semantic ID*,"
 
 
 SYSTEMS = {
@@ -44,7 +44,7 @@ SYSTEMS = {
         "Zhou, Guorui",
         "2502.18965",
         name="OneRec",
-        writes="a session of items",
+        writes="a session of items, each as a *semantic ID*,",
     ),
     "onerec_v1": System(
         "OneRec Technical Report",
@@ -159,7 +159,7 @@ def _eval_results(results, dataset_name, dataset, split) -> list[EvalResult]:
     slug = dataset or "-".join(dataset_name.lower().split())
     found = []
     for metrics, remark in ((kept, ""), (masked or {}, ", seen items masked")):
-        for name in (name for name in metrics if "@" in name):
+        for name in (name for name in _shown(kept) if name in metrics and "@" in name):
             found.append(
                 EvalResult(
                     task_type="other",
@@ -175,10 +175,13 @@ def _eval_results(results, dataset_name, dataset, split) -> list[EvalResult]:
     return found
 
 
+def _shown(own: Mapping[str, float]) -> list[str]:
+    return [name for name in METRICS if name in own] or [name for name in own if "@" in name]
+
+
 def results_table(results: Mapping[str, tuple[Mapping[str, float], Mapping[str, float] | None]]) -> str:
     """A markdown table: a row per system, `kept / masked` per metric that the first system has."""
-    own = next(iter(results.values()))[0]
-    metrics = [name for name in METRICS if name in own] or [name for name in own if "@" in name]
+    metrics = _shown(next(iter(results.values()))[0])
     lines = ["| model | " + " | ".join(metrics) + " |", "|---" * (len(metrics) + 1) + "|"]
     for name, pair in results.items():
         cells = [

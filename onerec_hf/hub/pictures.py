@@ -17,6 +17,7 @@ def _figure(width: float = 6.0, height: float = 3.4):
     axes = figure.add_subplot()
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(axis="y", alpha=0.3)
+    axes.set_axisbelow(True)
     return figure, axes
 
 
@@ -69,7 +70,7 @@ def plot_recall_by_frequency(
     axes.set_xticks(range(len(names)), names, fontsize=8)
     axes.set_xlabel("training events of the target item")
     axes.set_ylabel("recall@10")
-    figure.legend(loc="outside upper center", ncols=len(recalls), frameon=False)
+    figure.legend(loc="outside upper center", ncols=2 if len(recalls) > 3 else 3, frameon=False)
     figure.savefig(path)
 
 
@@ -112,5 +113,5 @@ def plot_prediction_entropy(
     axes.set_xlim(0.4, levels + 0.6)
     axes.set_ylim(bottom=0)
     axes.set_ylabel("entropy of the next code, nats")
-    figure.legend(loc="outside upper center", ncols=len(entropies) + 1, frameon=False)
+    figure.legend(loc="outside upper center", ncols=3, frameon=False)
     figure.savefig(path)
