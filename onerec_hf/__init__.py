@@ -1,7 +1,31 @@
-"""OneRec for the Hugging Face ecosystem. `import onerec_hf` registers the models with transformers' Auto classes."""
+"""OneRec for the Hugging Face ecosystem. `import onerec_hf` registers the models and the pipeline with transformers."""
 
-from . import models, pipeline  # noqa: F401  pipeline registers its task
-from ._version import __version__
-from .models import *  # noqa: F403
+import importlib
+from typing import TYPE_CHECKING
 
-__all__ = ["__version__", *models.__all__]
+from ._registration import register
+from ._version import __version__ as __version__
+
+if TYPE_CHECKING:
+    from .models import *  # noqa: F403
+
+
+def __getattr__(name):
+    """The public names of `onerec_hf.models`, which is imported when the first of them is asked for."""
+    if not name.startswith("__") or name == "__all__":
+        models = importlib.import_module(".models", __name__)
+        public = ["__version__", *models.__all__]
+        if name == "__all__":
+            return public
+        if name in public:
+            return getattr(models, name)
+        if name == "models":
+            return models
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__():
+    return sorted({*globals(), *__getattr__("__all__")})
+
+
+register()

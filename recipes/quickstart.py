@@ -14,10 +14,11 @@ import baseline
 import datasets
 import numpy as np
 import prepare
+import publish
 import sft
 from transformers.utils import logging
 
-from onerec_hf.hub import model_card, plot_recall_by_frequency, plot_training_curve, results_table
+from onerec_hf.hub import results_table
 from onerec_hf.recommender import Recommender
 from onerec_hf.simulator import ShortVideoWorld
 from onerec_hf.trainers import OneRecSFTConfig
@@ -48,35 +49,6 @@ def show(folder: Path, data: Path, world: ShortVideoWorld, users: int = 3) -> No
         print("  recommended: " + "; ".join(item.metadata["title"] for item in found))
 
 
-def write_card(folder: Path, data: Path, reports: dict, predictions: dict, epochs: float) -> None:
-    """Card and pictures beside the weights."""
-    splits = datasets.load_from_disk(str(data / "splits"))
-    counts = np.bincount(np.concatenate(splits["train"].with_format("numpy")["history"]), minlength=1)
-    targets = np.array([row[0] for row in splits["test"]["targets"]])
-    counts = np.pad(counts, (0, max(0, targets.max() + 1 - len(counts))))
-    recalls = {
-        name: np.asarray(datasets.Dataset.from_parquet(str(path))["recall@10"]) for name, path in predictions.items()
-    }
-    plot_recall_by_frequency(recalls, counts[targets], folder / "recall_by_frequency.png")
-    plot_training_curve(reports["OneRec-V2"]["log"], folder / "training_curve.png")
-    (folder / "codebook_usage.png").write_bytes((data / "codebook_usage.png").read_bytes())
-    card = model_card(
-        title="OneRec-V2 quickstart",
-        repo=str(folder),
-        summary="A small OneRec-V2 trained on a **simulated** short-video world; a demonstration, not a model for real users.",
-        data=f"{len(splits['test']):,} simulated users, effective views, leave last out.",
-        training=f"{epochs:g} epochs on a CPU, {reports['OneRec-V2']['num_parameters']:,} parameters, seen in the picture below.",
-        dataset_name="simulated short videos",
-        results={name: (report["test"], report["test_exclude_seen"]) for name, report in reports.items()},
-        pictures=[
-            ("training_curve.png", "Training curve"),
-            ("recall_by_frequency.png", "Recall by item frequency"),
-            ("codebook_usage.png", "Codebook usage"),
-        ],
-    )
-    card.save(folder / "README.md")
-
-
 def main(output: Path, num_users: int = 2000, num_items: int = 2000, epochs: float = 12, seed: int = 0) -> dict:
     """Runs everything; returns the reports of all systems."""
     data, folder = output / "data", output / "onerec-v2-quickstart"
@@ -95,7 +67,7 @@ def main(output: Path, num_users: int = 2000, num_items: int = 2000, epochs: flo
     np.save(output / "content.npy", world.content_embeddings[interactions.item_ids])
     loaded.embeddings = str(output / "content.npy")
     prepare.main(loaded)
-    reports, predictions = {}, {"OneRec-V2": folder / "predictions.parquet"}
+    reports = {}
     training = OneRecSFTConfig(
         output_dir=str(folder),
         num_train_epochs=epochs,
@@ -124,8 +96,17 @@ def main(output: Path, num_users: int = 2000, num_items: int = 2000, epochs: flo
             name=name, data=str(data), output=str(output / name), seed=seed, fit=fit
         )
         reports[name] = baseline.main(arguments)
-        predictions[name] = output / name / "predictions.parquet"
-    write_card(folder, data, reports, predictions, epochs)
+    publish.main(
+        publish.PublishArguments(
+            model=str(folder),
+            data=str(data),
+            baselines=[str(output / name) for name in ("popularity", "cooccurrence", "sasrec")],
+            title="OneRec-V2 quickstart",
+            summary="A small OneRec-V2 trained on a **simulated** short-video world; a demonstration, not a model for real users.",
+            dataset_name="simulated short videos",
+            simulated=True,
+        )
+    )
     show(folder, data, world)
     print(
         "\n" + results_table({name: (report["test"], report["test_exclude_seen"]) for name, report in reports.items()})

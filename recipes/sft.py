@@ -64,10 +64,12 @@ def main(args: ModelArguments, training: OneRecSFTConfig) -> dict:
     start = time.perf_counter()
     trainer.train(resume_from_checkpoint=training.resume_from_checkpoint)
     report = {"train_seconds": time.perf_counter() - start, "num_parameters": model.num_parameters()}
-    trainer.save_model()
+    output = Path(training.output_dir)
     if trainer.is_world_process_zero():
-        output = Path(training.output_dir)
         serve(recommender, args).save_beside(output)
+        trainer.create_model_card()
+    trainer.save_model()  # with --push_to_hub true it goes up now, in one commit
+    if trainer.is_world_process_zero():
         report |= score(recommender, splits["test"], output, training.seed)
         report["best_metric"], report["log"] = trainer.state.best_metric, trainer.state.log_history
         (output / "metrics.json").write_text(json.dumps(report, indent=2))

@@ -16,12 +16,13 @@ RULES = {
     "models": (set(), {"torch", "transformers", "numpy", "safetensors", "tokenizers", "huggingface_hub"}),
     "semantic_ids": (set(), {"torch", "numpy", "safetensors", "tqdm", "transformers", "matplotlib"}),
     "simulator": (set(), {"torch", "numpy", "pandas"}),
+    "hub": (set(), {"huggingface_hub", "matplotlib", "numpy", "safetensors"}),
     "evaluation": (set(), {"torch", "numpy", "tqdm", "datasets"}),
     "data": (set(), {"datasets", "torch", "transformers", "numpy", "pandas", "pyarrow", "safetensors", "tqdm"}),
     "baselines": ({"models"}, {"torch", "transformers", "numpy", "scipy", "tqdm", "safetensors"}),
     "rewards": ({"models"}, {"torch"}),
     "trainers": (
-        {"models", "data", "rewards"},
+        {"models", "data", "rewards", "evaluation", "hub", "_version"},
         {"trl", "transformers", "accelerate", "peft", "torch", "datasets", "numpy", "safetensors"},
     ),
     "": (

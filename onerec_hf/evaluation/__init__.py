@@ -2,6 +2,7 @@
 
 from .bootstrap import Lift, bootstrap_lift
 from .classification import auc, calibration, feedback_report, gauc
+from .entropy import prediction_entropy
 from .evaluate import EvaluationResult, Recommender, evaluate
 from .metrics import paired_bootstrap
 
@@ -16,4 +17,5 @@ __all__ = [
     "feedback_report",
     "gauc",
     "paired_bootstrap",
+    "prediction_entropy",
 ]

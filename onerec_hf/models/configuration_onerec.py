@@ -4,6 +4,9 @@ from typing import ClassVar, Literal
 
 from huggingface_hub.dataclasses import strict
 from transformers.configuration_utils import PreTrainedConfig
+from transformers.utils import logging
+
+logger = logging.get_logger(__name__)
 
 NUM_SPECIAL_TOKENS = 4  # <|pad|>, <|sid_begin|>, <|sid_end|>, <|unk|>
 
@@ -103,6 +106,19 @@ class SemanticIdConfig(PreTrainedConfig):
         self.context_features = dict(sorted((self.context_features or {}).items()))
         self.user_features = dict(sorted((self.user_features or {}).items()))
         self.feature_embed_dims = dict(self.feature_embed_dims or {})
+        foreign = (
+            "auto_map",
+            "custom_pipelines",
+            "quantization_config",
+            "torch_dtype",
+        )  # of transformers, yet no fields
+        unknown = [name for name in kwargs if not name.startswith("_") and not hasattr(PreTrainedConfig, name)]
+        if unknown := sorted(set(unknown) - set(foreign)):  # of transformers, yet no fields
+            logger.warning(
+                f"{type(self).__name__}: this version does not know {unknown} and ignores it, so the model may compute something "
+                "else than it was trained for. Update onerec_hf, or load with `trust_remote_code=True` where the package is not "
+                "imported: the repository holds its own code."
+            )
         super().__post_init__(**kwargs)
 
     def validate_architecture(self):

@@ -8,6 +8,7 @@ import os
 
 import torch
 import torch.nn.functional as F
+from safetensors import SafetensorError
 from transformers.generation import GenerateBeamDecoderOnlyOutput, LogitsProcessorList
 from transformers.utils import logging
 from transformers.utils.hub import cached_file
@@ -78,13 +79,19 @@ class CatalogueGenerationMixin:
             "AutoModelForCausalLM": f"{module}.{name}",
         }
         if self.catalogue is not None:
-            self.catalogue.save_pretrained(save_directory)
+            self._require_catalogue().save_pretrained(save_directory)
         return super().save_pretrained(save_directory, **kwargs)
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, *model_args, **kwargs):
         """As `PreTrainedModel.from_pretrained`; attaches the repository's catalogue when it holds one."""
-        result = super().from_pretrained(pretrained_model_name_or_path, *model_args, **kwargs)
+        try:
+            result = super().from_pretrained(pretrained_model_name_or_path, *model_args, **kwargs)
+        except SafetensorError as error:
+            raise OSError(
+                f"the weights of {pretrained_model_name_or_path} cannot be read ({error}): a file is cut off or no safetensors "
+                "file. Save or copy it again, or download it with `force_download=True`."
+            ) from error
         model = result[0] if isinstance(result, tuple) else result
         hub_kwargs = {name: kwargs[name] for name in _HUB_KWARGS if kwargs.get(name) is not None}
         path = None

@@ -8,6 +8,7 @@ from .grpo import OneRecGRPOTrainer
 from .grpo_config import OneRecGRPOConfig
 from .ipa import IPATrainer
 from .ipa_config import IPAConfig
+from .repository import RepositoryMixin
 from .sft import OneRecSFTConfig, OneRecSFTTrainer
 
 # What a `LoraConfig` without `target_modules` adapts. OneRec-V2's `item_proj` makes the keys and values of its context.
@@ -24,6 +25,7 @@ __all__ = [
     "OneRecGRPOTrainer",
     "OneRecSFTConfig",
     "OneRecSFTTrainer",
+    "RepositoryMixin",
     "feedback_exposures",
     "rejection_sample",
 ]

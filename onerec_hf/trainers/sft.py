@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from transformers import Trainer, TrainingArguments
 
 from .balance import ExpertBalanceCallback
+from .repository import RepositoryMixin
 
 
 @dataclass
@@ -20,6 +21,7 @@ class OneRecSFTConfig(TrainingArguments):
         remove_unused_columns: Off: the collator reads the columns of the split itself.
         label_names: `target_ids`, so that evaluation has a loss.
         train_sampling_strategy: Batches of users with histories of similar length; reads the column `length` where there is one.
+        hub_strategy: `"end"`: one commit of the finished model; the checkpoints before it would be no complete repositories.
         metric_for_best_model: Model choice on validation; any key that `generation_metrics` returns, or `"loss"`.
     """
 
@@ -27,9 +29,10 @@ class OneRecSFTConfig(TrainingArguments):
     label_names: list[str] | None = field(default_factory=lambda: ["target_ids"])
     train_sampling_strategy: str = field(default="group_by_length")
     prediction_loss_only: bool = field(default=True)
+    hub_strategy: str = field(default="end")
 
 
-class OneRecSFTTrainer(Trainer):
+class OneRecSFTTrainer(RepositoryMixin, Trainer):
     r"""
     `transformers.Trainer` whose `evaluate` also generates, and which balances the experts of a mixture.
 
@@ -39,6 +42,10 @@ class OneRecSFTTrainer(Trainer):
             each one computes them on all rows it is given.
         kwargs: As `Trainer`.
     """
+
+    _card_method = (
+        "Supervised: the negative log-probability of the codes of each target, with transformers' `Trainer`."
+    )
 
     def __init__(self, *args, generation_metrics: Callable | None = None, **kwargs):
         super().__init__(*args, **kwargs)

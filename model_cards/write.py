@@ -1,0 +1,102 @@
+"""Writes the card of every published recipe from docs/results.md and the recipes' configs, so that no number is typed twice.
+
+    python model_cards/write.py
+
+A test compares the committed cards with what this writes: run it after a change of docs/results.md, a config or the template.
+"""
+
+import re
+from pathlib import Path
+
+import yaml
+from transformers import AutoConfig
+
+import onerec_hf  # noqa: F401  registers the models
+from onerec_hf.hub import model_card
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def table(marker: str, *labels: str) -> dict[str, tuple[dict[str, float], dict[str, float]]]:
+    """
+    Rows of the table between `<!-- marker -->` and `<!-- /marker -->` of docs/results.md: (seen items kept, masked) per row. Each
+    of `labels` is the beginning of the first cell of one row. `0.0760 ±0.0007 / 0.0844 ±0.0008` reads as .0760 and .0844.
+    """
+    text = (ROOT / "docs" / "results.md").read_text(encoding="utf-8")
+    block = text.partition(f"<!-- {marker} -->")[2].partition(f"<!-- /{marker} -->")[0]
+    rows = [
+        [cell.strip() for cell in line.strip("|").split("|")] for line in block.splitlines() if line.startswith("|")
+    ]
+    if not rows:
+        raise ValueError(f"docs/results.md has no table between <!-- {marker} --> and <!-- /{marker} -->.")
+    found = {}
+    for label in labels:
+        row = next((row for row in rows if row[0].startswith(label)), None)
+        if row is None:
+            raise ValueError(
+                f"no row of the table {marker!r} in docs/results.md begins with {label!r}: {[r[0] for r in rows]}"
+            )
+        cells = {name: re.findall(r"(?<![±\d.])\d*\.\d+", cell) for name, cell in zip(rows[0], row) if "@" in name}
+        found[label] = tuple({name: float(values[side]) for name, values in cells.items()} for side in (0, 1))
+    return found
+
+
+def beauty():
+    settings = yaml.safe_load((ROOT / "recipes/configs/small_sft.yaml").read_text())
+    prepare = yaml.safe_load((ROOT / "recipes/configs/amazon_prepare.yaml").read_text())
+    config = AutoConfig.for_model("onerec_v2", codebook_sizes=[prepare["codebook_size"]] * 3, **settings["model"])
+    rows = table("beauty", "OneRec-V2, 0.24M", "popularity", "co-occurrence counter", "SASRec")
+    return model_card(
+        config,
+        title="OneRec-V2 on Amazon Beauty",
+        repo="org/onerec-v2-beauty",
+        summary="A small OneRec-V2 trained on a CPU: a reference for the recipe, to be read beside the baselines in the table.",
+        data="Amazon Beauty (2014), 5-core: 22,363 users, 12,101 items, leave last out. The reviews are for research use and are "
+        "not part of the repository. Semantic IDs: balanced residual k-means over text (title, brand, category) and "
+        "co-occurrence embeddings of the training split, collisions moved to the next free code "
+        "(`recipes/configs/amazon_prepare.yaml`).",
+        training="`recipes/sft.py` with `recipes/configs/small_sft.yaml`: every target of a user in one pass, model choice by "
+        f"{settings['metric_for_best_model'].removeprefix('eval_')} on validation users, {settings['num_train_epochs']} epochs, "
+        f"learning rate {settings['learning_rate']:g}, dropout {settings['model']['dropout']:g}. Commands, seeds, hardware and "
+        "what was tried are in docs/results.md.",
+        results=rows,
+        dataset_name="Amazon Beauty 2014, 5-core",
+        tags=["amazon-beauty"],
+    )
+
+
+def quickstart():
+    config = AutoConfig.for_model("onerec_v2", codebook_sizes=[64] * 3, **quickstart_model())
+    return model_card(
+        config,
+        title="OneRec-V2 quickstart",
+        repo="org/onerec-v2-quickstart",
+        summary="A small OneRec-V2 trained on a **simulated** short-video world; a demonstration, not a model for real users.",
+        data="2,000 simulated users and 2,000 videos (`onerec_hf.simulator`, seed 0), effective views, leave last out.",
+        training="`recipes/quickstart.py`: 12 epochs on a CPU.",
+        results=table("quickstart", "OneRec-V2", "popularity", "co-occurrence counter", "SASRec"),
+        dataset_name="simulated short videos",
+        simulated=True,
+    )
+
+
+def quickstart_model() -> dict:
+    import sys
+
+    sys.path.insert(0, str(ROOT / "recipes"))
+    import quickstart
+
+    return quickstart.MODEL
+
+
+CARDS = {"onerec-v2-beauty": beauty, "onerec-v2-quickstart": quickstart}
+
+
+def main(folder: Path = ROOT / "model_cards") -> None:
+    for name, make in CARDS.items():
+        make().save(folder / f"{name}.md")
+        print(folder / f"{name}.md")
+
+
+if __name__ == "__main__":
+    main()

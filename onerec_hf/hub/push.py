@@ -1,0 +1,188 @@
+"""A model folder -> a repository on the Hub, in one commit."""
+
+import json
+import re
+from pathlib import Path
+
+from huggingface_hub import CommitInfo, CommitOperationAdd, HfApi
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+from huggingface_hub.utils import validate_repo_id
+from safetensors import SafetensorError, safe_open
+
+_SUFFIXES = {".safetensors", ".json", ".py", ".png"}  # no .bin, .pt, .parquet: no pickles, no optimizer, no users
+_NAMES = {"README.md", "LICENSE", "items.jsonl"}
+_TRAINING = re.compile(r"optimizer.*|scheduler.*|rng_state.*|trainer_state\.json|predictions.*")
+_SAVE_MODEL = "`model.save_pretrained(folder)`"
+_SAVE_TOKENIZER = "`tokenizer.save_pretrained(folder)`, the tokenizer having its catalogue"
+_WHAT_TO_DO = {
+    401: "Log in with `hf auth login`, or pass `token=` (a valid one).",
+    403: "The token may not write there: pass one with write permission, choose a namespace of yours, or `create_pr=True`.",
+    404: "The Hub knows no such namespace, repository or revision, or hides it from this token: check all three and `token=`.",
+    409: "Somebody else changes the repository at this moment: run the same call again.",
+    412: "Somebody else changed the repository in between: run the same call again.",
+}
+
+
+def repository_files(folder: str | Path) -> list[str]:
+    """
+    The files of a model folder that belong into its repository; checkpoints, optimizer states and predictions do not.
+
+    Raises:
+        ValueError: Naming everything that is missing or damaged, and what to do about each.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise ValueError(f"{folder} is no folder: give the one that `save_pretrained` or a trainer wrote.")
+    files = sorted(
+        path.name
+        for path in folder.iterdir()
+        if path.is_file() and (path.suffix in _SUFFIXES or path.name in _NAMES) and not _TRAINING.fullmatch(path.name)
+    )
+    if "config.json" not in files and "adapter_config.json" not in files:
+        raise ValueError(
+            f"{folder} holds no model: neither config.json nor adapter_config.json. Give the folder that "
+            f"{_SAVE_MODEL} wrote; checkpoints lie in folders of their own."
+        )
+    if problems := [*_missing(folder, files), *_damaged(folder, files)]:
+        raise ValueError(f"{folder} is not ready for the Hub:\n" + "\n".join(f"- {problem}" for problem in problems))
+    return files
+
+
+def _missing(folder: Path, files: list[str]) -> list[str]:
+    problems = []
+    if "README.md" not in files:
+        problems.append("README.md, the card: `model_card(...).save(folder / 'README.md')`, or recipes/publish.py")
+    if "adapter_config.json" in files:
+        wanted = {"adapter_model.safetensors": _SAVE_MODEL}
+        base = json.loads((folder / "adapter_config.json").read_text()).get("base_model_name_or_path")
+        if not base or Path(base).exists() or not re.fullmatch(r"[\w.-]+/[\w.-]+", base):
+            problems.append(
+                f"the base model of adapter_config.json is {base!r}, which only this machine knows: push the base model, and "
+                'write its repository into "base_model_name_or_path"'
+            )
+    else:
+        wanted = dict.fromkeys(_weight_files(folder), _SAVE_MODEL)
+        config = json.loads((folder / "config.json").read_text())
+        if any(name.endswith("ForCausalLM") for name in config.get("architectures") or []):
+            wanted |= {"generation_config.json": _SAVE_MODEL}
+    reward = "config.json" in files and "generation_config.json" not in wanted
+    if not reward:
+        wanted |= dict.fromkeys(("tokenizer.json", "tokenizer_config.json"), _SAVE_TOKENIZER)
+        wanted |= {"catalogue.safetensors": f"{_SAVE_MODEL} with `model.catalogue` set"}
+    return problems + [f"{name}: {what}" for name, what in (wanted | _code_files(folder)).items() if name not in files]
+
+
+def _weight_files(folder: Path) -> list[str]:
+    index = folder / "model.safetensors.index.json"
+    if not index.is_file():
+        return ["model.safetensors"]
+    return sorted(set(json.loads(index.read_text())["weight_map"].values()))
+
+
+def _code_files(folder: Path) -> dict[str, str]:
+    """The modules that `auto_map` names, and those that they import: without them the repository loads nowhere else."""
+    found = {}
+    for name, what in (("config.json", _SAVE_MODEL), ("tokenizer_config.json", _SAVE_TOKENIZER)):
+        if not (folder / name).is_file():
+            continue
+        auto_map = json.loads((folder / name).read_text()).get("auto_map") or {}
+        if not auto_map:
+            found[f"auto_map in {name}"] = f"{what}, after `import onerec_hf`"
+        # "module.Class", or a list of such and None
+        classes = [c for value in auto_map.values() for c in (value if isinstance(value, list) else [value]) if c]
+        pending = [c.rpartition(".")[0] for c in classes]
+        while pending:
+            module = f"{pending.pop()}.py"
+            if module not in found:
+                found[module] = f"{what}, which copies the code"
+                if (folder / module).is_file():
+                    pending += re.findall(r"^\s*from \.(\w+) import", (folder / module).read_text(), re.MULTILINE)
+    return found
+
+
+def _damaged(folder: Path, files: list[str]) -> list[str]:
+    """Files that cannot be read: cut off by a full disk or a broken copy."""
+    problems = []
+    for name in files:
+        try:
+            if name.endswith(".safetensors"):
+                with safe_open(folder / name, framework="np"):
+                    pass
+            elif name.endswith(".json"):
+                json.loads((folder / name).read_text())
+        except (SafetensorError, ValueError) as error:
+            problems.append(f"{name} cannot be read ({error}): save it again")
+    return problems
+
+
+def push_to_hub(
+    folder: str | Path,
+    repo_id: str,
+    *,
+    private: bool | None = None,
+    revision: str | None = None,
+    create_pr: bool = False,
+    commit_message: str = "Upload model",
+    token: str | bool | None = None,
+) -> CommitInfo:
+    """
+    Uploads a model folder: model or adapter, tokenizer, catalogue, codebooks, collator, generation config, custom code and card, in
+    one commit. Everything is checked before the first byte goes out, and the repository is made if it does not exist.
+
+    Args:
+        folder: What `save_pretrained` of model and tokenizer wrote, with its card.
+        repo_id: `"org/name"`. In the card that goes up, the usage snippet loads this repository.
+        private: Of a repository that is made now; default public, or what the organisation says.
+        revision: Branch to commit to, made from `main` if it does not exist.
+        create_pr: Open a pull request against `main` instead.
+        token: Instead of the one that `hf auth login` stored.
+
+    Returns:
+        `CommitInfo`, with `commit_url` and `pr_url`.
+
+    Raises:
+        ValueError: Where the folder is incomplete (see [`repository_files`]), or the arguments contradict each other.
+        OSError: Where the Hub refuses, fails or does not answer; says what to do. A commit goes in whole or not at all.
+    """
+    files = repository_files(folder)
+    if create_pr and revision not in (None, "main"):
+        raise ValueError(
+            f"create_pr=True opens a pull request against main: leave out revision={revision!r}, or create_pr."
+        )
+    try:
+        validate_repo_id(repo_id)
+    except HFValidationError as error:
+        raise ValueError(f"repo_id={repo_id!r} is no name of a repository: give 'organisation/name'.") from error
+    card = (Path(folder) / "README.md").read_text(encoding="utf-8")
+    card = re.sub(r'^repo = ".*"$', f'repo = "{repo_id}"', card, count=1, flags=re.MULTILINE)
+    operations = [
+        CommitOperationAdd(name, card.encode() if name == "README.md" else str(Path(folder) / name)) for name in files
+    ]
+    api, step = HfApi(token=token), "create the repository"
+    try:
+        repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+        if revision not in (None, "main"):
+            step = f"create the branch {revision!r}"
+            api.create_branch(repo_id, branch=revision, exist_ok=True)
+        step = "upload"
+        return api.create_commit(
+            repo_id, operations, commit_message=commit_message, revision=revision, create_pr=create_pr
+        )
+    except (
+        Exception
+    ) as error:  # of the Hub, of the connection, of the token: httpx, httpx2 and Xet have no common ground
+        raise OSError(_explanation(folder, repo_id, step, error)) from error
+
+
+def _explanation(folder, repo_id: str, step: str, error: Exception) -> str:
+    status = error.response.status_code if isinstance(error, HfHubHTTPError) and error.response is not None else None
+    advice = _WHAT_TO_DO.get(
+        status,
+        "The server failed or hung up: run the same call again, what has arrived is not sent twice."
+        if status is None or status >= 500
+        else "See the error above.",
+    )
+    return (
+        f"could not {step} on {repo_id}: {type(error).__name__}: {error}\n{advice}\nA commit goes in whole or not at all, so "
+        f"nothing in {repo_id} is half-written; {folder} is untouched."
+    )

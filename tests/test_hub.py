@@ -1,0 +1,281 @@
+"""Up to the Hub and down again, against a server on 127.0.0.1."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+
+import huggingface_hub
+import pytest
+import torch
+from huggingface_hub import ModelCard
+from peft import LoraConfig, get_peft_model
+from transformers import AutoModel
+
+from onerec_hf import SemanticIdTokenizer
+from onerec_hf.hub import model_card, push_to_hub, repository_files
+
+from .loopback_hub import TOKEN, LoopbackHub
+from .tiny import SIZES, tiny_catalogue, tiny_model
+
+CONTEXT = [[1000, 1001, 1002, 1003], [1060, 1059, 1058, 1057]]
+
+
+def save(folder, model=None, **card):
+    """A complete repository: model (or adapter), tokenizer, catalogue, code and card."""
+    model = tiny_model(tiny_catalogue()) if model is None else model
+    model.save_pretrained(folder)
+    SemanticIdTokenizer(codebook_sizes=SIZES, catalogue=tiny_catalogue()).save_pretrained(folder)
+    texts = {"title": "Tiny", "repo": str(folder), "data": "None.", "training": "None."}
+    model_card(model.config, **texts | card).save(folder / "README.md")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def complete(tmp_path_factory):
+    return save(tmp_path_factory.mktemp("complete"))
+
+
+@pytest.fixture
+def folder(complete, tmp_path):
+    return shutil.copytree(complete, tmp_path / "model")
+
+
+@pytest.fixture
+def hub(monkeypatch, tmp_path):
+    """A Hub that this process talks to; a pause before a retry takes no time."""
+    with LoopbackHub() as hub:
+        monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", hub.url)
+        template = hub.url + "/{repo_id}/resolve/{revision}/{filename}"
+        monkeypatch.setattr(huggingface_hub.constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+        monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+        monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_DISABLE_XET", True)
+        monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+        monkeypatch.setenv("HF_TOKEN", TOKEN)
+        for name in ("no_proxy", "NO_PROXY"):
+            monkeypatch.setenv(name, "127.0.0.1")
+        monkeypatch.setattr("time.sleep", lambda seconds: None)
+        yield hub
+
+
+# ---- up ----------------------------------------------------------------------------------------------------------------
+
+
+def test_one_commit_with_everything_and_nothing_else(hub, folder):
+    (folder / "checkpoint-10").mkdir()
+    for name in (
+        "predictions.parquet",
+        "optimizer.pt",
+        "training_args.bin",
+        "trainer_state.json",
+        "checkpoint-10/config.json",
+    ):
+        (folder / name).write_bytes(b"{}")
+    (folder / "training_curve.png").write_bytes(b"\x89PNG")
+    for name in ("quantizer_config.json", "quantizer.safetensors"):
+        shutil.copy(folder / ("config.json" if name.endswith("json") else "model.safetensors"), folder / name)
+    commit = push_to_hub(folder, "org/onerec-1b", private=True, commit_message="First")
+    repository = hub.repos["org/onerec-1b"]
+    assert repository.private and [message for _, message, _ in repository.commits] == ["First"]
+    code = "configuration_onerec modeling_onerec_v2 modeling_semantic_id generation_semantic_id beam_search catalogue "
+    code += "prefix_index layers moe any_model tokenization_semantic_id"
+    assert set(repository.branches["main"]) == {
+        *(f"{name}.py" for name in code.split()),
+        *("config.json", "model.safetensors", "generation_config.json", "catalogue.safetensors"),
+        *("tokenizer.json", "tokenizer_config.json", "quantizer_config.json", "quantizer.safetensors"),
+        *("README.md", "training_curve.png"),
+    }
+    assert commit.commit_url.startswith(f"{hub.url}/org/onerec-1b/commit/")
+    pushed, local = repository.branches["main"]["README.md"].decode(), (folder / "README.md").read_text()
+    changed = [line for line, old in zip(pushed.splitlines(), local.splitlines(), strict=True) if line != old]
+    assert changed == ['repo = "org/onerec-1b"']  # the snippet loads what was pushed
+
+
+def test_branch_and_pull_request(hub, folder):
+    push_to_hub(folder, "org/tiny")
+    assert not hub.repos["org/tiny"].private
+    before = dict(hub.repos["org/tiny"].branches["main"])
+    (folder / "LICENSE").write_text("Apache-2.0")
+    push_to_hub(folder, "org/tiny", revision="next")
+    commit = push_to_hub(folder, "org/tiny", create_pr=True)
+    branches = hub.repos["org/tiny"].branches
+    assert branches["main"] == before and set(branches) == {"main", "next", "refs/pr/1"}
+    assert "LICENSE" in branches["next"] and "LICENSE" in branches["refs/pr/1"]
+    assert commit.pr_url == f"{hub.url}/org/tiny/discussions/1"
+    with pytest.raises(ValueError, match="pull request against main"):
+        push_to_hub(folder, "org/tiny", create_pr=True, revision="next")
+
+
+@pytest.mark.parametrize(
+    "where, problem, advice",
+    [
+        ("repos/create|preupload", 401, "hf auth login"),
+        ("repos/create|preupload", 403, "write permission"),
+        ("preupload", 404, "check all three"),
+        ("preupload", 500, "run the same call again"),
+        ("commit", 500, "run the same call again"),
+        ("commit", 412, "in between"),
+        ("PUT /blobs", "hang up", "run the same call again"),
+        ("commit", "hang up", "run the same call again"),
+    ],
+)
+def test_a_failed_upload_leaves_nothing_half_written(hub, folder, where, problem, advice):
+    push_to_hub(folder, "org/tiny")
+    before = dict(hub.repos["org/tiny"].branches["main"])
+    local = {path.name: path.read_bytes() for path in folder.iterdir()}
+    tiny_model(tiny_catalogue(), seed=7).save_pretrained(folder)
+    local["model.safetensors"] = (folder / "model.safetensors").read_bytes()
+    hub.fail = {where: problem}
+    with pytest.raises(OSError, match=f"(?s)org/tiny.*{advice}.*half-written"):
+        push_to_hub(folder, "org/tiny")
+    assert hub.repos["org/tiny"].branches == {"main": before} and len(hub.repos["org/tiny"].commits) == 1
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == local
+    hub.fail = {}
+    push_to_hub(folder, "org/tiny")  # the same call again
+    assert hub.repos["org/tiny"].branches["main"]["model.safetensors"] == local["model.safetensors"]
+
+
+def test_a_wrong_token_and_a_wrong_name(hub, folder):
+    with pytest.raises(OSError, match=r"(?s)could not create the repository on org/tiny.*hf auth login"):
+        push_to_hub(folder, "org/tiny", token="hf_wrong")
+    with pytest.raises(ValueError, match="'a/b/c' is no name of a repository"):
+        push_to_hub(folder, "a/b/c")
+    assert hub.repos == {}
+
+
+# ---- what is refused before the first byte -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "name, advice",
+    [
+        ("README.md", "publish.py"),
+        ("model.safetensors", "model.save_pretrained"),
+        ("generation_config.json", "model.save_pretrained"),
+        ("tokenizer.json", "tokenizer.save_pretrained"),
+        ("catalogue.safetensors", "model.catalogue"),
+        ("beam_search.py", "copies the code"),  # imported by the modelling file, not named by auto_map
+        ("tokenization_semantic_id.py", "copies the code"),
+    ],
+)
+def test_an_incomplete_folder_is_refused(hub, folder, name, advice):
+    (folder / name).unlink()
+    with pytest.raises(ValueError, match=f"(?s)not ready for the Hub.*{name}.*{advice}"):
+        push_to_hub(folder, "org/tiny")
+    assert hub.log == []
+
+
+def test_everything_that_is_wrong_is_named_at_once(folder):
+    (folder / "README.md").unlink()
+    (folder / "model.safetensors").write_bytes((folder / "model.safetensors").read_bytes()[:-100])
+    config = json.loads((folder / "config.json").read_text())
+    del config["auto_map"]
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError) as error:
+        repository_files(folder)
+    assert str(error.value).count("\n- ") == 3
+    assert "model.safetensors cannot be read" in str(error.value) and "auto_map in config.json" in str(error.value)
+
+
+def test_shards_are_counted(folder):
+    model = AutoModel.from_pretrained(folder)
+    (folder / "model.safetensors").unlink()
+    model.save_pretrained(folder, max_shard_size="30KB")
+    shards = sorted(path.name for path in folder.glob("model-*.safetensors"))
+    assert len(shards) > 1 and set(shards) < set(repository_files(folder))
+    (folder / shards[0]).unlink()
+    with pytest.raises(ValueError, match=shards[0]):
+        repository_files(folder)
+
+
+def test_no_folder_and_no_model(tmp_path):
+    with pytest.raises(ValueError, match="is no folder"):
+        repository_files(tmp_path / "absent")
+    with pytest.raises(ValueError, match=r"holds no model.*checkpoints"):
+        repository_files(tmp_path)
+
+
+# ---- adapters ----------------------------------------------------------------------------------------------------------
+
+
+def adapter_of(base, folder, **card):
+    config = LoraConfig(target_modules=["q_proj", "v_proj"], r=2, init_lora_weights=False, task_type="CAUSAL_LM")
+    model = get_peft_model(base, config)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_" in name:
+                parameter.normal_(generator=torch.Generator().manual_seed(len(name)))
+    return save(folder, model, **card), model
+
+
+def test_an_adapter_of_a_model_that_only_lies_here_is_refused(complete, tmp_path):
+    folder, _ = adapter_of(AutoModel.from_pretrained(complete), tmp_path / "adapter", adapter=True)
+    with pytest.raises(ValueError, match="push the base model"):
+        repository_files(folder)
+
+
+# ---- down: a process that does not have the package --------------------------------------------------------------------
+
+DOWN = """
+import json, sys
+class Hidden:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] == "onerec_hf":
+            raise ModuleNotFoundError(name)
+sys.meta_path.insert(0, Hidden())
+import torch
+from transformers import AutoModel, AutoTokenizer
+results = {}
+for repo, options in json.loads(sys.argv[1]):
+    model = AutoModel.from_pretrained(repo, trust_remote_code=True, **options)
+    tokenizer = AutoTokenizer.from_pretrained(repo, trust_remote_code=True, **options)
+    assert type(model).__module__.startswith("transformers_modules."), type(model).__module__
+    context = torch.tensor(tokenizer.encode_items(json.loads(sys.argv[2])))
+    found = model.generate(context_ids=context, num_beams=20, num_return_sequences=10)
+    results[repo + options.get("revision", "")] = found.tolist()
+try:
+    AutoModel.from_pretrained("org/absent", trust_remote_code=True)
+except OSError as error:
+    results["absent"] = str(error)
+exec(sys.argv[3])
+print(json.dumps(results))
+"""
+
+
+def expected(model):
+    tokenizer = SemanticIdTokenizer(codebook_sizes=SIZES, catalogue=tiny_catalogue())
+    context = torch.tensor(tokenizer.encode_items(CONTEXT))
+    return model.generate(context_ids=context, num_beams=20, num_return_sequences=10).tolist()
+
+
+def test_the_whole_way_up_and_down(hub, folder, tmp_path):
+    old, new = AutoModel.from_pretrained(folder), tiny_model(tiny_catalogue(), seed=7)
+    push_to_hub(folder, "org/onerec-1b", revision="old")
+    push_to_hub(save(tmp_path / "new", new), "org/onerec-1b")
+    # transformers' own way, in two commits, gives a repository that loads as well
+    theirs = tiny_model(tiny_catalogue(), seed=8, architecture="onerec")
+    theirs.push_to_hub("org/theirs")
+    SemanticIdTokenizer(codebook_sizes=SIZES, catalogue=tiny_catalogue()).push_to_hub("org/theirs")
+    adapter, adapted = adapter_of(AutoModel.from_pretrained("org/onerec-1b"), tmp_path / "adapter", adapter=True)
+    push_to_hub(adapter, "org/adapter")
+    wanted = [("org/onerec-1b", {}), ("org/onerec-1b", {"revision": "old"}), ("org/theirs", {}), ("org/adapter", {})]
+    snippet = hub.repos["org/onerec-1b"].branches["main"]["README.md"].decode().split("```python")[1].split("```")[0]
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    result = subprocess.run(
+        [sys.executable, "-c", DOWN, json.dumps(wanted), json.dumps(CONTEXT), snippet],
+        env=environment | hub.environment(tmp_path / "home"),
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+    )
+    assert result.returncode == 0, result.stderr
+    printed, results = result.stdout.strip().splitlines()[-2:]
+    results = json.loads(results)
+    assert results["org/onerec-1b"] == expected(new)
+    assert results["org/onerec-1bold"] == expected(old) != expected(new)
+    assert results["org/theirs"] == expected(theirs)
+    assert results["org/adapter"] == expected(adapted.eval()) != expected(new)
+    assert "org/absent is not a local folder and is not a valid model identifier" in results["absent"]
+    assert len(json.loads(printed)) == 10  # the snippet of the card, as printed
+    assert ModelCard.load("org/onerec-1b").data.library_name == "transformers"

@@ -1,0 +1,208 @@
+"""Model cards: valid metadata, snippets that run as printed, pictures, and the committed cards."""
+
+import contextlib
+import importlib.util
+import io
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from huggingface_hub import ModelCard
+from transformers import AutoConfig
+
+from onerec_hf import SemanticIdTokenizer
+from onerec_hf.evaluation import prediction_entropy
+from onerec_hf.hub import model_card, plot_prediction_entropy, results_table, usage_snippet
+
+from .tiny import ARCHITECTURES, SIZES, tiny_catalogue, tiny_context, tiny_model
+
+ROOT = Path(__file__).resolve().parents[1]
+KEPT, MASKED = {"recall@10": 0.123456, "ndcg@10": 0.06, "invalid_rate": 0.0}, {"recall@10": 0.2, "ndcg@10": 0.1}
+
+
+def card_of(architecture="v2", **arguments):
+    texts = {"title": "Tiny", "repo": "org/tiny", "data": "Some data.", "training": "Some training."}
+    return model_card(tiny_model(architecture=architecture).config, **texts | arguments)
+
+
+def test_metadata_survive_the_way_through_a_file(tmp_path):
+    results = {"Tiny": (KEPT, MASKED), "popularity": (MASKED, MASKED)}
+    card = card_of(results=results, dataset_name="Some Log", dataset="org/log", base_model="org/base", tags=["beauty"])
+    card.save(tmp_path / "README.md")
+    data = ModelCard.load(tmp_path / "README.md").data
+    assert (data.license, data.library_name, data.datasets) == ("apache-2.0", "transformers", ["org/log"])
+    assert (data.base_model, data.base_model_relation) == ("org/base", "finetune")
+    assert {"onerec", "onerec_v2", "recommendation", "beauty"} <= set(data.tags)
+    assert [
+        (r.metric_name, r.metric_value, r.metric_type, r.dataset_type, r.dataset_split) for r in data.eval_results
+    ] == [
+        ("recall@10", 0.12346, "recall", "org/log", "test"),
+        ("ndcg@10", 0.06, "ndcg", "org/log", "test"),
+        ("recall@10, seen items masked", 0.2, "recall", "org/log", "test"),
+        ("ndcg@10, seen items masked", 0.1, "ndcg", "org/log", "test"),
+    ]
+
+
+def test_an_adapter_says_what_it_needs():
+    data = card_of(adapter=True, base_model="org/base").data
+    assert (data.library_name, data.base_model, data.base_model_relation) == ("peft", "org/base", "adapter")
+
+
+@pytest.mark.parametrize("architecture, arxiv", [("onerec", "2502.18965"), ("v1", "2506.13695"), ("v2", "2508.20900")])
+def test_each_system_names_its_paper_and_its_risks(architecture, arxiv):
+    text = card_of(architecture, papers=["dpo"]).text
+    assert f"https://arxiv.org/abs/{arxiv}" in text and f"arXiv preprint arXiv:{arxiv}" in text
+    assert "2305.18290" in text and "2305.05065" in text  # DPO as asked for, TIGER always
+    for words in ("## Limits", "Feedback loop", "Popularity", "personal data", "Some data.", "Some training."):
+        assert words in text
+    assert "simulated" not in text and "simulated" in card_of(architecture, simulated=True).text
+    assert "{{" not in text and "{%" not in text and "None" not in text
+
+
+def test_what_a_card_refuses():
+    with pytest.raises(ValueError, match="results need a dataset_name"):
+        card_of(results={"Tiny": (KEPT, None)})
+    with pytest.raises(ValueError, match=r"papers=\['nobody'\] are unknown"):
+        card_of(papers=["nobody"])
+    with pytest.raises(ValueError, match="no card for model_type='bert'"):
+        model_card(AutoConfig.for_model("bert"), title="", repo="", data="", training="")
+
+
+def test_results_table():
+    table = results_table({"ours": (KEPT, MASKED), "theirs": ({"recall@10": 0.5}, None)})
+    assert table.splitlines() == [
+        "| model | recall@10 | ndcg@10 | invalid_rate |",
+        "|---|---|---|---|",
+        "| ours | 0.1235 / 0.2000 | 0.0600 / 0.1000 | 0.0000 / – |",
+        "| theirs | 0.5000 | – | – |",
+    ]
+
+
+FEATURES = {"context_features": {"author": 7, "age": 5}, "user_features": {"country": 3}}
+
+
+@pytest.mark.parametrize(
+    "architecture, overrides, lists",
+    [
+        ("onerec", {}, 3),  # the three items of a session
+        ("onerec", {"num_session_items": 1}, 10),
+        ("onerec", FEATURES, 3),
+        ("v1", {}, 10),
+        ("v1", {"positive_length": 0, **FEATURES}, 10),
+        ("v2", {}, 10),
+        ("v2", FEATURES, 10),
+        ("v2_moe", {}, 10),
+    ],
+)
+def test_the_snippet_runs_as_printed(tmp_path, architecture, overrides, lists):
+    catalogue = tiny_catalogue()
+    model = tiny_model(catalogue, architecture=architecture, **overrides)
+    model.save_pretrained(tmp_path)
+    SemanticIdTokenizer(codebook_sizes=SIZES, catalogue=catalogue).save_pretrained(tmp_path)
+    snippet = usage_snippet(model.config, str(tmp_path))
+    assert snippet in model_card(model.config, title="T", repo=str(tmp_path), data="", training="").text
+    printed = io.StringIO()
+    with contextlib.redirect_stdout(printed):
+        exec(snippet, {})
+    found = eval(printed.getvalue())
+    assert len(found) == lists and {item for row in found for item in row} <= set(catalogue.item_ids.tolist())
+    assert ('0 is "unknown"; columns: age, author' in snippet) == ("context_features" in overrides)
+
+
+def test_the_snippet_pads_the_pathways():
+    """As the collator does: each pathway to its length, the real items first."""
+    snippet = usage_snippet(tiny_model(architecture="v1").config, "folder")
+    body = snippet.partition("oldest first\n")[2].partition("found =")[0]
+
+    class Tokenizer:
+        def encode_items(self, items):
+            return np.stack([np.array(items)] * 3, axis=1)
+
+    names = {"torch": torch, "tokenizer": Tokenizer(), "history": np.arange(1, 6)}
+    exec(body, names)
+    assert names["context"][0, :, 0].tolist() == [4, 5, 1, 2, 0, 2, 3, 4, 5]  # short-term 2, positive 3, lifelong 4
+    assert names["mask"][0].tolist() == [True, True, True, True, False, True, True, True, True]
+
+
+# ---- pictures ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_prediction_entropy_is_that_of_the_models_own_probabilities(architecture):
+    catalogue = tiny_catalogue()
+    model = tiny_model(catalogue, architecture=architecture)
+    context = tiny_context(catalogue, model)
+    codes = torch.from_numpy(SemanticIdTokenizer(codebook_sizes=SIZES).encode_semantic_ids(catalogue.semantic_ids[:3]))
+    tokens = torch.cat([torch.ones(3, 1, dtype=torch.long), codes], 1)
+    with torch.no_grad():
+        probabilities = model(input_ids=tokens[:, :-1], **context).logits.softmax(-1)  # outside the level they are 0
+    by_hand = -(probabilities * probabilities.clamp(min=1e-30).log()).sum(-1)
+    batch = context | {"target_ids": torch.stack([codes, codes.flip(0)], 1)}  # the first of two targets counts
+    torch.testing.assert_close(torch.from_numpy(prediction_entropy(model.train(), batch)), by_hand)
+    assert model.training
+    batch["target_ids"][1] = 0  # no target
+    assert prediction_entropy(model, batch).shape == (2, 3)
+
+
+def test_prediction_entropy_over_existing_children():
+    catalogue = tiny_catalogue(num_items=65)
+    model = tiny_model(catalogue, score_normalization="valid")
+    with torch.no_grad():
+        model.lm_head.weight.zero_()  # uniform over the codes that exist behind the prefix
+    codes = catalogue.semantic_ids[:3].long()
+    token_ids = torch.from_numpy(SemanticIdTokenizer(codebook_sizes=SIZES).encode_semantic_ids(codes))
+    batch = tiny_context(catalogue, model) | {"target_ids": token_ids.unsqueeze(1)}
+    everything = {tuple(row) for row in catalogue.semantic_ids.tolist()}
+    expected = [
+        [
+            math.log(len({item[level] for item in everything if item[:level] == tuple(row[:level])}))
+            for level in range(3)
+        ]
+        for row in codes.tolist()
+    ]
+    np.testing.assert_allclose(prediction_entropy(model, batch), expected, atol=1e-5)
+
+
+def test_the_entropy_picture(tmp_path):
+    values = np.abs(np.random.default_rng(0).normal(1, 0.3, (40, 3)))
+    plot_prediction_entropy({"ours": values, "aligned": values / 2}, SIZES, tmp_path / "entropy.png")
+    assert (tmp_path / "entropy.png").read_bytes()[:4] == b"\x89PNG"
+    with pytest.raises(ValueError, match=r"\(40, 2\): expected \(users, 3\)"):
+        plot_prediction_entropy({"ours": values[:, :2]}, SIZES, tmp_path / "entropy.png")
+
+
+# ---- the committed cards -----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def write():
+    spec = importlib.util.spec_from_file_location("write_cards", ROOT / "model_cards" / "write.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_the_committed_cards_are_what_the_command_writes(write, tmp_path):
+    write.main(tmp_path)
+    for name in write.CARDS:
+        committed = ROOT / "model_cards" / f"{name}.md"
+        assert committed.read_text() == (tmp_path / f"{name}.md").read_text(), (
+            f"{committed.name} is out of date: run `python model_cards/write.py`"
+        )
+    assert {path.stem for path in (ROOT / "model_cards").glob("onerec*.md")} == set(write.CARDS)
+
+
+def test_numbers_are_read_from_the_results_page(write, tmp_path, monkeypatch):
+    (tmp_path / "docs").mkdir()
+    (tmp_path / "docs" / "results.md").write_text(
+        "<!-- a -->\n| model | seeds | recall@5 | training |\n|---|---|---|---|\n"
+        "| SASRec, full | 3 | 0.0495 ±0.0009 / .0604 ±.0012 | 11 minutes |\n<!-- /a -->\n"
+    )
+    monkeypatch.setattr(write, "ROOT", tmp_path)
+    assert write.table("a", "SASRec") == {"SASRec": ({"recall@5": 0.0495}, {"recall@5": 0.0604})}
+    with pytest.raises(ValueError, match="begins with 'OneRec'"):
+        write.table("a", "OneRec")
+    with pytest.raises(ValueError, match="no table between"):
+        write.table("b", "OneRec")
