@@ -9,7 +9,7 @@ import torch
 from onerec_hf.semantic_ids import ResidualKMeans, quality_report, resolve_collisions
 from onerec_hf.semantic_ids import blocks as blocks_module
 from onerec_hf.semantic_ids.balance import Prices, balanced_sizes, cheapest_two, enforce_sizes
-from onerec_hf.semantic_ids.kmeans import train_codebook
+from onerec_hf.semantic_ids.kmeans import kmeans_plus_plus, train_codebook
 
 
 def clustered_items(num_items: int, width: int, num_clusters: int, seed: int = 0) -> torch.Tensor:
@@ -108,6 +108,34 @@ def test_enforce_sizes_by_hand():
     torch.testing.assert_close(margins, torch.tensor([96.0, 100.0, 98.0, 100.0]))
     fixed = enforce_sizes(items, centroids, torch.zeros(2), codes, margins, torch.tensor([2, 2]))
     assert fixed.tolist() == [1, 0, 0, 1]
+
+
+def test_kmeans_plus_plus_takes_one_item_per_group_and_no_item_twice():
+    groups = torch.arange(20.0).repeat_interleave(30).unsqueeze(1)
+    items = 100 * groups + torch.randn(600, 1, generator=torch.Generator().manual_seed(0))
+    start = kmeans_plus_plus(items, 20, torch.Generator().manual_seed(1))
+    assert sorted((start[:, 0] / 100).round().tolist()) == list(
+        range(20)
+    )  # at random all 20 would be hit once in 10^8 times
+    few = torch.tensor([[0.0], [0.0], [0.0], [1.0], [5.0]])
+    assert sorted(kmeans_plus_plus(few, 3, torch.Generator().manual_seed(0))[:, 0].tolist()) == [0.0, 1.0, 5.0]
+    assert len(kmeans_plus_plus(few, 5, torch.Generator().manual_seed(0))) == 5  # only three differ: two are repeated
+
+
+def test_kmeans_plus_plus_draws_by_squared_distance():
+    """From 0 the next one of two draws is 1, 3 or 10 with p = 1/110, 9/110, 100/110; the better of both leaves less: 10, then 3."""
+    items = torch.tensor([[0.0], [1.0], [3.0], [10.0]])
+    counts = torch.zeros(11)
+    for seed in range(2000):
+        first, second = kmeans_plus_plus(items, 2, torch.Generator().manual_seed(seed))[:, 0].tolist()
+        if first == 0:
+            counts[int(second)] += 1
+    torch.testing.assert_close(
+        counts[[1, 3, 10]] / counts.sum(),
+        torch.tensor([(1 / 110) ** 2, (10 / 110) ** 2 - (1 / 110) ** 2, 1 - (10 / 110) ** 2]),
+        atol=0.02,
+        rtol=0,
+    )
 
 
 def test_plain_k_means_resets_empty_codes():

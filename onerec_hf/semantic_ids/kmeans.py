@@ -3,6 +3,8 @@
 N items, K codebook size, D embedding width. All arithmetic is float32, in blocks of rows: nothing of size N x K is ever held.
 """
 
+import math
+
 import torch
 
 from .balance import Prices, balanced_sizes, cheapest_two, enforce_sizes
@@ -13,6 +15,7 @@ from .blocks import row_blocks, squared_distances
 _BALANCED_SAMPLE_PER_CODE = 64
 _PLAIN_SAMPLE_PER_CODE = 256
 _MIN_SAMPLE_ITEMS = 16384
+_SEED_ITEMS_PER_CODE = 16  # of these (at least _MIN_SAMPLE_ITEMS in all) k-means++ chooses
 
 
 def nearest_centroids(
@@ -57,8 +60,8 @@ def train_codebook(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Codebook and codes of the training items for one level.
 
-    Starts from `codebook_size` items at random, as the paper does; runs `num_iterations` Lloyd iterations over a random sample
-    of the items and then `num_full_iterations` over all of them.
+    Balanced clusters start from `codebook_size` items at random, as the paper does, plain ones from `kmeans_plus_plus`; then
+    `num_iterations` Lloyd iterations over a random sample of the items and `num_full_iterations` over all of them.
 
     Args:
         items (`torch.FloatTensor` of shape `(N, D)`): float32, `N >= codebook_size`.
@@ -74,13 +77,49 @@ def train_codebook(
     per_code = _BALANCED_SAMPLE_PER_CODE if balanced else _PLAIN_SAMPLE_PER_CODE
     order = torch.randperm(len(items), generator=generator)
     order = order[: max(per_code * codebook_size, _MIN_SAMPLE_ITEMS)].clone().to(items.device)
-    train = _balanced if balanced else _plain
-    return train(items, order, codebook_size, num_iterations, num_full_iterations)
+    if balanced:
+        return _balanced(items, order, codebook_size, num_iterations, num_full_iterations)
+    return _plain(items, order, codebook_size, num_iterations, num_full_iterations, generator)
 
 
-def _plain(items, order, codebook_size, num_iterations, num_full_iterations) -> tuple[torch.Tensor, torch.Tensor]:
+def kmeans_plus_plus(items: torch.Tensor, codebook_size: int, generator: torch.Generator) -> torch.Tensor:
+    """
+    Starting centroids: greedy k-means++ (Arthur and Vassilvitskii, SODA 2007), as scikit-learn does it.
+
+    Every next centroid is an item drawn with probability proportional to its squared distance to the nearest centroid so far:
+    of `2 + ln K` draws the one that leaves the smallest sum of squared distances.
+
+    Args:
+        items (`torch.FloatTensor` of shape `(N, D)`): float32, `N >= codebook_size`.
+        codebook_size (`int`): K.
+        generator (`torch.Generator`): on the CPU.
+
+    Returns:
+        `torch.FloatTensor` of shape `(K, D)`: K rows of `items`; repeated ones only where fewer than K differ.
+    """
+    trials = 2 + int(math.log(codebook_size))
+    norms = items.square().sum(dim=1)
+    chosen = torch.randint(len(items), (1,), generator=generator).to(items.device)
+    centroids = [items[chosen]]
+    nearest = (squared_distances(items, centroids[0])[:, 0] + norms).clamp_min_(0)  # (N,)
+    for _ in range(codebook_size - 1):
+        cumulative = nearest.double().cumsum(0)
+        draws = torch.rand(trials, generator=generator, dtype=torch.float64).to(items.device) * cumulative[-1]
+        candidates = torch.searchsorted(cumulative, draws, right=True).clamp_max_(len(items) - 1)
+        distances = (squared_distances(items, items[candidates]) + norms.unsqueeze(1)).clamp_min_(0)  # (N, trials)
+        distances = torch.minimum(distances, nearest.unsqueeze(1))
+        best = distances.sum(dim=0).argmin()
+        nearest = distances[:, best]
+        centroids.append(items[candidates[best]].unsqueeze(0))
+    return torch.cat(centroids)
+
+
+def _plain(
+    items, order, codebook_size, num_iterations, num_full_iterations, generator
+) -> tuple[torch.Tensor, torch.Tensor]:
     sample = items[order]
-    centroids = sample[:codebook_size].clone()
+    seeds = sample[: max(_SEED_ITEMS_PER_CODE * codebook_size, _MIN_SAMPLE_ITEMS)]
+    centroids = kmeans_plus_plus(seeds, codebook_size, generator)
     for iteration in range(num_iterations + num_full_iterations):
         seen = sample if iteration < num_iterations else items
         codes = nearest_centroids(seen, centroids)
