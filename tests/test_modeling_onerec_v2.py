@@ -250,3 +250,49 @@ def test_the_encoded_context_is_a_pytree():
     kv = model.model.encode_context(**tiny_context(catalogue, model))
     leaves = torch.utils._pytree.tree_leaves(kv)
     assert sum(torch.is_tensor(leaf) for leaf in leaves) == 3
+
+
+def test_a_fixed_feature_is_given_looked_up_and_not_trained():
+    catalogue = tiny_catalogue()
+    vectors = torch.randn(catalogue.num_items, 5, generator=torch.Generator().manual_seed(3))
+    features = {"action": 4, "item": catalogue.num_items + 1}
+    model = tiny_model(
+        catalogue, context_features=features, fixed_context_features=["item"], feature_embed_dims={"item": 5}
+    )
+    tables = model.model.context_processor.embed_features
+    tables.fill("item", vectors)
+    first, second = tables(torch.tensor([[1, 0], [2, 7]]))
+    assert first.shape == (2, 8)  # context_embed_dim
+    torch.testing.assert_close(second, torch.stack([torch.zeros(5), vectors[6]]))
+    batch = all_targets(catalogue, model)
+    given = torch.ones(3, 6, 2, dtype=torch.long)
+    assert [name for name, _ in tables.named_parameters()] == ["tables.0.weight"]
+    other = given.clone()
+    other[0, 0, 1] = 9
+    log_probs = [model(**batch, context_features=x).target_log_probs for x in (given, other)]
+    assert (log_probs[0][0] != log_probs[1][0]).any() and torch.equal(log_probs[0][1], log_probs[1][1])
+    with pytest.raises(ValueError, match=r"shape \(3, 5\), the config says 65 rows"):
+        tables.fill("item", vectors[:3])
+
+
+def test_a_fixed_feature_survives_saving(tmp_path):
+    catalogue = tiny_catalogue()
+    settings = {"context_features": {"item": catalogue.num_items + 1}, "fixed_context_features": ["item"]}
+    model = tiny_model(catalogue, feature_embed_dims={"item": 5}, **settings)
+    vectors = torch.randn(catalogue.num_items, 5, generator=torch.Generator().manual_seed(3))
+    model.model.context_processor.embed_features.fill("item", vectors)
+    model.save_pretrained(tmp_path)
+    again = type(model).from_pretrained(tmp_path)
+    table = again.model.context_processor.embed_features.tables[0].weight
+    assert torch.equal(table[1:], vectors) and not table.requires_grad
+
+
+def test_context_dropout_is_that_of_the_context_alone():
+    model = tiny_model(dropout=0.1, context_dropout=0.5)
+    assert model.model.context_processor.dropout.p == 0.5 and model.model.layers[0].dropout.p == 0.1
+    assert tiny_model(dropout=0.1).model.context_processor.dropout.p == 0.1
+
+
+def test_a_fixed_feature_must_be_a_feature_of_given_width():
+    with pytest.raises(StrictDataclassClassValidationError, match=r"fixed_context_features names \['item'\]"):
+        OneRecV2Config(context_features={"action": 4, "item": 5}, fixed_context_features=["item"])

@@ -260,6 +260,10 @@ class OneRecV2Config(SemanticIdConfig):
         position_bias_max_distance (`int`, defaults to 128): Ages beyond it share the last bucket.
         first_dense_layers (`int`, defaults to 2): With experts, the first two blocks stay dense (section 2.2.3).
         num_shared_experts (`int`, defaults to 1): Beside the routed experts, where there are any (4B-A0.5B: 53 + 1, top-3).
+        fixed_context_features (`list[str]`, *optional*): Those of `context_features` whose table is given and not trained, of the
+            width that `feature_embed_dims` says: item vectors (text, co-occurrence), looked up by an item index, tell apart what
+            the codes round off. Not in the papers, which use such vectors for the codes alone.
+        context_dropout (`float`, *optional*): On context inputs, instead of `dropout`.
         kwargs: See [`SemanticIdConfig`].
     """
 
@@ -278,6 +282,22 @@ class OneRecV2Config(SemanticIdConfig):
     num_shared_experts: int = 1
     first_dense_layers: int = 2
     loss_reduction: Literal["mean", "sum"] = "mean"
+    fixed_context_features: list[str] | None = None
+    context_dropout: float | None = None
+
+    def __post_init__(self, **kwargs):
+        self.fixed_context_features = list(self.fixed_context_features or [])
+        self.context_dropout = self.dropout if self.context_dropout is None else self.context_dropout
+        super().__post_init__(**kwargs)
+
+    def validate_fixed_features(self):
+        """Part of the strict validation: a fixed feature is a context feature of given width."""
+        known = [name for name in self.context_features if name in self.feature_embed_dims]
+        if unknown := sorted(set(self.fixed_context_features) - set(known)):
+            raise ValueError(
+                f"fixed_context_features names {unknown}: give each its number of values in context_features and the width of its "
+                f"table in feature_embed_dims; both name {known}."
+            )
 
     def validate_sharing(self):
         """Part of the strict validation: sharing of context keys and values."""

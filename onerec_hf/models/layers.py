@@ -218,15 +218,29 @@ class LevelHead(nn.Linear):
         return F.linear(hidden_states, self.weight[rows])
 
 
-class FeatureEmbedding(nn.Module):
-    """Embeddings of categorical features, (..., F) -> a list of (..., width), in the order of the config."""
+class FixedEmbedding(nn.Module):
+    """A given table (V, width), saved with the model and not trained: a buffer."""
 
-    def __init__(self, features: dict[str, int], config, kind: str):
+    def __init__(self, size: int, width: int):
+        super().__init__()
+        self.register_buffer("weight", torch.zeros(size, width))
+
+    def forward(self, values):
+        return F.embedding(values, self.weight)
+
+
+class FeatureEmbedding(nn.Module):
+    """Embeddings of categorical features, (..., F) -> a list of (..., width), in the order of the config; `fixed`: given ones."""
+
+    def __init__(self, features: dict[str, int], config, kind: str, fixed: list[str] = ()):
         super().__init__()
         self.names, self.kind = list(features), kind
         widths = [config.feature_embed_dims.get(name, config.context_embed_dim) for name in features]
         self.width = sum(widths)
-        self.tables = nn.ModuleList([nn.Embedding(size, width) for size, width in zip(features.values(), widths)])
+        tables = zip(features.items(), widths)
+        self.tables = nn.ModuleList(
+            [(FixedEmbedding if name in fixed else nn.Embedding)(size, width) for (name, size), width in tables]
+        )
 
     def forward(self, values: torch.LongTensor | None) -> list[torch.Tensor]:
         given = 0 if values is None else values.shape[-1]
@@ -236,6 +250,16 @@ class FeatureEmbedding(nn.Module):
                 "dimension has one column per name, in this order."
             )
         return [table(values[..., i]) for i, table in enumerate(self.tables)]
+
+    def fill(self, name: str, vectors: torch.Tensor) -> None:
+        """Table of a fixed feature: row i of `vectors` (N, width) goes to value i + 1, zeros to value 0 ("unknown")."""
+        table = self.tables[self.names.index(name)].weight
+        if vectors.shape != (table.shape[0] - 1, table.shape[1]):
+            raise ValueError(
+                f"vectors of {name!r} have shape {tuple(vectors.shape)}, the config says {table.shape[0] - 1} rows (its values "
+                f"without 0) of width {table.shape[1]}."
+            )
+        table.copy_(F.pad(vectors, (0, 0, 1, 0)))
 
 
 def checked_context(config, context_ids, context_mask):

@@ -31,12 +31,14 @@ class OneRecV2ContextProcessor(nn.Module):
         self.split = config.context_key_value_split
         width = self.split * config.num_context_layers * config.num_context_key_value_heads * config.head_dim
         self.embed_codes = nn.Embedding(config.vocab_size, dim, config.pad_token_id)
-        self.embed_features = FeatureEmbedding(config.context_features, config, "context_features")
+        self.embed_features = FeatureEmbedding(
+            config.context_features, config, "context_features", config.fixed_context_features
+        )
         self.embed_user = FeatureEmbedding(config.user_features, config, "user_features")
         self.item_proj = nn.Linear(config.num_levels * dim + self.embed_features.width, width, bias=False)
         self.user_proj = nn.Linear(self.embed_user.width, width, bias=False) if config.user_features else None
         self.static_slot = nn.Embedding(1, width)
-        self.dropout = nn.Dropout(config.dropout)
+        self.dropout = nn.Dropout(config.context_dropout)
         norm_width = config.num_context_key_value_heads * config.head_dim
         self.key_norm = nn.ModuleList(
             [nn.RMSNorm(norm_width, eps=config.rms_norm_eps) for _ in range(config.num_context_layers)]
