@@ -5,13 +5,18 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import datasets
+import numpy as np
+import torch
 import yaml
+from safetensors.torch import load_file
 from transformers import AutoConfig, PreTrainedConfig
 
 import onerec_hf  # noqa: F401  registers the models
 from onerec_hf.data import EventFeature, OneRecCollator, PathwayCollator, SessionCollator, category_codes, target_rows
 from onerec_hf.recommender import ItemRanker, Recommender
 from onerec_hf.semantic_ids import load_quantizer
+
+ITEM_VECTORS = "item_vectors"  # name of the context feature
 
 
 @dataclass
@@ -32,6 +37,10 @@ class ModelArguments:
     )
     item_features: list[str] = field(
         default_factory=list, metadata={"help": "Columns of items.parquet as context features."}
+    )
+    item_vectors: bool = field(
+        default=False,
+        metadata={"help": "onerec_v2: item_embeddings.safetensors as a fixed context feature, beside the codes."},
     )
     user_features: list[str] = field(default_factory=list, metadata={"help": "Columns of users.parquet."})
     max_categories: int | None = field(
@@ -59,7 +68,16 @@ def make_config(args: ModelArguments, tokenizer, collator=None) -> PreTrainedCon
     settings |= mapping(args.model)
     if collator is not None:
         settings |= {"context_features": collator.context_feature_sizes, "user_features": collator.user_feature_sizes}
+        if args.item_vectors:
+            widths = settings.get("feature_embed_dims", {}) | {ITEM_VECTORS: item_vectors(args).shape[1]}
+            settings |= {"fixed_context_features": [ITEM_VECTORS], "feature_embed_dims": widths}
     return AutoConfig.for_model(**settings | {"codebook_sizes": tokenizer.codebook_sizes})
+
+
+def item_vectors(args: ModelArguments) -> torch.Tensor:
+    """The item embeddings that the semantic IDs were made from, (N, D), at unit variance, as what comes out of a norm."""
+    vectors = load_file(Path(args.data) / "item_embeddings.safetensors")["item_embeddings"]
+    return vectors / vectors.std()
 
 
 def make_collator(args: ModelArguments, tokenizer) -> OneRecCollator:
@@ -73,13 +91,18 @@ def make_collator(args: ModelArguments, tokenizer) -> OneRecCollator:
             raise ValueError(f"{table} has no {absent}; it has {rows.column_names}.")
         return {name: category_codes(rows[name], args.max_categories) for name in names}
 
+    config = make_config(args, tokenizer)
+    item_features = categories("items.parquet", args.item_features)
+    if args.item_vectors:
+        if config.model_type != "onerec_v2":
+            raise ValueError(f"item_vectors is for onerec_v2, the model is {config.model_type}.")
+        item_features[ITEM_VECTORS] = np.arange(1, tokenizer.catalogue.num_items + 1)
     features = {
         "event_features": {name: EventFeature(*feature) for name, feature in mapping(args.event_features).items()},
-        "item_features": categories("items.parquet", args.item_features),
+        "item_features": item_features,
         "user_features": categories("users.parquet", args.user_features),
     }
     item_token_ids = tokenizer.encode_semantic_ids(tokenizer.catalogue.semantic_ids)
-    config = make_config(args, tokenizer)
     if config.model_type == "onerec_v1":
         lengths = {f"{name}_length": length for name, length in config.pathway_lengths.items()}
         pathways = {"positive": mapping(args.positive), "lifelong": args.lifelong, **lengths}

@@ -14,7 +14,15 @@ import time
 from pathlib import Path
 
 import datasets
-from model_arguments import ModelArguments, make_collator, make_config, serve, training_rows
+from model_arguments import (
+    ITEM_VECTORS,
+    ModelArguments,
+    item_vectors,
+    make_collator,
+    make_config,
+    serve,
+    training_rows,
+)
 from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
 from trl import TrlParser
 
@@ -44,6 +52,8 @@ def main(args: ModelArguments, training: OneRecSFTConfig) -> dict:
     config = make_config(args, tokenizer, collator)
     model = AutoModelForCausalLM.from_config(config)
     model.catalogue = tokenizer.catalogue
+    if args.item_vectors:
+        model.model.context_processor.embed_features.fill(ITEM_VECTORS, item_vectors(args))
     recommender = ItemRanker(model, collator, args.num_beams)
     validation = splits["validation"]
     sample = validation.shuffle(seed=0).select(range(min(args.eval_users or len(validation), len(validation))))

@@ -9,6 +9,7 @@ import datasets
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers import AutoModel, AutoTokenizer
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -185,6 +186,31 @@ def test_dpo_mines_with_a_reward_model_and_takes_its_pairs_again(quickstart, rew
     assert adapted.keys() == before.state_dict().keys()
     assert torch.equal(adapted["lm_head.weight"], before.lm_head.weight)
     assert any(not torch.equal(adapted[name], tensor) for name, tensor in before.state_dict().items())
+
+
+def test_averaged_weights_are_what_is_evaluated_saved_and_resumed(quickstart, tmp_path):
+    arguments = ["--item_vectors", "true", "--weight_average_decay", "0.9", "--save_total_limit", "2"]
+    arguments += [
+        "--load_best_model_at_end",
+        "true",
+        "--metric_for_best_model",
+        "eval_loss",
+        "--learning_rate",
+        "0.01",
+    ]
+    whole = train(quickstart, tmp_path / "whole", *arguments)
+    checkpoints = sorted((tmp_path / "whole").glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]))
+    averaged, raw = (load_file(checkpoints[-1] / name) for name in ("model.safetensors", "raw_weights.safetensors"))
+    assert set(averaged) - set(raw) == {"model.context_processor.embed_features.tables.1.weight"}  # the fixed table
+    assert (averaged["lm_head.weight"] != raw["lm_head.weight"]).any()
+    losses = [record["eval_loss"] for record in whole["log"] if "eval_loss" in record]
+    assert whole["best_metric"] == min(losses)
+    best = load_file(checkpoints[int(np.argmin(losses))] / "model.safetensors")
+    final = load_file(tmp_path / "whole" / "model.safetensors")
+    assert all(torch.equal(best[name], final[name]) for name in best)
+    resumed = train(quickstart, tmp_path / "resumed", *arguments, "--resume_from_checkpoint", str(checkpoints[0]))
+    assert resumed["test"] == whole["test"]
+    assert [r["eval_loss"] for r in resumed["log"] if "eval_loss" in r] == losses
 
 
 def test_prepare_learns_from_the_training_split_alone(quickstart):

@@ -1,15 +1,21 @@
 """Supervised training of a OneRec model: transformers' `Trainer`, judged by what the model really recommends.
 
-The loss is the model's own (OneRec-V2, L_Gen); this file adds the generation metrics to every evaluation.
+The loss is the model's own (OneRec-V2, L_Gen); this file adds the generation metrics to every evaluation, and averaged weights.
 """
 
 from collections.abc import Callable
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 
-from transformers import Trainer, TrainingArguments
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from .balance import ExpertBalanceCallback
 from .repository import RepositoryMixin
+
+RAW_WEIGHTS_NAME = "raw_weights.safetensors"
 
 
 @dataclass
@@ -23,6 +29,10 @@ class OneRecSFTConfig(TrainingArguments):
         train_sampling_strategy: Batches of users with histories of similar length; reads the column `length` where there is one.
         hub_strategy: `"end"`: one commit of the finished model; the checkpoints before it would be no complete repositories.
         metric_for_best_model: Model choice on validation; any key that `generation_metrics` returns, or `"loss"`.
+        weight_average_decay: Keeps an exponential moving average of the trained weights (Polyak averaging), with this decay per
+            step; in step t it is at most (1 + t) / (10 + t). Evaluation, checkpoints and the final model then hold the average;
+            training goes on with the raw weights, which lie beside the checkpoint. With a constant learning rate it stands for
+            a decaying one, and every checkpoint is a finished model. None: no average. For data-parallel training.
     """
 
     remove_unused_columns: bool = field(default=False)
@@ -30,6 +40,12 @@ class OneRecSFTConfig(TrainingArguments):
     train_sampling_strategy: str = field(default="group_by_length")
     prediction_loss_only: bool = field(default=True)
     hub_strategy: str = field(default="end")
+    weight_average_decay: float | None = field(default=None)
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.weight_average_decay is not None and not 0 < self.weight_average_decay < 1:
+            raise ValueError(f"weight_average_decay={self.weight_average_decay}: it must lie between 0 and 1.")
 
 
 class OneRecSFTTrainer(RepositoryMixin, Trainer):
@@ -56,16 +72,81 @@ class OneRecSFTTrainer(RepositoryMixin, Trainer):
             self.expert_balance = ExpertBalanceCallback(config.router_bias_update_rate)
             self.add_callback(self.expert_balance)
 
+        self._average: dict[str, torch.Tensor] | None = None
+        if self.args.weight_average_decay is not None:
+            self.add_callback(_UpdateAverage(self))
+
     def log(self, logs: dict[str, float], *args, **kwargs) -> None:
         if self.expert_balance is not None and "loss" in logs:
             logs |= self.expert_balance.logs()
         super().log(logs, *args, **kwargs)
 
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix: str = "eval") -> dict[str, float]:
-        metrics = super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
-        if self.generation_metrics is not None and not isinstance(eval_dataset or self.eval_dataset, dict):
-            found = self.generation_metrics(self.accelerator.unwrap_model(self.model))
-            found = {f"{metric_key_prefix}_{name}": float(value) for name, value in found.items()}
-            self.log(found)
-            metrics.update(found)
+        with self._averaged_weights():
+            metrics = super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
+            if self.generation_metrics is not None and not isinstance(eval_dataset or self.eval_dataset, dict):
+                found = self.generation_metrics(self.accelerator.unwrap_model(self.model))
+                found = {f"{metric_key_prefix}_{name}": float(value) for name, value in found.items()}
+                self.log(found)
+                metrics.update(found)
         return metrics
+
+    def train(self, *args, **kwargs):
+        result = super().train(*args, **kwargs)
+        loaded_best = self.args.load_best_model_at_end and self.state.best_model_checkpoint is not None
+        if self._average is not None and not loaded_best:
+            _copy(self._average, self._trained())
+        self._average = None
+        return result
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False):
+        with self._averaged_weights() as raw:
+            super().save_model(output_dir, _internal_call)
+        if raw is not None and self.args.should_save:
+            save_file(raw, Path(output_dir or self.args.output_dir) / RAW_WEIGHTS_NAME)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
+        if self.args.weight_average_decay is not None:
+            self._average = {name: weight.detach().clone() for name, weight in self._trained().items()}
+            _copy(load_file(Path(resume_from_checkpoint) / RAW_WEIGHTS_NAME), self._trained())
+
+    def _trained(self) -> dict[str, torch.nn.Parameter]:
+        model = self.accelerator.unwrap_model(self.model)
+        return {name: weight for name, weight in model.named_parameters() if weight.requires_grad}
+
+    @torch.no_grad()
+    def update_average(self, step: int) -> None:
+        """One step of the moving average; `step` counts from 1."""
+        trained = self._trained()
+        if self._average is None:
+            self._average = {name: weight.detach().clone() for name, weight in trained.items()}
+        keep = min(self.args.weight_average_decay, (1 + step) / (10 + step))
+        torch._foreach_lerp_(list(self._average.values()), list(trained.values()), 1 - keep)
+
+    @contextmanager
+    def _averaged_weights(self):
+        """The model holds the average inside; yields the raw weights, or None where there is no average."""
+        if self._average is None:
+            yield None
+            return
+        raw = {name: weight.detach().clone() for name, weight in self._trained().items()}
+        _copy(self._average, self._trained())
+        try:
+            yield raw
+        finally:
+            _copy(raw, self._trained())
+
+
+class _UpdateAverage(TrainerCallback):
+    def __init__(self, trainer: OneRecSFTTrainer):
+        self.trainer = trainer
+
+    def on_step_end(self, args, state, control, **kwargs):
+        self.trainer.update_average(state.global_step)
+
+
+@torch.no_grad()
+def _copy(source: dict[str, torch.Tensor], target: dict[str, torch.Tensor]) -> None:
+    for name, weight in target.items():
+        weight.copy_(source[name])
