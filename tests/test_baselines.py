@@ -203,6 +203,29 @@ def test_sasrec_keeps_the_epoch_with_the_best_validation():
     assert [(r["epoch"], r["validation"]) for r in model.training_log] == [(1, 0.1), (2, 0.9), (3, 0.3)]
 
 
+def test_sasrec_validates_and_keeps_the_average_of_its_weights():
+    raw, average, seen = [], None, []
+
+    def record(outputs, labels, num_items_in_batch):
+        raw.append(model.model.wte.weight.detach().clone())  # before the step: after the one before
+        return SASRec._softmax_loss(model, outputs, labels, num_items_in_batch)
+
+    def validate(sasrec):
+        seen.append(sasrec.model.wte.weight.detach().clone())
+        return float(len(seen))
+
+    model = tiny()
+    model._softmax_loss = record
+    settings = {"batch_size": 20, "warmup_steps": 0, "learning_rate": 0.1, "weight_average_decay": 0.25}
+    short = [history[:8] for history in cycles(20)]  # one window each: one step per epoch
+    model.fit(short, num_epochs=4, validate=validate, progress=False, **settings)
+    for step, weight in enumerate(raw[1:], start=1):  # what the steps 1, 2, 3 left
+        keep = min(0.25, (1 + step) / (10 + step))
+        average = weight if average is None else keep * average + (1 - keep) * weight
+        torch.testing.assert_close(seen[step - 1], average)
+    assert torch.equal(model.model.wte.weight, seen[3])
+
+
 def test_sasrec_trains_every_transition_of_a_long_history_once():
     model, seen = tiny(), []
 

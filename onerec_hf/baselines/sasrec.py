@@ -112,6 +112,7 @@ class SASRec:
         weight_decay: float = 0.0,
         lr_scheduler_type: str = "constant_with_warmup",
         warmup_steps: int = 100,
+        weight_average_decay: float | None = None,
         seed: int = 0,
         progress: bool = True,
     ) -> "SASRec":
@@ -126,6 +127,8 @@ class SASRec:
                 binary cross-entropy with one negative per position (here uniform over all items but the target).
             num_epochs, batch_size (windows), learning_rate, weight_decay, lr_scheduler_type, warmup_steps: see
                 `TrainingArguments`.
+            weight_average_decay (`float`, *optional*): decay per step of an exponential moving average of the weights, at
+                most (1 + t) / (10 + t) in step t; what is validated and kept is then the average. None: the weights.
             seed (`int`, defaults to 0): of the order of the users, the dropout and the negatives.
         """
         if loss not in ("softmax", "bce"):
@@ -139,7 +142,7 @@ class SASRec:
         if not windows:
             raise ValueError("fit needs at least one history with two items or more.")
         self.training_log = []
-        callback = _KeepBestEpoch(self, validate)
+        callback = _KeepBestEpoch(self, validate, weight_average_decay)
         with tempfile.TemporaryDirectory() as folder:
             arguments = TrainingArguments(
                 output_dir=folder,
@@ -223,28 +226,45 @@ class SASRec:
 
 
 class _KeepBestEpoch(TrainerCallback):
-    """Calls `validate` after every epoch and remembers the weights of the best one, in memory."""
+    """Calls `validate` after every epoch and remembers the weights (or their average) of the best one, in memory."""
 
-    def __init__(self, sasrec: SASRec, validate: Callable[[SASRec], float] | None):
-        self.sasrec, self.validate = sasrec, validate
+    def __init__(self, sasrec: SASRec, validate: Callable[[SASRec], float] | None, decay: float | None):
+        self.sasrec, self.validate, self.decay = sasrec, validate, decay
+        self.average: dict[str, torch.Tensor] | None = None
         self.best_value, self.best_weights = -float("inf"), None
         self.start = time.perf_counter()
+
+    def _weights(self) -> dict[str, torch.Tensor]:
+        return {name: value.clone() for name, value in self.sasrec.model.state_dict().items()}
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if self.decay is None:
+            return
+        if self.average is None:
+            self.average = self._weights()
+        keep = min(self.decay, (1 + state.global_step) / (10 + state.global_step))
+        for name, value in self.sasrec.model.state_dict().items():
+            self.average[name].lerp_(value, 1 - keep)
 
     def on_epoch_end(self, args, state, control, **kwargs):
         record = {"epoch": round(state.epoch), "seconds": time.perf_counter() - self.start}
         if self.validate is not None:
+            raw = self._weights()
+            if self.average is not None:
+                self.sasrec.model.load_state_dict(self.average)
             self.sasrec.model.eval()
             record["validation"] = self.validate(self.sasrec)
-            self.sasrec.model.train()
             if record["validation"] > self.best_value:
-                self.best_value = record["validation"]
-                self.best_weights = {name: value.clone() for name, value in self.sasrec.model.state_dict().items()}
+                self.best_value, self.best_weights = record["validation"], self._weights()
+            self.sasrec.model.train()
+            self.sasrec.model.load_state_dict(raw)
         self.sasrec.training_log.append(record)
         logger.info(f"SASRec: {record}")
 
     def restore(self) -> None:
-        if self.best_weights is not None:
-            self.sasrec.model.load_state_dict(self.best_weights)
+        weights = self.best_weights if self.validate is not None else self.average
+        if weights is not None:
+            self.sasrec.model.load_state_dict(weights)
         self.sasrec.model.eval()
 
 
