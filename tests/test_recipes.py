@@ -12,6 +12,8 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModel, AutoTokenizer
 
+from onerec_hf.recommender import Recommender
+
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "recipes"))
 
@@ -211,6 +213,11 @@ def test_averaged_weights_are_what_is_evaluated_saved_and_resumed(quickstart, tm
     resumed = train(quickstart, tmp_path / "resumed", *arguments, "--resume_from_checkpoint", str(checkpoints[0]))
     assert resumed["test"] == whole["test"]
     assert [r["eval_loss"] for r in resumed["log"] if "eval_loss" in r] == losses
+    recommender = Recommender.from_pretrained(tmp_path / "whole")
+    items = recommender.model.catalogue.item_ids
+    found = recommender.recommend([items[:3], items[5:7]], k=5)
+    assert [len(row) for row in found] == [5, 5]
+    assert found == Recommender.from_pretrained(tmp_path / "resumed").recommend([items[:3], items[5:7]], k=5)
 
 
 def test_prepare_learns_from_the_training_split_alone(quickstart):
