@@ -44,16 +44,18 @@ def table(marker: str, *labels: str) -> dict[str, tuple[dict[str, float], dict[s
 def beauty():
     settings = yaml.safe_load((ROOT / "recipes/configs/small_sft.yaml").read_text())
     prepare = yaml.safe_load((ROOT / "recipes/configs/amazon_prepare.yaml").read_text())
-    config = AutoConfig.for_model("onerec_v2", codebook_sizes=[prepare["codebook_size"]] * 3, **settings["model"])
-    rows = table("beauty", "OneRec-V2, 0.24M", "popularity", "co-occurrence counter", "SASRec")
+    sizes = [prepare["codebook_size"]] * prepare["num_levels"]
+    config = AutoConfig.for_model("onerec_v2", codebook_sizes=sizes, **settings["model"])
+    rows = table("beauty", "OneRec-V2, 0.83M", "popularity", "co-occurrence counter", "SASRec")
     return model_card(
         config,
         title="OneRec-V2 on Amazon Beauty",
         repo="org/onerec-v2-beauty",
         summary="A small OneRec-V2 trained on a CPU: a reference for the recipe, to be read beside the baselines in the table.",
         data="Amazon Beauty (2014), 5-core: 22,363 users, 12,101 items, leave last out. The reviews are for research use and are "
-        "not part of the repository. Semantic IDs: balanced residual k-means over text (title, brand, category) and "
-        "co-occurrence embeddings of the training split, collisions moved to the next free code "
+        "not part of the repository. Semantic IDs: plain residual k-means over text (title, brand, category) and "
+        "co-occurrence embeddings of the training split, collisions moved to the next free code; the same embeddings stand beside "
+        "the codes in the context "
         "(`recipes/configs/amazon_prepare.yaml`).",
         training="`recipes/sft.py` with `recipes/configs/small_sft.yaml`: every target of a user in one pass, model choice by "
         f"{settings['metric_for_best_model'].removeprefix('eval_')} on validation users, {settings['num_train_epochs']} epochs, "
