@@ -155,6 +155,9 @@ class CatalogueGenerationMixin:
                 session, or different samples, that the fast search cannot give.
         """
         inputs = kwargs.pop("input_ids", inputs)
+        if kwargs.get("custom_generate") is catalogue_generate:  # the same search by its other entry
+            del kwargs["custom_generate"]
+            kwargs["num_beams"] = kwargs["num_return_sequences"] = kwargs.pop("search_beams", 1)
         given = {name: value for name, value in kwargs.items() if value is not None}
         settings = copy.deepcopy(generation_config if generation_config is not None else self.generation_config)
         settings.update(**self.generation_config.to_dict(), defaults_only=True)
@@ -242,9 +245,7 @@ class CatalogueGenerationMixin:
             source = self.generation_config if generation_config is None else generation_config
             leaks = {name: value for name, value in leaks.items() if getattr(source, name) not in (None, value)}
             kwargs = leaks | kwargs
-        if kwargs.get("custom_generate") is catalogue_generate:
-            kwargs |= {"catalogue": catalogue, "allowed_items": allowed_items}
-        elif catalogue is not None:
+        if catalogue is not None:
             processor = CatalogueLogitsProcessor(
                 catalogue, self.config.level_offsets, 1, allowed_items, self.config.eos_token_id
             )
