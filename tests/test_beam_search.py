@@ -253,6 +253,7 @@ def test_one_cuda_graph():
         ({"num_beams": 2, "num_return_sequences": 3}, "num_return_sequences"),
         ({"allowed_items": torch.ones(3, 4, dtype=torch.bool)}, r"expected a bool mask \(batch, 65\)"),
         ({"context_idz": 1}, "context_idz"),
+        ({"num_beams": 2, "replacement": False}, "are for do_sample=True"),
         ({"constrained": False, "allowed_items": torch.ones(3, 65, dtype=torch.bool)}, "leave out one side"),
     ],
 )

@@ -11,7 +11,7 @@ from transformers import LogitsProcessor
 from transformers.cache_utils import DynamicCache
 from transformers.generation import GenerateBeamDecoderOnlyOutput
 
-from .beam_search import BeamSearch, beam_search, search
+from .beam_search import BeamSearch, search
 from .catalogue import Catalogue
 
 _DEAD = float("-inf")
@@ -125,6 +125,11 @@ def _check(model, generation_config, normalize):
         )
     if normalize not in ("vocab", "level", "valid"):
         raise ValueError(f"normalize={normalize!r}: allowed are 'vocab', 'level' and 'valid'.")
+    if max(generation_config.num_beams or 1, generation_config.num_return_sequences or 1) > 1:
+        raise ValueError(
+            "catalogue_generate: leave num_beams and num_return_sequences at 1 and give search_beams=K instead; transformers "
+            "repeats the prompt for them before it calls a custom_generate."
+        )
 
 
 @torch.no_grad()
@@ -136,7 +141,7 @@ def catalogue_generate(
     generation_config=None,
     *,
     catalogue: Catalogue,
-    level_offsets: list[int] | None = None,
+    level_offsets: list[int],
     search_beams: int = 1,
     allowed_items: torch.BoolTensor | None = None,
     normalize: str = "vocab",
@@ -145,42 +150,29 @@ def catalogue_generate(
     """
     Constrained beam search as `model.generate(..., custom_generate=catalogue_generate, catalogue=..., search_beams=K, ...)`.
 
-    Takes the models of this package, and every causal language model of transformers with `position_ids`, 4D masks and full
-    attention: the prompt is read once and shared by all beams. Logits processors and sampling parameters are not looked at.
+    Takes every causal language model of transformers with `position_ids`, 4D masks and full attention: the prompt is read once and
+    shared by all beams. Logits processors and sampling parameters are not looked at. Models of this package take it too, and run
+    their own search with `num_beams = num_return_sequences = search_beams`.
 
     Args:
         input_ids (`torch.LongTensor` of shape (B, P)): Prompts, padded on the left. The rest of `generate`'s arguments matter
             as little as `max_new_tokens`, which transformers warns about where it is not given.
         catalogue (`Catalogue`): The items that may be generated, on the model's device.
-        level_offsets (`list[int]`): Token id of code 0 of each level; models of this package know theirs.
+        level_offsets (`list[int]`): Token id of code 0 of each level.
         search_beams (`int`, defaults to 1): K; all K are returned. `num_beams` and `num_return_sequences` stay 1, because
             transformers repeats the prompt for them before it calls a `custom_generate`.
         allowed_items (`torch.BoolTensor` of shape (B, N) or (1, N), *optional*): Subset of the items, per request.
         normalize (`"vocab"`, `"level"` or `"valid"`, defaults to `"vocab"`): What a code's probability is normalised over: all
             logits (transformers' beam search), the codes of its level, or those that continue the prefix to an existing item.
-            Models of this package follow their `score_normalization`; their logits outside the level are the lowest number,
-            so "vocab" and "level" are the same.
+            Models of this package follow their `score_normalization` instead.
 
     Returns:
         `torch.LongTensor` of shape (B * K, P + L), rows of pad tokens behind the prompt where fewer items exist; with
         `return_dict_in_generate` a `GenerateBeamDecoderOnlyOutput` with `sequences_scores` (as in `generate`).
     """
-    context_kv = model_kwargs.get("context_kv")
-    if context_kv is not None:
-        batch, level_offsets = context_kv.mask.shape[0], model.config.level_offsets
-        found = beam_search(model, catalogue, context_kv, search_beams, allowed_items)
-    else:
-        _check(model, generation_config, normalize)
-        batch = input_ids.shape[0]
-        decoder = _TreeAttention(
-            model, input_ids, model_kwargs.get("attention_mask"), catalogue, level_offsets, normalize
-        )
-        found = search(decoder, BeamSearch(), catalogue, batch, search_beams, allowed_items)
-    if input_ids.shape[0] != batch or (generation_config.num_beams or 1) > 1:
-        raise ValueError(
-            "catalogue_generate: leave num_beams and num_return_sequences at 1 and give search_beams=K instead; transformers "
-            "repeats the prompt for them before it calls a custom_generate."
-        )
+    _check(model, generation_config, normalize)
+    decoder = _TreeAttention(model, input_ids, model_kwargs.get("attention_mask"), catalogue, level_offsets, normalize)
+    found = search(decoder, BeamSearch(), catalogue, input_ids.shape[0], search_beams, allowed_items)
     codes = found.semantic_ids[:, :, 0]  # (B, K, L)
     tokens = torch.stack([codes[:, :, level] + offset for level, offset in enumerate(level_offsets)], dim=2)
     tokens = tokens.masked_fill(codes < 0, generation_config.pad_token_id or 0)

@@ -164,9 +164,9 @@ def _used_up(catalogue: Catalogue, path: torch.LongTensor, level: int, leaf_tota
 class _Step:
     """One step of the search: the next K prefixes of some users out of all children of their beams."""
 
-    def __init__(self, decoder, chooser, catalogue, alive, k):
-        self.decoder, self.chooser, self.catalogue, self.alive, self.k = decoder, chooser, catalogue, alive, k
-        self.leaf_totals = None if alive is None else F.pad(alive[-1].cumsum(1), (1, 0))
+    def __init__(self, decoder, chooser, catalogue, alive, leaf_totals, k):
+        self.decoder, self.chooser, self.catalogue, self.k = decoder, chooser, catalogue, k
+        self.alive, self.leaf_totals = alive, leaf_totals
 
     def __call__(self, hidden, scores, path, users: slice):
         """hidden (b, k, D), scores (b, k), path (b, k, steps) -> scores, parents, children (b, K) and which are dead."""
@@ -207,7 +207,8 @@ def search(decoder, chooser, catalogue: Catalogue, batch: int, k: int, allowed=N
     device, levels = catalogue.device, catalogue.num_levels
     alive = catalogue.alive(allowed) if isinstance(allowed, torch.Tensor) else allowed
     alive = None if alive is None else [mask.expand(batch, -1) for mask in alive]
-    step = _Step(decoder, chooser, catalogue, alive, k)
+    leaf_totals = None if alive is None or num_items == 1 else F.pad(alive[-1].cumsum(1), (1, 0))
+    step = _Step(decoder, chooser, catalogue, alive, leaf_totals, k)
     rows = torch.arange(batch, device=device).unsqueeze(1)
     scores = torch.zeros(batch, 1, device=device)
     path = torch.zeros(batch, 1, 0, dtype=torch.long, device=device)  # (B, K, steps) nodes chosen so far

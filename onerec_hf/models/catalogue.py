@@ -44,12 +44,18 @@ class Catalogue(PrefixIndex):
         if self.item_ids.dtype.kind not in "iuU":
             self.item_ids = self.item_ids.astype(str)
         self._sorted_item_ids = None  # built on the first look-up
-        if item_ids is not None and len(set(self.item_ids.tolist())) < self.num_items:
+        if item_ids is not None and self._number_of_ids() < self.num_items:
             raise ValueError("item_ids are not all different: an id names one item. Remove the repeated rows.")
         self.popularity = None if popularity is None else np.asarray(popularity, dtype=np.float64)
         if popularity is not None and self.popularity.shape != (self.num_items,):
             raise ValueError(f"popularity has shape {self.popularity.shape}, semantic_ids has {self.num_items} rows.")
         self._index_items()
+
+    def _number_of_ids(self) -> int:
+        if self.item_ids.dtype.kind == "U":  # sorting strings is slow
+            return len(set(self.item_ids.tolist()))
+        ordered = np.sort(self.item_ids)
+        return 1 + int((ordered[1:] != ordered[:-1]).sum())
 
     def _checked(self, semantic_ids: torch.Tensor) -> torch.Tensor:
         shape, levels = tuple(semantic_ids.shape), len(self.codebook_sizes)

@@ -162,9 +162,17 @@ class CatalogueGenerationMixin:
                 session, or different samples, that the fast search cannot give.
         """
         inputs = kwargs.pop("input_ids", inputs)
+        if kwargs.get("custom_generate") is catalogue_generate:  # the same search by its other entry
+            del kwargs["custom_generate"]
+            kwargs["num_beams"] = kwargs["num_return_sequences"] = kwargs.pop("search_beams", 1)
         given = {name: value for name, value in kwargs.items() if value is not None}
         settings = copy.deepcopy(generation_config if generation_config is not None else self.generation_config)
-        settings.update(**self.generation_config.to_dict(), defaults_only=True)
+        for (
+            name,
+            value,
+        ) in self.generation_config.to_dict().items():  # as transformers: the model's own where nothing is given
+            if getattr(settings, name, None) is None:
+                setattr(settings, name, value)
         context = settings.update(**given)
         if generation_config is not None and generation_config.max_new_tokens is not None:
             given.setdefault("max_new_tokens", generation_config.max_new_tokens)
@@ -211,7 +219,12 @@ class CatalogueGenerationMixin:
         return None
 
     def _fast_generate(self, settings, context, catalogue, allowed_items, num_items, replacement, generator):
-        returned = settings.num_return_sequences or 1
+        returned, num_beams = settings.num_return_sequences or 1, settings.num_beams or 1
+        if not settings.do_sample and (returned > num_beams or not replacement or generator is not None):
+            raise ValueError(
+                f"num_return_sequences={returned}, num_beams={num_beams}, replacement={replacement}, generator={generator}: a beam "
+                "search returns at most num_beams rows; replacement and generator are for do_sample=True."
+            )
         context_kv = context.pop("context_kv", None)
         if context_kv is None:
             context_kv = self.encode_context(**{name: context.pop(name, None) for name in self.context_input_names})
@@ -228,7 +241,7 @@ class CatalogueGenerationMixin:
             run = beam_search
             if settings.compile_config is not None:
                 run = torch.compile(beam_search, **settings.compile_config.to_dict())
-            found = run(self, catalogue, context_kv, settings.num_beams or 1, allowed_items, num_items)
+            found = run(self, catalogue, context_kv, num_beams, allowed_items, num_items)
         codes = found.semantic_ids[:, :returned]  # (B, returned, m, L)
         tokens = torch.stack([codes[..., l] + offset for l, offset in enumerate(self.config.level_offsets)], dim=3)
         tokens = F.pad(tokens, (1, 0), value=self.config.bos_token_id).flatten(2)  # [BOS s^1..s^L] m times
@@ -249,9 +262,7 @@ class CatalogueGenerationMixin:
             source = self.generation_config if generation_config is None else generation_config
             leaks = {name: value for name, value in leaks.items() if getattr(source, name) not in (None, value)}
             kwargs = leaks | kwargs
-        if kwargs.get("custom_generate") is catalogue_generate:
-            kwargs |= {"catalogue": catalogue, "allowed_items": allowed_items}
-        elif catalogue is not None:
+        if catalogue is not None:
             processor = CatalogueLogitsProcessor(
                 catalogue, self.config.level_offsets, 1, allowed_items, self.config.eos_token_id
             )
