@@ -73,7 +73,7 @@ class Setting:
         codes = resolve_collisions(quantizer.fit(embeddings).train_codes, quantizer, embeddings, policy="next_free")
         self.catalogue = Catalogue(codes, [32] * 3, self.log.item_ids)
         self.item_token_ids = codes.numpy() + np.array([4, 36, 68])
-        self.collator = OneRecCollator(self.item_token_ids, max_history=50)
+        self.collator = OneRecCollator(self.item_token_ids, max_history=20)
         # the time of each user's last and next-to-last long view: test and validation events
         self.test_time = {u: self.views.timestamp[end - 1] for u, end in enumerate(self.views.user_offsets[1:])}
         self.validation_time = np.array([self.views.timestamp[max(end - 2, 0)] for end in self.views.user_offsets[1:]])
@@ -99,7 +99,7 @@ def train_reward(setting: Setting, epochs: float):
     """P-Score of one objective: watch time as a share of the log's 95th percentile."""
     every = {"min_watched": 0, "min_watch_time_ms": 0, "min_interactions": 0, "cut": "first", "max_events": 1}
     config = SessionConfig(
-        request="request_id", watched={"long_view": 1}, interactions={}, max_history=50, min_history=0, **every
+        request="request_id", watched={"long_view": 1}, interactions={}, max_history=20, min_history=0, **every
     )
     rows = datasets.concatenate_datasets(list(session_splits(setting.log, config).values())).with_format("numpy")
     known = np.flatnonzero(rows["session_start"][:] < setting.validation_time[rows["user"][:]])
@@ -108,7 +108,7 @@ def train_reward(setting: Setting, epochs: float):
     duration[setting.log.item_index] = setting.log.feedback["duration_ms"]
     collator = RewardCollator(
         setting.item_token_ids,
-        max_history=50,
+        max_history=20,
         user_features={"user": np.arange(setting.log.num_users)},
         targets=["swt"],
         session_wise=False,
@@ -144,11 +144,14 @@ def train_reward(setting: Setting, epochs: float):
 
 
 @torch.no_grad()
-def judge(setting: Setting, model, reward_model, reward_collator, cap: float) -> dict:
+def judge(setting: Setting, model, reward_model, reward_collator, cap: float, ranker=None) -> dict:
     """Truth, the reward model's opinion and recall of the ten best items of every test user; entropy per level in nats."""
     model.eval()
     result = evaluate(
-        ItemRanker(model, setting.collator, 50), setting.test, num_items=setting.log.num_items, progress=False
+        ranker or ItemRanker(model, setting.collator, 50),
+        setting.test,
+        num_items=setting.log.num_items,
+        progress=False,
     )
     users, lists = result.user, result.predictions[:, :10]
     truth = setting.true_watch_time(users, lists)
@@ -172,6 +175,22 @@ def judge(setting: Setting, model, reward_model, reward_collator, cap: float) ->
         "coverage@10": float(len(np.unique(lists)) / setting.log.num_items),
         "entropy": torch.cat(entropy).mean(0).tolist(),
     }
+
+
+class Reranker(ItemRanker):
+    """The beams of a model in the order of the reward model: best of N, N generations and a reward model for every request."""
+
+    def __init__(self, model, collator, num_candidates: int, reward_model, reward_collator):
+        super().__init__(model, collator, num_candidates)
+        self.reward_model, self.reward_collator = reward_model, reward_collator
+
+    @torch.no_grad()
+    def search(self, rows, k, allowed=None, num_beams=None):
+        items, _ = super().search(rows, self.num_beams, allowed, num_beams)
+        candidates = [row | {"targets": own} for row, own in zip(rows, items.tolist())]
+        batch = self.reward_collator.context(rows) | self.reward_collator.candidates(candidates)
+        best = self.reward_model(**batch).rewards.topk(k, dim=1)
+        return items.gather(1, best.indices), best.values
 
 
 @torch.no_grad()
@@ -270,23 +289,20 @@ def main(arguments) -> dict:
         "systems": {},
     }
     report["systems"]["seed model (SFT)"] = judge(setting, seed_model, *judged)
+    best_of_n = Reranker(seed_model, setting.collator, arguments.num_candidates, reward_model, reward_collator)
+    report["systems"]["seed model, re-ranked"] = judge(setting, seed_model, *judged, ranker=best_of_n)
     print(f"reward model: rank correlation with the truth {quality:.3f}", json.dumps(report["systems"]), flush=True)
+    reward = reward_of_model(reward_model, reward_collator, seed_model, arguments.num_candidates)
+    first = {}  # num_rejected -> pairs that the seed model's beams give
     for name, settings in systems(setting, arguments).items():
-        source = settings.pop("pairs")
-        reward = reward_of_model(reward_model, reward_collator, seed_model, arguments.num_candidates)
+        source, count = settings.pop("pairs"), settings.get("num_rejected", 1)
         with TemporaryDirectory() as folder:
             pairs = logged_pairs(setting) if source == "logged" else None
             if source == "first":
-                one = {
-                    "max_steps": 1,
-                    "num_rejected": settings.get("num_rejected", 1),
-                    "loss_type": settings["loss_type"],
-                }
-                align(setting, state, Path(folder), settings | one, reward)
-                pairs = datasets.load_from_disk(f"{folder}/pairs/iteration_000").select_columns(
-                    ["row", "chosen", "rejected"]
-                )
-                pairs = datasets.Dataset.from_list(list(pairs))
+                if count not in first:
+                    align(setting, state, Path(folder), settings | {"max_steps": 1}, reward)
+                    first[count] = list(datasets.load_from_disk(f"{folder}/pairs/iteration_000"))
+                pairs = datasets.Dataset.from_list(first[count]).select_columns(["row", "chosen", "rejected"])
             model, details = align(
                 setting, state, Path(folder), settings, reward if source == "mined" else None, pairs
             )
@@ -300,16 +316,16 @@ def main(arguments) -> dict:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--num_users", type=int, default=1000)
-    parser.add_argument("--num_items", type=int, default=600)
+    parser.add_argument("--num_users", type=int, default=600)
+    parser.add_argument("--num_items", type=int, default=400)
     parser.add_argument("--sft_epochs", type=float, default=15)
-    parser.add_argument("--reward_epochs", type=float, default=4)
+    parser.add_argument("--reward_epochs", type=float, default=3)
     parser.add_argument("--iterations", type=int, default=4)
-    parser.add_argument("--dpo_ratio", type=float, default=0.25)
-    parser.add_argument("--ratios", type=float, nargs="*", default=[])
-    parser.add_argument("--num_candidates", type=int, default=128)
-    parser.add_argument("--preference_weight", type=float, default=1.0)
-    parser.add_argument("--learning_rate", type=float, default=3e-4)
+    parser.add_argument("--dpo_ratio", type=float, default=1.0)
+    parser.add_argument("--ratios", type=float, nargs="*", default=[0.05, 0.25])
+    parser.add_argument("--num_candidates", type=int, default=64)
+    parser.add_argument("--preference_weight", type=float, default=5.0)
+    parser.add_argument("--learning_rate", type=float, default=1e-3)
     parser.add_argument("--only", nargs="*", help="Run the systems whose name contains one of these.")
     parser.add_argument("--output", type=Path, required=True)
     main(parser.parse_args())
