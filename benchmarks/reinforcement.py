@@ -239,18 +239,48 @@ def speed(output: Path, seed: int, steps: int = 8) -> dict:
     return report
 
 
+def plot(output: Path, seeds: list[int]) -> None:
+    """Figure 9 of OneRec-V2 in small, and the legality of rollouts; thin lines are seeds, thick ones their means."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    def curves(axis, name, column, arms, label):
+        for arm, colour in zip(arms, ("tab:red", "tab:orange", "tab:blue")):
+            runs = [json.loads((output / f"{name}_{seed}.json").read_text())[arm]["curve"] for seed in seeds]
+            for run in runs:
+                axis.plot(
+                    [row[0] for row in run], [row[column] for row in run], color=colour, linewidth=0.6, alpha=0.5
+                )
+            mean = np.mean([[row[column] for row in run] for run in runs], axis=0)
+            axis.plot([row[0] for row in runs[0]], mean, color=colour, linewidth=2, label=arm)
+        axis.set(xlabel="step", ylabel=label)
+        axis.legend(frameon=False)
+        axis.spines[["top", "right"]].set_visible(False)
+
+    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 3.8))
+    curves(left, "gradients", 1, ("grpo", "ecpo", "gbpo"), "gradient norm, negative advantages")
+    curves(right, "legality", 1, ("ecpo", "ecpo + format, top K", "ecpo + format, random K"), "legality of rollouts")
+    figure.tight_layout()
+    figure.savefig(output / "reinforcement.png", dpi=120)
+    plt.close(figure)
+
+
 def main(part: str, seeds: list[int], output: Path) -> None:
     parts = {"legality": legality, "gradients": gradients, "ab": ab, "speed": speed}
-    for name in parts if part == "all" else [part]:
+    for name in parts if part == "all" else {part} - {"plot"}:
         for seed in seeds:
             report = parts[name](output / f"seed{seed}", seed)
             path = output / f"{name}_{seed}.json"
             path.write_text(json.dumps(report, indent=2))
+    if part in ("plot", "all"):
+        plot(output, seeds)
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--part", choices=["all", "legality", "gradients", "ab", "speed"], default="all")
+    parser.add_argument("--part", choices=["all", "legality", "gradients", "ab", "speed", "plot"], default="all")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--output", type=Path, default=Path("outputs/reinforcement"))
     torch.set_num_threads(1)
