@@ -19,16 +19,15 @@ from transformers import AutoTokenizer, Trainer, TrainingArguments, set_seed
 from trl import TrlParser
 
 from onerec_hf import OneRecPScoreConfig, OneRecPScoreModel
-from onerec_hf.data import EventFeature, RewardCollator, category_codes, event_labels, past_rates, quantile_codes
+from onerec_hf.data import EventFeature, RewardCollator, category_codes, event_labels, quantile_codes, rate_numbers
 from onerec_hf.evaluation import feedback_report
+from onerec_hf.hub import reward_card
 
 
 @dataclass
 class RewardArguments:
     data: str = field(metadata={"help": "Folder that recipes/prepare.py wrote with --sessions."})
-    targets: list[str] = field(
-        default_factory=lambda: ["ctr", "ltr"], metadata={"help": "Objectives, see data/labels.py."}
-    )
+    targets: list[str] = field(metadata={"help": "Objectives, see data/labels.py."})
     model: str = field(default="{}", metadata={"help": "Arguments of OneRecPScoreConfig, YAML mapping or JSON."})
     max_history: int = field(default=30, metadata={"help": "Behaviours of context."})
     event_features: str = field(default="{}", metadata={"help": 'Of behaviours, e.g. {"play_time_ms": ["log", 24]}.'})
@@ -39,16 +38,19 @@ class RewardArguments:
     user_categories: list[str] = field(default_factory=list, metadata={"help": "Columns of users.parquet."})
     user_quantiles: list[str] = field(default_factory=list, metadata={"help": "Numeric columns, put into buckets."})
     num_buckets: int = 32
-    max_categories: int | None = field(default=None, metadata={"help": "Values kept per category, the rarer share 0."})
+    max_categories: int | None = None
     rates: list[str] = field(default_factory=list, metadata={"help": "Past rates by item, user, or an item category."})
     period: float = field(default=86_400_000, metadata={"help": "Length of a period in the unit of the timestamps."})
     warm_up: int = field(default=2, metadata={"help": "First periods that only give rates, and are not trained on."})
     watch_cap_ms: int | None = field(default=None, metadata={"help": "Time that is a full swt label."})
 
 
-def table_features(
-    args: RewardArguments, table: str, categories: list[str], quantiles: list[str]
-) -> dict[str, np.ndarray]:
+def mapping(value: str | dict) -> dict:
+    """An argument that is JSON on the command line and a mapping in a YAML file."""
+    return json.loads(value) if isinstance(value, str) else value
+
+
+def table_features(args: RewardArguments, table: str, categories: list[str], quantiles: list[str]) -> dict:
     """Categories of the rows of items.parquet or users.parquet, by column."""
     rows = datasets.Dataset.from_parquet(str(Path(args.data) / table))
     if absent := [name for name in (*categories, *quantiles) if name not in rows.column_names]:
@@ -62,23 +64,19 @@ def flat(split: datasets.Dataset, column: str) -> np.ndarray:
     return split.with_format("arrow")[:][column].combine_chunks().flatten().to_numpy()
 
 
-def rate_numbers(args, train: datasets.Dataset, items: dict, boundaries: np.ndarray) -> tuple[dict, dict]:
+def past_numbers(
+    args: RewardArguments, train: datasets.Dataset, groups: dict, boundaries: np.ndarray
+) -> tuple[dict, dict]:
     """Past rates of training exposures, as the numbers of items and of users."""
-    lengths = [len(targets) for targets in train["targets"]]
-    user, item, time = np.repeat(train["user"], lengths), flat(train, "targets"), flat(train, "target_timestamp")
+    user = np.repeat(train["user"], [len(targets) for targets in train["targets"]])
     names = [name for name in train.column_names if name.startswith("target_")]
     feedback = {name.removeprefix("target_"): flat(train, name) for name in names}
     labels = event_labels(feedback, args.targets, watch_cap_ms=args.watch_cap_ms)
-    tables = (str(Path(args.data) / name) for name in ("items.parquet", "users.parquet"))
-    num_items, num_users = (len(datasets.Dataset.from_parquet(table)) for table in tables)
     numbers = {}, {}
     for key in args.rates:
-        group = {"item": np.arange(num_items), "user": np.arange(num_users), **items}[key]
-        index = group[user if key == "user" else item]
-        for x, target in enumerate(args.targets):
-            rates, counts = past_rates(time, index, labels[:, x], group.max() + 1, boundaries)
-            numbers[key == "user"][f"{key}_{target}"] = rates[:, group]
-        numbers[key == "user"][f"{key}_count"] = counts[:, group] / 5  # of order 1
+        index = user if key == "user" else flat(train, "targets")
+        found = rate_numbers(key, args.targets, feedback["timestamp"], index, labels, groups[key], boundaries)
+        numbers[key == "user"].update(found)
     return numbers
 
 
@@ -89,20 +87,23 @@ def make_collator(args: RewardArguments, tokenizer, splits: datasets.DatasetDict
     boundaries = np.array([*days, starts["validation"].min(), starts["test"].min()])
     items = table_features(args, "items.parquet", args.item_categories, args.item_quantiles)
     users = table_features(args, "users.parquet", args.user_categories, args.user_quantiles)
-    item_numbers, user_numbers = rate_numbers(args, splits["train"], items, boundaries)
+    size = {n: len(datasets.Dataset.from_parquet(str(Path(args.data) / f"{n}s.parquet"))) for n in ("item", "user")}
+    groups = items | {name: np.arange(rows) for name, rows in size.items()}
+    item_numbers, user_numbers = past_numbers(args, splits["train"], groups, boundaries)
     events, requests = (
-        json.loads(v) if isinstance(v, str) else v for v in (args.event_features, args.request_features)
+        {name: EventFeature(*feature) for name, feature in mapping(v).items()}
+        for v in (args.event_features, args.request_features)
     )
     return RewardCollator(
         tokenizer.encode_semantic_ids(tokenizer.catalogue.semantic_ids),
         args.max_history,
-        event_features={name: EventFeature(*feature) for name, feature in events.items()},
+        event_features=events,
         item_features={name: items[name] for name in args.context_item_features},
         user_features=users,
         targets=args.targets,
         session_wise=False,
-        candidate_features=items | {"item_id": np.arange(tokenizer.catalogue.num_items) + 1},
-        request_features={name: EventFeature(*feature) for name, feature in requests.items()},
+        candidate_features=items | {"item_id": groups["item"] + 1},
+        request_features=requests,
         boundaries=boundaries,
         item_numbers=item_numbers,
         user_numbers=user_numbers,
@@ -114,9 +115,7 @@ def report(args: RewardArguments, prediction, split: datasets.Dataset) -> tuple[
     """Metrics of the towers and, as `p_score`, of the fused score against every feedback; and the scores themselves."""
     logits, rewards = prediction.predictions
     users = np.repeat(split["user"], logits.shape[1])
-    labels, towers = (
-        values.reshape(-1, len(args.targets)) for values in (prediction.label_ids, 1 / (1 + np.exp(-logits)))
-    )
+    labels, towers = (x.reshape(-1, len(args.targets)) for x in (prediction.label_ids, 1 / (1 + np.exp(-logits))))
     metrics = feedback_report(labels, towers, users, args.targets)
     fused = np.repeat(rewards.reshape(-1, 1), len(args.targets), axis=1)
     fused = feedback_report(labels, fused, users, [f"p_score_{target}" for target in args.targets])
@@ -141,30 +140,31 @@ def main(args: RewardArguments, training: TrainingArguments) -> dict:
         user_features=collator.user_feature_sizes,
         item_features=collator.item_feature_sizes,
         item_numbers=collator.item_number_names,
-        **(json.loads(args.model) if isinstance(args.model, str) else args.model),
+        **mapping(args.model),
     )
     names, read = splits["train"].column_names, {"timestamp", *collator.event_features}
     unread = [name for name in names if f"target_{name}" in names and name not in read]
     splits = splits.remove_columns(unread).with_format("numpy")
     begin = collator.boundaries[args.warm_up - 1] if args.warm_up else -np.inf
-    trainer = Trainer(
-        OneRecPScoreModel(config),
-        training,
-        data_collator=collator,
-        train_dataset=splits["train"].select(np.flatnonzero(np.array(splits["train"]["session_start"]) >= begin)),
-        eval_dataset=splits["validation"],
-        processing_class=tokenizer,
-    )
+    train = splits["train"].select(np.flatnonzero(np.array(splits["train"]["session_start"]) >= begin))
+    trainer = Trainer(OneRecPScoreModel(config), training, collator, train, splits["validation"], tokenizer)
     trainer.train(resume_from_checkpoint=training.resume_from_checkpoint)
     trainer.save_model()
+    output = Path(training.output_dir)
     result = {"num_parameters": trainer.model.num_parameters(), "log": trainer.state.log_history}
     for name in ("validation", "test"):
         result[name], scores = report(args, trainer.predict(splits[name]), splits[name])
-        scores.to_parquet(str(Path(training.output_dir) / f"{name}_scores.parquet"))
-    (Path(training.output_dir) / "metrics.json").write_text(json.dumps(result, indent=2))
-    print(json.dumps({name: result[name] for name in ("num_parameters", "validation", "test")}, indent=2))
+        scores.to_parquet(str(output / f"{name}_scores.parquet"))
+    (output / "metrics.json").write_text(json.dumps(result, indent=2))
+    card = {"title": "P-Score reward model", "repo": str(output), "data": f"Logged exposures: {args.data}."}
+    card |= {
+        "training": f"`recipes/reward.py`, {training.num_train_epochs:g} epochs.",
+        "dataset_name": Path(args.data).name,
+    }
+    reward_card(config, **card, metrics=result["test"]).save(output / "README.md")
     return result
 
 
 if __name__ == "__main__":
-    main(*TrlParser((RewardArguments, TrainingArguments)).parse_args_and_config())
+    metrics = main(*TrlParser((RewardArguments, TrainingArguments)).parse_args_and_config())
+    print(json.dumps({name: metrics[name] for name in ("num_parameters", "validation", "test")}, indent=2))

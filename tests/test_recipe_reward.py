@@ -123,11 +123,21 @@ def test_the_folder_loads_and_scores_any_candidate(trained, data):
     assert rewards.shape == (1, 80) and np.all((0 < rewards.detach().numpy()) & (rewards.detach().numpy() < 1))
 
 
+def test_the_snippet_of_the_card_runs(trained):
+    output, result = trained
+    card = (output / "README.md").read_text()
+    assert f"| ctr | {result['test']['ctr_auc']:.4f} |" in card and "model-index" in card
+    snippet = card.split("```python")[1].split("```")[0]
+    found = subprocess.run([sys.executable, "-c", snippet], capture_output=True, text=True)
+    assert found.returncode == 0, found.stderr
+    assert found.stdout.startswith("tensor([[")
+
+
 def test_an_unknown_column_is_named(data, tmp_path):
     import reward
     from transformers import TrainingArguments
 
-    arguments = reward.RewardArguments(data=str(data), item_categories=["colour"])
+    arguments = reward.RewardArguments(data=str(data), targets=["ctr"], item_categories=["colour"])
     with pytest.raises(ValueError, match=r"items.parquet has no \['colour'\]"):
         reward.main(arguments, TrainingArguments(str(tmp_path), report_to="none"))
 

@@ -13,7 +13,7 @@ from .features import EventFeature, category_codes, reaches
 from .interactions import Interactions, load_interactions
 from .labels import event_labels, session_labels
 from .lifelong import compress_lifelong, hierarchical_kmeans
-from .past_rates import past_rates, period_of, quantile_codes
+from .past_rates import past_rates, period_of, quantile_codes, rate_numbers
 from .pathways import PathwayCollator
 from .public_datasets import load_amazon, load_kuairand, load_kuairand_like_hate
 from .reward_collator import RewardCollator
@@ -50,6 +50,7 @@ __all__ = [
     "past_rates",
     "period_of",
     "quantile_codes",
+    "rate_numbers",
     "reaches",
     "save_collator",
     "session_criteria",

@@ -70,3 +70,31 @@ def quantile_codes(values: np.ndarray, num_buckets: int) -> np.ndarray:
     known = ~np.isnan(values)
     edges = np.unique(np.quantile(values[known], np.arange(1, num_buckets) / num_buckets)) if known.any() else []
     return np.where(known, np.searchsorted(edges, values, side="right") + 1, 0)
+
+
+def rate_numbers(
+    key: str,
+    targets: Sequence[str],
+    time: np.ndarray,
+    index: np.ndarray,
+    labels: np.ndarray,
+    group: np.ndarray,
+    boundaries: Sequence[float],
+) -> dict[str, np.ndarray]:
+    """
+    [`past_rates`] of every objective as the numbers of items or users, ready for [`RewardCollator`].
+
+    Args:
+        key, targets: Names: the numbers are `{key}_{target}` and `{key}_count`.
+        index (`np.ndarray` of shape (M,)): Item (or user) of every event.
+        labels (`np.ndarray` of shape (M, X)): As [`event_labels`] makes them.
+        group (`np.ndarray` of shape (N,)): What each item is counted as: itself, its author, its first tag, ...
+
+    Returns:
+        `dict[str, np.ndarray]` of shape (P + 1, N), float32, of order 1.
+    """
+    numbers = {}
+    for x, target in enumerate(targets):
+        rates, counts = past_rates(time, group[index], labels[:, x], int(group.max()) + 1, boundaries)
+        numbers[f"{key}_{target}"] = rates[:, group]
+    return numbers | {f"{key}_count": counts[:, group] / 5}

@@ -3,6 +3,7 @@
 from .cards import model_card, results_table, usage_snippet
 from .pictures import plot_prediction_entropy, plot_recall_by_frequency, plot_training_curve
 from .push import push_to_hub, repository_files
+from .reward_cards import reward_card, reward_snippet
 
 __all__ = [
     "model_card",
@@ -12,5 +13,7 @@ __all__ = [
     "push_to_hub",
     "repository_files",
     "results_table",
+    "reward_card",
+    "reward_snippet",
     "usage_snippet",
 ]
