@@ -7,7 +7,6 @@ import subprocess
 import sys
 
 import datasets
-import huggingface_hub
 import pytest
 import torch
 from huggingface_hub import ModelCard
@@ -19,7 +18,6 @@ from onerec_hf.data import OneRecCollator
 from onerec_hf.hub import model_card, push_to_hub, repository_files
 from onerec_hf.trainers import OneRecSFTConfig, OneRecSFTTrainer
 
-from .loopback_hub import TOKEN, LoopbackHub
 from .tiny import SIZES, tiny_catalogue, tiny_model
 
 CONTEXT = [[1000, 1001, 1002, 1003], [1060, 1059, 1058, 1057]]
@@ -43,25 +41,6 @@ def complete(tmp_path_factory):
 @pytest.fixture
 def folder(complete, tmp_path):
     return shutil.copytree(complete, tmp_path / "model")
-
-
-@pytest.fixture
-def hub(monkeypatch, tmp_path):
-    """A Hub that this process talks to; a pause before a retry takes no time."""
-    with LoopbackHub() as hub:
-        monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", hub.url)
-        monkeypatch.setattr(huggingface_hub.hf_api.api, "endpoint", hub.url)  # of the functions, such as `file_exists`
-        monkeypatch.setattr("transformers.utils.hub._hf_api", None)  # one that is kept knows the old endpoint
-        template = hub.url + "/{repo_id}/resolve/{revision}/{filename}"
-        monkeypatch.setattr(huggingface_hub.constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
-        monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
-        monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_DISABLE_XET", True)
-        monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
-        monkeypatch.setenv("HF_TOKEN", TOKEN)
-        for name in ("no_proxy", "NO_PROXY"):
-            monkeypatch.setenv(name, "127.0.0.1")
-        monkeypatch.setattr("time.sleep", lambda seconds: None)
-        yield hub
 
 
 # ---- up ----------------------------------------------------------------------------------------------------------------
