@@ -19,3 +19,26 @@ def shared_data(name: str) -> Path:
     if not folder.is_dir():
         pytest.skip(f"real data set {name} is not at {folder} (set ONEREC_SHARED_DATA)")
     return folder
+
+
+@pytest.fixture
+def hub(monkeypatch, tmp_path):
+    """A Hub that this process talks to; a pause before a retry takes no time."""
+    import huggingface_hub
+
+    from .loopback_hub import TOKEN, LoopbackHub
+
+    with LoopbackHub() as hub:
+        monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", hub.url)
+        monkeypatch.setattr(huggingface_hub.hf_api.api, "endpoint", hub.url)  # of the functions, such as `file_exists`
+        monkeypatch.setattr("transformers.utils.hub._hf_api", None)  # one that is kept knows the old endpoint
+        template = hub.url + "/{repo_id}/resolve/{revision}/{filename}"
+        monkeypatch.setattr(huggingface_hub.constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+        monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+        monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_DISABLE_XET", True)
+        monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+        monkeypatch.setenv("HF_TOKEN", TOKEN)
+        for name in ("no_proxy", "NO_PROXY"):
+            monkeypatch.setenv(name, "127.0.0.1")
+        monkeypatch.setattr("time.sleep", lambda seconds: None)
+        yield hub

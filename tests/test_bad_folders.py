@@ -1,9 +1,10 @@
 """What a user may try to load or write by mistake: each case has a message that says what is wrong and what to do."""
 
-import contextlib
 import json
 import os
 import shutil
+import tempfile
+from pathlib import Path
 
 import datasets
 import pytest
@@ -123,30 +124,27 @@ def test_a_value_or_a_model_of_a_newer_version(folder):
 # ---- no write permission -------------------------------------------------------------------------------------------------
 
 
-@contextlib.contextmanager
-def read_only(folder):
-    """A folder as somebody sees it who may not write there; root may write everywhere, so it becomes somebody else."""
-    folder.mkdir(mode=0o555)
+@pytest.fixture
+def locked():
+    """A folder that the test may not write to; root may write everywhere, so it becomes somebody else."""
+    folder = Path(tempfile.mkdtemp())  # not `tmp_path`, which lies in a folder that only its owner may enter
+    folder.chmod(0o555)
     root = os.geteuid() == 0
     if root:
         os.seteuid(65534)
-    try:
-        yield
-    finally:
-        if root:
-            os.seteuid(0)
-
-
-def test_nothing_is_written_without_permission(tmp_path):
-    folder = tmp_path / "locked"
-    model, tokenizer = tiny_model(tiny_catalogue()), SemanticIdTokenizer(codebook_sizes=SIZES)
-    with read_only(folder):
-        for thing in (model, tokenizer):
-            with pytest.raises(Exception, match=rf"(?s)[Pp]ermission denied.*{folder}"):
-                thing.save_pretrained(folder)
-            with pytest.raises(PermissionError, match=str(folder / "new")):
-                thing.save_pretrained(folder / "new")
+    yield folder
+    if root:
+        os.seteuid(0)
     assert list(folder.iterdir()) == []
+    folder.rmdir()
+
+
+def test_nothing_is_written_without_permission(locked):
+    for thing in (tiny_model(tiny_catalogue()), SemanticIdTokenizer(codebook_sizes=SIZES)):
+        with pytest.raises(Exception, match=rf"(?s)[Pp]ermission denied.*{locked}"):
+            thing.save_pretrained(locked)
+        with pytest.raises(PermissionError, match=str(locked / "new")):
+            thing.save_pretrained(locked / "new")
 
 
 def test_a_file_in_the_place_of_the_folder(tmp_path):
@@ -156,12 +154,10 @@ def test_a_file_in_the_place_of_the_folder(tmp_path):
     assert (tmp_path / "model").read_text() == "mine"
 
 
-def test_a_trainer_says_at_once_that_it_cannot_write(tmp_path):
-    folder = tmp_path / "locked"
+def test_a_trainer_says_at_once_that_it_cannot_write(locked):
     tokenizer = SemanticIdTokenizer(codebook_sizes=SIZES, catalogue=tiny_catalogue())
     collator = OneRecCollator(tokenizer.encode_semantic_ids(tokenizer.catalogue.semantic_ids))
     rows = datasets.Dataset.from_dict({"user": [0, 1], "history": [[1, 2, 3], [4, 5, 6]]})
-    args = OneRecSFTConfig(output_dir=str(folder), report_to="none", max_steps=1)
-    with read_only(folder), pytest.raises(PermissionError, match=r"output_dir=.*locked.*Nothing was trained"):
+    args = OneRecSFTConfig(output_dir=str(locked), report_to="none", max_steps=1)
+    with pytest.raises(PermissionError, match=f"output_dir='{locked}' cannot be written.*Nothing was trained"):
         OneRecSFTTrainer(tiny_model(tiny_catalogue()), args, data_collator=collator, train_dataset=rows)
-    assert list(folder.iterdir()) == []

@@ -6,7 +6,7 @@ import shutil
 import subprocess
 import sys
 
-import huggingface_hub
+import datasets
 import pytest
 import torch
 from huggingface_hub import ModelCard
@@ -14,9 +14,10 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoModel
 
 from onerec_hf import SemanticIdTokenizer
+from onerec_hf.data import OneRecCollator
 from onerec_hf.hub import model_card, push_to_hub, repository_files
+from onerec_hf.trainers import OneRecSFTConfig, OneRecSFTTrainer
 
-from .loopback_hub import TOKEN, LoopbackHub
 from .tiny import SIZES, tiny_catalogue, tiny_model
 
 CONTEXT = [[1000, 1001, 1002, 1003], [1060, 1059, 1058, 1057]]
@@ -40,23 +41,6 @@ def complete(tmp_path_factory):
 @pytest.fixture
 def folder(complete, tmp_path):
     return shutil.copytree(complete, tmp_path / "model")
-
-
-@pytest.fixture
-def hub(monkeypatch, tmp_path):
-    """A Hub that this process talks to; a pause before a retry takes no time."""
-    with LoopbackHub() as hub:
-        monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", hub.url)
-        template = hub.url + "/{repo_id}/resolve/{revision}/{filename}"
-        monkeypatch.setattr(huggingface_hub.constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
-        monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
-        monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_DISABLE_XET", True)
-        monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
-        monkeypatch.setenv("HF_TOKEN", TOKEN)
-        for name in ("no_proxy", "NO_PROXY"):
-            monkeypatch.setenv(name, "127.0.0.1")
-        monkeypatch.setattr("time.sleep", lambda seconds: None)
-        yield hub
 
 
 # ---- up ----------------------------------------------------------------------------------------------------------------
@@ -194,6 +178,56 @@ def test_no_folder_and_no_model(tmp_path):
         repository_files(tmp_path / "absent")
     with pytest.raises(ValueError, match=r"holds no model.*checkpoints"):
         repository_files(tmp_path)
+
+
+# ---- trainers ----------------------------------------------------------------------------------------------------------
+
+
+def test_a_trainer_writes_our_card_and_pushes_itself(hub, tmp_path):
+    tokenizer = SemanticIdTokenizer(codebook_sizes=SIZES, catalogue=tiny_catalogue())
+    collator = OneRecCollator(tokenizer.encode_semantic_ids(tokenizer.catalogue.semantic_ids))
+    rows = {"user": list(range(8)), "history": [[u, u + 1, u + 2] for u in range(8)], "length": [3] * 8}
+    model = AutoModel.from_pretrained(save(tmp_path / "base"))
+    model.config._name_or_path = "org/base"  # as if it came from the Hub
+    trainer = OneRecSFTTrainer(
+        model,
+        OneRecSFTConfig(
+            output_dir=str(tmp_path / "run"), hub_model_id="org/run", max_steps=2, logging_steps=1, report_to="none"
+        ),
+        data_collator=collator,
+        train_dataset=datasets.Dataset.from_dict(rows),
+        eval_dataset=datasets.Dataset.from_dict(rows | {"targets": [[u + 3] for u in range(8)]}),
+        processing_class=tokenizer,
+        generation_metrics=lambda model: {"recall@10": 0.25},
+    )
+    trainer.train()
+    trainer.evaluate()
+    commit = trainer.push_to_hub(private=True, tags="tiny")
+    repository = hub.repos["org/run"]
+    assert repository.private and len(repository.commits) == 1 and commit.repo_url.repo_id == "org/run"
+    files = repository.branches["main"]
+    assert {"model.safetensors", "catalogue.safetensors", "tokenizer.json", "beam_search.py"} < set(files)
+    assert not [name for name in files if name.endswith(".bin")]
+    for name in ("training_curve.png", "prediction_entropy.png"):
+        assert files[name][:4] == b"\x89PNG" and f"({name})" in files["README.md"].decode()
+    card = ModelCard(files["README.md"].decode())
+    assert (card.data.base_model, card.data.base_model_relation, card.data.license) == (
+        "org/base",
+        "finetune",
+        "apache-2.0",
+    )
+    assert "tiny" in card.data.tags and "onerec" in card.data.tags
+    assert [(r.metric_name, r.metric_value, r.dataset_split) for r in card.data.eval_results] == [
+        ("recall@10", 0.25, "validation")
+    ]
+    for words in (
+        "| steps | 2 (2 epochs) |",
+        "| rows per step | 8 |",
+        "8 training rows, 8 validation rows",
+        'repo = "org/run"',
+    ):
+        assert words in card.content
+    assert "time machine" not in card.content and "quick start" not in card.content.lower()
 
 
 # ---- adapters ----------------------------------------------------------------------------------------------------------

@@ -80,6 +80,8 @@ def test_results_table():
     ]
 
 
+VECTORS = {"context_features": {"age": 5, "item_vectors": 66}, "feature_embed_dims": {"item_vectors": 6}}
+VECTORS |= {"fixed_context_features": ["item_vectors"]}
 FEATURES = {"context_features": {"author": 7, "age": 5}, "user_features": {"country": 3}}
 
 
@@ -93,6 +95,7 @@ FEATURES = {"context_features": {"author": 7, "age": 5}, "user_features": {"coun
         ("v1", {"positive_length": 0, **FEATURES}, 10),
         ("v2", {}, 10),
         ("v2", FEATURES, 10),
+        ("v2", VECTORS, 10),
         ("v2_moe", {}, 10),
     ],
 )
@@ -108,7 +111,24 @@ def test_the_snippet_runs_as_printed(tmp_path, architecture, overrides, lists):
         exec(snippet, {})
     found = eval(printed.getvalue())
     assert len(found) == lists and {item for row in found for item in row} <= set(catalogue.item_ids.tolist())
-    assert ('0 is "unknown"; columns: age, author' in snippet) == ("context_features" in overrides)
+
+
+def test_the_snippet_names_the_features():
+    snippet = usage_snippet(tiny_model(**FEATURES).config, "folder")
+    assert (
+        'context_features = torch.zeros(1, 5, 2, dtype=torch.long)  # 0 is "unknown"; columns: age, author' in snippet
+    )
+    assert 'user_features = torch.zeros(1, 1, dtype=torch.long)  # 0 is "unknown"; columns: country' in snippet
+    names = {
+        "context_features": torch.zeros(1, 5, 2, dtype=torch.long),
+        "torch": torch,
+        "history": [1000, 1063, 1001, 1002, 1064],
+    }
+    line = next(
+        line for line in usage_snippet(tiny_model(**VECTORS).config, "folder").splitlines() if "[0, :, 1]" in line
+    )
+    exec(line, names | {"tokenizer": SemanticIdTokenizer(codebook_sizes=SIZES, catalogue=tiny_catalogue())})
+    assert names["context_features"][0].T.tolist() == [[0] * 5, [1, 64, 2, 3, 65]]  # row 0 is "unknown"
 
 
 def test_the_snippet_pads_the_pathways():

@@ -1,10 +1,18 @@
 """What a fresh machine relies on: pinned versions, the version number, no traces of real data."""
 
 import configparser
+import os
 import re
+import subprocess
+import sys
+import tarfile
+import zipfile
 from pathlib import Path
 
+import pytest
+
 import onerec_hf
+from onerec_hf._registration import CONFIGS
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -30,3 +38,127 @@ def test_no_data_in_the_repository():
     files = [path for path in ROOT.rglob("*") if path.is_file() and not skipped & set(path.relative_to(ROOT).parts)]
     assert [path for path in files if path.suffix in (".parquet", ".csv", ".npy", ".arrow", ".pt", ".bin")] == []
     assert sum(path.stat().st_size for path in files if "egg-info" not in str(path)) < 20_000_000
+
+
+# ---- wheel and sdist ---------------------------------------------------------------------------------------------------
+
+
+def run(*command, **options):
+    result = subprocess.run([sys.executable, *map(str, command)], capture_output=True, text=True, **options)
+    assert result.returncode == 0, result.stdout + result.stderr
+    return result.stdout
+
+
+@pytest.fixture(scope="module")
+def distributions(tmp_path_factory):
+    """sdist of the checked-out files, and the wheel that is built from what the sdist holds, as `python -m build` does it."""
+    folder = tmp_path_factory.mktemp("dist")
+    source = folder / "source"
+    for path in [*ROOT.glob("*.*"), ROOT / "LICENSE", *(ROOT / "onerec_hf").rglob("*")]:
+        if path.is_file() and "__pycache__" not in path.parts:
+            copy = source / path.relative_to(ROOT)
+            copy.parent.mkdir(parents=True, exist_ok=True)
+            copy.write_bytes(path.read_bytes())
+    run("-c", "from setuptools.build_meta import build_sdist; build_sdist('..')", cwd=source)
+    (sdist,) = folder.glob("*.tar.gz")
+    with tarfile.open(sdist) as archive:
+        archive.extractall(folder / "unpacked", filter="data")
+    run(
+        "-c",
+        "from setuptools.build_meta import build_wheel; build_wheel('../..')",
+        cwd=next((folder / "unpacked").iterdir()),
+    )
+    (wheel,) = folder.glob("*.whl")
+    return sdist, wheel
+
+
+def test_the_distributions_hold_the_package_and_nothing_else(distributions):
+    sdist, wheel = distributions
+    package = {
+        str(path.relative_to(ROOT))
+        for path in (ROOT / "onerec_hf").rglob("*")
+        if path.is_file() and "__pycache__" not in path.parts
+    }
+    assert "onerec_hf/hub/card_template.md" in package
+    with zipfile.ZipFile(wheel) as archive:
+        names = set(archive.namelist())
+    assert {name for name in names if ".dist-info/" not in name} == package
+    assert any(name.endswith("licenses/LICENSE") for name in names)
+    with tarfile.open(sdist) as archive:
+        names = {name.partition("/")[2] for name in archive.getnames()}
+    assert package | {"setup.cfg", "pyproject.toml", "README.md", "LICENSE", "PKG-INFO"} <= names
+    assert version_of(wheel) == onerec_hf.__version__ and version_of(sdist.with_suffix("")) == onerec_hf.__version__
+
+
+def version_of(path: Path) -> str:
+    return re.search(r"-(\d+\.\d+\.\d+)", path.name)[1]
+
+
+INSTALLED = """
+import sys
+import torch, transformers
+import onerec_hf
+assert onerec_hf.__file__.startswith(sys.argv[1]), onerec_hf.__file__
+heavy = {"transformers.modeling_utils", "transformers.pipelines", "onerec_hf.models", "trl", "datasets"}
+assert not heavy & set(sys.modules), heavy & set(sys.modules)
+from transformers import AutoConfig, AutoModel, AutoTokenizer
+tokenizer = AutoTokenizer.from_pretrained(sys.argv[2])  # a folder of a tokenizer alone: the stand-in is found by its name
+assert type(tokenizer) is onerec_hf.SemanticIdTokenizer, type(tokenizer)
+from transformers.pipelines import PIPELINE_REGISTRY
+assert "onerec-recommendation" in PIPELINE_REGISTRY.get_supported_tasks()
+config = AutoConfig.for_model("onerec_v2", codebook_sizes=[4, 4], hidden_size=8, num_attention_heads=2, num_hidden_layers=1)
+model = AutoModel.from_config(config)
+model.catalogue = onerec_hf.Catalogue([[0, 1], [2, 3]], [4, 4])
+assert model.generate(context_ids=torch.tensor([[[4, 9]]]), num_beams=2, num_return_sequences=2).shape == (2, 3)
+from onerec_hf.hub import model_card
+assert "# Tiny" in str(model_card(config, title="Tiny", repo="org/tiny", data="", training=""))  # the template is there
+"""
+
+
+def test_the_wheel_installs_and_works_without_the_source(distributions, tmp_path):
+    """Into a folder of its own: torch and transformers come from this environment, our package from the wheel alone."""
+    installed = tmp_path / "site"
+    pip = (
+        "-m",
+        "pip",
+        "--disable-pip-version-check",
+        "install",
+        "--quiet",
+        "--no-deps",
+        "--no-index",
+        "--target",
+        installed,
+    )
+    run(*pip, distributions[1])
+    environment = {**os.environ, "PYTHONPATH": str(installed)}
+    onerec_hf.SemanticIdTokenizer(codebook_sizes=[4, 4]).save_pretrained(tmp_path / "tokenizer")
+    run("-c", INSTALLED, installed, tmp_path / "tokenizer", cwd=tmp_path, env=environment)
+
+
+def test_stand_ins_are_those_that_the_models_register():
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+    from onerec_hf import models
+
+    ours = {name: config for name, config in CONFIG_MAPPING._extra_content.items() if name.startswith("onerec")}
+    assert {name: config.__name__ for name, config in ours.items()} == CONFIGS
+    assert all(
+        config is getattr(models, config.__name__) for config in ours.values()
+    )  # and the real ones took their place
+
+
+def test_public_names():
+    names = {}
+    exec("from onerec_hf import *", names)
+    assert {"OneRecV2ForCausalLM", "Catalogue", "SemanticIdTokenizer", "__version__"} <= set(names) & set(
+        dir(onerec_hf)
+    )
+    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
+        _ = onerec_hf.nothing
+
+
+def test_the_readme_names_every_extra():
+    config = configparser.ConfigParser()
+    config.read(ROOT / "setup.cfg")
+    readme = (ROOT / "README.md").read_text()
+    assert [extra for extra in config["options.extras_require"] if f"[{extra}]" not in readme] == []

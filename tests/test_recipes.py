@@ -1,6 +1,7 @@
 """The recipes as a person runs them, on a world small enough for a test."""
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -9,6 +10,7 @@ import datasets
 import numpy as np
 import pytest
 import torch
+from huggingface_hub import ModelCard
 from safetensors.torch import load_file
 from transformers import AutoModel, AutoTokenizer
 
@@ -37,7 +39,7 @@ def test_quickstart_leaves_a_repository(quickstart):
         "README.md",
     ):
         assert (folder / name).is_file(), name
-    for name in ("training_curve.png", "recall_by_frequency.png", "codebook_usage.png"):
+    for name in ("training_curve.png", "recall_by_frequency.png", "codebook_usage.png", "prediction_entropy.png"):
         assert (folder / name).read_bytes()[:4] == b"\x89PNG", name
     assert set(reports) == {"OneRec-V2", "popularity", "cooccurrence", "sasrec"}
     for report in reports.values():
@@ -300,7 +302,37 @@ def test_feedback_of_own_exposures_then_an_ab_test(quickstart, impressions, tmp_
     assert any(lift["value"] != 0 for lift in other["lifts"].values())
 
 
-RECIPES = ["prepare", "sft", "reward", "dpo", "grpo", "ab_test", "baseline", "recommend", "quickstart"]
+def test_publish_pushes_a_repository_that_can_be_served(quickstart, hub, tmp_path):
+    import publish
+
+    output, reports = quickstart
+    folder = shutil.copytree(output / "onerec-v2-quickstart", tmp_path / "model")
+    url = publish.main(
+        publish.PublishArguments(
+            model=str(folder),
+            data=str(output / "data"),
+            baselines=[str(output / "sasrec")],
+            repo="org/mine",
+            private=True,
+        )
+    )
+    repository = hub.repos["org/mine"]
+    assert url.startswith(hub.url) and repository.private and len(repository.commits) == 1
+    files = set(repository.branches["main"])
+    assert {"collator_config.json", "items.jsonl", "quantizer.safetensors", "codebook_usage.png"} < files
+    assert not [name for name in files if name.startswith(("predictions", "checkpoint", "training_args"))]
+    card = ModelCard(repository.branches["main"]["README.md"].decode())
+    found = {result.metric_name: result.metric_value for result in card.data.eval_results}
+    assert found["recall@10"] == round(reports["OneRec-V2"]["test"]["recall@10"], 5)
+    assert (
+        "| sasrec |" in card.content and "| learning rate | 0.003, cosine |" in card.content
+    )  # from the trainer's card
+    recommender = Recommender.from_pretrained("org/mine")
+    history = recommender.model.catalogue.item_ids[:4].tolist()
+    assert all(item.metadata["title"] for item in recommender.recommend([history], k=5)[0])
+
+
+RECIPES = ["prepare", "sft", "reward", "dpo", "grpo", "ab_test", "baseline", "recommend", "publish", "quickstart"]
 
 
 @pytest.mark.parametrize("recipe", RECIPES)

@@ -9,6 +9,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 TEMPLATE = Path(__file__).with_name("card_template.md")
 METRICS = ("recall@5", "recall@10", "recall@20", "ndcg@10", "coverage@10", "invalid_rate")
+ITEM_VECTORS = "item_vectors"  # the context feature that recipes/sft.py fills with the items' own vectors
 TAGS = ["recommendation", "generative-retrieval", "semantic-ids", "onerec"]
 
 
@@ -249,8 +250,13 @@ def usage_snippet(config: Any, repo: str, num_beams: int = 50, history: int = 5)
         ("user_features", config.user_features, "1, "),
     ):
         if features:
-            zeros = f"torch.zeros({shape}{len(features)}, dtype=torch.long)"
-            inputs.append(f'    {name}={zeros},  # 0 is "unknown"; columns: {", ".join(features)}')
+            zeros = f"{name} = torch.zeros({shape}{len(features)}, dtype=torch.long)"
+            context.append(f'{zeros}  # 0 is "unknown"; columns: {", ".join(features)}')
+            inputs.append(f"    {name}={name},")
+    if config.model_type == "onerec_v2" and ITEM_VECTORS in config.fixed_context_features:
+        column = list(config.context_features).index(ITEM_VECTORS)
+        rows = "torch.tensor(tokenizer.catalogue.index_of(history)) + 1"
+        context.append(f"context_features[0, :, {column}] = {rows}  # {ITEM_VECTORS}: a row per item")
     if config.model_type == "onerec" and config.num_session_items > 1:
         inputs.append(f"    num_beams={num_beams},  # the best session; BOS and codes of each of its items in one row")
         comment = "# item ids, in the order of the session"

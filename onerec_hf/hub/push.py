@@ -11,7 +11,7 @@ from safetensors import SafetensorError, safe_open
 
 _SUFFIXES = {".safetensors", ".json", ".py", ".png"}  # no .bin, .pt, .parquet: no pickles, no optimizer, no users
 _NAMES = {"README.md", "LICENSE", "items.jsonl"}
-_TRAINING = re.compile(r"optimizer.*|scheduler.*|rng_state.*|trainer_state\.json|predictions.*")
+_TRAINING = re.compile(r"optimizer.*|scheduler.*|rng_state.*|raw_weights.*|trainer_state\.json|predictions.*")
 _SAVE_MODEL = "`model.save_pretrained(folder)`"
 _SAVE_TOKENIZER = "`tokenizer.save_pretrained(folder)`, the tokenizer having its catalogue"
 _WHAT_TO_DO = {

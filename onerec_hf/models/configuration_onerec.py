@@ -8,6 +8,8 @@ from transformers.utils import logging
 
 logger = logging.get_logger(__name__)
 
+# what transformers puts into a config that is neither a field nor a property of it
+_FOREIGN = {"attn_implementation", "auto_map", "custom_pipelines", "experts_implementation", "quantization_config"}
 NUM_SPECIAL_TOKENS = 4  # <|pad|>, <|sid_begin|>, <|sid_end|>, <|unk|>
 
 
@@ -106,14 +108,8 @@ class SemanticIdConfig(PreTrainedConfig):
         self.context_features = dict(sorted((self.context_features or {}).items()))
         self.user_features = dict(sorted((self.user_features or {}).items()))
         self.feature_embed_dims = dict(self.feature_embed_dims or {})
-        foreign = (
-            "auto_map",
-            "custom_pipelines",
-            "quantization_config",
-            "torch_dtype",
-        )  # of transformers, yet no fields
         unknown = [name for name in kwargs if not name.startswith("_") and not hasattr(PreTrainedConfig, name)]
-        if unknown := sorted(set(unknown) - set(foreign)):  # of transformers, yet no fields
+        if unknown := sorted(set(unknown) - _FOREIGN):
             logger.warning(
                 f"{type(self).__name__}: this version does not know {unknown} and ignores it, so the model may compute something "
                 "else than it was trained for. Update onerec_hf, or load with `trust_remote_code=True` where the package is not "
