@@ -4,9 +4,10 @@
 
 `--name`: popularity, cooccurrence, itemknn, sasrec (as published: `--model '{"temperature": null}' --fit '{"loss": "bce"}'`),
 bert4rec, fdsa (`--attributes brand category`), tiger (with the semantic IDs in the folder). `--data` is a folder that
-`recipes/prepare.py` wrote (same splits as our models) or, with `--layout`, a public data set, split leave-last-out. Writes `metrics.json`,
-`predictions.parquet`, `predictions_exclude_seen.parquet` (one row per user, for `evaluation.paired_bootstrap`) and, for what was
-trained, `model/`. Every field of `BaselineArguments` can also stand in a YAML file: `--config FILE`.
+`recipes/prepare.py` wrote (same splits as our models) or, with `--layout`, a public data set, split leave-last-out.
+Writes `metrics.json`, `predictions.parquet`, `predictions_exclude_seen.parquet` (a row per user, for
+`evaluation.paired_bootstrap`) and, for what was trained, `model/`. Every field of `BaselineArguments` can also stand in a
+YAML file: `--config FILE`.
 """
 
 import json

@@ -6,7 +6,7 @@
 `seeds` where one is enough. A run lies in `OUTPUT/<entry>/seed<n>`; it is taken as it is if it ended with the same arguments,
 resumed if it left a checkpoint, and made anew otherwise. Writes `leaderboard.md` (means ± standard deviation over seeds; paired
 bootstrap intervals against the best baseline, which is chosen on validation; recall by how often the target occurs in training),
-`leaderboard.json` and `leaderboard.png`. `--run false` makes the table of what has ended.
+`leaderboard.json` and a picture. `--run false`: of what has ended.
 """
 
 import json
@@ -95,16 +95,11 @@ def tables(results: dict, reference: str, strata: list) -> str:
     lines = [f"| model | seeds | {' | '.join(METRICS)} | recall@10 - {reference}, 95% | seconds |", "|---" * 8 + "|"]
     for name, result in results.items():
         cells = [" / ".join(number(*result[kind][metric]) for kind in KINDS) for metric in METRICS]
-        low_high = [f"[{low:+.4f}, {high:+.4f}]" for low, high in (result["interval"][kind] for kind in KINDS)]
-        seconds = f"{np.mean(result['seconds']):.0f}"
-        against = "reference" if name == reference else " / ".join(low_high)
-        lines.append(f"| {name} | {result['seeds']} | {' | '.join(cells)} | {against} | {seconds} |")
-    heads = [str(low) if low == high else f"{low}-{high}" for low, high in strata]
-    lines += [
-        "",
-        f"| recall@10, target seen so often in training | {' | '.join(heads)} |",
-        "|---" * (1 + len(heads)) + "|",
-    ]
+        intervals = " / ".join("[{:+.4f}, {:+.4f}]".format(*result["interval"][kind]) for kind in KINDS)
+        against, seconds = "-" if name == reference else intervals, f"{np.mean(result['seconds']):.0f}"
+        lines.append(f"| {' | '.join([name, str(result['seeds']), *cells, against, seconds])} |")
+    heads = ["recall@10, target seen so often in training", *(f"{low}-{high}" for low, high in strata)]
+    lines += ["", f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
     for name, result in results.items():
         lines.append(f"| {name} | {' | '.join(f'{recall:.4f}' for recall in result['strata'])} |")
     return "\n".join(lines) + "\n"
