@@ -100,7 +100,9 @@ def main(args: BaselineArguments) -> dict:
     start = time.perf_counter()
     model = make(args, num_items, items, settings)
     if args.name in COUNTERS:
-        model.fit(splits["train"]["history"], **fit_settings)
+        if fit_settings:
+            raise ValueError(f"{args.name} counts: its settings go to --model, --fit takes none; got {fit_settings}.")
+        model.fit(splits["train"]["history"])
     else:
         fit(args, model, splits, num_items, fit_settings)
         model.save_pretrained(output / "model")
