@@ -85,7 +85,7 @@ class ItemAlignment(nn.Module):
         embeddings: np.ndarray,
         pairs: np.ndarray,
         *,
-        num_epochs: int = 10,
+        num_epochs: int = 3,
         batch_size: int = 512,
         learning_rate: float = 1e-3,
         progress: bool = True,
