@@ -2,80 +2,116 @@
 
     python recipes/baseline.py --name sasrec --data FOLDER --output outputs/sasrec --seed 0
 
-`--data` is a folder that `recipes/prepare.py` wrote (same splits as our models) or, with `--layout`, a public data set,
-split leave-last-out. Writes `metrics.json`, `predictions.parquet`, `predictions_exclude_seen.parquet` and, for SASRec,
-`model/`. Every field of `BaselineArguments` can also stand in a YAML file: `--config FILE`.
+`--name`: popularity, cooccurrence, itemknn, sasrec (as published: `--model '{"temperature": null}' --fit '{"loss": "bce"}'`),
+bert4rec, fdsa (`--attributes brand category`), tiger (with the semantic IDs in the folder). `--data` is a folder that
+`recipes/prepare.py` wrote (same splits as our models) or, with `--layout`, a public data set, split leave-last-out.
+Writes `metrics.json`, `predictions.parquet`, `predictions_exclude_seen.parquet` (a row per user, for
+`evaluation.paired_bootstrap`) and, for what was trained, `model/`. Every field of `BaselineArguments` can also stand in a
+YAML file: `--config FILE`.
 """
 
 import json
 import time
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import datasets
 from trl import TrlParser
 
+from onerec_hf import Catalogue
 from onerec_hf import data as logs
-from onerec_hf.baselines import CoOccurrence, Popularity, SASRec
+from onerec_hf.baselines import FDSA, TIGER, BERT4Rec, CoOccurrence, ItemKNN, Popularity, SASRec, attribute_codes
 from onerec_hf.evaluation import evaluate
+
+COUNTERS = {"popularity": Popularity, "cooccurrence": CoOccurrence, "itemknn": ItemKNN}
 
 
 @dataclass
 class BaselineArguments:
-    name: Literal["popularity", "cooccurrence", "sasrec"]
-    data: str = field(metadata={"help": "Folder that recipes/prepare.py wrote, or of a public layout."})
+    name: Literal["popularity", "cooccurrence", "itemknn", "sasrec", "bert4rec", "fdsa", "tiger"]
+    data: str = field(
+        metadata={"help": "Folder that recipes/prepare.py wrote, or of a public layout.", "aliases": ["--dataset"]}
+    )
     output: str = field(metadata={"help": "Folder to write."})
     layout: Literal["prepared", "amazon", "kuairand", "kuairand_like_hate"] = "prepared"
     seed: int = 0
-    model: str = field(default="{}", metadata={"help": "Arguments of SASRec(...), YAML mapping or JSON."})
-    fit: str = field(default="{}", metadata={"help": "Arguments of SASRec.fit, YAML mapping or JSON."})
+    model: str = field(default="{}", metadata={"help": "Arguments of the baseline's class, YAML mapping or JSON."})
+    fit: str = field(default="{}", metadata={"help": "Arguments of its fit, YAML mapping or JSON."})
+    attributes: list[str] = field(default_factory=list, metadata={"help": "fdsa: columns of the item table."})
+    eval_users: int | None = field(
+        default=None, metadata={"help": "Validation users that choose the epoch; default all (tiger generates)."}
+    )
 
 
-def load_splits(args: BaselineArguments) -> tuple[datasets.DatasetDict, int]:
-    """The splits and the number of items."""
+def load_splits(args: BaselineArguments) -> tuple[datasets.DatasetDict, int, Any]:
+    """The splits, the number of items, and the item table (columns by name)."""
     if args.layout == "prepared":
-        num_items = len(datasets.Dataset.from_parquet(str(Path(args.data) / "items.parquet")))
-        return datasets.load_from_disk(str(Path(args.data) / "splits")), num_items
+        items = datasets.Dataset.from_parquet(str(Path(args.data) / "items.parquet"))
+        return datasets.load_from_disk(str(Path(args.data) / "splits")), len(items), items
     loaders = {
         "amazon": logs.load_amazon,
         "kuairand": logs.load_kuairand,
         "kuairand_like_hate": logs.load_kuairand_like_hate,
     }
     interactions = loaders[args.layout](args.data)
-    return logs.leave_last_out(interactions), interactions.num_items
+    return logs.leave_last_out(interactions), interactions.num_items, interactions.items
 
 
-def fit_sasrec(args: BaselineArguments, splits: datasets.DatasetDict, num_items: int) -> SASRec:
+def make(args: BaselineArguments, num_items: int, items: Any, settings: dict):
+    """The baseline, untrained."""
+    if args.name in COUNTERS:
+        return COUNTERS[args.name](num_items, **settings)
+    settings = {"seed": args.seed} | settings
+    if args.name == "tiger":
+        if args.layout != "prepared":
+            raise ValueError("tiger reads semantic IDs: run recipes/prepare.py and pass the folder that it wrote.")
+        return TIGER(Catalogue.from_pretrained(Path(args.data) / "tokenizer"), **settings)
+    if args.name == "fdsa":
+        if not args.attributes:
+            raise ValueError(
+                "fdsa reads item attributes: name columns of the item table, --attributes brand category."
+            )
+        return FDSA(attribute_codes(*(items[name] for name in args.attributes)), **settings)
+    return {"sasrec": SASRec, "bert4rec": BERT4Rec}[args.name](num_items, **settings)
+
+
+def fit(args: BaselineArguments, model, splits: datasets.DatasetDict, num_items: int, settings: dict) -> None:
     """Keeps the epoch with the best validation ndcg@10, seen items allowed: nothing is assumed about repeats."""
+    validation, train = splits["validation"], splits["train"]
+    sample = validation.shuffle(seed=0).select(range(min(args.eval_users or len(validation), len(validation))))
 
-    def validate(model: SASRec) -> float:
-        result = evaluate(model, splits["validation"], num_items=num_items, ks=(10,), progress=False)
-        return result.metrics["ndcg@10"]
+    def validate(model) -> float:
+        return evaluate(model, sample, num_items=num_items, ks=(10,), progress=False).metrics["ndcg@10"]
 
-    model_arguments, fit_arguments = (
-        json.loads(value) if isinstance(value, str) else value for value in (args.model, args.fit)
-    )
-    model = SASRec(num_items, seed=args.seed, **model_arguments)
-    return model.fit(splits["train"]["history"], validate=validate, seed=args.seed, **fit_arguments)
+    users = {"users": train["user"]} if args.name == "tiger" else {}
+    model.fit(train["history"], **users, **({"validate": validate, "seed": args.seed} | settings))
 
 
 def main(args: BaselineArguments) -> dict:
     """Runs the recipe; returns what it writes to `metrics.json`."""
     output = Path(args.output)
     output.mkdir(parents=True, exist_ok=True)
-    splits, num_items = load_splits(args)
+    splits, num_items, items = load_splits(args)
+    settings, fit_settings = (
+        json.loads(value) if isinstance(value, str) else value for value in (args.model, args.fit)
+    )
     report = {"arguments": asdict(args), "num_items": num_items}
     start = time.perf_counter()
-    if args.name == "sasrec":
-        model = fit_sasrec(args, splits, num_items)
+    model = make(args, num_items, items, settings)
+    if args.name in COUNTERS:
+        if fit_settings:
+            raise ValueError(f"{args.name} counts: its settings go to --model, --fit takes none; got {fit_settings}.")
+        model.fit(splits["train"]["history"])
+    else:
+        fit(args, model, splits, num_items, fit_settings)
         model.save_pretrained(output / "model")
         report["best_epoch"] = max(model.training_log, key=lambda record: record["validation"])["epoch"]
+        report["num_parameters"] = model.model.num_parameters()
         report["training_log"] = model.training_log
-    else:
-        model = {"popularity": Popularity, "cooccurrence": CoOccurrence}[args.name](num_items)
-        model.fit(splits["train"]["history"])
     report["fit_seconds"] = time.perf_counter() - start
+    result = evaluate(model, splits["validation"], num_items=num_items, seed=args.seed)
+    report["validation"] = result.to_dict()
     for name, exclude_seen in (("predictions", False), ("predictions_exclude_seen", True)):
         result = evaluate(model, splits["test"], num_items=num_items, exclude_seen=exclude_seen, seed=args.seed)
         result.save(output / f"{name}.parquet")

@@ -14,6 +14,7 @@ from the training split alone.
 import importlib.util
 import json
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -58,6 +59,7 @@ class PrepareArguments:
     text_fields: list[str] = field(default_factory=list)
     collaborative_dim: int = field(default=128, metadata={"help": "Width of the co-occurrence embedding; 0 for none."})
     quantizer: Literal["residual_kmeans", "rqvae"] = "residual_kmeans"
+    align: bool = field(default=False, metadata={"help": "Adapt text embeddings to Swing and co-click pairs."})
     num_levels: int = 3
     codebook_size: int = 256
     balanced: bool = field(default=True, metadata={"help": "Clusters of equal size; residual_kmeans alone."})
@@ -108,6 +110,14 @@ def embed(args: PrepareArguments, interactions: logs.Interactions, train: datase
             package, _, folder = name.removeprefix("package:").partition("/")
             name = str(Path(importlib.util.find_spec(package).origin).parent / folder)
         parts.append(logs.text_embeddings(logs.item_texts(interactions.items, args.text_fields), name))
+    if args.align:
+        histories = train.with_format("numpy")["history"]
+        neighbors, scores = logs.swing_neighbors(histories, interactions.num_items, seed=args.seed)
+        pairs = logs.item_to_item_pairs(neighbors), logs.user_to_item_pairs(histories, neighbors, scores)
+        content = logs.concat_embeddings(*parts)
+        alignment = logs.ItemAlignment(content.shape[1], seed=args.seed).fit(content, np.concatenate(pairs))
+        alignment.save_pretrained(Path(args.output) / "tokenizer")
+        parts = [alignment.embed(content)]
     if args.collaborative_dim:
         parts.append(
             logs.collaborative_embeddings(train, interactions.num_items, args.collaborative_dim, seed=args.seed)
@@ -128,10 +138,8 @@ def main(args: PrepareArguments) -> dict:
     for name, rows in splits.items():
         splits[name] = rows.add_column("length", [len(history) for history in rows["history"]])
     embeddings = embed(args, interactions, train)
-    if args.quantizer == "rqvae":
-        quantizer = RQVAE(args.num_levels, args.codebook_size, seed=args.seed)
-    else:
-        quantizer = ResidualKMeans(args.num_levels, args.codebook_size, balanced=args.balanced, seed=args.seed)
+    quantizer_class = RQVAE if args.quantizer == "rqvae" else partial(ResidualKMeans, balanced=args.balanced)
+    quantizer = quantizer_class(args.num_levels, args.codebook_size, seed=args.seed)
     codes = quantizer.fit(torch.from_numpy(embeddings)).train_codes
     report = {"before collisions": quality_report(codes, torch.from_numpy(embeddings), quantizer)}
     codes = resolve_collisions(codes, quantizer, torch.from_numpy(embeddings), policy=args.collisions)

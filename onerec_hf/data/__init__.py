@@ -11,6 +11,8 @@ from .embeddings import (
 )
 from .features import EventFeature, category_codes, reaches
 from .interactions import Interactions, load_interactions
+from .item_alignment import ItemAlignment, item_contrastive_loss
+from .item_pairs import item_to_item_pairs, swing_neighbors, user_to_item_pairs
 from .labels import event_labels, session_labels
 from .lifelong import compress_lifelong, hierarchical_kmeans
 from .past_rates import past_rates, period_of, quantile_codes, rate_numbers
@@ -25,6 +27,7 @@ from .splits import global_time_split, k_core, leave_last_out, target_rows
 __all__ = [
     "EventFeature",
     "Interactions",
+    "ItemAlignment",
     "OneRecCollator",
     "PathwayCollator",
     "RewardCollator",
@@ -38,7 +41,9 @@ __all__ = [
     "event_labels",
     "global_time_split",
     "hierarchical_kmeans",
+    "item_contrastive_loss",
     "item_texts",
+    "item_to_item_pairs",
     "k_core",
     "leave_last_out",
     "load_amazon",
@@ -57,7 +62,9 @@ __all__ = [
     "session_index",
     "session_labels",
     "session_splits",
+    "swing_neighbors",
     "target_rows",
     "text_embeddings",
     "training_events",
+    "user_to_item_pairs",
 ]

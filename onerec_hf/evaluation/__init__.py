@@ -5,6 +5,7 @@ from .classification import auc, calibration, feedback_report, gauc
 from .entropy import prediction_entropy
 from .evaluate import EvaluationResult, Recommender, evaluate
 from .metrics import paired_bootstrap
+from .strata import frequency_strata, recall_by_frequency
 
 __all__ = [
     "EvaluationResult",
@@ -15,7 +16,9 @@ __all__ = [
     "calibration",
     "evaluate",
     "feedback_report",
+    "frequency_strata",
     "gauc",
     "paired_bootstrap",
     "prediction_entropy",
+    "recall_by_frequency",
 ]
