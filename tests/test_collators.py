@@ -58,7 +58,7 @@ def test_event_features():
     assert EventFeature("category", 3).encode([0, 1, 5, -1, np.nan]).tolist() == [1, 2, 2, 0, 0]
     assert EventFeature("log", 5).encode([0, 1, 2, 3, 7, 1e9, -1, np.nan]).tolist() == [1, 2, 2, 3, 4, 4, 0, 0]
     assert EventFeature("gap", 9).encode([5, 5, 8]).tolist() == [0, 1, 3]
-    with pytest.raises(ValueError, match="allowed are 'category', 'log' and 'gap'"):
+    with pytest.raises(ValueError, match="allowed are 'category', 'log', 'gap' and 'hour'"):
         EventFeature("bucket", 9).encode([1])
 
 

@@ -140,7 +140,7 @@ def test_new_items_join_without_training(tmp_path):
     found = {item.item_id: item for item in row}
     assert len(found) == 67 and found[7].score == found[1000].score and found[8].metadata == {"title": "newer"}
     recommender.save_pretrained(tmp_path)
-    again = Recommender.from_pretrained(tmp_path)
+    again = Recommender.from_pretrained(tmp_path, num_beams=20)
     assert again.recommend([[8, 7]], k=5) == recommender.recommend([[8, 7]], k=5)
     with pytest.raises(ValueError, match="item_ids"):
         recommender.add_items([7], embeddings[:1].numpy())
