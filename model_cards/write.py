@@ -50,7 +50,10 @@ def beauty():
     settings = yaml.safe_load((ROOT / "recipes/configs/small_sft.yaml").read_text())
     prepare = yaml.safe_load((ROOT / "recipes/configs/amazon_prepare.yaml").read_text())
     sizes = [prepare["codebook_size"]] * prepare["num_levels"]
-    config = AutoConfig.for_model("onerec_v2", codebook_sizes=sizes, **settings["model"])
+    width = 384 + prepare["collaborative_dim"]  # of the item vectors: MiniLM and co-occurrence
+    features = {"context_features": {"item_vectors": 12101 + 1}, "fixed_context_features": ["item_vectors"]}
+    features["feature_embed_dims"] = {"item_vectors": width}
+    config = AutoConfig.for_model("onerec_v2", codebook_sizes=sizes, **features, **settings["model"])
     rows = table("beauty", "OneRec-V2, 0.83M", "popularity", "co-occurrence counter", "SASRec")
     return model_card(
         config,
