@@ -40,7 +40,7 @@ def reward_model(session: bool):
     kind, model = (
         (OneRecSessionRewardConfig, OneRecSessionRewardModel) if session else (OneRecPScoreConfig, OneRecPScoreModel)
     )
-    sizes = {"hidden_size": 16, "context_embed_dim": 8, "initializer_range": 0.5}
+    sizes = {"hidden_size": 16, "context_embed_dim": 8, "initializer_range": 0.3}
     return model(kind(codebook_sizes=SIZES, item_features=Candidates.item_feature_sizes, **sizes))
 
 
