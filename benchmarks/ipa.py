@@ -23,12 +23,12 @@ from transformers import Trainer, TrainingArguments, set_seed
 from onerec_hf import Catalogue, OneRecPScoreConfig, OneRecPScoreModel, OneRecV2Config, OneRecV2ForCausalLM
 from onerec_hf.data import (
     OneRecCollator,
+    RewardCollator,
     SessionConfig,
     leave_last_out,
     load_interactions,
     session_splits,
 )
-from onerec_hf.data.reward_collator import RewardCollator
 from onerec_hf.evaluation import evaluate
 from onerec_hf.recommender import ItemRanker
 from onerec_hf.rewards import reward_of_model
@@ -316,13 +316,13 @@ def main(arguments) -> dict:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--num_users", type=int, default=600)
-    parser.add_argument("--num_items", type=int, default=400)
+    parser.add_argument("--num_users", type=int, default=400)
+    parser.add_argument("--num_items", type=int, default=300)
     parser.add_argument("--sft_epochs", type=float, default=15)
-    parser.add_argument("--reward_epochs", type=float, default=3)
+    parser.add_argument("--reward_epochs", type=float, default=2)
     parser.add_argument("--iterations", type=int, default=4)
     parser.add_argument("--dpo_ratio", type=float, default=1.0)
-    parser.add_argument("--ratios", type=float, nargs="*", default=[0.05, 0.25])
+    parser.add_argument("--ratios", type=float, nargs="*", default=[0.25])
     parser.add_argument("--num_candidates", type=int, default=64)
     parser.add_argument("--preference_weight", type=float, default=5.0)
     parser.add_argument("--learning_rate", type=float, default=1e-3)

@@ -1,29 +1,30 @@
 """Aligns a trained OneRec model with a reward by Iterative Preference Alignment (OneRec, Algorithm 2).
 
     accelerate launch recipes/dpo.py --config recipes/configs/small_dpo.yaml --data outputs/mydata --policy outputs/mymodel \
-        --reward outputs/myreward --output_dir outputs/aligned
+        --reward outputs/myreward --reward_config myreward.yaml --output_dir outputs/aligned
 
-`--policy` is a folder that recipes/sft.py wrote, and the feature arguments are those it was trained with; `--reward` a folder with
-a reward model and its tokenizer. Without one, `--pairs FOLDER` takes a saved `datasets` set of `row`, `chosen`, `rejected` (plain
-DPO; such as the `pairs/iteration_000` of another run). One epoch is one iteration. `--loss_type`, `--dpo_ratio`, `--beta` and all
-`TrainingArguments` work on the command line and in the YAML file; `--lora_r 8` trains an adapter and writes the merged model.
-Writes the model folder, `metrics.json` and predictions of the test split, and the pairs.
+`--policy` is a folder that recipes/sft.py wrote, and the feature arguments are those it was trained with; `--reward` one that
+recipes/reward.py wrote, `--reward_config` the file it was run with, `--reward_data` its data folder, from the same log. Without a
+reward model, `--pairs FOLDER` takes a saved `datasets` set of `row`, `chosen`, `rejected` (plain DPO; such as another run's
+`pairs/iteration_000`). One epoch is one iteration. `--loss_type`, `--dpo_ratio`, `--beta` and all `TrainingArguments` work on the
+command line and in the YAML file; `--lora_r 8` trains an adapter and writes the merged model. Writes the model folder,
+`metrics.json` and predictions of the test split, and the pairs.
 """
 
 import json
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 
 import datasets
-from model_arguments import ModelArguments, make_collator, mapping, serve, training_rows
+import reward
+import yaml
+from model_arguments import ModelArguments, make_collator, serve, training_rows
 from peft import LoraConfig
 from sft import score
 from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer, set_seed
 from trl import TrlParser
 
-from onerec_hf.data import EventFeature, category_codes
-from onerec_hf.data.reward_collator import RewardCollator
 from onerec_hf.evaluation import evaluate
 from onerec_hf.recommender import ItemRanker
 from onerec_hf.rewards import reward_of_model
@@ -34,41 +35,31 @@ from onerec_hf.trainers import IPAConfig, IPATrainer
 class DPOArguments(ModelArguments):
     policy: str = field(default="", metadata={"help": "Folder of the model to align, with its tokenizer."})
     reward: str | None = field(default=None, metadata={"help": "Folder of the reward model, with its tokenizer."})
-    reward_max_history: int = field(default=50, metadata={"help": "Items of context of the reward model."})
-    reward_request_features: str = field(
-        default="{}",
-        metadata={"help": 'Its features of the request, columns target_<name>, e.g. {"hour": ["log", 24]}.'},
-    )
+    reward_config: str | None = field(default=None, metadata={"help": "The YAML file that reward.py was run with."})
+    reward_data: str | None = field(default=None, metadata={"help": "Its data folder; default `data`."})
     pairs: str | None = field(default=None, metadata={"help": "Saved pairs instead of a reward model."})
     lora_r: int | None = field(default=None, metadata={"help": "Rank of a LoRA adapter; default trains all weights."})
 
 
-def make_reward(args: DPOArguments, policy, tokenizer, num_candidates: int):
-    """The reward model as a reward function; its features are read by name from its config."""
+def make_reward(args: DPOArguments, policy, num_candidates: int):
+    """The reward model as a reward function, with the collator that recipes/reward.py made for it."""
+    if args.reward_config is None:
+        raise ValueError(
+            "--reward needs --reward_config: the YAML file with the features that reward.py was run with."
+        )
+    folder, names = Path(args.reward_data or args.data), {f.name for f in fields(reward.RewardArguments)}
+    given = yaml.safe_load(Path(args.reward_config).read_text())
+    settings = {name: value for name, value in given.items() if name in names} | {"data": str(folder)}
+    users = [datasets.Dataset.from_parquet(str(Path(f) / "users.parquet"))["user_id"][:] for f in (args.data, folder)]
+    if users[0] != users[1]:
+        raise ValueError(
+            f"{args.data} and {folder} hold other users: prepare both from one log, with the same k_core."
+        )
+    tokenizer = AutoTokenizer.from_pretrained(args.reward)  # with the catalogue it was trained with
+    splits = datasets.load_from_disk(str(folder / "splits"))
+    collator = reward.make_collator(reward.RewardArguments(**settings), tokenizer, splits)
     model = AutoModel.from_pretrained(args.reward)
-    catalogue = AutoTokenizer.from_pretrained(args.reward).catalogue  # that it was trained with
-    events = mapping(args.event_features)
-
-    def categories(table: str, names) -> dict:
-        if not names:
-            return {}
-        rows = datasets.Dataset.from_parquet(str(Path(args.data) / table))
-        return {name: category_codes(rows[name], args.max_categories) for name in names}
-
-    request = {name: EventFeature(*feature) for name, feature in mapping(args.reward_request_features).items()}
-    context, config = model.config.context_features, model.config
-    collator = RewardCollator(
-        tokenizer.encode_semantic_ids(policy.catalogue.semantic_ids),
-        args.reward_max_history,
-        event_features={name: EventFeature(*events[name]) for name in context if name in events},
-        item_features=categories("items.parquet", [name for name in context if name not in events]),
-        user_features=categories("users.parquet", config.user_features),
-        targets=config.targets,
-        session_wise=config.model_type == "onerec_session_reward",
-        candidate_features=categories("items.parquet", [name for name in config.item_features if name not in request]),
-        request_features=request,
-    )
-    return reward_of_model(model, collator, policy, num_candidates, catalogue)
+    return reward_of_model(model, collator, policy, num_candidates, tokenizer.catalogue)
 
 
 def main(args: DPOArguments, training: IPAConfig) -> dict:
@@ -94,7 +85,7 @@ def main(args: DPOArguments, training: IPAConfig) -> dict:
         eval_dataset=validation.with_format("numpy"),
         processing_class=tokenizer,
         generation_metrics=generation_metrics,
-        reward=make_reward(args, model, tokenizer, training.num_candidates) if args.reward else None,
+        reward=make_reward(args, model, training.num_candidates) if args.reward else None,
         pairs=datasets.load_from_disk(args.pairs) if args.pairs else None,
         peft_config=LoraConfig(r=args.lora_r, task_type="CAUSAL_LM") if args.lora_r else None,
     )

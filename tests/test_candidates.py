@@ -1,5 +1,7 @@
 """Reward models as reward functions: the candidates they see are the items that were generated, judged beside their own user."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
@@ -12,7 +14,7 @@ from onerec_hf import (
     OneRecSessionRewardModel,
 )
 from onerec_hf.data import OneRecCollator
-from onerec_hf.rewards import reward_of_model
+from onerec_hf.rewards import CandidateCollator, reward_of_model
 from onerec_hf.trainers.pair_mining import mine_pairs
 
 from .test_ipa import world
@@ -38,27 +40,30 @@ def reward_model(session: bool):
     kind, model = (
         (OneRecSessionRewardConfig, OneRecSessionRewardModel) if session else (OneRecPScoreConfig, OneRecPScoreModel)
     )
-    sizes = {"hidden_size": 16, "context_embed_dim": 8, "initializer_range": 0.5}
+    sizes = {"hidden_size": 16, "context_embed_dim": 8, "initializer_range": 0.3}
     return model(kind(codebook_sizes=SIZES, item_features=Candidates.item_feature_sizes, **sizes))
 
 
-@pytest.mark.parametrize("architecture", ["onerec", "v2"])
-def test_rewards_are_those_of_the_model_one_candidate_at_a_time(architecture):
+@pytest.mark.parametrize("architecture,session", [("onerec", True), ("onerec", False), ("v2", False)])
+def test_rewards_are_those_of_the_model_one_candidate_at_a_time(architecture, session):
     policy, collator, rows = world(architecture, num_rows=3)
-    judge = reward_model(architecture == "onerec")
+    judge = reward_model(session)
     own = Candidates(collator.item_token_ids)
-    rows = [row | {"target_hour": [row["user"] + 5] * 3} for row in rows]
-    mined, _ = mine_pairs(policy, rows, [0, 1, 2], collator, reward_of_model(judge, own, policy, 7, batch_size=2), 7)
+    if architecture == "onerec":
+        rows = [row | {"target_hour": [row["user"] + 5] * 3} for row in rows]
+    else:  # no targets: the hour of the last event, which comes next
+        rows = [row | {"hour": [1, 2, 3, row["user"] + 5]} for row in rows]
+    mined, _ = mine_pairs(policy, rows, [0, 1, 2], collator, reward_of_model(judge, own, policy, 60, batch_size=2), 60)
     assert len(mined) == 3
     tokens = {tuple(ids): item for item, ids in enumerate(collator.item_token_ids.tolist())}
     for pair, row in zip(mined, rows):
-        context = own.context([row], drop_last="targets" not in row)
+        context = own.context([row | {"history": row["history"] if "targets" in row else row["history"][:-1]}])
         for name, reward in (("chosen", pair["chosen_reward"]), ("rejected", pair["rejected_reward"][0])):
             items = [tokens[tuple(ids)] for ids in np.reshape(pair[name], (-1, 3)).tolist()]
             features = torch.tensor([[[row["user"] + 5, item % 2 + 1] for item in items]])
             with torch.no_grad():
                 found = judge(item_ids=own.pad_targets([items]), item_features=features, **context)
-            assert reward == pytest.approx(found.rewards.item(), abs=1e-5)
+            assert reward == pytest.approx(found.rewards.mean().item(), abs=1e-5)
 
 
 def test_dead_beams_and_shared_semantic_ids():
@@ -72,7 +77,7 @@ def test_dead_beams_and_shared_semantic_ids():
 
         def forward(self, item_ids, item_features, **context):
             seen.append(item_features[:, 0, 1])
-            return item_ids[:, 0].sum(1).float()
+            return SimpleNamespace(rewards=item_ids[:, 0].sum(1).float())
 
     own = Candidates(collator.item_token_ids)
     reward = reward_of_model(Judge(), own, policy, 4, catalogue=policy.catalogue)
@@ -94,3 +99,21 @@ def test_a_reward_model_of_another_catalogue_is_refused():
     judge.config.codebook_sizes = [8, 8, 9]
     with pytest.raises(ValueError, match="was trained with other semantic IDs"):
         reward_of_model(judge, own, policy, 4)
+
+
+def test_a_training_row_becomes_the_request_it_was_generated_for():
+    policy, collator, _ = world("v2")
+    seen = []
+
+    class Spy(Candidates):
+        def context(self, rows):
+            seen.extend(rows)
+            return super().context(rows)
+
+    row = {"user": 3, "history": [4, 5, 6], "timestamp": [10, 20, 30], "is_like": np.array([0, 1, 0]), "length": 3}
+    collate = CandidateCollator(Spy(collator.item_token_ids), policy.catalogue)
+    collate([row | {"completion_ids": [collator.item_token_ids[7].tolist()] * 3}])
+    assert seen[0]["history"] == [4, 5] and seen[0]["timestamp"] == [10, 20] and seen[0]["session_start"] == 30
+    assert (
+        seen[0]["target_is_like"].tolist() == [0] and seen[0]["target_timestamp"] == [30] and "targets" not in seen[0]
+    )

@@ -105,6 +105,10 @@ def test_best_and_worst_by_hand():
     keep = [0, 3, 4, 5]
     # of equally good ones the more probable: position 0 of user 3's best, position 0 of user 5's worst
     assert chosen[keep].tolist() == [1, 0, 1, 2] and rejected[keep, 0].tolist() == [2, 2, 2, 0]
+    assert choose_pairs(torch.tensor([[0.1, 0.1 + 5e-8], [0.1, 0.1001]], dtype=torch.float64))[2].tolist() == [
+        True,
+        False,
+    ]
     chosen, rejected, tied, few = choose_pairs(torch.tensor([[3.0, 1, 2, 0], [1, 1, 1, 0], [nan, nan, 1, 0]]), 2)
     assert chosen[0] == 0 and rejected[0].tolist() == [3, 1]
     assert tied.tolist() == [False, True, False] and few.tolist() == [False, False, True]

@@ -139,59 +139,6 @@ def test_recommend_serves_every_row(quickstart, tmp_path):
     assert found["user"][:] == [row["user"] for row in rows] and {len(row) for row in found["item_ids"]} == {3}
 
 
-@pytest.fixture(scope="module")
-def reward_folder(quickstart, tmp_path_factory):
-    """An untrained P-Score that looks at the author of a candidate, in the policy's catalogue."""
-    from onerec_hf import OneRecPScoreConfig, OneRecPScoreModel
-
-    tokenizer = AutoTokenizer.from_pretrained(quickstart[0] / "data" / "tokenizer")
-    authors = datasets.Dataset.from_parquet(str(quickstart[0] / "data" / "items.parquet"))["author_id"]
-    sizes = {"codebook_sizes": tokenizer.codebook_sizes, "item_features": {"author_id": len(set(authors)) + 1}}
-    folder = tmp_path_factory.mktemp("reward")
-    OneRecPScoreModel(OneRecPScoreConfig(**sizes, initializer_range=0.5)).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return folder
-
-
-def align(quickstart, folder, *arguments):
-    import dpo
-    from trl import TrlParser
-
-    from onerec_hf.trainers import IPAConfig
-
-    settings = {"data": quickstart[0] / "data", "policy": quickstart[0] / "onerec-v2-quickstart", "output_dir": folder}
-    settings |= {
-        "num_train_epochs": 2,
-        "report_to": "none",
-        "save_strategy": "no",
-        "dpo_ratio": 0.1,
-        "logging_steps": 1,
-    }
-    settings |= {"num_candidates": 16, "kl_users": 8, "num_beams": 20}
-    argv = [part for name, value in settings.items() for part in (f"--{name}", str(value))]
-    parser = TrlParser((dpo.DPOArguments, IPAConfig))
-    return dpo.main(*parser.parse_args_and_config([*argv, *arguments]))
-
-
-def test_dpo_mines_with_a_reward_model_and_takes_its_pairs_again(quickstart, reward_folder, tmp_path):
-    report = align(quickstart, tmp_path / "ipa", "--reward", str(reward_folder))
-    mined = [record for record in report["log"] if "ipa/pairs" in record]
-    assert len(mined) == 2 and all(record["ipa/reward_chosen"] > record["ipa/reward_rejected"] for record in mined)
-    assert report["test"]["invalid_rate"] == 0
-    aligned, before = (
-        AutoModel.from_pretrained(f) for f in (tmp_path / "ipa", quickstart[0] / "onerec-v2-quickstart")
-    )
-    assert aligned.catalogue is not None and AutoTokenizer.from_pretrained(tmp_path / "ipa").catalogue is not None
-    assert not torch.equal(aligned.lm_head.weight, before.lm_head.weight)
-    pairs = str(tmp_path / "ipa" / "pairs" / "iteration_000")
-    report = align(quickstart, tmp_path / "dpo", "--pairs", pairs, "--loss_type", "simpo", "--lora_r", "4")
-    assert any("preference_loss" in record for record in report["log"])
-    adapted = AutoModel.from_pretrained(tmp_path / "dpo").state_dict()  # merged: no adapter is left
-    assert adapted.keys() == before.state_dict().keys()
-    assert torch.equal(adapted["lm_head.weight"], before.lm_head.weight)
-    assert any(not torch.equal(adapted[name], tensor) for name, tensor in before.state_dict().items())
-
-
 def test_averaged_weights_are_what_is_evaluated_saved_and_resumed(quickstart, tmp_path):
     arguments = ["--item_vectors", "true", "--weight_average_decay", "0.9", "--save_total_limit", "2"]
     arguments += [

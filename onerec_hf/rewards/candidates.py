@@ -35,17 +35,41 @@ class CandidateCollator:
         items = self.catalogue.items_of(leaves.to(self.catalogue.device).unsqueeze(1), 1)[:, 0].clamp(min=0).cpu()
         order = owner.argsort(stable=True)
         items = items[order].split(owner.bincount(minlength=len(completions)).tolist())
-        samples = [row for row in rows for _ in row["completion_ids"]]
-        judged = [self._candidate(row, candidate.tolist()) for row, candidate in zip(samples, items)]
-        # a training row without targets is judged as it was generated for: its last item is what comes next
-        last = {} if "targets" in rows[0] else {"drop_last": True}
-        batch = self.collator.context(rows, **last) | self.collator.candidates(judged)
+        requests = [_request(row) for row in rows]
+        samples = [request for request in requests for _ in request["completion_ids"]]
+        judged = [self._candidate(request, candidate.tolist()) for request, candidate in zip(samples, items)]
+        batch = self.collator.context(requests) | self.collator.candidates(judged)
         return {name: value.to(self.device) for name, value in batch.items()}
 
     def _candidate(self, row: dict, items: list[int]) -> dict:
         """The row with other items in its request, whose own columns (scenario, hour) are the same for all of them."""
         request = {name: [*values[:1]] * len(items) for name, values in row.items() if name.startswith("target_")}
         return row | request | {"targets": items}
+
+
+def _request(row: dict) -> dict:
+    """
+    A training row without targets as the request it was generated for: the last item of the history comes next, so its time and
+    scenario are the request's, and the history ends before it.
+    """
+    if "targets" in row:
+        return row
+    length = len(row["history"])
+    events = {
+        name: v for name, v in row.items() if hasattr(v, "__len__") and not isinstance(v, str) and len(v) == length
+    }
+    events.pop("completion_ids", None)
+    row = row | {name: values[:-1] for name, values in events.items()}
+    row |= {f"target_{name}": values[-1:] for name, values in events.items() if name != "history"}
+    return row | ({"session_start": events["timestamp"][-1]} if "timestamp" in events else {})
+
+
+def _score(reward_model, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+    rewards = reward_model(**batch).rewards
+    if rewards.dim() == 1:
+        return rewards
+    mask = batch.get("item_mask", torch.ones_like(rewards, dtype=torch.bool))
+    return (rewards * mask).sum(1) / mask.sum(1)
 
 
 def reward_of_model(
@@ -60,7 +84,8 @@ def reward_of_model(
     A reward model as a reward function for the policy's completions.
 
     Args:
-        reward_model: Any module that takes the tensors of `collator` and returns an object with `rewards`, one for each completion.
+        reward_model: Any module that takes the tensors of `collator` and returns an object with `rewards`, one for each completion,
+            or one for each item of it (P-Score), whose mean then counts.
         collator: See [`CandidateCollator`].
         policy: The OneRec model that generates.
         num_generations (`int`): Completions per sample, adjacent: `num_candidates` of [`IPAConfig`].
@@ -87,7 +112,7 @@ def reward_of_model(
         )
     reward_model.eval()
     collate = CandidateCollator(collator, own, reward_model.device)
-    return ModelReward(reward_model, collate, num_generations, batch_size=batch_size)
+    return ModelReward(lambda **batch: _score(reward_model, batch), collate, num_generations, batch_size=batch_size)
 
 
 __all__ = ["CandidateCollator", "reward_of_model"]

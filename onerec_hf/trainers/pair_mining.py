@@ -52,7 +52,8 @@ def choose_pairs(rewards: torch.Tensor, num_rejected: int = 1):
     """
     The best candidate and the `num_rejected` worst ones ("self-hard" negatives).
 
-    Of equally good ones the more probable is taken on both sides; every rejected one is strictly worse than the chosen one.
+    Of equally good ones the more probable is taken on both sides; every rejected one is worse than the chosen one by more than the
+    rounding of float32.
 
     Args:
         rewards (`torch.Tensor` of shape (B, N)): Most probable candidate first; NaN for one that takes no part.
@@ -65,8 +66,9 @@ def choose_pairs(rewards: torch.Tensor, num_rejected: int = 1):
     few = usable.sum(1) <= num_rejected
     best, chosen = rewards.masked_fill(~usable, -torch.inf).sort(dim=1, descending=True, stable=True)
     worst, rejected = rewards.masked_fill(~usable, torch.inf).sort(dim=1, stable=True)
-    last = min(num_rejected, rewards.shape[1])
-    tied = ~few & (worst[:, last - 1] >= best[:, 0])
+    best, worst = best[:, 0], worst[:, min(num_rejected, rewards.shape[1]) - 1]
+    # sessions of the same items in another order have the same reward up to the rounding of float32
+    tied = ~few & (best - worst <= 1e-6 * torch.maximum(best.abs(), worst.abs()))
     return chosen[:, 0], rejected[:, :num_rejected], tied, few
 
 
