@@ -18,7 +18,6 @@ same loss alone and beside four others.
 import argparse
 import json
 import multiprocessing
-import resource
 import time
 from pathlib import Path
 from statistics import median
@@ -207,8 +206,10 @@ def check_naive() -> None:
     assert torch.allclose(sum(alone) / TARGETS, model(**data), atol=1e-5), "targets see each other"
 
 
-def resident() -> int:
-    return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
+def memory_of_process(field: str) -> int:
+    """Bytes, from the kernel's account of this process: `VmRSS` now, `VmHWM` at its highest."""
+    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(field))
+    return int(line.split()[1]) * 1024
 
 
 def peak_memory(name: str, context: int, requests: int, layers: int, threads: int) -> float:
@@ -216,9 +217,9 @@ def peak_memory(name: str, context: int, requests: int, layers: int, threads: in
     torch.set_num_threads(threads)
     _, loss_of = build(name, "0.1B", context, "sdpa", num_hidden_layers=layers)
     data = batch(requests, context)
-    before = resident()
+    before = memory_of_process("VmRSS")
     loss_of(**data).backward()
-    return round((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - before) / 2**30, 2)
+    return round((memory_of_process("VmHWM") - before) / 2**30, 2)
 
 
 def measured(context: int, requests: int, repeats: int, memory: bool, layers: int, threads: int) -> list[dict]:
@@ -293,6 +294,7 @@ def count_all() -> dict:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--count", action=argparse.BooleanOptionalAction, default=True, help="Count FLOPs too.")
     parser.add_argument("--contexts", type=int, nargs="*", default=[512, 3000], help="Contexts that are timed.")
     parser.add_argument("--requests", type=int, nargs="*", default=[2, 1], help="Requests per batch, per context.")
     parser.add_argument("--repeats", type=int, nargs="*", default=[3, 1], help="Per context.")
@@ -304,7 +306,7 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     check_naive()
-    report = count_all() | {"measured": []}
+    report = (count_all() if args.count else {}) | {"measured": []}
     columns = {
         "architecture": "{name}",
         "size": "{size}",
@@ -314,8 +316,8 @@ def main() -> None:
     columns |= {"GFLOPs per target": "{gflops_per_target:.2f}", "of it attention": "{gflops_of_attention:.2f}"}
     columns |= {"paper": "{paper_gflops}"}
     columns |= {"saved elements, 512 targets, 1e9": "{saved_elements_512:.2f}", "paper ": "{paper_saved}"}
-    table(report["counted"], columns)
-    table(report["sharing"], columns)
+    for part in ("counted", "sharing"):
+        table(report.get(part, []), columns)
     for context, requests, repeats in zip(args.contexts, args.requests, args.repeats):
         memory = context in args.memory
         report["measured"] += measured(context, requests, repeats, memory, args.layers, args.threads)
@@ -326,7 +328,7 @@ def main() -> None:
     if args.output:
         args.output.parent.mkdir(parents=True, exist_ok=True)
         args.output.write_text(json.dumps({"threads": args.threads, "torch": torch.__version__} | report, indent=2))
-    if args.plot:
+    if args.plot and args.count:
         plot(report, args.plot)
 
 
