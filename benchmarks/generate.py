@@ -4,14 +4,15 @@
     python benchmarks/generate.py --model t5 --output outputs/generate_t5.json
     python benchmarks/generate.py --model t5 --contexts 512 --batches 1 --beams 128 --output outputs/generate_t5_512.json
 
-`--model t5` is transformers' own encoder-decoder (4 + 4 layers, d=256), the same weights in every way. `--model ClassName` is one
-of this package with `--config` (JSON) on top of 4 layers of d=256. Ways: `unconstrained`, transformers' beam search without a
-catalogue; `dict trie`, with `prefix_allowed_tokens_fn`; `processor`, with our `CatalogueLogitsProcessor`; `ours`, the fast search.
-transformers repeats the encoder output per beam, projects it per beam and reorders it in every step. Our models keep it from doing
-so; in their `unconstrained` and `dict trie` the finished keys and values are repeated by hand, which costs transformers less than a
-model of its own, and `processor` shares them. Every constrained way must return our scores first.
-Seconds are processor time, medians, the ways alternating. `floor` is our least time over that of our matrix products alone, at the
-speed of a large one in this run.
+`--model t5` and `--model qwen3` are transformers' own encoder-decoder (4 + 4 layers, d=256) and decoder-only model (4 layers),
+searched by `beam_search` and by `catalogue_generate`; `--model ClassName` is one of this package, with `--config` (JSON) on top of
+4 layers of d=256. Same weights in every way: `unconstrained`, transformers' beam search without a catalogue; `dict trie`,
+with `prefix_allowed_tokens_fn`; `processor`, with our `CatalogueLogitsProcessor`; `ours`, the fast search.
+
+transformers repeats prompt or encoder output per beam, projects it per beam and reorders it in every step. Our models keep it from
+that; in their `unconstrained` and `dict trie` the finished keys and values are repeated by hand, which costs transformers less than
+a model of its own does, and `processor` shares them. Every constrained way must return our scores first. Seconds are processor
+time, medians, the ways alternating. `floor` is our least time over that of our matrix products alone, at the speed of a large one.
 """
 
 import argparse
@@ -22,13 +23,13 @@ from pathlib import Path
 
 import torch
 from peers import allowed_tokens, alternate, bars, dict_trie, machine_flops, read_catalogue, zipf_catalogue
-from t5 import SharedT5, make_t5
+from stock import SharedT5, make_qwen3, make_t5
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import GenerationConfig, LogitsProcessorList
 from transformers.generation import GenerationMixin
 
 import onerec_hf
-from onerec_hf import Catalogue, CatalogueLogitsProcessor, ContextKV, OneRecV2Config, beam_search
+from onerec_hf import Catalogue, CatalogueLogitsProcessor, ContextKV, OneRecV2Config, beam_search, catalogue_generate
 
 BOS = 1
 
@@ -41,8 +42,8 @@ def repeated(kv: ContextKV, times: int) -> ContextKV:
 
 def make_model(name: str, sizes: list[int], overrides: dict):
     torch.manual_seed(0)
-    if name == "t5":
-        return make_t5(sizes, **overrides)
+    if name in ("t5", "qwen3"):
+        return {"t5": make_t5, "qwen3": make_qwen3}[name](sizes, **overrides)
     kind = getattr(onerec_hf, name)
     shape = {"codebook_sizes": sizes, "hidden_size": 256, "num_hidden_layers": 4, "num_attention_heads": 4}
     if kind.config_class is OneRecV2Config:
@@ -75,20 +76,35 @@ def ways_of(model, catalogue, trie, batch: int, context: int, beams: int) -> dic
         ours = partial(
             model.generate, **inputs, **settings, catalogue=catalogue, num_items=1, return_dict_in_generate=True
         )
-    else:
-        ids = catalogue.semantic_ids[items][:, :, 0].long() + offsets[0]  # one token per context position
-        loop = partial(model.generate, ids, **own)
-        shared = SharedT5(model, catalogue.codebook_sizes)
+        return _named(loop, trie, 1, processor, ours)
+    ids = catalogue.semantic_ids[items][:, :, 0].long() + offsets[0]  # one token per context position
+    prompt = 1 if model.config.is_encoder_decoder else context
+    loop = partial(model.generate, ids, **own)
 
-        def processor():
-            return loop(logits_processor=LogitsProcessorList([CatalogueLogitsProcessor(catalogue, offsets)]))
+    def processor():
+        return loop(logits_processor=LogitsProcessorList([CatalogueLogitsProcessor(catalogue, offsets, prompt)]))
+
+    if model.config.is_encoder_decoder:
+        shared = SharedT5(model, catalogue.codebook_sizes)
 
         @torch.no_grad()
         def ours():
             found = beam_search(shared, catalogue, shared.encode_context(ids), beams)
             return {"sequences_scores": found.scores.flatten() / catalogue.num_levels}
 
-    constrained = partial(loop, prefix_allowed_tokens_fn=allowed_tokens(trie))
+    else:
+        fast = {
+            "custom_generate": catalogue_generate,
+            "search_beams": beams,
+            "catalogue": catalogue,
+            "level_offsets": offsets,
+        }
+        ours = partial(model.generate, ids, **fast, max_new_tokens=catalogue.num_levels, return_dict_in_generate=True)
+    return _named(loop, trie, prompt, processor, ours)
+
+
+def _named(loop, trie, prompt, processor, ours) -> dict:
+    constrained = partial(loop, prefix_allowed_tokens_fn=allowed_tokens(trie, prompt))
     return {"unconstrained": loop, "dict trie": constrained, "processor": processor, "ours": ours}
 
 

@@ -38,12 +38,12 @@ def dict_trie(codes: np.ndarray, offsets: list[int]) -> dict:
     return root
 
 
-def allowed_tokens(trie: dict):
-    """`prefix_allowed_tokens_fn` as public code writes it, behind a prompt of one token."""
+def allowed_tokens(trie: dict, prompt_length: int = 1):
+    """`prefix_allowed_tokens_fn` as public code writes it, behind a prompt of so many tokens."""
 
     def allowed(_, ids):
         node = trie
-        for token in ids.tolist()[1:]:
+        for token in ids.tolist()[prompt_length:]:
             node = node.get(token)
             if node is None:
                 return [0]  # a dead beam must return something

@@ -54,7 +54,7 @@ class BeamSearch:
     """Keeps the K prefixes of the largest score."""
 
     distinct = True  # no two beams of a user are the same prefix
-    chunk_bytes = 2**24  # log-probabilities of a step are made and used up for so many users at a time, on a CPU
+    chunk_bytes = 2**23  # log-probabilities of a step are made and used up for so many users at a time, on a CPU
 
     def choose(self, scores, log_probs, parent, real, k):
         """Places (B, k) among the (B, R, W) candidates, and which of them are dead."""
