@@ -1,6 +1,7 @@
 """Iterative Preference Alignment in a simulated world, where the truth is known: what IPA, plain DPO and the losses of Table 1 do.
 
-    OMP_NUM_THREADS=1 python benchmarks/ipa.py --seed 0 --output outputs/ipa_0.json
+    OMP_NUM_THREADS=1 python benchmarks/ipa.py --seed 0 --output outputs/ipa_0.json     # and seeds 1, 2
+    python benchmarks/ipa.py --summary outputs/ipa_*.json
 
 One seed is one world, one log, one reward model and one OneRec-V2. The reward model (P-Score with the one objective watch time) is
 trained on the logged feedback before each user's validation event; the seed model by SFT on long views. Every system starts from
@@ -313,6 +314,40 @@ def main(arguments) -> dict:
     return report
 
 
+def summary(files: list[Path]) -> str:
+    """Markdown table over seeds: mean and standard deviation; `change` is that of the true watch time against the seed model."""
+    reports = [json.loads(file.read_text())["systems"] for file in files]
+    seed_model = next(iter(reports[0]))
+    columns = [
+        "true watch time @1",
+        "true watch time @10",
+        "true watch time max@10",
+        "reward model @10",
+        "recall@10",
+        "coverage@10",
+    ]
+    lines = [
+        "| system | " + " | ".join([*columns, "change @1, @10", "entropy per level", "KL to the seed model"]) + " |"
+    ]
+    lines.append("|---" * (len(columns) + 4) + "|")
+    for name in reports[0]:
+        found = [report[name] for report in reports if name in report]
+        cells = []
+        for column in columns:
+            values = [f[column] for f in found]
+            digits = 3 if "@10" in column and values[0] < 1 else 1
+            cells.append(f"{np.mean(values):.{digits}f} ± {np.std(values, ddof=len(values) > 1):.{digits}f}")
+        changes = []
+        for column in columns[:2]:
+            ratio = [report[name][column] / report[seed_model][column] - 1 for report in reports if name in report]
+            changes.append(f"{np.mean(ratio):+.1%} ± {np.std(ratio, ddof=len(ratio) > 1):.1%}")
+        entropy = " / ".join(f"{value:.2f}" for value in np.mean([f["entropy"] for f in found], axis=0))
+        kl = [f["log"][-1]["ipa/kl_to_seed"] for f in found if f.get("log")]
+        cells += [", ".join(changes), entropy, f"{np.mean(kl):.2f}" if kl else "–"]
+        lines.append(f"| {name} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seed", type=int, default=0)
@@ -327,5 +362,10 @@ if __name__ == "__main__":
     parser.add_argument("--preference_weight", type=float, default=5.0)
     parser.add_argument("--learning_rate", type=float, default=1e-3)
     parser.add_argument("--only", nargs="*", help="Run the systems whose name contains one of these.")
-    parser.add_argument("--output", type=Path, required=True)
-    main(parser.parse_args())
+    parser.add_argument("--output", type=Path, default=Path("outputs/ipa.json"))
+    parser.add_argument("--summary", type=Path, nargs="+", help="Print the table of these reports and stop.")
+    arguments = parser.parse_args()
+    if arguments.summary:
+        print(summary(arguments.summary))
+    else:
+        main(arguments)

@@ -294,6 +294,9 @@ def test_what_is_logged(tmp_path):
     last = [record for record in log if "loss" in record][1]
     assert last["rewards/margins"] == pytest.approx(last["rewards/chosen"] - last["rewards/rejected"], abs=1e-6)
     assert last["rewards/margins"] > 0.05
+    trainer.create_model_card()
+    card = (tmp_path / "README.md").read_text()
+    assert "Iterative Preference Alignment (OneRec, Algorithm 2)" in card and "2502.18965" in card
 
 
 def weights(model):

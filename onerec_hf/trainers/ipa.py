@@ -67,6 +67,12 @@ class IPATrainer(OneRecSFTTrainer):
         kwargs: As [`OneRecSFTTrainer`].
     """
 
+    _card_method = (
+        "Iterative Preference Alignment (OneRec, Algorithm 2): the next-item loss, plus a preference loss between the best and the "
+        "worst of the model's own beams by a reward, against the model that generated them."
+    )
+    _card_papers = ("onerec", "dpo")
+
     def __init__(
         self,
         model,
