@@ -97,7 +97,9 @@ def true_reward(world: ShortVideoWorld, data: Path, catalogue):
 def train(
     output: Path, data: Path, policy: Path, rewards: list, seed: int, arguments: dict | None = None, **settings
 ) -> dict:
-    """One run of recipes/grpo.py; its report."""
+    """One run of recipes/grpo.py; its report. A run that is there already is not made again."""
+    if (output / "metrics.json").exists():
+        return json.loads((output / "metrics.json").read_text())
     training = OneRecGRPOConfig(output_dir=str(output), seed=seed, **(RL | settings))
     own = grpo.RLArguments(policy=str(policy), data=str(data), test_users=TEST_USERS, **(arguments or {}))
     return grpo.main(own, training, rewards)
@@ -120,10 +122,12 @@ def legality(output: Path, seed: int, steps: int = 200) -> dict:
     reward = true_reward(world, data, model.catalogue)
     report = {"sft": {"sampled_legality": sampled_legality(policy, data, seed)}}
     settings = {"rollout": "unconstrained", "num_generations": group, "per_device_train_batch_size": 4 * group}
-    for name, selection in (("ecpo", None), ("ecpo + format, random K", "random"), ("ecpo + format, top K", "top")):
+    arms = [("ecpo", None, 0), ("ecpo + format, top K", "top", 1), ("ecpo + format, random K", "random", 1)]
+    for name, selection, weight in [*arms, ("ecpo + 5 format, random K", "random", 5)]:
         rewards = [reward] + ([FormatReward(model.catalogue, group, 5, selection)] if selection else [])
         folder = output / "legality" / name.replace(" ", "_")
-        found = train(folder, data, policy, rewards, seed, max_steps=steps, **settings)
+        own = settings | {"reward_weights": [1.0, float(weight)] if selection else None}
+        found = train(folder, data, policy, rewards, seed, max_steps=steps, **own)
         report[name] = {"sampled_legality": sampled_legality(folder, data, seed)}
         report[name] |= {key: found["test"][key] for key in ("recall@10", "ndcg@10")}
         report[name]["curve"] = [
@@ -232,7 +236,7 @@ def speed(output: Path, seed: int, steps: int = 8) -> dict:
     for rollout, group in cases:
         settings = {"num_generations": group, "per_device_train_batch_size": 8 * group, "rollout": rollout}
         settings |= {"max_steps": steps, "logging_steps": 1, "sign_norm_steps": 0}
-        found = train(output / "speed", data, policy, [reward], seed, **settings)
+        found = train(output / "speed" / f"{rollout}_{group}", data, policy, [reward], seed, **settings)
         logs = [log for log in found["log"] if "step_time" in log][2:]
         step, rolled = (float(np.median([log[key] for log in logs])) for key in ("step_time", "rollout_seconds"))
         report[f"{rollout}, G={group}"] = {"step": step, "rollouts": rolled / step}
@@ -247,7 +251,7 @@ def plot(output: Path, seeds: list[int]) -> None:
     import matplotlib.pyplot as plt
 
     def curves(axis, name, column, arms, label):
-        for arm, colour in zip(arms, ("tab:red", "tab:orange", "tab:blue")):
+        for arm, colour in zip(arms, ("tab:red", "tab:orange", "tab:blue", "tab:green")):
             runs = [json.loads((output / f"{name}_{seed}.json").read_text())[arm]["curve"] for seed in seeds]
             for run in runs:
                 axis.plot(
@@ -261,7 +265,8 @@ def plot(output: Path, seeds: list[int]) -> None:
 
     figure, (left, right) = plt.subplots(1, 2, figsize=(10, 3.8))
     curves(left, "gradients", 1, ("grpo", "ecpo", "gbpo"), "gradient norm, negative advantages")
-    curves(right, "legality", 1, ("ecpo", "ecpo + format, top K", "ecpo + format, random K"), "legality of rollouts")
+    arms = ("ecpo", "ecpo + format, top K", "ecpo + format, random K", "ecpo + 5 format, random K")
+    curves(right, "legality", 1, arms, "legality of rollouts")
     figure.tight_layout()
     figure.savefig(output / "reinforcement.png", dpi=120)
     plt.close(figure)
