@@ -268,6 +268,8 @@ def test_tiger_trains_on_every_item_but_the_first():
 def test_tiger_says_what_it_needs():
     with pytest.raises(ValueError, match="pass `users`"):
         tiger().fit([[1, 2]])
+    with pytest.raises(ValueError, match="column `user`"):
+        tiger().recommend({"history": [[1]]}, 1)
     with pytest.raises(ValueError, match="num_beams of at least 13"):
         tiger().recommend(queries([[1]]), 13)
 

@@ -171,6 +171,10 @@ class TIGER:
     def _encoder_inputs(self, users: Sequence[int] | None, histories: list[list[int]]) -> dict[str, torch.Tensor]:
         rows = [self.item_tokens[history].flatten() for history in histories]
         if num_users := self.model.config.num_user_tokens:
+            if users is None:
+                raise ValueError(
+                    "TIGER has user tokens: pass the column `user` beside `history`, or set num_user_tokens=0."
+                )
             first = self.model.config.vocab_size - num_users
             rows = [torch.cat([torch.tensor([first + user % num_users]), row]) for user, row in zip(users, rows)]
         input_ids = pad_right(rows, _PAD).to(self.model.device)
