@@ -163,7 +163,7 @@ class IPATrainer(OneRecSFTTrainer):
     def _policy(self):
         return self.accelerator.unwrap_model(self.model)
 
-    def _draw(self, count: int, stream: int) -> list[int]:
+    def _draw_rows(self, count: int, stream: int) -> list[int]:
         """`count` different rows, a function of the seed and `stream`, the same in all processes."""
         generator = torch.Generator().manual_seed(1000 * self.args.seed + stream)
         return torch.randperm(len(self.rows), generator=generator)[:count].sort().values.tolist()
@@ -171,7 +171,7 @@ class IPATrainer(OneRecSFTTrainer):
     def _mine(self, iteration: int) -> tuple[list[dict], dict[str, float]]:
         """Pairs of all processes, by row, and what is logged; every user is mined by one process."""
         args = self.args
-        drawn = self._draw(max(1, round(args.dpo_ratio * len(self.rows))), iteration)
+        drawn = self._draw_rows(max(1, round(args.dpo_ratio * len(self.rows))), iteration)
         own = drawn[args.process_index :: args.world_size]
         with self._evaluating() as policy:
             pairs, sums = mine_pairs(
@@ -220,7 +220,7 @@ class IPATrainer(OneRecSFTTrainer):
             if self._seed_samples is None and self.state.global_step:
                 self._seed_samples = list(load_rows(folder, settings))
             elif self._seed_samples is None:
-                drawn = self._draw(min(args.kl_users, len(self.rows)), stream=-1)[mine]
+                drawn = self._draw_rows(min(args.kl_users, len(self.rows)), stream=-1)[mine]
                 generator = torch.Generator(args.device).manual_seed(args.seed + args.process_index)
                 samples = draw_samples(policy, self.rows, drawn, self.collator, generator, args.mining_batch_size)
                 self._seed_samples = sorted(gather_object(samples), key=lambda sample: sample["row"])
