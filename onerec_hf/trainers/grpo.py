@@ -20,11 +20,12 @@ from .grpo_batches import EndlessBatches, pad_logged
 from .grpo_config import OneRecGRPOConfig
 from .grpo_rollouts import RolloutCheckpoint, rollout
 from .policy_losses import behaviour_log_probs, group_advantages, policy_loss, policy_loss_metrics
+from .repository import RepositoryMixin
 
 _CONTEXT = "context/"  # prefix of a context's tensors among the rollouts of TRL's buffer
 
 
-class OneRecGRPOTrainer(GRPOTrainer):
+class OneRecGRPOTrainer(RepositoryMixin, GRPOTrainer):
     r"""
     GRPO, ECPO or GBPO on groups that the policy generates, on logged exposures, or on both, beside a supervised loss.
 
@@ -54,6 +55,8 @@ class OneRecGRPOTrainer(GRPOTrainer):
     """
 
     _tag_names = ["onerec", "rl"]
+    _card_method = "Reinforcement learning on rollouts of the policy and on logged exposures (`OneRecGRPOTrainer`)."
+    _card_papers = ("grpo",)
     loss_is_scaled_for_ga = False  # `Trainer` divides by the accumulation steps
 
     def __init__(
@@ -145,9 +148,6 @@ class OneRecGRPOTrainer(GRPOTrainer):
         if self.expert_balance is not None and "loss" in logs:
             logs |= self.expert_balance.logs()
         super().log(logs, *args, **kwargs)
-
-    def create_model_card(self, *args, **kwargs) -> None:
-        """Nothing: TRL's card tells how to chat with the model. `hub.model_card` makes ours."""
 
     # ---- rollouts ------------------------------------------------------------------------------------------------------
 
