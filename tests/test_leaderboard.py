@@ -164,11 +164,26 @@ def test_leaderboard_errors(prepared, tmp_path):
 
 
 def test_every_default_entry_is_an_argument_of_its_recipe():
+    import inspect
+
     import baseline
+
+    from onerec_hf.baselines.training import train_baseline
+
+    def parameters(name):
+        classes = {
+            "sasrec": baseline.SASRec,
+            "bert4rec": baseline.BERT4Rec,
+            "fdsa": baseline.FDSA,
+            "tiger": baseline.TIGER,
+        }
+        known = {*inspect.signature(classes[name].fit).parameters}
+        return known if name == "sasrec" else known | {*inspect.signature(train_baseline).parameters}
 
     folder = Path(baseline.__file__).parent
     for name, entry in yaml.safe_load((folder / "configs" / "leaderboard.yaml").read_text()).items():
         assert (folder / entry["recipe"]).is_file(), name
         if entry["recipe"] == "baseline.py":
             known = set(baseline.BaselineArguments.__dataclass_fields__)
-            assert set(entry) - {"recipe", "seeds"} <= known, name
+            assert set(entry) - {"recipe", "seeds", "config"} <= known, name
+            assert "fit" not in entry or set(entry["fit"]) <= parameters(entry["name"]), name
