@@ -212,7 +212,8 @@ class Catalogue(PrefixIndex):
 
     def leaves_of(self, codes) -> torch.LongTensor:
         """Leaves of semantic IDs (S, L) -> (S,); -1 where no item carries the codes."""
-        codes, node = torch.as_tensor(np.asarray(codes), device=self.device), None
+        codes = torch.as_tensor(codes if isinstance(codes, torch.Tensor) else np.asarray(codes), device=self.device)
+        node = None
         for level in range(self.num_levels):
             node = self.step(node, level, codes[:, level])
         return node
