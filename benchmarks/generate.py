@@ -25,7 +25,7 @@ import torch
 from peers import allowed_tokens, alternate, bars, dict_trie, machine_flops, read_catalogue, zipf_catalogue
 from stock import SharedT5, make_qwen3, make_t5
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import GenerationConfig, LogitsProcessorList
+from transformers import CompileConfig, GenerationConfig, LogitsProcessorList
 from transformers.generation import GenerationMixin
 
 import onerec_hf
@@ -51,7 +51,7 @@ def make_model(name: str, sizes: list[int], overrides: dict):
     return kind(kind.config_class(**(shape | {"initializer_range": 0.1} | overrides))).eval()
 
 
-def ways_of(model, catalogue, trie, batch: int, context: int, beams: int) -> dict:
+def ways_of(model, catalogue, trie, batch: int, context: int, beams: int, compiled: bool = False) -> dict:
     """Name -> callable that returns (sequences, log-probabilities / L)."""
     offsets = OneRecV2Config(codebook_sizes=catalogue.codebook_sizes).level_offsets
     items = torch.randint(catalogue.num_items, (batch, context), generator=torch.Generator().manual_seed(0))
@@ -76,7 +76,10 @@ def ways_of(model, catalogue, trie, batch: int, context: int, beams: int) -> dic
         ours = partial(
             model.generate, **inputs, **settings, catalogue=catalogue, num_items=1, return_dict_in_generate=True
         )
-        return _named(loop, trie, 1, processor, ours)
+        ways = _named(loop, trie, 1, processor, ours)
+        if compiled:
+            ways["ours, compiled"] = partial(ours, compile_config=CompileConfig(fullgraph=True, mode=None))
+        return ways
     ids = catalogue.semantic_ids[items][:, :, 0].long() + offsets[0]  # one token per context position
     prompt = 1 if model.config.is_encoder_decoder else context
     loop = partial(model.generate, ids, **own)
@@ -108,11 +111,13 @@ def _named(loop, trie, prompt, processor, ours) -> dict:
     return {"unconstrained": loop, "dict trie": constrained, "processor": processor, "ours": ours}
 
 
-def measure(model, catalogue, trie, batch: int, context: int, beams: int, repeats: int) -> dict:
-    ways = ways_of(model, catalogue, trie, batch, context, beams)
+def measure(
+    model, catalogue, trie, batch: int, context: int, beams: int, repeats: int, compiled: bool = False
+) -> dict:
+    ways = ways_of(model, catalogue, trie, batch, context, beams, compiled)
     with FlopCounterMode(display=False) as counter:
         expected = ways["ours"]()["sequences_scores"]
-    for name in ("dict trie", "processor"):
+    for name in ways.keys() - {"unconstrained", "ours"}:
         found = ways[name]()["sequences_scores"]
         live = expected.isfinite() & (found > -1e8)  # transformers fills up with -1e9
         assert torch.allclose(found[live], expected[live], atol=2e-3), (
@@ -139,11 +144,14 @@ def main() -> None:
     parser.add_argument("--contexts", type=int, nargs="+", default=[128])
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument(
+        "--compile", action="store_true", help="one way more: our search compiled (minutes for each case)"
+    )
     parser.add_argument("--output", type=Path)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     rows = []
-    peers = ("unconstrained", "dict trie", "processor")
+    peers = ("unconstrained", "dict trie", "processor") + ("ours, compiled",) * args.compile
     print(
         "| items | batch | context | beams | ours, s | "
         + " | ".join(f"{n} / ours" for n in peers)
@@ -164,7 +172,7 @@ def main() -> None:
         for batch in args.batches:
             for context in args.contexts:
                 for beams in args.beams:
-                    row = measure(model, catalogue, trie, batch, context, beams, args.repeats)
+                    row = measure(model, catalogue, trie, batch, context, beams, args.repeats, args.compile)
                     rows.append(row | {"build_seconds": build})
                     seconds = row["seconds"]
                     ratios = " | ".join(f"{seconds[name] / seconds['ours']:.1f}x" for name in peers)
