@@ -186,7 +186,10 @@ def main() -> None:
     print("| served by | " + " | ".join(names) + " |\n" + "|---" * (len(names) + 1) + "|")
     for way in reports[0]:
         values = np.array([[report[way][name] for name in names] for report in reports])
-        cells = [f"{mean:.3f} ±{spread:.3f}" for mean, spread in zip(values.mean(0), values.std(0, ddof=1))]
+        cells = [
+            f"{mean:.3f} ±{spread:.3f}"
+            for mean, spread in zip(values.mean(0), values.std(0, ddof=int(len(reports) > 1)))
+        ]
         print(f"| {way} | " + " | ".join(cells) + " |")
     if args.output:
         args.output.parent.mkdir(parents=True, exist_ok=True)
