@@ -25,7 +25,7 @@ from sft import score
 from transformers import AutoTokenizer, set_seed
 from trl import TrlParser
 
-from onerec_hf.data import load_interactions, target_rows
+from onerec_hf.data import PathwayCollator, load_interactions, target_rows
 from onerec_hf.recommender import Recommender
 from onerec_hf.rewards import FormatReward, HitReward
 from onerec_hf.trainers import OneRecGRPOConfig, OneRecGRPOTrainer, feedback_exposures, rejection_sample
@@ -55,12 +55,17 @@ class RLArguments:
     test_users: int | None = field(default=None, metadata={"help": "Users of the test split to score; default all."})
 
 
+def history_length(collator) -> int:
+    """Items of history that the model can read."""
+    return max(collator.lengths.values()) if isinstance(collator, PathwayCollator) else collator.max_history
+
+
 def next_item_rows(train: datasets.Dataset, max_history: int) -> datasets.Dataset:
     """A row per user and next item; rows of sessions are such rows already."""
     return train if "targets" in train.column_names else target_rows(train, max_history)
 
 
-def load_exposures(args: RLArguments, catalogue, max_history: int) -> datasets.Dataset:
+def load_exposures(args: RLArguments, catalogue, collator) -> datasets.Dataset:
     """Requests with duration-aware advantages."""
     table = pd.read_parquet(args.exposures)
     watched, levels = mapping(args.watched), catalogue.num_levels
@@ -76,7 +81,7 @@ def load_exposures(args: RLArguments, catalogue, max_history: int) -> datasets.D
         log_probs = np.where(log_probs > 0, np.nan, log_probs)
     users = datasets.Dataset.from_parquet(str(Path(args.data) / "users.parquet"))["user_id"]
     new = np.setdiff1d(log.user_ids, users)
-    return feedback_exposures(
+    rows = feedback_exposures(
         log,
         catalogue,
         positive=watched,
@@ -84,9 +89,12 @@ def load_exposures(args: RLArguments, catalogue, max_history: int) -> datasets.D
         start=args.start,
         log_probs=log_probs,
         user_ids=[*users, *new.tolist()],
-        max_history=max_history,
+        max_history=history_length(collator),
         ties=args.ties,
     )
+    read = {"user", "history", "timestamp", "targets", "advantage", "play_time", "log_probs", *collator.event_features}
+    read |= set(collator.settings.get("positive", ()))
+    return rows.select_columns([name for name in rows.column_names if name in read])  # the rest would only cost time
 
 
 def make_rewards(args: RLArguments, catalogue, token_ids: np.ndarray, num_generations: int) -> list:
@@ -111,8 +119,8 @@ def main(args: RLArguments, training: OneRecGRPOConfig, reward_funcs: list | Non
     recommender = Recommender.from_pretrained(args.policy, args.num_beams)
     model, collator, catalogue = recommender.model, recommender.ranker.collator, recommender.model.catalogue
     splits = datasets.load_from_disk(str(Path(args.data) / "splits"))
-    max_history = getattr(collator, "max_history", 50)
-    exposures = load_exposures(args, catalogue, max_history) if args.exposures else None
+    max_history = history_length(collator)
+    exposures = load_exposures(args, catalogue, collator) if args.exposures else None
     supervised = None
     if training.sft_weight > 0:
         rsft = args.sft == "rsft"

@@ -135,7 +135,7 @@ def policy_loss_metrics(
     Returns:
         `bound_fraction`, the share of codes whose pi_old was raised to pi'_old; `clip_fraction` (not of GBPO), of those whose
         gradient the clip removed; `weight/positive` and `weight/negative`, the largest |d loss / d log pi| / |A| of a code (NaN
-        where there is none): 1 for REINFORCE, at most 1 for GBPO.
+        where there is none): 1 for REINFORCE; for GBPO at most 1 where A > 0, and pi / (1 - pi) where A < 0.
     """
     leaf = log_probs.detach().requires_grad_()
     with torch.enable_grad():
