@@ -25,8 +25,8 @@ def zipf_catalogue(num_items: int, codebook_size: int, levels: int, exponent: fl
 
 
 def read_catalogue(path: Path, column: str) -> np.ndarray:
-    """Semantic IDs (N, L) of a parquet file, without repetitions."""
-    return np.unique(np.stack(pd.read_parquet(path)[column].to_numpy()).astype(np.int64), axis=0)
+    """Semantic IDs (N, L) of a parquet file, without repetitions and without the items that have none."""
+    return np.unique(np.stack(pd.read_parquet(path)[column].dropna().to_numpy()).astype(np.int64), axis=0)
 
 
 def dict_trie(codes: np.ndarray, offsets: list[int]) -> dict:

@@ -177,7 +177,10 @@ class _Step:
         # sessions may meet in a node, different single items cannot
         parent, child, real = catalogue.expand(node, level, beams, self.chooser.distinct and item == 0)
         parent, child, real = parent.expand(batch, -1), child.expand(batch, -1, -1), real.expand(batch, -1, -1)
-        place = (parent * log_probs.shape[1]).unsqueeze(2) + catalogue.codes[level][child]
+        codes = (
+            catalogue.codes[level].index_select(0, child.flatten()).view(child.shape)
+        )  # half the time of codes[child]
+        place = (parent * log_probs.shape[1]).unsqueeze(2) + codes
         log_probs = log_probs.reshape(batch, -1).gather(1, place.flatten(1)).view(child.shape)  # (b, R, W)
         if self.alive is not None:
             real = real & self.alive[level][users].gather(1, child.flatten(1)).view(child.shape)
