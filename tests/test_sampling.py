@@ -87,6 +87,22 @@ def test_without_replacement(length):
             within_noise(pairs.count((first, second)), both, total)
 
 
+@pytest.mark.parametrize("replacement", [False, True])
+def test_prefixes_with_hundreds_of_children(replacement):
+    """Longer than a run of the index, and of very different lengths."""
+    generator = torch.Generator().manual_seed(0)
+    wide = torch.stack(
+        [torch.zeros(250).long(), torch.ones(250).long(), torch.randperm(256, generator=generator)[:250]], 1
+    )
+    narrow = torch.tensor([[0, 0, 5], [0, 0, 9], [0, 2, 7]])
+    codes, model = torch.cat([wide, narrow]), HistoryModel(sizes=(1, 3, 256), scale=0.5)
+    found = sample_items(
+        model, Catalogue(codes, [1, 3, 256]), same_users(model, 4), 50, replacement, generator=generator
+    )
+    check_probabilities(found, exact(model, leaves=[tuple(code) for code in codes.tolist()]))
+    assert len(found.leaves.unique()) > 20
+
+
 def test_gumbels_give_unbiased_sums():
     """sum over all items of p(item) f(item), from 3 samples without replacement, as the docstring of the output says."""
     model, catalogue, total = HistoryModel(scale=0.5), Catalogue(CODES, [3, 3, 3]), 4000

@@ -54,6 +54,7 @@ class BeamSearch:
     """Keeps the K prefixes of the largest score."""
 
     distinct = True  # no two beams of a user are the same prefix
+    padded = False  # whether the children of a beam must be one run
     chunk_bytes = 2**23  # log-probabilities of a step are made and used up for so many users at a time, on a CPU
 
     def choose(self, scores, log_probs, parent, real, k):
@@ -64,7 +65,7 @@ class BeamSearch:
 class _Samples:
     """Draws each of the K continuations alone: with replacement."""
 
-    distinct, gumbels, chunk_bytes = False, None, None
+    distinct, padded, chunk_bytes, gumbels = False, True, None, None
 
     def __init__(self, batch: int, temperature: float, generator: torch.Generator | None, device):
         self.temperature, self.generator = temperature, generator
@@ -98,7 +99,7 @@ class _Samples:
 class _DistinctSamples(_Samples):
     """Draws K different continuations: stochastic beam search (arXiv:1903.06059, algorithm 1)."""
 
-    distinct = True
+    distinct, padded = True, False
 
     def __init__(self, batch, temperature, generator, device):
         super().__init__(batch, temperature, generator, device)
@@ -175,7 +176,8 @@ class _Step:
         node = path[:, :, -1] if level else None
         log_probs = self.decoder.log_probs(hidden, level, node)  # (b * k, V)
         # sessions may meet in a node, different single items cannot
-        parent, child, real = catalogue.expand(node, level, beams, self.chooser.distinct and item == 0)
+        distinct = self.chooser.distinct and item == 0
+        parent, child, real = catalogue.expand(node, level, beams, distinct, self.chooser.padded)
         parent, child, real = parent.expand(batch, -1), child.expand(batch, -1, -1), real.expand(batch, -1, -1)
         codes = (
             catalogue.codes[level].index_select(0, child.flatten()).view(child.shape)

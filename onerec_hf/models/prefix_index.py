@@ -110,18 +110,22 @@ class PrefixIndex:
         valid = torch.zeros(code.shape[0], size + 1, dtype=torch.bool, device=code.device)
         return valid.scatter_(1, code, True)[:, :-1]
 
-    def expand(self, node: torch.LongTensor | None, level: int, beams: int = 1, distinct: bool = True):
+    def expand(
+        self, node: torch.LongTensor | None, level: int, beams: int = 1, distinct: bool = True, padded: bool = False
+    ):
         """
-        All children of K nodes per request, in R runs of W children; R and W are known before the nodes are.
+        All children of K nodes per request, in R runs of W children.
 
         Two layouts, the smaller one is taken: one run per node, as long as the largest fan-out of the level, or runs of 32
         children. Where the nodes of a request are different, the runs of the K largest nodes of the level bound the number of runs
-        exactly, so nothing is lost and no length has to be read back from the device.
+        exactly, so nothing is lost and no length has to be read back from a device. On a CPU, where reading costs nothing, there
+        are as many runs as the largest request has; a compiled graph keeps the bound.
 
         Args:
             node (`torch.LongTensor` of shape (B, K)): Nodes of the level above, -1 for none; None is the root.
             beams (`int`, defaults to 1): K at the root, whose children are then listed once per beam.
             distinct (`bool`, defaults to `True`): Whether no node occurs twice in a row of `node`.
+            padded (`bool`, defaults to `False`): Always one run per node, R = K.
 
         Returns:
             parent (B, R) (position 0..K-1 in its row), child (B, R, W), each int64, and a bool mask (B, R, W) of real ones. At the
@@ -133,15 +137,17 @@ class PrefixIndex:
             return parent, child, torch.ones((), dtype=torch.bool, device=parent.device).expand(child.shape)
         batch, beams = node.shape
         start = self.first_child(node.clamp(min=0), level - 1)
-        count = (self.first_child(node.clamp(min=0) + 1, level - 1) - start).masked_fill(
-            node < 0, 0
-        )  # (B, K) children
-        runs, width = self._run_bound(level, beams), RUN_LENGTH
-        if not distinct or beams * self.max_children[level] <= runs * width:
+        count = self.first_child(node.clamp(min=0) + 1, level - 1) - start
+        count = count.masked_fill(node < 0, 0)  # (B, K) children
+        width = RUN_LENGTH
+        ends = ((count + width - 1) // width).cumsum(1)  # (B, K) runs up to and with this beam
+        runs = self._run_bound(level, beams) if distinct else beams * -(-self.max_children[level] // width)
+        if ends.device.type == "cpu" and not torch.compiler.is_compiling():
+            runs = max(1, int(ends[:, -1].max()))  # nothing to wait for: as many as there are
+        if padded or beams * self.max_children[level] <= runs * width:
             width = self.max_children[level]
             parent = torch.arange(beams, device=node.device).expand(batch, -1)
         else:
-            ends = ((count + width - 1) // width).cumsum(1)  # (B, K) runs up to and with this beam
             run = torch.arange(runs, device=node.device).expand(batch, -1).contiguous()
             parent = torch.searchsorted(ends, run, right=True).clamp(max=beams - 1)  # (B, R)
             skipped = (run - F.pad(ends, (1, -1)).gather(1, parent)) * width
