@@ -4,9 +4,9 @@
 
 Each seed is a world of its own with its own supervised model (OneRec-V2 with the papers' softmax within the level). Parts:
 `legality` (unconstrained samples under ECPO, alone and with the format reward on random or on the most probable samples),
-`gradients` (norms on negative advantages under GRPO, ECPO, GBPO), `ab` (feedback arms against the supervised model), `speed`. The
-rewards of rollouts are the world's true probability of a long view: what a perfect reward model would say. Simulated numbers are no
-results on real data.
+`gradients` (norms on negative advantages under GRPO, ECPO, GBPO), `ab` (a reward model, feedback and both against the supervised
+model), `speed`. The rewards of rollouts, but in `ab`, are the world's true probability of a long view: what a perfect reward model
+would say. Simulated numbers are no results on real data.
 """
 
 import argparse
@@ -14,6 +14,7 @@ import json
 import logging as python_logging
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import datasets
 import numpy as np
@@ -25,15 +26,18 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "recipes"))
 
 import ab_test
 import grpo
+import ipa
 import prepare
 import quickstart
 import sft
 
+from onerec_hf.data import load_interactions
 from onerec_hf.recommender import Recommender
-from onerec_hf.rewards import FormatReward, completion_leaves, is_legal
+from onerec_hf.rewards import FormatReward, completion_leaves, is_legal, reward_of_model
 from onerec_hf.simulator import ShortVideoWorld, serve
 from onerec_hf.trainers import OneRecGRPOConfig, OneRecSFTConfig
 
+COLUMNS = {"user_id": "user_id", "item_id": "video_id", "timestamp": "time_ms"}
 USERS, ITEMS, TEST_USERS = 1000, 1000, 400
 COMMON = {"report_to": "none", "save_strategy": "no", "use_cpu": True, "disable_tqdm": True, "logging_steps": 10}
 RL = COMMON | {"learning_rate": 1e-3, "lr_scheduler_type": "constant", "optim": "adamw_torch"}
@@ -53,7 +57,7 @@ def supervised(output: Path, seed: int) -> tuple[ShortVideoWorld, Path, Path]:
     arguments = prepare.PrepareArguments(
         source=str(output / "log.parquet"),
         items=str(output / "videos.parquet"),
-        columns={"user_id": "user_id", "item_id": "video_id", "timestamp": "time_ms"},
+        columns=COLUMNS,
         output=str(data),
         collaborative_dim=64,
         codebook_size=32,
@@ -181,8 +185,31 @@ def gradients(output: Path, seed: int, steps: int = 100) -> dict:
     return report
 
 
+def learned_reward(output: Path, data: Path, policy, group: int, seed: int):
+    """A P-Score of watch time, from the log before each user's held-out views; centred in the group, for GBPO."""
+    users = datasets.Dataset.from_parquet(str(data / "users.parquet"))["user_id"][:]
+    log = pd.read_parquet(output / "impressions.parquet")
+    log = log[log.user_id.isin(users) & log.video_id.isin(policy.catalogue.item_ids)]
+    log = load_interactions(log, columns=COLUMNS, feedback=ipa.FEEDBACK)
+    assert log.user_ids.tolist() == users and log.item_ids.tolist() == policy.catalogue.item_ids.tolist()
+    held_out = np.full(len(users), np.inf)
+    for row in datasets.load_from_disk(str(data / "splits"))["test"]:
+        held_out[row["user"]] = row["timestamp"][-1]  # the validation event
+    tokens = policy.catalogue.semantic_ids.numpy() + np.array(policy.config.level_offsets)
+    setting = SimpleNamespace(seed=seed, log=log, item_token_ids=tokens, validation_time=held_out)
+    model, collator, _ = ipa.train_reward(setting, epochs=3)
+    score = reward_of_model(model, collator, policy, group)
+
+    def reward_model(**columns):
+        rewards = torch.tensor(score(**columns)).view(-1, group)
+        spread = rewards.std(1, correction=0, keepdim=True).clamp(min=1e-6)
+        return ((rewards - rewards.mean(1, keepdim=True)) / spread).flatten().tolist()
+
+    return reward_model
+
+
 def ab(output: Path, seed: int, steps: int = 200) -> dict:
-    """Feedback of the logging pipeline, of the model's own exposures with their probabilities, of both; joint with SFT."""
+    """Table 7 of OneRec-V2: a reward model, user feedback (with and without the model's own exposures), both; joint with SFT."""
     world, data, policy = supervised(output, seed)
     log = pd.read_parquet(output / "impressions.parquet")
     users = np.unique(log.user_id[log.long_view == 1]).tolist()
@@ -191,37 +218,37 @@ def ab(output: Path, seed: int, steps: int = 200) -> dict:
         server = ab_test.Server(Recommender.from_pretrained(policy).ranker, users)
         shown = serve(world, server, log[log.user_id.isin(users)], num_days=14, seed=100 + seed)
         pd.concat([log, shown.assign(request_id=shown.request_id + 10**9)]).to_parquet(own_log)
-    end = float(world.start_time_ms + world.num_days * 86_400_000)
-    columns = {"user_id": "user_id", "item_id": "video_id", "timestamp": "time_ms"}
-    arms = {"sft, as long again": (output / "impressions.parquet", None, {"rl_weight": 0.0})}
-    arms["gbpo, feedback without own samples"] = (output / "impressions.parquet", None, {})
-    arms["gbpo, feedback of own samples"] = (own_log, end, {})
-    report = {}
-    for name, (path, start, settings) in arms.items():
-        folder = output / "ab" / name.replace(" ", "_").replace(",", "")
-        arguments = {"exposures": str(path), "columns": columns, "start": start, "ties": "inclusive"}
-        settings = {"loss_type": "gbpo", "logged_weight": 1.0, "logged_batch_size": 64, "sft_weight": 1.0} | settings
+    group, own = 32, (own_log, float(world.start_time_ms + world.num_days * 86_400_000))
+    rollouts = {"rollout": "beam", "num_generations": group, "per_device_train_batch_size": 8 * group}
+    logged = {"logged_batch_size": 64}
+    arms = {
+        "sft, as long again": (own, logged | {"logged_weight": 1.0, "rl_weight": 0.0}),
+        "feedback on others' samples": ((output / "impressions.parquet", None), logged | {"logged_weight": 1.0}),
+        "feedback on own samples": (own, logged | {"logged_weight": 1.0}),
+        "reward model": ((None, None), rollouts),
+        "hybrid": (own, rollouts | logged | {"logged_weight": 0.5}),
+    }
+    report, reward = {}, None
+    for name, ((path, start), settings) in arms.items():
+        folder = output / "ab" / name.replace(" ", "_").replace(",", "").replace("'", "")
+        if settings.get("logged_weight") != 1 and reward is None:
+            reward = learned_reward(output, data, Recommender.from_pretrained(policy).model, group, seed)
         found = train(
             folder,
             data,
             policy,
-            None,
+            None if settings.get("logged_weight") == 1 else [reward],
             seed,
-            arguments,
+            {"exposures": path and str(path), "columns": COLUMNS, "start": start, "ties": "inclusive"},
+            loss_type="gbpo",
+            sft_weight=1.0,
             sft_batch_size=64,
             max_steps=steps,
-            learning_rate=3e-4,
-            **settings,
+            **({"learning_rate": 3e-4, "sign_norm_steps": 0} | settings),
         )
-        test = ab_test.main(
-            str(policy),
-            str(folder),
-            str(output / "impressions.parquet"),
-            str(folder / "ab"),
-            json.dumps({"num_users": USERS, "num_items": ITEMS, "seed": seed}),
-            num_days=5,
-            seeds=[seed],
-        )
+        world_arguments = json.dumps({"num_users": USERS, "num_items": ITEMS, "seed": seed})
+        log_path = str(output / "impressions.parquet")
+        test = ab_test.main(str(policy), str(folder), log_path, str(folder / "ab"), world_arguments, 5, [seed])
         report[name] = {"lifts": test["lifts"], "test": found["test"]}
     report["sft"] = {"test": json.loads((policy / "metrics.json").read_text())["test"]}
     return report

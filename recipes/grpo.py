@@ -6,9 +6,10 @@
         --loss_type gbpo --logged_weight 1 --sft_weight 1 --max_steps 500 --output_dir outputs/mymodel_gbpo
 
 `impressions.parquet` holds **every** impression with play time, duration, dislike and what counts as watched; columns
-`log_prob_1` to `log_prob_L`, if any, are the log-probabilities of the codes at exposure (null or above 0: not known). Every field
-of `OneRecGRPOConfig` works on the command line and in a YAML file. Writes a repository as `recipes/sft.py` does. Other rewards (a
-reward model): `main(args, training, reward_funcs=[...])` from Python.
+`log_prob_1` to `log_prob_L`, if any, are the log-probabilities of the codes at exposure (null or above 0: not known). The reward
+`model` is that of `--reward FOLDER`, which recipes/reward.py wrote; rewards of your own: `main(args, training, [...])` from Python.
+Every field of `OneRecGRPOConfig` works on the command line and in a YAML file; `--lora_r 8` trains an adapter and writes the merged
+model. Writes a repository as `recipes/sft.py` does.
 """
 
 import json
@@ -20,25 +21,32 @@ from typing import Literal
 import datasets
 import numpy as np
 import pandas as pd
-from model_arguments import mapping, training_rows
+from model_arguments import load_policy, mapping, training_rows
+from peft import LoraConfig
+from reward_arguments import reward_function
 from sft import score
 from transformers import AutoTokenizer, set_seed
 from trl import TrlParser
 
-from onerec_hf.data import PathwayCollator, load_interactions, target_rows
-from onerec_hf.recommender import Recommender
+from onerec_hf.data import load_interactions, target_rows
 from onerec_hf.rewards import FormatReward, HitReward
 from onerec_hf.trainers import OneRecGRPOConfig, OneRecGRPOTrainer, feedback_exposures, rejection_sample
 
 
 @dataclass
 class RLArguments:
-    policy: str = field(metadata={"help": "Folder of the trained model: the start, and the reference of a KL term."})
+    policy: str = field(metadata={"help": "Folder of the trained model: start, and KL reference."})
     data: str = field(metadata={"help": "Folder that recipes/prepare.py wrote."})
     rewards: list[str] = field(
         default_factory=lambda: ["hit"],
-        metadata={"help": "hit (a true target), format (legality of K random samples), format_top (of the K best)."},
+        metadata={
+            "help": "hit (a true target), model (--reward), format (legality of K random samples), format_top (of the K best)."
+        },
     )
+    reward: str | None = field(
+        default=None, metadata={"help": "Folder that recipes/reward.py wrote, from the same log."}
+    )
+    reward_data: str | None = field(default=None, metadata={"help": "Its data folder, where that has moved."})
     format_samples: int = field(default=5, metadata={"help": "K of the format reward."})
     exposures: str | None = field(default=None, metadata={"help": "Table of all impressions, for logged feedback."})
     columns: str = field(default="{}", metadata={"help": "Our names to yours in it, for user_id, item_id, timestamp."})
@@ -51,18 +59,9 @@ class RLArguments:
     sft: Literal["train", "rsft"] = field(
         default="train", metadata={"help": "Rows of the supervised loss: the split, or the better half of exposures."}
     )
+    lora_r: int | None = field(default=None, metadata={"help": "Rank of a LoRA adapter; default trains all weights."})
     num_beams: int = 50
     test_users: int | None = field(default=None, metadata={"help": "Users of the test split to score; default all."})
-
-
-def history_length(collator) -> int:
-    """Items of history that the model can read."""
-    return max(collator.lengths.values()) if isinstance(collator, PathwayCollator) else collator.max_history
-
-
-def next_item_rows(train: datasets.Dataset, max_history: int) -> datasets.Dataset:
-    """A row per user and next item; rows of sessions are such rows already."""
-    return train if "targets" in train.column_names else target_rows(train, max_history)
 
 
 def load_exposures(args: RLArguments, catalogue, collator) -> datasets.Dataset:
@@ -89,7 +88,7 @@ def load_exposures(args: RLArguments, catalogue, collator) -> datasets.Dataset:
         start=args.start,
         log_probs=log_probs,
         user_ids=[*users, *new.tolist()],
-        max_history=history_length(collator),
+        max_history=collator.max_history,
         ties=args.ties,
     )
     read = {"user", "history", "timestamp", "targets", "advantage", "play_time", "log_probs", *collator.event_features}
@@ -97,8 +96,12 @@ def load_exposures(args: RLArguments, catalogue, collator) -> datasets.Dataset:
     return rows.select_columns([name for name in rows.column_names if name in read])  # the rest would only cost time
 
 
-def make_rewards(args: RLArguments, catalogue, token_ids: np.ndarray, num_generations: int) -> list:
+def make_rewards(args: RLArguments, policy, token_ids: np.ndarray, num_generations: int) -> list:
     """The reward functions that were named."""
+    if ("model" in args.rewards) != (args.reward is not None):
+        raise ValueError(
+            f"rewards={args.rewards} and reward={args.reward!r}: `model` in one needs a folder in the other."
+        )
     hit = HitReward("targets")
 
     def hit_reward(targets, completion_ids, **columns):
@@ -106,8 +109,9 @@ def make_rewards(args: RLArguments, catalogue, token_ids: np.ndarray, num_genera
         return hit(completion_ids=completion_ids, targets=own)
 
     known = {"hit": lambda: hit_reward}
+    known["model"] = lambda: reward_function(args.reward, args.reward_data, policy, args.data, num_generations)
     for name, selection in (("format", "random"), ("format_top", "top")):
-        known[name] = lambda how=selection: FormatReward(catalogue, num_generations, args.format_samples, how)
+        known[name] = lambda how=selection: FormatReward(policy.catalogue, num_generations, args.format_samples, how)
     if unknown := [name for name in args.rewards if name not in known]:
         raise ValueError(f"rewards={unknown}: allowed are {sorted(known)}.")
     return [known[name]() for name in args.rewards]
@@ -116,34 +120,38 @@ def make_rewards(args: RLArguments, catalogue, token_ids: np.ndarray, num_genera
 def main(args: RLArguments, training: OneRecGRPOConfig, reward_funcs: list | None = None) -> dict:
     """Runs the recipe; returns what it writes to `metrics.json`."""
     set_seed(training.seed)
-    recommender = Recommender.from_pretrained(args.policy, args.num_beams)
+    recommender = load_policy(args.policy, args.data, args.num_beams)
     model, collator, catalogue = recommender.model, recommender.ranker.collator, recommender.model.catalogue
     splits = datasets.load_from_disk(str(Path(args.data) / "splits"))
-    max_history = history_length(collator)
+    train = splits["train"]
     exposures = load_exposures(args, catalogue, collator) if args.exposures else None
     supervised = None
     if training.sft_weight > 0:
         rsft = args.sft == "rsft"
-        supervised = rejection_sample(exposures) if rsft else training_rows(splits["train"], model.config, max_history)
+        supervised = rejection_sample(exposures) if rsft else training_rows(train, model.config, collator.max_history)
     logged = exposures.filter(lambda row: any(row["advantage"])) if training.logged_weight > 0 and exposures else None
     if reward_funcs is None and training.logged_weight < 1:
-        reward_funcs = make_rewards(args, catalogue, collator.item_token_ids, training.num_generations)
+        reward_funcs = make_rewards(args, model, collator.item_token_ids, training.num_generations)
     trainer = OneRecGRPOTrainer(
         model,
         reward_funcs,
         training,
-        next_item_rows(splits["train"], max_history),
+        train if "targets" in train.column_names else target_rows(train, collator.max_history),
         processing_class=AutoTokenizer.from_pretrained(args.policy),
         data_collator=collator,
         logged_dataset=logged,
         sft_dataset=supervised,
+        peft_config=LoraConfig(r=args.lora_r, task_type="CAUSAL_LM") if args.lora_r else None,
     )
     start = time.perf_counter()
     trainer.train(resume_from_checkpoint=training.resume_from_checkpoint)
     report = {"train_seconds": time.perf_counter() - start}
+    output = Path(training.output_dir)
+    if args.lora_r:
+        trainer.model = trainer.accelerator.unwrap_model(trainer.model).merge_and_unload()
+        recommender.ranker.model = trainer.model
     trainer.save_model()
     if trainer.is_world_process_zero():
-        output = Path(training.output_dir)
         recommender.save_beside(output)
         test = splits["test"].select(range(min(args.test_users or len(splits["test"]), len(splits["test"]))))
         report |= score(recommender.ranker, test, output, training.seed)

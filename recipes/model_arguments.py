@@ -127,3 +127,15 @@ def serve(ranker: ItemRanker, args: ModelArguments) -> Recommender:
         rows = datasets.Dataset.from_parquet(str(Path(args.data) / "items.parquet"))
         metadata = {row.pop("item_id"): row for row in rows.select_columns(["item_id", *args.metadata])}
     return Recommender(ranker, metadata, load_quantizer(Path(args.data) / "tokenizer"))
+
+
+def load_policy(folder: str, data: str, num_beams: int) -> Recommender:
+    """A trained model with all that lies beside it, and the categories of the data folder's users, which are in no repository."""
+    recommender = Recommender.from_pretrained(folder, num_beams)
+    collator = recommender.ranker.collator
+    if sizes := collator.user_feature_sizes:
+        users = datasets.Dataset.from_parquet(str(Path(data) / "users.parquet"))
+        if absent := [name for name in sizes if name not in users.column_names]:
+            raise ValueError(f"users.parquet has no {absent}, which {folder} reads; it has {users.column_names}.")
+        collator.user_features = {name: category_codes(users[name], size) for name, size in sizes.items()}
+    return recommender

@@ -1,30 +1,16 @@
 """recipes/dpo.py as a person runs it, with the reward model that recipes/reward.py trained."""
 
 import datasets
+import numpy as np
 import pytest
 import torch
-import yaml
 from transformers import AutoModel, AutoTokenizer
 
 from onerec_hf import OneRecV2Config, OneRecV2ForCausalLM
+from onerec_hf.data import OneRecCollator
+from onerec_hf.recommender import ItemRanker, Recommender
 
 from .test_recipe_reward import DAY, data, trained  # noqa: F401  fixtures
-
-# what the fixture `trained` gives reward.py on the command line
-REWARD = {
-    "targets": ["ctr", "swt"],
-    "watch_cap_ms": 60000,
-    "item_categories": ["category", "author_id"],
-    "item_quantiles": ["duration_ms"],
-    "rates": ["item", "user"],
-    "context_item_features": ["category"],
-    "event_features": {"is_click": ["category", 3]},
-    "period": DAY,
-    "request_features": {"timestamp": ["hour", 25]},
-    "warm_up": 1,
-    "user_categories": ["activity"],
-    "num_train_epochs": 2,
-}
 
 
 @pytest.fixture(scope="module")
@@ -32,10 +18,15 @@ def policy(data, tmp_path_factory):  # noqa: F811
     tokenizer = AutoTokenizer.from_pretrained(data / "tokenizer")
     sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "context_embed_dim": 8}
     torch.manual_seed(0)
-    model = OneRecV2ForCausalLM(OneRecV2Config(codebook_sizes=tokenizer.codebook_sizes, **sizes))
+    model = OneRecV2ForCausalLM(
+        OneRecV2Config(codebook_sizes=tokenizer.codebook_sizes, user_features={"activity": 4}, **sizes)
+    )
     model.catalogue = tokenizer.catalogue
     folder = tmp_path_factory.mktemp("policy")
-    model.save_pretrained(folder)
+    collator = OneRecCollator(
+        tokenizer.encode_semantic_ids(tokenizer.catalogue.semantic_ids), user_features={"activity": np.arange(4)}
+    )
+    Recommender(ItemRanker(model, collator)).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
 
@@ -55,9 +46,7 @@ def align(data, policy, folder, *arguments):  # noqa: F811
 
 
 def test_it_mines_with_a_reward_model_and_takes_its_pairs_again(data, trained, policy, tmp_path):  # noqa: F811
-    (tmp_path / "reward.yaml").write_text(yaml.safe_dump(REWARD))
-    judge = ("--reward", str(trained[0]), "--reward_config", str(tmp_path / "reward.yaml"))
-    report = align(data, policy, tmp_path / "ipa", *judge)
+    report = align(data, policy, tmp_path / "ipa", "--reward", str(trained[0]))
     mined = [record for record in report["log"] if "ipa/pairs" in record]
     assert len(mined) == 1 and 1 > mined[0]["ipa/reward_chosen"] > mined[0]["ipa/reward_rejected"] + 0.01
     assert report["test"]["invalid_rate"] == 0
@@ -74,10 +63,33 @@ def test_it_mines_with_a_reward_model_and_takes_its_pairs_again(data, trained, p
 
 
 def test_data_folders_of_two_logs_are_refused(data, trained, policy, tmp_path):  # noqa: F811
-    (tmp_path / "reward.yaml").write_text(yaml.safe_dump(REWARD))
     datasets.Dataset.from_dict({"user_id": [1, 2]}).to_parquet(str(tmp_path / "users.parquet"))
-    judge = ("--reward", str(trained[0]), "--reward_config", str(tmp_path / "reward.yaml"))
     with pytest.raises(ValueError, match="hold other users: prepare both from one log"):
-        align(data, policy, tmp_path / "ipa", *judge, "--reward_data", str(tmp_path))
-    with pytest.raises(ValueError, match="--reward needs --reward_config"):
-        align(data, policy, tmp_path / "ipa", "--reward", str(trained[0]))
+        align(data, policy, tmp_path / "ipa", "--reward", str(trained[0]), "--reward_data", str(tmp_path))
+
+
+def test_reinforcement_learning_with_a_reward_model_and_an_adapter(data, trained, policy, tmp_path):  # noqa: F811
+    import grpo
+    from trl import TrlParser
+
+    from onerec_hf.trainers import OneRecGRPOConfig
+
+    settings = {
+        "data": data,
+        "policy": policy,
+        "output_dir": tmp_path,
+        "max_steps": 2,
+        "report_to": "none",
+        "lora_r": 4,
+    }
+    settings |= {"num_generations": 8, "per_device_train_batch_size": 32, "save_strategy": "no", "logging_steps": 1}
+    settings |= {"num_beams": 20, "learning_rate": 0.01, "use_cpu": "true", "rewards": "model"}
+    argv = [part for name, value in settings.items() for part in (f"--{name}", str(value))]
+    parser = TrlParser((grpo.RLArguments, OneRecGRPOConfig))
+    with pytest.raises(ValueError, match="needs a folder in the other"):
+        grpo.main(*parser.parse_args_and_config(argv))
+    report = grpo.main(*parser.parse_args_and_config([*argv, "--reward", str(trained[0])]))
+    assert 0 < report["log"][0]["rewards/reward_model/mean"] < 1 and report["log"][0]["rewards/reward_model/std"] > 0
+    learned, before = (AutoModel.from_pretrained(folder).state_dict() for folder in (tmp_path, policy))
+    assert learned.keys() == before.keys()  # merged: no adapter is left
+    assert any(not torch.equal(learned[name], tensor) for name, tensor in before.items())

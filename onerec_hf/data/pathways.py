@@ -71,6 +71,7 @@ class PathwayCollator(SessionCollator):
                 f"positive_length={positive_length} but no `positive`: name event columns and thresholds, as "
                 '{"is_like": 1}, or set positive_length=0 for logs without feedback.'
             )
+        self.max_history = max(self.lengths.values())
 
     def context(self, rows: list[dict]) -> dict[str, torch.Tensor]:
         """The tensors of all pathways, as `generate` takes them."""

@@ -142,7 +142,7 @@ def target_rows(train: datasets.Dataset, max_history: int) -> datasets.Dataset:
 
     Returns:
         `datasets.Dataset` with `user`, `history` (1 to `max_history` items), the event columns parallel to it, `targets` (one item)
-        and `length` (of the history).
+        with its own event columns as `target_<column>`, `session_start` (its time) and `length` (of the history).
     """
     table = train.with_format("arrow")[:]
     lists = [name for name, feature in train.features.items() if isinstance(feature, datasets.List)]
@@ -157,7 +157,11 @@ def target_rows(train: datasets.Dataset, max_history: int) -> datasets.Dataset:
     columns = {"user": pa.array(np.repeat(table["user"].to_numpy(), count)[event > start], pa.int32())}
     columns |= {name: pa.ListArray.from_arrays(bounds, value.take(pa.array(rows))) for name, value in values.items()}
     one = pa.array(np.arange(len(target) + 1, dtype=np.int32))
-    columns["targets"] = pa.ListArray.from_arrays(one, values["history"].take(pa.array(target)))
+    own = {name: value.take(pa.array(target)) for name, value in values.items()}
+    columns["targets"] = pa.ListArray.from_arrays(one, own.pop("history"))
+    columns |= {f"target_{name}": pa.ListArray.from_arrays(one, value) for name, value in own.items()}
+    if "timestamp" in own:
+        columns["session_start"] = own["timestamp"]
     columns["length"] = pa.array(target - first)
     return arrow_dataset(columns)
 
