@@ -4,10 +4,11 @@
     python recipes/reward.py --config recipes/configs/kuairand_reward.yaml --data outputs/kuairand --output_dir outputs/reward
 
 Takes the folder that `recipes/prepare.py` writes with `--sessions` and no criteria: for the P-Score one row per exposure
-(`max_events: 1`), for the session-wise reward model of OneRec, `--session_wise true`, one per request or session. Time is cut into periods (a day in ms): an exposure is judged from the histories and the rates of feedback before its period, in validation
-and test from those before the split. Built on `transformers.Trainer`: every `TrainingArguments` field works; model choice is on the
+(`max_events: 1`), for the session-wise reward model of OneRec, `--session_wise true`, one per request or session. Time is cut into
+periods (a day in ms): an exposure is judged from the histories and the rates of feedback before its period, in validation and test
+from those before the split. Built on `transformers.Trainer`: every `TrainingArguments` field works; model choice is on the
 validation split. Writes the model, its tokenizer, `arguments.json` (for recipes/dpo.py and recipes/grpo.py, which judge with it),
-`metrics.json` and the scores of every validation and test exposure.
+`metrics.json` and the scores of every validation and test exposure or session.
 """
 
 import json
