@@ -127,7 +127,8 @@ def legality(output: Path, seed: int, steps: int = 200) -> dict:
     report = {"sft": {"sampled_legality": sampled_legality(policy, data, seed)}}
     settings = {"rollout": "unconstrained", "num_generations": group, "per_device_train_batch_size": 4 * group}
     arms = [("ecpo", None, 0), ("ecpo + format, top K", "top", 1), ("ecpo + format, random K", "random", 1)]
-    for name, selection, weight in [*arms, ("ecpo + 5 format, random K", "random", 5)]:
+    arms += [(f"ecpo + {weight} format, random K", "random", weight) for weight in (5, 20)]
+    for name, selection, weight in arms:
         rewards = [reward] + ([FormatReward(model.catalogue, group, 5, selection)] if selection else [])
         folder = output / "legality" / name.replace(" ", "_")
         own = settings | {"reward_weights": [1.0, float(weight)] if selection else None}
@@ -292,7 +293,7 @@ def plot(output: Path, seeds: list[int]) -> None:
 
     figure, (left, right) = plt.subplots(1, 2, figsize=(10, 3.8))
     curves(left, "gradients", 1, ("grpo", "ecpo", "gbpo"), "gradient norm, negative advantages")
-    arms = ("ecpo", "ecpo + format, top K", "ecpo + format, random K", "ecpo + 5 format, random K")
+    arms = ("ecpo", "ecpo + format, top K", "ecpo + format, random K", "ecpo + 20 format, random K")
     curves(right, "legality", 1, arms, "legality of rollouts")
     figure.tight_layout()
     figure.savefig(output / "reinforcement.png", dpi=120)
