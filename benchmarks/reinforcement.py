@@ -5,8 +5,8 @@
 Each seed is a world of its own with its own supervised model (OneRec-V2 with the papers' softmax within the level). Parts:
 `legality` (unconstrained samples under ECPO, alone and with the format reward on random or on the most probable samples),
 `gradients` (norms on negative advantages under GRPO, ECPO, GBPO), `ab` (a reward model, feedback and both against the supervised
-model), `speed`. The rewards of rollouts, but in `ab`, are the world's true probability of a long view: what a perfect reward model
-would say. Simulated numbers are no results on real data.
+model), `rollouts` (group size, beam or samples, on- or off-policy), `speed`. The rewards of rollouts, but in `ab`, are the world's
+true probability of a long view: what a perfect reward model would say. Simulated numbers are no results on real data.
 """
 
 import argparse
@@ -32,6 +32,7 @@ import quickstart
 import sft
 
 from onerec_hf.data import load_interactions
+from onerec_hf.evaluation import evaluate
 from onerec_hf.recommender import Recommender
 from onerec_hf.rewards import FormatReward, completion_leaves, is_legal, reward_of_model
 from onerec_hf.simulator import ShortVideoWorld, serve
@@ -255,6 +256,40 @@ def ab(output: Path, seed: int, steps: int = 200) -> dict:
     return report
 
 
+def rollouts(output: Path, seed: int, steps: int = 100, users: int = 8) -> dict:
+    """The Technical Report's three RL tables in small: group size, how candidates are found, whose they are; joint with SFT."""
+    world, data, policy = supervised(output, seed)
+    reward = true_reward(world, data, Recommender.from_pretrained(policy).model.catalogue)
+    test = datasets.load_from_disk(str(data / "splits"))["test"].select(range(TEST_USERS))
+
+    def served(folder: Path) -> dict[str, float]:
+        """P(long view) of what test users get at the time of their last event, and whether the held-out view is in it."""
+        ranker = Recommender.from_pretrained(folder).ranker
+        found = evaluate(ranker, test, num_items=ITEMS, progress=False)
+        tokens = ranker.collator.item_token_ids[found.predictions[:, :10]]
+        columns = {name: [row[name] for row in test for _ in range(10)] for name in ("user", "timestamp")}
+        views = np.array(reward(completion_ids=tokens.reshape(-1, tokens.shape[-1]).tolist(), **columns)).reshape(
+            -1, 10
+        )
+        best = {"long_view@1": views[:, 0], "long_view@10": views, "long_view_max@10": views.max(1)}
+        return {name: float(values.mean()) for name, values in best.items()} | {
+            "recall@10": found.metrics["recall@10"]
+        }
+
+    arms = {"sft, as long again": {"rl_weight": 0.0, "num_generations": 2}}
+    arms |= {f"beam, G={group}": {"num_generations": group} for group in (32, 128, 512)}
+    arms |= {f"{how}, G=128": {"rollout": how, "num_generations": 128} for how in ("sample", "tree")}
+    arms["beam, G=128, of the supervised model"] = {"num_generations": 128, "steps_per_generation": steps}
+    report = {"supervised": served(policy)}
+    for name, settings in arms.items():
+        folder = output / "rollouts" / name.replace(" ", "_").replace(",", "").replace("=", "")
+        settings = {"per_device_train_batch_size": users * settings["num_generations"]} | settings
+        settings |= {"sft_weight": 1.0, "sft_batch_size": 64, "learning_rate": 3e-4, "sign_norm_steps": 0}
+        train(folder, data, policy, [reward], seed, max_steps=steps, **settings)
+        report[name] = served(folder)
+    return report
+
+
 def speed(output: Path, seed: int, steps: int = 8) -> dict:
     """Seconds per step and the share of rollouts in it, 8 users per step."""
     world, data, policy = supervised(output, seed)
@@ -301,7 +336,7 @@ def plot(output: Path, seeds: list[int]) -> None:
 
 
 def main(part: str, seeds: list[int], output: Path) -> None:
-    parts = {"legality": legality, "gradients": gradients, "ab": ab, "speed": speed}
+    parts = {"legality": legality, "gradients": gradients, "ab": ab, "rollouts": rollouts, "speed": speed}
     for name in parts if part == "all" else {part} - {"plot"}:
         for seed in seeds:
             report = parts[name](output / f"seed{seed}", seed)
@@ -313,7 +348,9 @@ def main(part: str, seeds: list[int], output: Path) -> None:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--part", choices=["all", "legality", "gradients", "ab", "speed", "plot"], default="all")
+    parser.add_argument(
+        "--part", choices=["all", "legality", "gradients", "ab", "rollouts", "speed", "plot"], default="all"
+    )
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--output", type=Path, default=Path("outputs/reinforcement"))
     torch.set_num_threads(1)
