@@ -102,8 +102,8 @@ def make_collator(args: RewardArguments, tokenizer, splits: datasets.DatasetDict
     )
 
 
-def reward_function(folder: str, data: str | None, policy, policy_data: str, num_generations: int):
-    """The reward model of a folder that this recipe wrote, as a reward function for the policy's completions."""
+def load_reward(folder: str, data: str | None, policy_data: str) -> tuple:
+    """Model, collator and catalogue of a folder that recipes/reward.py wrote, for the users of the policy's data folder."""
     args = RewardArguments(**json.loads((Path(folder) / ARGUMENTS_NAME).read_text()))
     args.data = data or args.data
     users = [
@@ -115,4 +115,10 @@ def reward_function(folder: str, data: str | None, policy, policy_data: str, num
         )
     tokenizer = AutoTokenizer.from_pretrained(folder)  # with the catalogue it was trained with
     collator = make_collator(args, tokenizer, datasets.load_from_disk(str(Path(args.data) / "splits")))
-    return reward_of_model(AutoModel.from_pretrained(folder), collator, policy, num_generations, tokenizer.catalogue)
+    return AutoModel.from_pretrained(folder).eval(), collator, tokenizer.catalogue
+
+
+def reward_function(folder: str, data: str | None, policy, policy_data: str, num_generations: int):
+    """The reward model of a folder that recipes/reward.py wrote, as a reward function for the policy's completions."""
+    model, collator, catalogue = load_reward(folder, data, policy_data)
+    return reward_of_model(model, collator, policy, num_generations, catalogue)

@@ -1,0 +1,77 @@
+"""Table 1 of OneRec (arXiv:2502.18965) on a real log: what a reward model that nobody trained against says about served lists.
+
+    python benchmarks/judge.py --judge outputs/reward_judge --data outputs/policy --runs outputs/sft outputs/ipa
+
+`--runs` are folders with `predictions.parquet`, as every recipe writes them, for the test split of `--data`; several seeds of a
+system are given as `NAME=FOLDER,FOLDER`. For every objective of the judge: its probability, mean over the first ten items of a list
+and largest of the ten, averaged over test rows; recall@10 beside. The judge must be trained on other days than the reward model
+that picked the pairs. It is an opinion all the same, not what people would do.
+"""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+import datasets
+import numpy as np
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "recipes"))
+
+from reward_arguments import load_reward
+
+from onerec_hf.rewards import CandidateCollator
+
+TOP = 10
+
+
+@torch.no_grad()
+def judged(lists: np.ndarray, rows: datasets.Dataset, model, collate, item_token_ids: np.ndarray) -> np.ndarray:
+    """Probabilities (users, TOP, X) of every objective for the first items of each list."""
+    found = []
+    for start in range(0, len(rows), 200):
+        some = [dict(row) for row in rows.select(range(start, min(start + 200, len(rows))))]
+        for row, items in zip(some, lists[start : start + 200, :TOP]):
+            row["completion_ids"] = item_token_ids[items].tolist()
+        found.append(model(**collate(some)).logits.sigmoid().view(len(some), TOP, -1))
+    return torch.cat(found).numpy()
+
+
+def main(judge: str, data: str, runs: list[str], output: Path, judge_data: str | None = None) -> dict:
+    """Prints the table; returns what it writes."""
+    model, collator, catalogue = load_reward(judge, judge_data, data)
+    rows = datasets.load_from_disk(str(Path(data) / "splits"))["test"]
+    collate = CandidateCollator(collator, catalogue)
+    targets, report = model.config.targets, {}
+    print("| system | " + " | ".join(f"{target} mean / max" for target in targets) + " | recall@10 |")
+    print("|---" * (len(targets) + 2) + "|")
+    for run in runs:
+        name, _, folders = run.rpartition("=")
+        values = []
+        for folder in folders.split(","):
+            table = datasets.Dataset.from_parquet(str(Path(folder) / "predictions.parquet")).with_format("numpy")
+            lists, wanted = np.stack(table["predictions"][:]), [set(row) for row in rows["targets"]]
+            found = judged(lists, rows, model, collate, collator.item_token_ids)
+            recall = np.mean([len(own & set(items)) / len(own) for own, items in zip(wanted, lists[:, :TOP].tolist())])
+            values.append([*found.mean((0, 1)), *found.max(1).mean(0), recall])
+        mean, spread = np.mean(values, axis=0), np.std(values, axis=0, ddof=len(values) > 1)
+        cells = [f"{m:.4f} ±{s:.4f}" for m, s in zip(mean, spread)]
+        both = [f"{cells[x]} / {cells[x + len(targets)]}" for x in range(len(targets))]
+        report[name or folders] = {"seeds": len(values), "values": np.array(values).tolist()}
+        print(f"| {name or folders} | " + " | ".join(both) + f" | {cells[-1]} |", flush=True)
+    report["columns"] = [f"{target} {how}" for how in ("mean", "max") for target in targets] + ["recall@10"]
+    output.parent.mkdir(parents=True, exist_ok=True)
+    output.write_text(json.dumps(report, indent=2))
+    return report
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--judge", required=True, help="Folder that recipes/reward.py wrote.")
+    parser.add_argument("--judge_data", help="Its data folder, where that has moved.")
+    parser.add_argument("--data", required=True, help="Data folder of the policies.")
+    parser.add_argument("--runs", nargs="+", required=True)
+    parser.add_argument("--output", type=Path, default=Path("outputs/table1.json"))
+    torch.set_num_threads(1)
+    main(**vars(parser.parse_args()))
