@@ -1,0 +1,181 @@
+"""Iterative Preference Alignment of whole sessions in a simulated world: OneRec as its paper trains it (arXiv:2502.18965).
+
+    OMP_NUM_THREADS=1 python benchmarks/session_alignment.py --seeds 0 1 2 --output outputs/session_alignment.json
+
+Each seed is a world, a log, a session-wise reward model (watch time; trained on all requests of the first half of the training
+days) and a session-wise OneRec (trained on high-quality sessions of all training days). Every system goes on from that seed model
+with as many steps; it decodes one session of five items for every request of the last days, and the simulator's expected watch time
+of those five items judges it. The truth is never trained on; settings were chosen on worlds of other seeds.
+"""
+
+import argparse
+import json
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import datasets
+import numpy as np
+import sessions
+import torch
+from transformers import Trainer, TrainingArguments, set_seed
+
+from onerec_hf import OneRecSessionRewardConfig, OneRecSessionRewardModel
+from onerec_hf.data import RewardCollator, SessionConfig, session_splits
+from onerec_hf.rewards import reward_of_model
+from onerec_hf.simulator import ShortVideoWorld
+from onerec_hf.trainers import IPAConfig, IPATrainer, OneRecSFTConfig, OneRecSFTTrainer
+
+QUIET = {"report_to": "none", "disable_tqdm": True, "save_strategy": "no", "logging_steps": 50, "use_cpu": True}
+
+
+def train_reward(world, interactions, catalogue, seed: int, epochs: float = 3):
+    """The session-wise reward model of watch time, from all requests of the first half of the training days."""
+    every = {"min_watched": 0, "min_watch_time_ms": 0, "min_interactions": 0, "cut": "first"}
+    config = SessionConfig(request="request_id", session_size=sessions.ITEMS, max_history=50, **every)
+    edges = [world.start_time_ms + day * sessions.DAY_MS for day in ((world.num_days - 4) // 2, world.num_days - 2)]
+    rows = session_splits(interactions, config, *edges)["train"]
+    play = np.array(rows["target_play_time_ms"], dtype=object)
+    collator = RewardCollator(
+        catalogue.semantic_ids.numpy() + np.array([4, 36, 68]),
+        max_history=50,
+        user_features={"user": np.arange(interactions.num_users)},
+        targets=["swt"],
+        session_wise=True,
+        candidate_features={"item": np.arange(interactions.num_items) + 1},
+        label_settings={"session_cap_ms": int(np.percentile([sum(row) for row in play], 95))},
+    )
+    set_seed(seed)
+    sizes = {"user_features": collator.user_feature_sizes, "item_features": collator.item_feature_sizes}
+    model = OneRecSessionRewardModel(
+        OneRecSessionRewardConfig(codebook_sizes=catalogue.codebook_sizes, targets=["swt"], dropout=0.2, **sizes)
+    )
+    arguments = TrainingArguments(
+        "unused",
+        remove_unused_columns=False,
+        num_train_epochs=epochs,
+        per_device_train_batch_size=128,
+        learning_rate=2e-3,
+        lr_scheduler_type="cosine",
+        weight_decay=0.1,
+        seed=seed,
+        **QUIET,
+    )
+    Trainer(model, arguments, data_collator=collator, train_dataset=rows.with_format("numpy")).train()
+    return model.eval(), collator
+
+
+def align(seed_model, collator, rows, settings: dict, seed: int, reward=None, pairs=None):
+    """The seed model, trained further; the aligned model and what IPA logged."""
+    model = type(seed_model)(seed_model.config)
+    model.load_state_dict(seed_model.state_dict())
+    model.catalogue = seed_model.catalogue
+    settings = {"per_device_train_batch_size": 64, "lr_scheduler_type": "constant", "seed": seed, **QUIET} | settings
+    with TemporaryDirectory() as folder:
+        if reward is None and pairs is None:
+            arguments = OneRecSFTConfig(folder, train_sampling_strategy="random", **settings)
+            trainer = OneRecSFTTrainer(model, arguments, data_collator=collator, train_dataset=rows)
+        else:
+            arguments = IPAConfig(folder, kl_users=128, **settings)
+            data = {"data_collator": collator, "train_dataset": rows, "reward": reward, "pairs": pairs}
+            trainer = IPATrainer(model, arguments, **data)
+        trainer.train()
+        mined = Path(folder) / "pairs" / "iteration_000"
+        pairs = list(datasets.load_from_disk(str(mined))) if mined.exists() else None
+    return model.eval(), [entry for entry in trainer.state.log_history if "ipa/pairs" in entry], pairs
+
+
+def best_of(reward, model, collator, rows, num_candidates: int) -> np.ndarray:
+    """Of each request's beams the session that the reward model likes best: items (S, 5)."""
+    shown = []
+    for start in range(0, len(rows), 64):
+        some = [dict(row) for row in rows.select(range(start, min(start + 64, len(rows))))]
+        found = model.generate(**collator.context(some), num_beams=num_candidates, num_return_sequences=num_candidates)
+        columns = {name: [row[name] for row in some for _ in range(num_candidates)] for name in some[0]}
+        best = torch.tensor(reward(completion_ids=found[:, 1:].tolist(), **columns)).view(len(some), -1).argmax(1)
+        found = found[torch.arange(len(some)) * num_candidates + best]
+        shown.append(sessions.items_of(found, model.catalogue, model).reshape(len(some), sessions.ITEMS))
+    return np.concatenate(shown)
+
+
+def run(seed: int, args) -> dict[str, dict[str, float]]:
+    """Every system of one world."""
+    world = ShortVideoWorld(args.num_users, args.num_items, request_size=10, seed=seed)
+    interactions, rows, catalogue, _ = sessions.prepare(world)
+    whole = rows.filter(lambda targets: len(targets) == sessions.ITEMS, input_columns="targets")
+    test, fit = whole["test"], whole["train"].with_format("numpy")
+    reward_model, reward_collator = train_reward(world, interactions, catalogue, seed)
+    seed_model, collator, _ = sessions.train(sessions.ITEMS, rows, catalogue, args.epochs, seed)
+    reward = reward_of_model(reward_model, reward_collator, seed_model, args.num_candidates)
+    opinion = reward_of_model(reward_model, reward_collator, seed_model, 1)
+    report = {}
+
+    def judge(name: str, items: np.ndarray, log=()):
+        report[name] = sessions.judge(world, interactions, test, items)
+        tokens = collator.item_token_ids[items].reshape(len(items), -1).tolist()
+        columns = {key: test[key][:] for key in test.column_names}
+        report[name]["reward model"] = float(np.mean(opinion(completion_ids=tokens, **columns)))
+        report[name] |= {key: log[-1][f"ipa/{key}"] for key in ("kl_to_seed", "tied") if log}
+        print(f"seed {seed}, {name}: { ({key: round(value, 3) for key, value in report[name].items()}) }", flush=True)
+
+    judge("logged", np.array(test["targets"]))
+    judge("seed model", sessions.serve(seed_model, collator, test, "session"))
+    judge(
+        f"seed model, best of {args.num_candidates}", best_of(reward, seed_model, collator, test, args.num_candidates)
+    )
+    common = {"num_train_epochs": args.iterations, "learning_rate": args.learning_rate}
+    alignment = common | {"dpo_ratio": args.dpo_ratio, "num_candidates": args.num_candidates}
+    alignment |= {"preference_weight": args.preference_weight}
+    systems = {"SFT, as long again": (common, None, None), "IPA": (alignment, reward, None)}
+    systems |= {
+        f"{loss}, pairs of the seed model": (alignment | {"loss_type": loss}, None, "first") for loss in args.losses
+    }
+    first = None
+    for name, (settings, judge_of, pairs) in systems.items():
+        if pairs:
+            pairs = datasets.Dataset.from_list(first).select_columns(["row", "chosen", "rejected"])
+        model, log, mined = align(seed_model, collator, fit, settings, seed, judge_of, pairs)
+        first = first or mined
+        judge(name, sessions.serve(model, collator, test, "session"), log)
+    return report
+
+
+def summary(reports: list[dict]) -> str:
+    """Means ± standard deviation over worlds; `change` is that of the watch time against the same world's seed model."""
+    names = ["watch_s", "likes", "long_views", "diversity", "hits", "coverage", "reward model"]
+    lines = ["| system | change of watch time | " + " | ".join(names) + " |", "|---" * (len(names) + 2) + "|"]
+    for system in reports[0]:
+        change = [100 * (report[system]["watch_s"] / report["seed model"]["watch_s"] - 1) for report in reports]
+        cells = [[report[system][name] for report in reports] for name in names]
+        spread = int(len(reports) > 1)
+        text = [f"{np.mean(values):.3f} ±{np.std(values, ddof=spread):.3f}" for values in cells]
+        lines.append(
+            f"| {system} | {np.mean(change):+.1f}% ±{np.std(change, ddof=spread):.1f} | " + " | ".join(text) + " |"
+        )
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--num_users", type=int, default=1200)
+    parser.add_argument("--num_items", type=int, default=600)
+    parser.add_argument("--epochs", type=float, default=10)
+    parser.add_argument("--iterations", type=int, default=3)
+    parser.add_argument("--dpo_ratio", type=float, default=0.2)
+    parser.add_argument("--num_candidates", type=int, default=64)
+    parser.add_argument("--preference_weight", type=float, default=1.0)
+    parser.add_argument("--learning_rate", type=float, default=5e-4)
+    parser.add_argument("--losses", nargs="*", default=["dpo", "ipo", "cdpo", "rdpo", "cpo", "simpo"])
+    parser.add_argument("--output", type=Path, default=Path("outputs/session_alignment.json"))
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    reports = [run(seed, args) for seed in args.seeds]
+    print(summary(reports))
+    args.output.parent.mkdir(parents=True, exist_ok=True)
+    args.output.write_text(
+        json.dumps({"arguments": vars(args) | {"output": str(args.output)}, "reports": reports}, indent=2)
+    )
+
+
+if __name__ == "__main__":
+    main()
