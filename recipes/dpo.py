@@ -92,13 +92,14 @@ def main(args: DPOArguments, training: IPAConfig) -> dict:
     start = time.perf_counter()
     trainer.train(resume_from_checkpoint=training.resume_from_checkpoint)
     report = {"train_seconds": time.perf_counter() - start}
+    output = Path(training.output_dir)
+    if args.lora_r:  # what is saved and pushed is the whole model
+        recommender.model = trainer.model = trainer.accelerator.unwrap_model(trainer.model).merge_and_unload()
     if trainer.is_world_process_zero():
-        output = Path(training.output_dir)
-        if args.lora_r:
-            recommender.model = trainer.accelerator.unwrap_model(trainer.model).merge_and_unload()
-        recommender.model.save_pretrained(output)
-        tokenizer.save_pretrained(output)
         serve(recommender, args).save_beside(output)
+        trainer.create_model_card()
+    trainer.save_model()  # with --push_to_hub true it goes up now, in one commit
+    if trainer.is_world_process_zero():
         report |= score(recommender, splits["test"], output, training.seed)
         report["log"] = trainer.state.log_history
         (output / "metrics.json").write_text(json.dumps(report, indent=2))

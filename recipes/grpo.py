@@ -141,10 +141,12 @@ def main(args: RLArguments, training: OneRecGRPOConfig, reward_funcs: list | Non
     start = time.perf_counter()
     trainer.train(resume_from_checkpoint=training.resume_from_checkpoint)
     report = {"train_seconds": time.perf_counter() - start}
-    trainer.save_model()
+    output = Path(training.output_dir)
     if trainer.is_world_process_zero():
-        output = Path(training.output_dir)
         recommender.save_beside(output)
+        trainer.create_model_card()
+    trainer.save_model()  # with --push_to_hub true it goes up now, in one commit
+    if trainer.is_world_process_zero():
         test = splits["test"].select(range(min(args.test_users or len(splits["test"]), len(splits["test"]))))
         report |= score(recommender.ranker, test, output, training.seed)
         report["log"] = trainer.state.log_history
