@@ -15,6 +15,7 @@ from pathlib import Path
 
 import datasets
 import numpy as np
+from model_arguments import mapping
 from transformers import AutoTokenizer, Trainer, TrainingArguments, set_seed
 from trl import TrlParser
 
@@ -43,11 +44,6 @@ class RewardArguments:
     period: float = field(default=86_400_000, metadata={"help": "Length of a period in the unit of the timestamps."})
     warm_up: int = field(default=2, metadata={"help": "First periods that only give rates, and are not trained on."})
     watch_cap_ms: int | None = field(default=None, metadata={"help": "Time that is a full swt label."})
-
-
-def mapping(value: str | dict) -> dict:
-    """An argument that is JSON on the command line and a mapping in a YAML file."""
-    return json.loads(value) if isinstance(value, str) else value
 
 
 def table_features(args: RewardArguments, table: str, categories: list[str], quantiles: list[str]) -> dict:
@@ -135,6 +131,7 @@ def main(args: RewardArguments, training: TrainingArguments) -> dict:
     collator = make_collator(args, tokenizer, splits)
     config = OneRecPScoreConfig(
         codebook_sizes=tokenizer.codebook_sizes,
+        catalogue_fingerprint=tokenizer.catalogue.fingerprint(),
         targets=args.targets,
         context_features=collator.context_feature_sizes,
         user_features=collator.user_feature_sizes,

@@ -4,6 +4,7 @@ None of the papers says how decoding is kept to existing items (OneRec Technical
 semantic IDs).
 """
 
+import hashlib
 import os
 
 import numpy as np
@@ -242,6 +243,14 @@ class Catalogue(PrefixIndex):
                 "one row per request and one column per item of the catalogue."
             )
         return self._alive(allowed.to(self.device).index_select(1, self.item_order))
+
+    def fingerprint(self) -> str:
+        """What tells catalogues of equal sizes apart: 16 hexadecimal digits of the item ids and semantic IDs, in their order."""
+        digest = hashlib.sha256(repr((self.codebook_sizes, self.num_items)).encode())
+        digest.update(self.semantic_ids.cpu().to(torch.int32).numpy().tobytes())
+        text = self.item_ids.dtype.kind == "U"
+        digest.update("\n".join(self.item_ids).encode() if text else self.item_ids.astype(np.int64).tobytes())
+        return digest.hexdigest()[:16]
 
     def save_pretrained(self, save_directory: str | os.PathLike) -> None:
         """Write `catalogue.safetensors` into the folder (made if it does not exist)."""

@@ -80,6 +80,7 @@ class CatalogueGenerationMixin:
         }
         if self.catalogue is not None:
             self._require_catalogue().save_pretrained(save_directory)
+        self.config.catalogue_fingerprint = None if self.catalogue is None else self.catalogue.fingerprint()
         return super().save_pretrained(save_directory, **kwargs)
 
     @classmethod
@@ -104,7 +105,13 @@ class CatalogueGenerationMixin:
             )
         if path is not None:
             model.catalogue = Catalogue.from_pretrained(pretrained_model_name_or_path, **hub_kwargs)
-            model._require_catalogue()
+            own, trained = model._require_catalogue().fingerprint(), model.config.catalogue_fingerprint
+            if trained not in (None, own):
+                raise ValueError(
+                    f"{path} has the fingerprint {own}, config.json says {trained}: other items, or other semantic IDs, so "
+                    "the model's codes would mean other items. Put back the file that was saved with it; or, where the exchange is "
+                    "meant, load with `catalogue_fingerprint=None` and save the model again."
+                )
         return result
 
     # ---- generation ----------------------------------------------------------------------------------------------------
