@@ -31,7 +31,7 @@ class RewardConfig(PreTrainedConfig):
         feature_embed_dims (`dict[str, int]`, *optional*): Widths of single features, by name, instead of `context_embed_dim`.
         position_bias_buckets (`int`, defaults to 32): Buckets of the learned attention bias over the age of a behaviour.
         position_bias_max_distance (`int`, defaults to 128): Ages beyond it share the last bucket.
-        catalogue_fingerprint (`str`, *optional*): Of the catalogue it was trained with, see [`Catalogue.fingerprint`]; policies with
+        catalogue_fingerprint (`str`, *optional*): Of the catalogue it was trained with ([`Catalogue.fingerprint`]); policies with
             another one are refused. None is not compared.
         dropout (`float`, defaults to 0.0): On embeddings and tower inputs.
     """
