@@ -1,7 +1,8 @@
 """Aligns a trained OneRec model with a reward by Iterative Preference Alignment (OneRec, Algorithm 2).
 
     accelerate launch recipes/dpo.py --config recipes/configs/small_dpo.yaml --data outputs/mydata --policy outputs/mymodel \
-        --reward outputs/myreward --reward_config myreward.yaml --output_dir outputs/aligned
+        --reward outputs/reward --reward_config recipes/configs/mydata/reward.yaml --reward_data outputs/exposures \
+        --output_dir outputs/aligned
 
 `--policy` is a folder that recipes/sft.py wrote, and the feature arguments are those it was trained with; `--reward` one that
 recipes/reward.py wrote, `--reward_config` the file it was run with, `--reward_data` its data folder, from the same log. Without a
@@ -100,6 +101,7 @@ def main(args: DPOArguments, training: IPAConfig) -> dict:
         trainer.create_model_card()
     trainer.save_model()  # with --push_to_hub true it goes up now, in one commit
     if trainer.is_world_process_zero():
+        report["num_parameters"] = recommender.model.num_parameters()
         report |= score(recommender, splits["test"], output, training.seed)
         report["log"] = trainer.state.log_history
         (output / "metrics.json").write_text(json.dumps(report, indent=2))

@@ -4,7 +4,7 @@ Time order inside a user is the order of the timestamps; equal timestamps keep t
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -86,6 +86,16 @@ class Interactions:
         return (
             f"Interactions({len(self)} events, {self.num_users} users, {self.num_items} items, "
             f"feedback={list(self.feedback)}, items={list(self.items)}, users={list(self.users)})"
+        )
+
+    def where(self, rows: np.ndarray) -> "Interactions":
+        """Some of the events, chosen by a bool mask of shape (M,), of the same users and items."""
+        return replace(
+            self,
+            user_index=self.user_index[rows],
+            item_index=self.item_index[rows],
+            timestamp=self.timestamp[rows],
+            feedback={name: values[rows] for name, values in self.feedback.items()},
         )
 
     @property
