@@ -1,4 +1,4 @@
-"""recipes/README.md as a person follows it: its commands, in order and as printed, from two tables to a pushed model that serves."""
+"""recipes/README.md as a person follows it: its commands, in order and as printed, from two tables to a model that serves."""
 
 import json
 import os
@@ -10,11 +10,13 @@ import sys
 from pathlib import Path
 
 import datasets
+import pandas as pd
 import pytest
 import yaml
 from huggingface_hub import ModelCard
 from transformers import AutoConfig, AutoTokenizer
 
+from onerec_hf.recommender import Recommender
 from onerec_hf.simulator import ShortVideoWorld
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -28,6 +30,7 @@ TINY = {
     "small_dpo.yaml": {"num_train_epochs": 1, "dpo_ratio": 0.3, "num_candidates": 20, "logging_steps": 1},
     "sasrec.yaml": {"fit": {"num_epochs": 1}},
 }
+SETTINGS = yaml.safe_load((RECIPES / "configs" / "mydata" / "prepare.yaml").read_text())
 BASELINES = ("popularity", "sasrec")  # of leaderboard.yaml
 
 
@@ -92,6 +95,20 @@ def test_the_commands_run_as_printed(desk, hub, monkeypatch):
     environment = os.environ | hub.environment(desk / "home") | {"PYTHONPATH": str(ROOT), "PATH": path}
     result = subprocess.run(last, shell=True, env=environment, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
+
+    # what was chosen, before the dates that are held out, and every impression before them
+    log, data = pd.read_parquet("logs.parquet"), desk / "outputs" / "mydata"
+    before = log.timestamp < SETTINGS["validation_start"]
+    train = datasets.load_from_disk(str(data / "splits"))["train"]
+    assert sum(map(len, train["history"])) == (before & (log.long_view == 1)).sum()
+    import grpo
+
+    served = Recommender.from_pretrained(desk / "outputs" / "mymodel")
+    settings = yaml.safe_load((RECIPES / "configs" / "mydata" / "grpo.yaml").read_text())
+    arguments = {name: settings[name] for name in ("columns", "watched", "end")}
+    arguments = grpo.RLArguments(policy="", data=str(data), exposures="logs.parquet", **arguments)
+    exposures = grpo.load_exposures(arguments, served.model.catalogue, served.ranker.collator)
+    assert sum(map(len, exposures["targets"])) == before.sum() < len(log)
 
     policy, reward = (AutoConfig.from_pretrained(desk / "outputs" / name) for name in ("mymodel", "reward"))
     assert policy.catalogue_fingerprint == reward.catalogue_fingerprint is not None
