@@ -171,7 +171,7 @@ def load_interactions(
         TypeError: a source or a column of an unknown kind.
         FileNotFoundError: a path that does not exist.
     """
-    names = {name: name for name in ("user_id", "item_id", "timestamp", *feedback)}
+    names: dict[str, str | None] = {name: name for name in ("user_id", "item_id", "timestamp", *feedback)}
     if unused := sorted(set(columns or {}) - set(names)):
         raise ValueError(f"columns names {unused}; allowed are {list(names)} (add event features to feedback=[...])")
     names |= columns or {}
@@ -185,7 +185,7 @@ def load_interactions(
         ("users", "user_id", users, users_columns),
     ):
         if table_source is not None:
-            renamed = {id_name: names[id_name]} | dict(table_columns or {})
+            renamed = {id_name: str(names[id_name])} | dict(table_columns or {})
             tables[table_name] = _feature_table(table_source, table_name, id_name, renamed, split)
             log = _known_only(log, id_name, table_name, tables[table_name], drop_unknown)
 
@@ -257,6 +257,7 @@ def _sort(
     drop_duplicates: bool,
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, dict[str, np.ndarray]]:
     """Stable sort by user and time; counts equal timestamps and exact duplicates."""
+    order: slice | np.ndarray
     if timestamp is None:
         order = np.argsort(user_index, kind="stable")
         counts = np.bincount(user_index)

@@ -203,11 +203,12 @@ def _take_back(api: HfApi, repo_id: str, revision: str | None) -> str:
 
 
 def _explanation(folder, repo_id: str, step: str, error: Exception) -> str:
-    status = error.response.status_code if isinstance(error, HfHubHTTPError) and error.response is not None else None
+    response = error.response if isinstance(error, HfHubHTTPError) else None
+    status = 0 if response is None else response.status_code
     advice = _WHAT_TO_DO.get(
         status,
         "The server failed or hung up: run the same call again, what has arrived is not sent twice."
-        if status is None or status >= 500
+        if response is None or status >= 500
         else "See the error above.",
     )
     return (
