@@ -44,13 +44,14 @@ class AfterImport(importlib.abc.MetaPathFinder):
             return None
         sys.meta_path.remove(self)
         spec = importlib.util.find_spec(name)
+        assert spec is not None and spec.loader is not None
         execute = spec.loader.exec_module
 
         def exec_module(module):
             execute(module)
             importlib.import_module(self.then)
 
-        spec.loader.exec_module = exec_module
+        spec.loader.exec_module = exec_module  # type: ignore[method-assign]
         return spec
 
 

@@ -1,6 +1,8 @@
 """`pipeline("onerec-recommendation", model=repo)`: the [`Recommender`] under transformers' own entry point."""
 
 import os
+from collections.abc import Sequence
+from typing import Any
 
 from transformers import AutoModelForCausalLM, Pipeline
 from transformers.pipelines import PIPELINE_REGISTRY
@@ -21,41 +23,43 @@ class OneRecRecommendationPipeline(Pipeline):
     Keyword arguments are those of [`Recommender.recommend`]; `batch_size` users are searched at once.
     """
 
-    _load_processor = _load_image_processor = _load_feature_extractor = _load_tokenizer = False
+    # transformers annotates None, and documents True and False beside it
+    _load_processor = _load_image_processor = _load_feature_extractor = _load_tokenizer = False  # type: ignore[assignment]
 
     def __init__(self, model, *args, num_beams: int = 50, **kwargs):
         from .recommender import Recommender  # needs `datasets`, which the models alone do not
 
         super().__init__(model, *args, **kwargs)
-        repo = self.model.name_or_path
+        repo = str(self.model.name_or_path)
         hub_kwargs = {} if os.path.isdir(repo) else {"revision": self.model.config._commit_hash}
         self.recommender = Recommender.of_model(self.model, repo, num_beams, **hub_kwargs)
 
-    def __call__(self, histories, batch_size: int | None = None, **kwargs):
-        histories = list(histories)
+    def __call__(self, inputs: Sequence, *args: Any, batch_size: int | None = None, **kwargs: Any) -> list:
+        """`inputs`: a history of item ids, or several."""
+        histories = list(inputs)
         one = not histories or not hasattr(histories[0], "__len__") or isinstance(histories[0], str)
         if one:
             histories = [histories]
         size = batch_size or len(histories)
         found = []
         for start in range(0, len(histories), size):
-            found += super().__call__({"histories": histories[start : start + size]}, **kwargs)
+            found += super().__call__({"histories": histories[start : start + size]}, *args, **kwargs)
         return found[0] if one else found
 
     def _sanitize_parameters(self, **kwargs):
         return {}, kwargs, {}
 
-    def preprocess(self, inputs):
-        return inputs
+    def preprocess(self, input_: dict, **parameters: Any) -> dict:
+        return input_
 
-    def _forward(self, inputs, **kwargs):
-        found = self.recommender.recommend(inputs["histories"], **kwargs)
+    def _forward(self, input_tensors: dict, **parameters: Any) -> Any:
+        found = self.recommender.recommend(input_tensors["histories"], **parameters)
         # plain dictionaries: transformers takes a forward's outputs apart to move their tensors
         rows = [[{"item_id": item.item_id, "score": item.score, **item.metadata} for item in row] for row in found]
         return {"found": rows}
 
-    def postprocess(self, outputs):
-        return outputs["found"]
+    def postprocess(self, model_outputs: Any, **parameters: Any) -> list:
+        return model_outputs["found"]
 
 
 PIPELINE_REGISTRY.register_pipeline(TASK, OneRecRecommendationPipeline, pt_model=AutoModelForCausalLM)

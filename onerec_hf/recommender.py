@@ -59,7 +59,7 @@ class ItemRanker:
                 allowed[i, np.asarray(row["history"], dtype=np.int64)] = False
         return self.search(rows, k, allowed)[0].cpu().numpy()
 
-    def search(self, rows: list[dict], k: int, allowed: torch.BoolTensor | None = None, num_beams: int | None = None):
+    def search(self, rows: list[dict], k: int, allowed: torch.Tensor | None = None, num_beams: int | None = None):
         """Items (B, k) and the log-probabilities (B, k), in nats, of the semantic IDs they carry; -1 and -inf for none."""
         model, catalogue, width = self.model, self.model.catalogue, num_beams or self.num_beams
         batch = {name: tensor.to(model.device) for name, tensor in self.collator.context(rows).items()}
@@ -218,10 +218,10 @@ class Recommender:
         if unknown := sorted(set(events) - columns):
             raise ValueError(f"events has columns {unknown}; the model takes {sorted(columns)}.")
         rows = []
-        for i, history in enumerate(histories):
-            history = np.asarray(history)
-            unknown = np.full(len(history), np.nan)
-            own = {name: np.asarray(events[name][i], float) if name in events else unknown for name in columns}
+        for i, given in enumerate(histories):
+            history = np.asarray(given)
+            absent = np.full(len(history), np.nan)
+            own = {name: np.asarray(events[name][i], float) if name in events else absent for name in columns}
             if odd := [name for name, values in own.items() if len(values) != len(history)]:
                 raise ValueError(
                     f"events[{odd[0]!r}][{i}] has {len(own[odd[0]])} values, the history {len(history)} items."
@@ -235,7 +235,7 @@ class Recommender:
             rows.append(row)
         return rows
 
-    def _allowed(self, seen, exclude_seen, allow, deny) -> torch.BoolTensor | None:
+    def _allowed(self, seen, exclude_seen, allow, deny) -> torch.Tensor | None:
         if not exclude_seen and allow is None and deny is None:
             return None
         catalogue = self.model.catalogue

@@ -1,7 +1,7 @@
 """Aligns a trained OneRec model with a reward by Iterative Preference Alignment (OneRec, Algorithm 2).
 
     accelerate launch recipes/dpo.py --config recipes/configs/small_dpo.yaml --data outputs/mydata --policy outputs/mymodel \
-        --reward outputs/myreward --output_dir outputs/aligned
+        --reward outputs/reward --output_dir outputs/aligned
 
 `--policy` is a folder that recipes/sft.py wrote, or a repository of the Hub; `--reward` a folder that recipes/reward.py wrote, from
 the same log. Without a reward model, `--pairs FOLDER` takes a saved `datasets` set of `row`, `chosen`, `rejected` (plain DPO; as
@@ -72,13 +72,15 @@ def main(args: DPOArguments, training: IPAConfig) -> dict:
     start = time.perf_counter()
     trainer.train(resume_from_checkpoint=training.resume_from_checkpoint)
     report = {"train_seconds": time.perf_counter() - start}
+    output = Path(training.output_dir)
+    if args.lora_r:  # what is saved and pushed is the whole model
+        ranker.model = trainer.model = trainer.accelerator.unwrap_model(trainer.model).merge_and_unload()
     if trainer.is_world_process_zero():
-        output = Path(training.output_dir)
-        if args.lora_r:
-            ranker.model = trainer.accelerator.unwrap_model(trainer.model).merge_and_unload()
-        ranker.model.save_pretrained(output)
-        tokenizer.save_pretrained(output)
         recommender.save_beside(output)
+        trainer.create_model_card()
+    trainer.save_model()  # with --push_to_hub true it goes up now, in one commit
+    if trainer.is_world_process_zero():
+        report["num_parameters"] = ranker.model.num_parameters()
         report |= score(ranker, splits["test"], output, training.seed)
         report["log"] = trainer.state.log_history
         (output / "metrics.json").write_text(json.dumps(report, indent=2))

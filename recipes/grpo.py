@@ -2,10 +2,10 @@
 
     accelerate launch recipes/grpo.py --policy outputs/mymodel --data outputs/mydata --rewards hit format --rollout sample \
         --num_generations 16 --per_device_train_batch_size 64 --sft_weight 1 --output_dir outputs/mymodel_ecpo
-    accelerate launch recipes/grpo.py --policy outputs/mymodel --data outputs/mydata --exposures impressions.parquet \
-        --loss_type gbpo --logged_weight 1 --sft_weight 1 --max_steps 500 --output_dir outputs/mymodel_gbpo
+    accelerate launch recipes/grpo.py --config recipes/configs/mydata/grpo.yaml --policy outputs/mymodel --data outputs/mydata \
+        --exposures logs.parquet --output_dir outputs/mymodel_gbpo
 
-`impressions.parquet` holds **every** impression with play time, duration, dislike and what counts as watched; columns
+`--exposures` holds **every** impression with play time, duration, dislike and what counts as watched; columns
 `log_prob_1` to `log_prob_L`, if any, are the log-probabilities of the codes at exposure (null or above 0: not known). The reward
 `model` is that of `--reward FOLDER`, which recipes/reward.py wrote; rewards of your own: `main(args, training, [...])` from Python.
 Every field of `OneRecGRPOConfig` works on the command line and in a YAML file; `--lora_r 8` trains an adapter and writes the merged
@@ -55,6 +55,9 @@ class RLArguments:
     )
     request: str | None = field(default="request_id", metadata={"help": "Impressions of a request share a context."})
     start: float | None = field(default=None, metadata={"help": "Train on impressions from this time on."})
+    end: float | None = field(
+        default=None, metadata={"help": "And before this one: where the validation period begins."}
+    )
     ties: Literal["strict", "inclusive"] = field(default="strict", metadata={"help": "At the top quartile's edge."})
     sft: Literal["train", "rsft"] = field(
         default="train", metadata={"help": "Rows of the supervised loss: the split, or the better half of exposures."}
@@ -74,6 +77,8 @@ def load_exposures(args: RLArguments, catalogue, collator) -> datasets.Dataset:
         *dict.fromkeys([*watched, "play_time_ms", "duration_ms", "is_hate", *([args.request] if args.request else [])])
     ]
     log = load_interactions(table, columns=mapping(args.columns), feedback=[*kept, *names])
+    if args.end is not None:
+        log = log.where(log.timestamp < args.end)
     log_probs = None
     if names:
         log_probs = np.stack([log.feedback.pop(name) for name in names], axis=1)
@@ -145,14 +150,15 @@ def main(args: RLArguments, training: OneRecGRPOConfig, reward_funcs: list | Non
     )
     start = time.perf_counter()
     trainer.train(resume_from_checkpoint=training.resume_from_checkpoint)
-    report = {"train_seconds": time.perf_counter() - start}
+    report = {"train_seconds": time.perf_counter() - start, "num_parameters": model.num_parameters()}
     output = Path(training.output_dir)
-    if args.lora_r:
-        trainer.model = trainer.accelerator.unwrap_model(trainer.model).merge_and_unload()
-        recommender.ranker.model = trainer.model
-    trainer.save_model()
+    if args.lora_r:  # what is saved and pushed is the whole model
+        recommender.ranker.model = trainer.model = trainer.accelerator.unwrap_model(trainer.model).merge_and_unload()
     if trainer.is_world_process_zero():
         recommender.save_beside(output)
+        trainer.create_model_card()
+    trainer.save_model()  # with --push_to_hub true it goes up now, in one commit
+    if trainer.is_world_process_zero():
         test = splits["test"].select(range(min(args.test_users or len(splits["test"]), len(splits["test"]))))
         report |= score(recommender.ranker, test, output, training.seed)
         report["log"] = trainer.state.log_history

@@ -21,6 +21,7 @@ from typing import Literal
 import datasets
 import numpy as np
 import torch
+from model_arguments import mapping
 from safetensors.numpy import save_file
 from trl import TrlParser
 
@@ -44,6 +45,9 @@ class PrepareArguments:
     items: str | None = field(default=None, metadata={"help": "Item table (text, category, ...), same file kinds."})
     users: str | None = field(default=None, metadata={"help": "User table, same file kinds."})
     k_core: int = 0
+    watched: str = field(
+        default="{}", metadata={"help": 'What makes histories and targets, columns and thresholds: {"long_view": 1}.'}
+    )
     validation_start: float | None = field(
         default=None, metadata={"help": "Split by time from here on; otherwise leave last out."}
     )
@@ -70,32 +74,28 @@ class PrepareArguments:
 def load(args: PrepareArguments) -> logs.Interactions:
     """Interactions of any layout, k-core filtered."""
     if args.layout == "logs":
-        columns = json.loads(args.columns) if isinstance(args.columns, str) else args.columns
         interactions = logs.load_interactions(
-            args.source, columns=columns, feedback=args.feedback, items=args.items, users=args.users
+            args.source, columns=mapping(args.columns), feedback=args.feedback, items=args.items, users=args.users
         )
     else:
-        loaders = {
-            "amazon": logs.load_amazon,
-            "kuairand": logs.load_kuairand,
-            "kuairand_like_hate": logs.load_kuairand_like_hate,
-        }
         settings = {"history": True} if args.shown_before else {}
-        interactions = loaders[args.layout](args.source, **settings)
+        interactions = getattr(logs, f"load_{args.layout}")(args.source, **settings)
     return logs.k_core(interactions, args.k_core) if args.k_core > 1 else interactions
 
 
 def split(args: PrepareArguments, interactions: logs.Interactions) -> tuple[datasets.DatasetDict, datasets.Dataset]:
     """The splits, and the training events that embeddings and popularity may learn from, one row per user."""
+    watched = mapping(args.watched)
     if args.sessions is not None:
-        settings = json.loads(args.sessions) if isinstance(args.sessions, str) else args.sessions
-        config = logs.SessionConfig(**settings)
+        config = logs.SessionConfig(**({"watched": watched} if watched else {}) | mapping(args.sessions))
         splits = logs.session_splits(interactions, config, args.validation_start, args.test_start)
         return splits, logs.training_events(interactions, config, splits, args.validation_start)
+    if watched:
+        interactions = interactions.where(logs.reaches(interactions.feedback, watched))
     if args.validation_start is None:
         splits = logs.leave_last_out(interactions)
     else:
-        splits = logs.global_time_split(interactions, args.validation_start, args.test_start)
+        splits = logs.global_time_split(interactions, args.validation_start, args.test_start, min_history=1)
     return splits, splits["train"]
 
 

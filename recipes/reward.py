@@ -52,6 +52,7 @@ def main(args: RewardArguments, training: TrainingArguments) -> dict:
     config_class = OneRecSessionRewardConfig if args.session_wise else OneRecPScoreConfig
     config = config_class(
         codebook_sizes=tokenizer.codebook_sizes,
+        catalogue_fingerprint=tokenizer.catalogue.fingerprint(),
         targets=args.targets,
         context_features=collator.context_feature_sizes,
         user_features=collator.user_feature_sizes,

@@ -37,7 +37,8 @@ class LoopbackHub:
         self.repos: dict[str, Repository] = {}
         self.blobs: dict[str, bytes] = {}
         self.log: list[str] = []
-        self.fail: dict[str, int | str] = {}  # regular expression over "METHOD path" -> status, or "hang up"
+        # regular expression over "METHOD path" -> status, "hang up", "lose the answer"
+        self.fail: dict[str, int | str] = {}
         handler = type("BoundHandler", (Handler,), {"hub": self})
         self.server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
         self.url = f"http://127.0.0.1:{self.server.server_port}"
@@ -87,7 +88,10 @@ class Handler(BaseHTTPRequestHandler):
             self.close_connection = True
             return self.connection.shutdown(socket.SHUT_RDWR)
         self.data = self.rfile.read(size) if size else b""
-        if problem is not None:
+        if problem == "lose the answer":  # what was asked for is done, but nobody hears of it
+            self.close_connection = True
+            self.reply = lambda *args, **kwargs: self.connection.shutdown(socket.SHUT_RDWR)
+        elif problem is not None:
             return self.reply({"error": f"the loopback Hub answers {problem}"}, problem)
         writes = self.command in ("POST", "DELETE") and not self.route.endswith("validate-yaml")
         if writes and self.headers.get("Authorization") != f"Bearer {TOKEN}":
@@ -98,7 +102,7 @@ class Handler(BaseHTTPRequestHandler):
                 return function(self, *found.groups())
         return self.missing("EntryNotFound")
 
-    do_GET = do_HEAD = do_POST = do_PUT = answer
+    do_GET = do_HEAD = do_POST = do_PUT = do_DELETE = answer
 
     # ---- repositories ----------------------------------------------------------------------------------------------
 
@@ -109,6 +113,11 @@ class Handler(BaseHTTPRequestHandler):
             return self.reply({"error": "You already created this model repo", "url": f"{self.hub.url}/{name}"}, 409)
         self.hub.repos[name] = Repository(asked.get("visibility") == "private" or bool(asked.get("private")))
         return self.reply({"url": f"{self.hub.url}/{name}", "name": name, "id": name})
+
+    def delete(self):
+        asked = json.loads(self.data)
+        del self.hub.repos[f"{asked.get('organization') or 'me'}/{asked['name']}"]
+        return self.reply({})
 
     def branch(self, repo, name):
         branches = self.hub.repos[repo].branches
@@ -211,6 +220,7 @@ class Handler(BaseHTTPRequestHandler):
 _REPO = r"([^/]+/[^/]+)"
 ROUTES = [
     ("POST", "/api/repos/create", Handler.create),
+    ("DELETE", "/api/repos/delete", Handler.delete),
     ("POST", "/api/validate-yaml", lambda handler: handler.reply({"errors": [], "warnings": []})),
     ("POST", rf"/api/models/{_REPO}/preupload/(.+)", Handler.preupload),
     ("POST", rf"/api/models/{_REPO}/commit/(.+)", Handler.commit),
@@ -218,7 +228,7 @@ ROUTES = [
     ("POST", rf"/{_REPO}\.git/info/lfs/objects/batch", Handler.lfs_batch),
     ("PUT", "/blobs/([0-9a-f]+)", Handler.put_blob),
     ("GET", "/api/whoami-v2", Handler.whoami),
-    ("GET HEAD", rf"/api/models/{_REPO}/tree/([^/]+)", Handler.tree),
+    ("GET HEAD", rf"/api/models/{_REPO}/tree/([^/]+|refs/pr/\d+)", Handler.tree),
     ("GET HEAD", rf"/api/models/{_REPO}/revision/(.+)", Handler.info),
     ("GET HEAD", rf"/api/models/{_REPO}", Handler.info),
     ("GET HEAD", rf"/{_REPO}/resolve/([^/]+|refs/pr/\d+)/(.+)", Handler.resolve),

@@ -90,6 +90,25 @@ def test_a_catalogue_from_another_tokenizer(folder):
         AutoTokenizer.from_pretrained(folder).encode_items([7])
 
 
+def test_a_catalogue_of_the_same_sizes_but_of_another_tokenizer(folder):
+    own = tiny_catalogue()
+    renamed = Catalogue(own.semantic_ids, SIZES)  # the same codes, other items
+    for other in (tiny_catalogue(seed=1), renamed, tiny_catalogue(64)):
+        SemanticIdTokenizer(codebook_sizes=SIZES, catalogue=other).save_pretrained(folder)
+        with pytest.raises(
+            ValueError, match=rf"fingerprint {other.fingerprint()}, config.json says {own.fingerprint()}"
+        ):
+            AutoModel.from_pretrained(folder)
+    model = AutoModel.from_pretrained(folder, catalogue_fingerprint=None)  # the exchange is meant
+    assert model.catalogue.num_items == 64
+    model.catalogue = model.catalogue.with_items([[1, 2, 3]], [7])
+    model.save_pretrained(folder)
+    assert AutoModel.from_pretrained(folder).catalogue.index_of([7]) == [64]
+    edit_config(folder, catalogue_fingerprint=None)  # saved by a version without fingerprints
+    own.save_pretrained(folder)
+    assert AutoModel.from_pretrained(folder).catalogue.num_items == own.num_items
+
+
 # ---- a config of a newer version -----------------------------------------------------------------------------------------
 
 

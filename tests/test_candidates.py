@@ -96,6 +96,11 @@ def test_a_reward_model_of_another_catalogue_is_refused():
     for other in (moved, renamed, tiny_catalogue(20)):
         with pytest.raises(ValueError, match="the same codes mean other items"):
             reward_of_model(judge, own, policy, 4, catalogue=other)
+        judge.config.catalogue_fingerprint = other.fingerprint()  # as recipes/reward.py leaves it
+        with pytest.raises(ValueError, match="the same codes mean other items"):
+            reward_of_model(judge, own, policy, 4)
+        judge.config.catalogue_fingerprint = policy.catalogue.fingerprint()
+        reward_of_model(judge, own, policy, 4)
     judge.config.codebook_sizes = [8, 8, 9]
     with pytest.raises(ValueError, match="was trained with other semantic IDs"):
         reward_of_model(judge, own, policy, 4)

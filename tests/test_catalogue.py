@@ -166,3 +166,22 @@ def test_index_of_large_codebooks_equals_plain_sets(sizes):
     assert [leaves[leaf] for leaf in catalogue.leaves_of(rows).tolist()] == [tuple(row) for row in rows.tolist()]
     groups = [[i for i, row in enumerate(rows.tolist()) if tuple(row) == leaf] for leaf in leaves]
     assert [items.tolist() for items in catalogue.items_with(leaves)] == groups
+
+
+def test_the_fingerprint_is_of_items_and_semantic_ids():
+    codes, sizes = [[0, 1], [2, 3], [2, 2]], [4, 4]
+    fingerprint = Catalogue(codes, sizes, [5, 6, 7]).fingerprint()
+    assert fingerprint == "4ca3591b739160f7"
+    assert (
+        Catalogue(torch.tensor(codes), sizes, np.array([5, 6, 7], dtype=np.int32), [3, 1, 2]).fingerprint()
+        == fingerprint
+    )
+    others = [
+        Catalogue(codes[::-1], sizes, [5, 6, 7]),
+        Catalogue(codes, [4, 5], [5, 6, 7]),
+        Catalogue(codes, sizes, [5, 6, 8]),
+        Catalogue(codes, sizes, ["5", "6", "7"]),
+        Catalogue(codes, sizes, ["56", "", "7"]),
+        Catalogue(codes[:2], sizes, [5, 6]),
+    ]
+    assert len({fingerprint, *(other.fingerprint() for other in others)}) == 7

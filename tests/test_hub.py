@@ -120,6 +120,33 @@ def test_a_failed_upload_leaves_nothing_half_written(hub, folder, where, problem
     assert hub.repos["org/tiny"].branches["main"]["model.safetensors"] == local["model.safetensors"]
 
 
+@pytest.mark.parametrize("options", [{}, {"revision": "next"}, {"create_pr": True}])
+@pytest.mark.parametrize("where, problem", [("commit", 500), ("preupload", "hang up"), ("PUT /blobs", "hang up")])
+def test_a_repository_made_for_nothing_is_removed_again(hub, folder, where, problem, options):
+    hub.fail = {where: problem}
+    with pytest.raises(OSError, match=r"(?s)could not upload.*org/tiny, which this call had made, is removed again"):
+        push_to_hub(folder, "org/tiny", **options)
+    assert hub.repos == {}
+    hub.fail = {}
+    push_to_hub(folder, "org/tiny", **options)
+    assert len(hub.repos["org/tiny"].commits) == 1
+
+
+def test_what_was_there_or_has_arrived_is_not_removed(hub, folder):
+    hub.fail = {"commit": 500, "DELETE": 500}
+    with pytest.raises(OSError, match=r"(?s)stays there and is empty.*hf repo delete org/tiny"):
+        push_to_hub(folder, "org/tiny")
+    assert not hub.repos["org/tiny"].branches["main"]
+    hub.fail = {"commit": 500}
+    with pytest.raises(OSError, match=r"org/tiny is half-written; \S+ is untouched.$"):  # nothing about removing
+        push_to_hub(folder, "org/tiny")
+    assert "org/tiny" in hub.repos
+    hub.fail = {"commit": "lose the answer"}
+    with pytest.raises(OSError, match="the answer was lost, not the commit"):
+        push_to_hub(folder, "org/other")
+    assert "model.safetensors" in hub.repos["org/other"].branches["main"]
+
+
 def test_a_wrong_token_and_a_wrong_name(hub, folder):
     with pytest.raises(OSError, match=r"(?s)could not create the repository on org/tiny.*hf auth login"):
         push_to_hub(folder, "org/tiny", token="hf_wrong")

@@ -4,11 +4,13 @@ import datasets
 import numpy as np
 import pytest
 import torch
+from huggingface_hub import ModelCard
 from transformers import AutoModel, AutoTokenizer
 
 from onerec_hf import OneRecV2Config, OneRecV2ForCausalLM
 from onerec_hf.data import OneRecCollator
 from onerec_hf.recommender import ItemRanker, Recommender
+from onerec_hf.semantic_ids import load_quantizer
 
 from .test_recipe_reward import DAY, data, trained  # noqa: F401  fixtures
 
@@ -26,7 +28,7 @@ def policy(data, tmp_path_factory):  # noqa: F811
     collator = OneRecCollator(
         tokenizer.encode_semantic_ids(tokenizer.catalogue.semantic_ids), user_features={"activity": np.arange(4)}
     )
-    Recommender(ItemRanker(model, collator)).save_pretrained(folder)
+    Recommender(ItemRanker(model, collator), quantizer=load_quantizer(data / "tokenizer")).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
 
@@ -45,7 +47,7 @@ def align(data, policy, folder, *arguments):  # noqa: F811
     return dpo.main(*parser.parse_args_and_config([*argv, *arguments]))
 
 
-def test_it_mines_with_a_reward_model_and_takes_its_pairs_again(data, trained, policy, tmp_path):  # noqa: F811
+def test_it_mines_with_a_reward_model_and_takes_its_pairs_again(data, trained, policy, hub, tmp_path):  # noqa: F811
     report = align(data, policy, tmp_path / "ipa", "--reward", str(trained[0]))
     mined = [record for record in report["log"] if "ipa/pairs" in record]
     assert len(mined) == 1 and 1 > mined[0]["ipa/reward_chosen"] > mined[0]["ipa/reward_rejected"] + 0.01
@@ -54,12 +56,19 @@ def test_it_mines_with_a_reward_model_and_takes_its_pairs_again(data, trained, p
     assert aligned.catalogue is not None and AutoTokenizer.from_pretrained(tmp_path / "ipa").catalogue is not None
     assert not torch.equal(aligned.lm_head.weight, before.lm_head.weight)
     pairs = str(tmp_path / "ipa" / "pairs" / "iteration_000")
-    report = align(data, policy, tmp_path / "dpo", "--pairs", pairs, "--loss_type", "simpo", "--lora_r", "4")
+    push = ("--push_to_hub", "true", "--hub_model_id", "org/aligned")
+    report = align(data, policy, tmp_path / "dpo", "--pairs", pairs, "--loss_type", "simpo", "--lora_r", "4", *push)
     assert any("preference_loss" in record for record in report["log"])
     adapted = AutoModel.from_pretrained(tmp_path / "dpo").state_dict()  # merged: no adapter is left
     assert adapted.keys() == before.state_dict().keys()
     assert torch.equal(adapted["lm_head.weight"], before.lm_head.weight)
     assert any(not torch.equal(adapted[name], tensor) for name, tensor in before.state_dict().items())
+    assert len(hub.repos["org/aligned"].commits) == 1
+    pushed = Recommender.from_pretrained("org/aligned", num_beams=20)  # complete
+    assert all(torch.equal(pushed.model.state_dict()[name], tensor) for name, tensor in adapted.items())
+    assert len(pushed.recommend([[]], k=3)[0]) == 3 and pushed.quantizer is not None
+    card = ModelCard(hub.repos["org/aligned"].branches["main"]["README.md"].decode())
+    assert card.data.library_name == "transformers" and "Iterative Preference Alignment" in card.text
 
 
 def test_data_folders_of_two_logs_are_refused(data, trained, policy, tmp_path):  # noqa: F811

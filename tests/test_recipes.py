@@ -216,14 +216,19 @@ WORLD = json.dumps({"num_users": 150, "num_items": 200, "seed": 0})
 COLUMNS = json.dumps({"user_id": "user_id", "item_id": "video_id", "timestamp": "time_ms"})
 
 
-def test_grpo_from_rollouts_leaves_a_repository(quickstart, tmp_path):
+def test_grpo_from_rollouts_leaves_and_pushes_a_repository(quickstart, hub, tmp_path):
     arguments = ["--rewards", "hit", "format", "--rollout", "sample", "--num_generations", "8"]
-    arguments += ["--per_device_train_batch_size", "32", "--max_steps", "3"]
+    arguments += ["--per_device_train_batch_size", "32", "--max_steps", "3", "--push_to_hub", "true"]
+    arguments += ["--hub_model_id", "org/rl", "--hub_private_repo", "true"]
     report = train_grpo(quickstart, tmp_path, *arguments)
     log = report["log"][0]
     assert log["legality"] == log["rewards/format_reward/mean"] == 1
     assert (log["rewards/hit_reward/mean"] > 0) == (log["hit_rate"] > 0)
     assert 0 <= report["test"]["recall@10"] <= 1 and AutoModel.from_pretrained(tmp_path).catalogue.num_items <= 200
+    assert hub.repos["org/rl"].private and len(hub.repos["org/rl"].commits) == 1
+    pushed = Recommender.from_pretrained("org/rl")
+    assert pushed.recommend([[]], k=3)[0][0].metadata["title"] and pushed.quantizer is not None
+    assert "Reinforcement learning" in hub.repos["org/rl"].branches["main"]["README.md"].decode()
 
 
 def test_feedback_of_own_exposures_then_an_ab_test(quickstart, impressions, tmp_path):

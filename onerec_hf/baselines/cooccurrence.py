@@ -41,16 +41,17 @@ class CoOccurrence:
         self.backward_weight = backward_weight
         self.decay = decay
         self.max_history = max_history
-        self.values: torch.Tensor | None = None  # (E,) M, row by row
-        self.columns: torch.Tensor | None = None  # (E,) item b of an entry M[a, b]
-        self.row_starts: torch.Tensor | None = None  # (N + 1,) first entry of item a
-        self.fallback: torch.Tensor | None = None  # (N,) in [-1, 0): popularity, below every score
+        # made by `fit`
+        self.values: torch.Tensor  # (E,) M, row by row
+        self.columns: torch.Tensor  # (E,) item b of an entry M[a, b]
+        self.row_starts: torch.Tensor  # (N + 1,) first entry of item a
+        self.fallback: torch.Tensor  # (N,) in [-1, 0): popularity, below every score
 
     def fit(self, histories: Iterable[Sequence[int]]) -> "CoOccurrence":
         """Counts pairs; `histories`: item indices in time order, one list per user (`dataset["train"]["history"]`)."""
-        histories = [torch.tensor(history, dtype=torch.long) for history in histories]
-        user = torch.repeat_interleave(torch.arange(len(histories)), torch.tensor([len(h) for h in histories]))
-        items = torch.cat(histories)
+        rows = [torch.tensor(history, dtype=torch.long) for history in histories]
+        user = torch.repeat_interleave(torch.arange(len(rows)), torch.tensor([len(row) for row in rows]))
+        items = torch.cat(rows)
         popularity = torch.bincount(items, minlength=self.num_items).float()
         if len(popularity) > self.num_items:
             raise ValueError(f"histories hold item index {len(popularity) - 1}, but num_items is {self.num_items}.")
@@ -86,7 +87,7 @@ class CoOccurrence:
         return rank_items(scores, k, exclude=histories if exclude_seen else None, generator=generator)
 
     def _scores(self, histories: Sequence[Sequence[int]]) -> torch.Tensor:
-        if self.values is None:
+        if not hasattr(self, "values"):
             raise ValueError("CoOccurrence has no counts yet: call fit(histories) first.")
         recent = [history[-self.max_history :] for history in histories]
         row = torch.repeat_interleave(torch.arange(len(recent)), torch.tensor([len(items) for items in recent]))

@@ -34,12 +34,13 @@ class FDSAModel(GPT2PreTrainedModel):
         self.attributes = nn.Embedding(config.num_attributes + 1, config.n_embd)
         self.attribute_score = nn.Linear(config.n_embd, 1)
         self.fuse = nn.Linear(2 * config.n_embd, config.n_embd)
+        self.item_attributes: torch.Tensor
         self.register_buffer(
             "item_attributes", torch.zeros(config.vocab_size, config.max_attributes, dtype=torch.long)
         )
         self.post_init()
 
-    def forward(self, input_ids: torch.LongTensor) -> torch.Tensor:
+    def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
         """Item indices (B, T), padded on the right, to hidden states (B, T, D)."""
         attributes = self.item_attributes[input_ids]  # (B, T, A)
         embeddings = self.attributes(attributes)
@@ -86,8 +87,6 @@ class FDSA:
             raise ValueError("FDSA needs attributes: a list of integers from 0 for every item, not all of them empty.")
         config = GPT2Config(
             vocab_size=len(table),
-            num_attributes=int(table.max()),  # ours, as the next: GPT-2 ignores them, `save_pretrained` keeps them
-            max_attributes=table.shape[1],
             n_positions=max_length,
             n_embd=hidden_size,
             n_layer=num_hidden_layers,
@@ -101,6 +100,8 @@ class FDSA:
             bos_token_id=None,
             eos_token_id=None,
         )
+        # ours: GPT-2 ignores them, `save_pretrained` keeps them
+        config.update({"num_attributes": int(table.max()), "max_attributes": table.shape[1]})
         with torch.random.fork_rng():
             torch.manual_seed(seed)
             self.model = FDSAModel(config).eval()

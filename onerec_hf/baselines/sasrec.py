@@ -73,8 +73,8 @@ class SASRec:
             use_cache=False,
             bos_token_id=None,
             eos_token_id=None,
-            score_temperature=temperature,  # ours: GPT-2 ignores it, `save_pretrained` keeps it
         )
+        config.update({"score_temperature": temperature})  # ours: GPT-2 ignores it, `save_pretrained` keeps it
         with torch.random.fork_rng():
             torch.manual_seed(seed)
             self.model = GPT2Model(config).eval()
@@ -231,7 +231,8 @@ class _KeepBestEpoch(TrainerCallback):
     def __init__(self, sasrec: SASRec, validate: Callable[[SASRec], float] | None, decay: float | None):
         self.sasrec, self.validate, self.decay = sasrec, validate, decay
         self.average: dict[str, torch.Tensor] | None = None
-        self.best_value, self.best_weights = -float("inf"), None
+        self.best_weights: dict[str, torch.Tensor] | None = None
+        self.best_value = -float("inf")
         self.start = time.perf_counter()
 
     def _weights(self) -> dict[str, torch.Tensor]:

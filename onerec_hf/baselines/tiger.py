@@ -66,11 +66,10 @@ class TIGER:
             num_heads=num_attention_heads,
             dropout_rate=dropout,
             pad_token_id=_PAD,
-            decoder_start_token_id=_PAD,
             eos_token_id=None,
-            num_user_tokens=num_user_tokens,  # ours, as the next: T5 ignores them, `save_pretrained` keeps them
-            max_items=max_length,
         )
+        # the last two are ours: T5 ignores them, `save_pretrained` keeps them
+        config.update({"decoder_start_token_id": _PAD, "num_user_tokens": num_user_tokens, "max_items": max_length})
         with torch.random.fork_rng():
             torch.manual_seed(seed)
             self.model = T5ForConditionalGeneration(config).eval()

@@ -77,6 +77,8 @@ def train_baseline(
 class _Trainer(Trainer):
     """`Trainer` whose loss does not go through `model.forward`, which would make logits of every item at every position."""
 
+    loss: Callable
+
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         total, count = self.loss(inputs)
         return total / count
@@ -87,7 +89,8 @@ class _KeepBestEpoch(TrainerCallback):
 
     def __init__(self, baseline, validate: Callable | None, patience: int | None):
         self.baseline, self.validate, self.patience = baseline, validate, patience
-        self.best_value, self.best_epoch, self.best_weights = -float("inf"), 0, None
+        self.best_value, self.best_epoch = -float("inf"), 0
+        self.best_weights: dict[str, torch.Tensor] | None = None
         self.start = time.perf_counter()
 
     def on_epoch_end(self, args, state, control, **kwargs):
@@ -123,7 +126,7 @@ def windows(histories, length: int) -> list[list[int]]:
     ]
 
 
-def pad_right(rows: Sequence[Sequence[int]], value: int) -> torch.Tensor:
+def pad_right(rows: Sequence[Sequence[int] | torch.Tensor], value: int) -> torch.Tensor:
     """Rows of different lengths as one tensor (B, longest)."""
     return pad_sequence([torch.as_tensor(row) for row in rows], batch_first=True, padding_value=value)
 

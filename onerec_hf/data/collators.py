@@ -5,6 +5,7 @@ OneRec (arXiv:2502.18965) and its Technical Report (arXiv:2506.13695) encode the
 """
 
 from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 import torch
@@ -46,7 +47,10 @@ class OneRecCollator:
             raise ValueError(f"max_history={max_history}: at least one item of context is needed.")
         self.item_token_ids = np.asarray(item_token_ids, dtype=np.int64)
         self.max_history, self.pad_token_id = max_history, pad_token_id
-        self.settings = {"max_history": max_history, "pad_token_id": pad_token_id}  # what `save_collator` writes
+        self.settings: dict[str, Any] = {
+            "max_history": max_history,
+            "pad_token_id": pad_token_id,
+        }  # what `save_collator` writes
         self.event_features = {name: EventFeature(*feature) for name, feature in (event_features or {}).items()}
         self.item_features = {name: np.asarray(values) for name, values in (item_features or {}).items()}
         self.user_features = {name: np.asarray(values) for name, values in (user_features or {}).items()}
@@ -70,7 +74,7 @@ class OneRecCollator:
             positions = [np.full(len(t), min(len(row["history"]), self.max_history)) for t, row in zip(targets, rows)]
         else:
             histories = [np.asarray(row["history"], dtype=np.int64)[-self.max_history - 1 :] for row in rows]
-            batch = self.context(rows, drop_last=True)
+            batch = self._context(rows, drop_last=True)
             targets = [history[1:] for history in histories]
             positions = [np.arange(1, len(target) + 1) for target in targets]
         batch["target_ids"] = self.pad_targets(targets)
@@ -80,8 +84,12 @@ class OneRecCollator:
         batch["target_positions"] = torch.from_numpy(target_positions)
         return batch
 
-    def context(self, rows: list[dict], drop_last: bool = False) -> dict[str, torch.Tensor]:
-        """The context tensors alone, as `generate` takes them; `drop_last` leaves out each history's last item."""
+    def context(self, rows: list[dict]) -> dict[str, torch.Tensor]:
+        """The context tensors alone, as `generate` takes them."""
+        return self._context(rows)
+
+    def _context(self, rows: list[dict], drop_last: bool = False) -> dict[str, torch.Tensor]:
+        """`drop_last` leaves out each history's last item."""
         window = slice(-self.max_history - drop_last, -1 if drop_last else None)
         events = [self.events(row) for row in rows]
         return self.pad_events([(items[window], codes[window]) for items, codes in events]) | self.users(rows)

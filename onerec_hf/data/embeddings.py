@@ -145,7 +145,7 @@ def _flatten(histories: datasets.Dataset | Iterable[Sequence[int]]) -> tuple[tor
         flat, lengths = column.flatten().to_numpy(), column.value_lengths().to_numpy()
     else:
         arrays = [np.asarray(history, dtype=np.int64) for history in histories]
-        flat, lengths = np.concatenate(arrays or [[]]), [len(array) for array in arrays]
+        flat, lengths = np.concatenate(arrays or [np.zeros(0, np.int64)]), [len(array) for array in arrays]
     return torch.tensor(flat, dtype=torch.long), torch.from_numpy(np.repeat(np.arange(len(lengths)), lengths))
 
 

@@ -68,7 +68,7 @@ def category_codes(values: Sequence, max_size: int | None = None) -> np.ndarray:
     return rank[inverse]
 
 
-def reaches(columns: Mapping[str, Sequence], thresholds: Mapping[str, float]) -> np.ndarray:
+def reaches(columns: Mapping[str, Sequence | np.ndarray], thresholds: Mapping[str, float]) -> np.ndarray:
     """
     Events at which at least one column reaches its threshold: `{"is_like": 1, "play_time_ms": 30_000}` is "liked, or played for
     30 s". NaN and -1 ("unknown") never do.

@@ -4,7 +4,7 @@ Time order inside a user is the order of the timestamps; equal timestamps keep t
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -88,6 +88,16 @@ class Interactions:
             f"feedback={list(self.feedback)}, items={list(self.items)}, users={list(self.users)})"
         )
 
+    def where(self, rows: np.ndarray) -> "Interactions":
+        """Some of the events, chosen by a bool mask of shape (M,), of the same users and items."""
+        return replace(
+            self,
+            user_index=self.user_index[rows],
+            item_index=self.item_index[rows],
+            timestamp=self.timestamp[rows],
+            feedback={name: values[rows] for name, values in self.feedback.items()},
+        )
+
     @property
     def num_users(self) -> int:
         return len(self.user_ids)
@@ -161,7 +171,7 @@ def load_interactions(
         TypeError: a source or a column of an unknown kind.
         FileNotFoundError: a path that does not exist.
     """
-    names = {name: name for name in ("user_id", "item_id", "timestamp", *feedback)}
+    names: dict[str, str | None] = {name: name for name in ("user_id", "item_id", "timestamp", *feedback)}
     if unused := sorted(set(columns or {}) - set(names)):
         raise ValueError(f"columns names {unused}; allowed are {list(names)} (add event features to feedback=[...])")
     names |= columns or {}
@@ -175,7 +185,7 @@ def load_interactions(
         ("users", "user_id", users, users_columns),
     ):
         if table_source is not None:
-            renamed = {id_name: names[id_name]} | dict(table_columns or {})
+            renamed = {id_name: str(names[id_name])} | dict(table_columns or {})
             tables[table_name] = _feature_table(table_source, table_name, id_name, renamed, split)
             log = _known_only(log, id_name, table_name, tables[table_name], drop_unknown)
 
@@ -247,6 +257,7 @@ def _sort(
     drop_duplicates: bool,
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, dict[str, np.ndarray]]:
     """Stable sort by user and time; counts equal timestamps and exact duplicates."""
+    order: slice | np.ndarray
     if timestamp is None:
         order = np.argsort(user_index, kind="stable")
         counts = np.bincount(user_index)

@@ -7,6 +7,7 @@ pairs, B pairs of a batch.
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -47,6 +48,9 @@ class ItemAlignment(nn.Module):
         dropout (`float`, defaults to 0.1): on the inputs.
     """
 
+    center: torch.Tensor
+    scale: torch.Tensor
+
     def __init__(
         self,
         embedding_dim: int,
@@ -57,7 +61,7 @@ class ItemAlignment(nn.Module):
         seed: int = 0,
     ):
         super().__init__()
-        self.settings = {
+        self.settings: dict[str, Any] = {
             "embedding_dim": embedding_dim,
             "output_dim": output_dim,
             "hidden_size": hidden_size,
@@ -100,7 +104,7 @@ class ItemAlignment(nn.Module):
         Raises:
             ValueError: fewer than two pairs, or pairs of items that have no embedding.
         """
-        items, pairs = torch.as_tensor(embeddings, dtype=torch.float32), torch.as_tensor(pairs)
+        items, links = torch.as_tensor(embeddings, dtype=torch.float32), torch.as_tensor(pairs)
         if len(pairs) < 2 or pairs.min() < 0 or pairs.max() >= len(items):
             raise ValueError(
                 f"fit needs at least two pairs of items 0..{len(items) - 1}, got {len(pairs)}"
@@ -118,7 +122,7 @@ class ItemAlignment(nn.Module):
             for epoch in logging.tqdm(range(num_epochs), desc="item alignment", unit="epoch", disable=not progress):
                 total = 0.0
                 for rows in torch.randperm(len(pairs), generator=generator).split(batch_size):
-                    first, second = (self(items[pairs[rows, side]]) for side in (0, 1))
+                    first, second = (self(items[links[rows, side]]) for side in (0, 1))
                     loss = item_contrastive_loss(first, second, self.settings["temperature"])
                     optimizer.zero_grad()
                     loss.backward()

@@ -62,7 +62,7 @@ def compress_lifelong(
     item_embeddings = check_item_embeddings(item_embeddings, len(item_embeddings)).astype(np.float32, copy=False)
     if absent := [name for name in ["history", *averaged, *sparse] if name not in split.column_names]:
         raise KeyError(f"the rows have no column {absent}; they have {split.column_names}.")
-    compressed = {name: [] for name in ["lifelong", *averaged, *sparse]}
+    compressed: dict[str, list] = {name: [] for name in ["lifelong", *averaged, *sparse]}
     for row in split.select_columns(["history", *averaged, *sparse]).with_format("numpy"):
         columns = {name: event_column(row, name) for name in averaged + sparse}
         items = np.asarray(row["history"], dtype=np.int64)

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import numpy as np
 
 
-def period_of(time: np.ndarray, boundaries: Sequence[float]) -> np.ndarray:
+def period_of(time: np.ndarray, boundaries: Sequence[float] | np.ndarray) -> np.ndarray:
     """Number of boundaries at or before each time, int64: 0 before the first one, `len(boundaries)` from the last one on."""
     return np.searchsorted(np.asarray(boundaries), time, side="right").astype(np.int64)
 
@@ -68,7 +68,8 @@ def quantile_codes(values: np.ndarray, num_buckets: int) -> np.ndarray:
     """
     values = np.asarray(values, dtype=np.float64)
     known = ~np.isnan(values)
-    edges = np.unique(np.quantile(values[known], np.arange(1, num_buckets) / num_buckets)) if known.any() else []
+    shares = np.arange(1, num_buckets) / num_buckets
+    edges = np.unique(np.quantile(values[known], shares)) if known.any() else np.zeros(0)
     return np.where(known, np.searchsorted(edges, values, side="right") + 1, 0)
 
 

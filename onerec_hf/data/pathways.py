@@ -75,7 +75,7 @@ class PathwayCollator(SessionCollator):
 
     def context(self, rows: list[dict]) -> dict[str, torch.Tensor]:
         """The tensors of all pathways, as `generate` takes them."""
-        pathways = {name: [] for name, length in self.lengths.items() if length}
+        pathways: dict[str, list] = {name: [] for name, length in self.lengths.items() if length}
         for row in rows:
             for name, events in pathways.items():
                 items, codes = self._pathway(row, name)

@@ -70,6 +70,7 @@ class RewardCollator(OneRecCollator):
 
     def _check_shapes(self):
         items, periods = len(self.item_token_ids), len(self.boundaries) + 1
+        expected: dict[str, tuple[np.ndarray, tuple[int, ...]]]
         expected = {name: (values, (items,)) for name, values in self.candidate_features.items()}
         expected |= {name: (values, (periods, items)) for name, values in self.numbers[0].items()}
         expected |= {name: (values, (periods, values.shape[-1])) for name, values in self.numbers[1].items()}

@@ -50,14 +50,14 @@ def load_collator(repo: str | os.PathLike, item_token_ids: np.ndarray, **hub_kwa
         OSError: When the repository has no `collator_config.json`.
         ValueError: When the saved categories are not those of the catalogue's items.
     """
-    config = json.loads(Path(cached_file(str(repo), CONFIG_NAME, **hub_kwargs)).read_text())
+    config = json.loads(Path(str(cached_file(str(repo), CONFIG_NAME, **hub_kwargs))).read_text())
     name = config.pop("collator_class")
     if name not in _CLASSES:
         raise ValueError(
             f"{repo}: {CONFIG_NAME} names the collator {name!r}, known are {sorted(_CLASSES)}. Update onerec_hf."
         )
     features = config.pop("item_features")
-    items = load_file(cached_file(str(repo), WEIGHTS_NAME, **hub_kwargs)) if features else {}
+    items = load_file(str(cached_file(str(repo), WEIGHTS_NAME, **hub_kwargs))) if features else {}
     if short := [name for name in features if len(items[name]) != len(item_token_ids)]:
         raise ValueError(
             f"{repo}: {WEIGHTS_NAME} has {len(items[short[0]])} categories of {short[0]!r}, the catalogue {len(item_token_ids)} "

@@ -3,8 +3,6 @@
 A history holds events before its session's first one alone: none at the same instant, none after.
 """
 
-from dataclasses import replace
-
 import datasets
 import numpy as np
 import pyarrow as pa
@@ -96,13 +94,7 @@ def training_events(
             held_out = splits[name].with_format("numpy")
             np.minimum.at(before, held_out["user"][:], held_out["session_start"][:])
     rows = config.effective_events(interactions) & (interactions.timestamp < before[interactions.user_index])
-    known = replace(
-        interactions,
-        user_index=interactions.user_index[rows],
-        item_index=interactions.item_index[rows],
-        timestamp=interactions.timestamp[rows],
-        feedback={name: values[rows] for name, values in interactions.feedback.items()},
-    )
+    known = interactions.where(rows)
     first, end = known.user_offsets[:-1], known.user_offsets[1:]
     users = np.flatnonzero(end > first)
     return user_rows(known, users, first[users], end[users])

@@ -73,7 +73,7 @@ def feedback_report(
     Returns:
         `dict[str, float]`: `{target}_auc`, `_gauc`, `_calibration` (mean probability / mean label), `_calibration_error`.
     """
-    report = {}
+    report: dict[str, float] = {}
     for x, target in enumerate(targets):
         known = labels[:, x] >= 0
         label, probability, user = labels[known, x], probabilities[known, x], users[known]

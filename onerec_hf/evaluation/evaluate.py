@@ -106,7 +106,7 @@ def evaluate(
     if item_embeddings is not None and (item_embeddings.ndim != 2 or len(item_embeddings) != num_items):
         raise ValueError(f"item_embeddings must have shape ({num_items}, D), got {item_embeddings.shape}.")
 
-    predictions, targets, users = [], [], []
+    lists, targets, users = [], [], []
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         for start in tqdm(range(0, len(dataset), batch_size), desc="evaluate", disable=not progress):
@@ -115,8 +115,8 @@ def evaluate(
             users.extend(examples["user"])
             history = [list(row) for row in examples["history"]] if exclude_seen else None
             batch = recommender.recommend(examples, max(ks), exclude_seen)
-            predictions.append(_checked(batch, len(targets) - start, max(ks), num_items, history))
-    predictions = np.concatenate(predictions)
+            lists.append(_checked(batch, len(targets) - start, max(ks), num_items, history))
+    predictions = np.concatenate(lists)
     metrics, per_user = _compute(predictions, targets, num_items, ks, item_embeddings)
     return EvaluationResult(metrics, predictions, np.asarray(users, dtype=np.int64), per_user)
 

@@ -44,7 +44,7 @@ def recall_at_k(hits: np.ndarray, num_targets: np.ndarray, k: int) -> np.ndarray
 
 def hit_at_k(hits: np.ndarray, k: int) -> np.ndarray:
     """1.0 where at least one target is among the first k slots, else 0.0, `(U,)`."""
-    return _first(hits, k).any(1).astype(np.float64)
+    return np.asarray(_first(hits, k).any(1), dtype=np.float64)
 
 
 def ndcg_at_k(hits: np.ndarray, num_targets: np.ndarray, k: int) -> np.ndarray:

@@ -5,7 +5,7 @@ import re
 from pathlib import Path
 
 from huggingface_hub import CommitInfo, CommitOperationAdd, HfApi
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, RevisionNotFoundError
 from huggingface_hub.utils import validate_repo_id
 from safetensors import SafetensorError, safe_open
 
@@ -142,7 +142,8 @@ def push_to_hub(
 
     Raises:
         ValueError: Where the folder is incomplete (see [`repository_files`]), or the arguments contradict each other.
-        OSError: Where the Hub refuses, fails or does not answer; says what to do. A commit goes in whole or not at all.
+        OSError: Where the Hub refuses, fails or does not answer; says what to do. A commit goes in whole or not at all, and a
+            repository that was made for it is removed again.
     """
     files = repository_files(folder)
     if create_pr and revision not in (None, "main"):
@@ -158,9 +159,9 @@ def push_to_hub(
     operations = [
         CommitOperationAdd(name, card.encode() if name == "README.md" else str(Path(folder) / name)) for name in files
     ]
-    api, step = HfApi(token=token), "create the repository"
+    api, step, made = HfApi(token=token), "create the repository", False
     try:
-        repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+        repo_id, made = _create(api, repo_id, private)
         if revision not in (None, "main"):
             step = f"create the branch {revision!r}"
             api.create_branch(repo_id, branch=revision, exist_ok=True)
@@ -168,18 +169,46 @@ def push_to_hub(
         return api.create_commit(
             repo_id, operations, commit_message=commit_message, revision=revision, create_pr=create_pr
         )
-    except (
-        Exception
-    ) as error:  # of the Hub, of the connection, of the token: httpx, httpx2 and Xet have no common ground
-        raise OSError(_explanation(folder, repo_id, step, error)) from error
+    except Exception as error:  # of Hub, connection, token: httpx, httpx2 and Xet have no common ground
+        message = _explanation(folder, repo_id, step, error)
+        if made:
+            message += "\n" + _take_back(api, repo_id, "refs/pr/1" if create_pr else revision)
+        raise OSError(message) from error
+
+
+def _create(api: HfApi, repo_id: str, private: bool | None) -> tuple[str, bool]:
+    """The full name of the repository, and whether it was made now."""
+    try:
+        return api.create_repo(repo_id, private=private).repo_id, True
+    except HfHubHTTPError:  # it exists, or who may not make it may write to it all the same
+        return api.create_repo(repo_id, private=private, exist_ok=True).repo_id, False
+
+
+def _take_back(api: HfApi, repo_id: str, revision: str | None) -> str:
+    """Removes a repository that this call has made, unless the commit arrived and only the answer was lost; says what it did."""
+    try:
+        try:
+            arrived = set(api.list_repo_files(repo_id, revision=revision)) - {".gitattributes"}
+        except RevisionNotFoundError:
+            arrived = set()
+        if arrived:
+            return f"{repo_id}, made by this call, holds {len(arrived)} files: the answer was lost, not the commit. Look there."
+        api.delete_repo(repo_id)
+        return f"{repo_id}, which this call had made, is removed again."
+    except Exception as error:
+        return (
+            f"{repo_id}, which this call has made, stays there and is empty, because it could not be removed "
+            f"({type(error).__name__}): the same call fills it, `hf repo delete {repo_id}` removes it."
+        )
 
 
 def _explanation(folder, repo_id: str, step: str, error: Exception) -> str:
-    status = error.response.status_code if isinstance(error, HfHubHTTPError) and error.response is not None else None
+    response = error.response if isinstance(error, HfHubHTTPError) else None
+    status = 0 if response is None else response.status_code
     advice = _WHAT_TO_DO.get(
         status,
         "The server failed or hung up: run the same call again, what has arrived is not sent twice."
-        if status is None or status >= 500
+        if response is None or status >= 500
         else "See the error above.",
     )
     return (

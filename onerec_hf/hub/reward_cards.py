@@ -103,11 +103,11 @@ def reward_card(
             dataset_split=split,
             metric_type=name,
             metric_name=f"{METRICS[name]} of {target}",
-            metric_value=round(float(row[name]), 5),
+            metric_value=round(float(value), 5),
         )
         for target, row in rows.items()
         for name in ("auc", "gauc")
-        if row[name] is not None
+        if (value := row[name]) is not None
     ]
     lines = [f"| {split} | " + " | ".join(METRICS.values()) + " |", "|---" * (len(METRICS) + 1) + "|"]
     lines += [

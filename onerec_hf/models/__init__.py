@@ -16,27 +16,23 @@ from .modeling_semantic_id import SemanticIdCausalLMOutput
 from .moe import balance_experts
 from .tokenization_semantic_id import SemanticIdTokenizer
 
-for _config, _model in (
+_MODELS: list[tuple] = [
     (OneRecConfig, OneRecForCausalLM),
     (OneRecV1Config, OneRecV1ForCausalLM),
     (OneRecV2Config, OneRecV2ForCausalLM),
-):
-    AutoConfig.register(_config.model_type, _config, exist_ok=True)
-    AutoModel.register(_config, _model, exist_ok=True)  # AutoModel.from_pretrained(...).generate() works
-    AutoModelForCausalLM.register(_config, _model, exist_ok=True)
-    AutoTokenizer.register(_config, tokenizer_class=SemanticIdTokenizer, exist_ok=True)
-    # save_pretrained copies this folder's files and writes auto_map, so that repositories load without the package
-    _config.register_for_auto_class()
-    _model.register_for_auto_class("AutoModelForCausalLM")
-for _config, _model in (
     (OneRecSessionRewardConfig, OneRecSessionRewardModel),
     (OneRecPScoreConfig, OneRecPScoreModel),
-):
+]
+for _config, _model in _MODELS:
     AutoConfig.register(_config.model_type, _config, exist_ok=True)
-    AutoModel.register(_config, _model, exist_ok=True)
+    AutoModel.register(_config, _model, exist_ok=True)  # AutoModel.from_pretrained(...).generate() works
     AutoTokenizer.register(_config, tokenizer_class=SemanticIdTokenizer, exist_ok=True)
+    _generative = _model.__name__.endswith("ForCausalLM")
+    if _generative:
+        AutoModelForCausalLM.register(_config, _model, exist_ok=True)
+    # save_pretrained copies this folder's files and writes auto_map, so that repositories load without the package
     _config.register_for_auto_class()
-    _model.register_for_auto_class("AutoModel")
+    _model.register_for_auto_class("AutoModelForCausalLM" if _generative else "AutoModel")
 SemanticIdTokenizer.register_for_auto_class()
 
 __all__ = [

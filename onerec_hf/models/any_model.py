@@ -5,6 +5,7 @@ users, K beams, R rows, P prompt tokens, L levels, W largest fan-out of a level.
 """
 
 import inspect
+from typing import cast
 
 import torch
 from transformers import LogitsProcessor
@@ -135,7 +136,7 @@ def _check(model, generation_config, normalize):
 @torch.no_grad()
 def catalogue_generate(
     model,
-    input_ids: torch.LongTensor,
+    input_ids: torch.Tensor,
     logits_processor=None,
     stopping_criteria=None,
     generation_config=None,
@@ -143,7 +144,7 @@ def catalogue_generate(
     catalogue: Catalogue,
     level_offsets: list[int],
     search_beams: int = 1,
-    allowed_items: torch.BoolTensor | None = None,
+    allowed_items: torch.Tensor | None = None,
     normalize: str = "vocab",
     **model_kwargs,
 ):
@@ -181,7 +182,7 @@ def catalogue_generate(
         return sequences
     length_penalty = 1.0 if generation_config.length_penalty is None else generation_config.length_penalty
     scores = found.scores.flatten() / catalogue.num_levels**length_penalty
-    return GenerateBeamDecoderOnlyOutput(sequences=sequences, sequences_scores=scores)
+    return GenerateBeamDecoderOnlyOutput(sequences=cast(torch.LongTensor, sequences), sequences_scores=scores)
 
 
 __all__ = ["CatalogueLogitsProcessor", "catalogue_generate"]

@@ -33,11 +33,11 @@ class BeamSearchOutput(ModelOutput):
             `sample_log_probs` q are the weights of an unbiased sum over all items (arXiv:1903.06059, 4.2).
     """
 
-    semantic_ids: torch.LongTensor | None = None
-    leaves: torch.LongTensor | None = None
-    scores: torch.FloatTensor | None = None
-    sample_log_probs: torch.FloatTensor | None = None
-    gumbels: torch.FloatTensor | None = None
+    semantic_ids: torch.Tensor | None = None
+    leaves: torch.Tensor | None = None
+    scores: torch.Tensor | None = None
+    sample_log_probs: torch.Tensor | None = None
+    gumbels: torch.Tensor | None = None
 
 
 def _top(values: torch.Tensor, k: int):
@@ -65,7 +65,8 @@ class BeamSearch:
 class _Samples:
     """Draws each of the K continuations alone: with replacement."""
 
-    distinct, padded, chunk_bytes, gumbels = False, True, None, None
+    distinct, padded, chunk_bytes = False, True, None
+    gumbels: torch.Tensor | None = None
 
     def __init__(self, batch: int, temperature: float, generator: torch.Generator | None, device):
         self.temperature, self.generator = temperature, generator
@@ -143,7 +144,7 @@ class SharedContext:
         return self.model.level_log_probs(hidden.flatten(0, 1), level, prefix, self.catalogue)
 
 
-def _used_up(catalogue: Catalogue, path: torch.LongTensor, level: int, leaf_totals) -> torch.LongTensor:
+def _used_up(catalogue: Catalogue, path: torch.Tensor, level: int, leaf_totals) -> torch.Tensor:
     """
     Nodes of `level` that a beam may not enter again, because each of their leaves is an item of its session already.
 
@@ -217,7 +218,7 @@ def search(decoder, chooser, catalogue: Catalogue, batch: int, k: int, allowed=N
     rows = torch.arange(batch, device=device).unsqueeze(1)
     scores = torch.zeros(batch, 1, device=device)
     path = torch.zeros(batch, 1, 0, dtype=torch.long, device=device)  # (B, K, steps) nodes chosen so far
-    last = {}
+    last: dict[str, torch.Tensor] = {}
     for position in range(num_items * levels):
         level, beams = position % levels, scores.shape[1]
         hidden = decoder.advance(level, **last)

@@ -4,6 +4,7 @@ None of the papers says how decoding is kept to existing items (OneRec Technical
 semantic IDs).
 """
 
+import hashlib
 import os
 
 import numpy as np
@@ -185,7 +186,7 @@ class Catalogue(PrefixIndex):
             )
         return order[place]
 
-    def items_of(self, leaves: torch.LongTensor, k: int, allowed: torch.BoolTensor | None = None) -> torch.LongTensor:
+    def items_of(self, leaves: torch.Tensor, k: int, allowed: torch.Tensor | None = None) -> torch.Tensor:
         """
         The first `k` items of ranked semantic IDs, collisions expanded (popular items first inside a semantic ID).
 
@@ -210,7 +211,7 @@ class Catalogue(PrefixIndex):
         result = torch.full((len(leaves), k + 1), -1, dtype=torch.long, device=leaves.device)
         return result.scatter_(1, rank, torch.where(rank < k, items, -1))[:, :k]
 
-    def leaves_of(self, codes) -> torch.LongTensor:
+    def leaves_of(self, codes) -> torch.Tensor:
         """Leaves of semantic IDs (S, L) -> (S,); -1 where no item carries the codes."""
         codes = torch.as_tensor(codes if isinstance(codes, torch.Tensor) else np.asarray(codes), device=self.device)
         node = None
@@ -225,7 +226,7 @@ class Catalogue(PrefixIndex):
         end = torch.where(leaves >= 0, end, first)
         return [order[low:high] for low, high in zip(first.tolist(), end.tolist())]
 
-    def alive(self, allowed: torch.BoolTensor) -> list[torch.BoolTensor]:
+    def alive(self, allowed: torch.Tensor) -> list[torch.Tensor]:
         """
         Per level, the nodes that still lead to an allowed item: a subset of the catalogue, without rebuilding it.
 
@@ -243,6 +244,14 @@ class Catalogue(PrefixIndex):
             )
         return self._alive(allowed.to(self.device).index_select(1, self.item_order))
 
+    def fingerprint(self) -> str:
+        """What tells catalogues of equal sizes apart: 16 hexadecimal digits of the item ids and semantic IDs, in their order."""
+        digest = hashlib.sha256(repr((self.codebook_sizes, self.num_items)).encode())
+        digest.update(self.semantic_ids.cpu().to(torch.int32).numpy().tobytes())
+        text = self.item_ids.dtype.kind == "U"
+        digest.update("\n".join(self.item_ids).encode() if text else self.item_ids.astype(np.int64).tobytes())
+        return digest.hexdigest()[:16]
+
     def save_pretrained(self, save_directory: str | os.PathLike) -> None:
         """Write `catalogue.safetensors` into the folder (made if it does not exist)."""
         os.makedirs(save_directory, exist_ok=True)
@@ -253,7 +262,7 @@ class Catalogue(PrefixIndex):
         if self.popularity is not None:
             tensors["popularity"] = torch.from_numpy(self.popularity)
         if self.item_ids.dtype.kind == "U":
-            encoded = [item.encode() for item in self.item_ids.tolist()]
+            encoded = [str(item).encode() for item in self.item_ids.tolist()]
             tensors["item_id_ends"] = torch.tensor([len(item) for item in encoded]).cumsum(0)
             tensors["item_id_bytes"] = torch.from_numpy(np.frombuffer(b"".join(encoded), dtype=np.uint8).copy())
         else:

@@ -49,6 +49,8 @@ class SemanticIdConfig(PreTrainedConfig):
             What a code's probability is normalised over, in the loss, in beam scores, everywhere: all codes of its level (the
             papers' softmax), or the codes that continue the prefix to an existing item (a departure; needs a catalogue).
         loss_reduction (`"mean"` or `"sum"`): Over the codes of a row: OneRec and the Technical Report sum, OneRec-V2 averages.
+        catalogue_fingerprint (`str`, *optional*): Of the catalogue saved with the model, see [`Catalogue.fingerprint`]; one that
+            differs is refused on loading. None is not compared.
         dropout (`float`, defaults to 0.0): On context inputs, attention outputs and feed-forward outputs. Not in the papers.
     """
 
@@ -80,6 +82,7 @@ class SemanticIdConfig(PreTrainedConfig):
     router_bias_update_rate: float = 0.001
     score_normalization: Literal["level", "valid"] = "level"
     loss_reduction: Literal["mean", "sum"] = "sum"
+    catalogue_fingerprint: str | None = None
     dropout: float = 0.0
     initializer_range: float = 0.02
     rms_norm_eps: float = 1e-6

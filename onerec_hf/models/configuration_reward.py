@@ -31,6 +31,8 @@ class RewardConfig(PreTrainedConfig):
         feature_embed_dims (`dict[str, int]`, *optional*): Widths of single features, by name, instead of `context_embed_dim`.
         position_bias_buckets (`int`, defaults to 32): Buckets of the learned attention bias over the age of a behaviour.
         position_bias_max_distance (`int`, defaults to 128): Ages beyond it share the last bucket.
+        catalogue_fingerprint (`str`, *optional*): Of the catalogue it was trained with ([`Catalogue.fingerprint`]); policies with
+            another one are refused. None is not compared.
         dropout (`float`, defaults to 0.0): On embeddings and tower inputs.
     """
 
@@ -51,6 +53,7 @@ class RewardConfig(PreTrainedConfig):
     feature_embed_dims: dict[str, int] | None = None
     position_bias_buckets: int = 32
     position_bias_max_distance: int = 128
+    catalogue_fingerprint: str | None = None
     dropout: float | int = 0.0
     initializer_range: float = 0.02
     rms_norm_eps: float = 1e-6

@@ -5,28 +5,37 @@ The papers decode with beam search (OneRec, section 4.1; OneRec-V2, section 5). 
 
 import copy
 import os
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 import torch.nn.functional as F
 from safetensors import SafetensorError
-from transformers.generation import GenerateBeamDecoderOnlyOutput, LogitsProcessorList
+from transformers.generation import (
+    GenerateBeamDecoderOnlyOutput,
+    GenerationConfig,
+    GenerationMixin,
+    LogitsProcessorList,
+)
+from transformers.modeling_utils import PreTrainedModel
 from transformers.utils import logging
 from transformers.utils.hub import cached_file
 
 from .any_model import CatalogueLogitsProcessor, catalogue_generate
 from .beam_search import beam_search, sample_items
 from .catalogue import CATALOGUE_NAME, Catalogue
-from .layers import ContextKV
+from .layers import ContextKV, LevelHead
 
 logger = logging.get_logger(__name__)
 
 _HUB_KWARGS = ("cache_dir", "force_download", "local_files_only", "token", "revision", "subfolder")
 # what only transformers' own loop does; the fast search is not used when one of these is asked for
 _OWN_LOOP_FLAGS = ("output_scores", "output_logits", "output_attentions", "output_hidden_states")
-_OWN_LOOP_ARGUMENTS = ("prefix_allowed_tokens_fn", "assistant_model", "streamer", "custom_generate", "past_key_values")
-_OWN_LOOP_ARGUMENTS += ("logits_processor", "stopping_criteria", "max_length", "max_time", "stop_strings")
+_OWN_LOOP_ARGUMENTS = ["prefix_allowed_tokens_fn", "assistant_model", "streamer", "custom_generate", "past_key_values"]
+_OWN_LOOP_ARGUMENTS += ["logits_processor", "stopping_criteria", "max_length", "max_time", "stop_strings"]
 # what changes scores, with the values that change nothing
-_SCORE_SETTINGS = dict.fromkeys(("repetition_penalty", "top_p", "typical_p", "guidance_scale"), (None, 1.0))
+_SCORE_SETTINGS: dict[str, tuple] = dict.fromkeys(
+    ("repetition_penalty", "top_p", "typical_p", "guidance_scale"), (None, 1.0)
+)
 _SCORE_SETTINGS |= dict.fromkeys(("top_k", "no_repeat_ngram_size", "min_p", "min_length", "min_new_tokens"), (None, 0))
 _SCORE_SETTINGS |= dict.fromkeys(
     ("epsilon_cutoff", "eta_cutoff", "diversity_penalty", "renormalize_logits"), (None, 0)
@@ -37,7 +46,20 @@ _SCORE_SETTINGS |= dict.fromkeys(
 _SAMPLING_ONLY = ("top_p", "typical_p", "top_k", "min_p", "epsilon_cutoff", "eta_cutoff", "top_h")
 
 
-class CatalogueGenerationMixin:
+if TYPE_CHECKING:
+
+    class _Model(PreTrainedModel, GenerationMixin):
+        """What the mixin is mixed into."""
+
+        config: Any
+        generation_config: GenerationConfig
+        model: Any
+        lm_head: LevelHead
+else:
+    _Model = object
+
+
+class CatalogueGenerationMixin(_Model):
     """
     Saving, loading and generating under a catalogue.
 
@@ -70,7 +92,7 @@ class CatalogueGenerationMixin:
         hook = getattr(self.lm_head, "_hf_hook", None)
         return catalogue.to(getattr(hook, "execution_device", self.lm_head.weight.device))
 
-    def save_pretrained(self, save_directory: str | os.PathLike, **kwargs):
+    def save_pretrained(self, save_directory: str | os.PathLike, *args: Any, **kwargs: Any) -> None:
         """As `PreTrainedModel.save_pretrained`, plus `catalogue.safetensors`, and `auto_map` entries for every Auto class."""
         module, name = type(self).__module__.rsplit(".", 1)[-1], type(self).__name__
         self.config.auto_map = {
@@ -80,7 +102,8 @@ class CatalogueGenerationMixin:
         }
         if self.catalogue is not None:
             self._require_catalogue().save_pretrained(save_directory)
-        return super().save_pretrained(save_directory, **kwargs)
+        self.config.catalogue_fingerprint = None if self.catalogue is None else self.catalogue.fingerprint()
+        super().save_pretrained(save_directory, *args, **kwargs)
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, *model_args, **kwargs):
@@ -104,31 +127,37 @@ class CatalogueGenerationMixin:
             )
         if path is not None:
             model.catalogue = Catalogue.from_pretrained(pretrained_model_name_or_path, **hub_kwargs)
-            model._require_catalogue()
+            own, trained = model._require_catalogue().fingerprint(), model.config.catalogue_fingerprint
+            if trained not in (None, own):
+                raise ValueError(
+                    f"{path} has the fingerprint {own}, config.json says {trained}: other items, or other semantic IDs, so "
+                    "the model's codes would mean other items. Put back the file that was saved with it; or, where the exchange is "
+                    "meant, load with `catalogue_fingerprint=None` and save the model again."
+                )
         return result
 
     # ---- generation ----------------------------------------------------------------------------------------------------
 
-    def next_hidden(self, tokens: torch.LongTensor, context_kv: ContextKV, cache) -> torch.Tensor:
+    def next_hidden(self, tokens: torch.Tensor, context_kv: ContextKV, cache) -> torch.Tensor:
         """Last hidden state (R, D) after C more tokens (R, C) per row; `cache` grows by C positions."""
         return self.model(tokens, context_kv=context_kv, past_key_values=cache, use_cache=True).last_hidden_state[
             :, -1
         ]
 
     @torch.no_grad()
-    def generate(
+    def generate(  # type: ignore[override]  # what text generation takes by position has no place here
         self,
-        inputs: torch.LongTensor | None = None,
-        generation_config=None,
+        inputs: torch.Tensor | None = None,
+        generation_config: GenerationConfig | None = None,
         *,
         constrained: bool = True,
         catalogue: Catalogue | None = None,
-        allowed_items: torch.BoolTensor | None = None,
+        allowed_items: torch.Tensor | None = None,
         num_items: int | None = None,
         replacement: bool = True,
         generator: torch.Generator | None = None,
-        **kwargs,
-    ):
+        **kwargs: Any,
+    ) -> torch.Tensor | GenerateBeamDecoderOnlyOutput:
         r"""
         Recommend: semantic IDs of existing items, best first; or draw them, with `do_sample=True`.
 
@@ -252,7 +281,7 @@ class CatalogueGenerationMixin:
             return sequences
         length_penalty = 1.0 if settings.length_penalty is None else settings.length_penalty
         scores = found.scores[:, :returned].flatten() / (sequences.shape[1] - 1) ** length_penalty
-        return GenerateBeamDecoderOnlyOutput(sequences=sequences, sequences_scores=scores)
+        return GenerateBeamDecoderOnlyOutput(sequences=cast(torch.LongTensor, sequences), sequences_scores=scores)
 
     def _own_loop(self, inputs, generation_config, settings, catalogue, allowed_items, kwargs):
         if settings.do_sample:  # transformers' default would cut to the 50 best
@@ -269,14 +298,14 @@ class CatalogueGenerationMixin:
             kwargs["logits_processor"] = LogitsProcessorList([processor, *(kwargs.get("logits_processor") or [])])
             if self.config.score_normalization == "valid":
                 kwargs["renormalize_logits"] = True
-        return super().generate(inputs, generation_config, **kwargs)
+        return super().generate(inputs, generation_config, **kwargs)  # type: ignore[misc]
 
     def _expand_inputs_for_generation(self, expand_size=1, is_encoder_decoder=False, input_ids=None, **model_kwargs):
         # The context is encoded once per user before transformers repeats tensors per beam or per sample.
         inputs = {name: model_kwargs.pop(name, None) for name in self.context_input_names}
         if model_kwargs.get("context_kv") is None:
             model_kwargs["context_kv"] = self.encode_context(**inputs)
-        return super()._expand_inputs_for_generation(
+        return super()._expand_inputs_for_generation(  # type: ignore[misc]
             expand_size=expand_size, is_encoder_decoder=is_encoder_decoder, input_ids=input_ids, **model_kwargs
         )
 

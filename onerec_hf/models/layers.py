@@ -4,6 +4,7 @@ OneRec Technical Report, section 2.2 (arXiv:2506.13695); OneRec-V2, section 2.2 
 positions, R = B * m rows (m targets, beams or samples per user, rows of one user adjacent), C target tokens, D width, H heads.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -27,9 +28,9 @@ class ContextKV(ModelOutput):
         mask (`torch.BoolTensor` of shape (B, T)): True for real positions, which include the leading static slot.
     """
 
-    key_states: tuple[torch.FloatTensor, ...] | None = None
-    value_states: tuple[torch.FloatTensor, ...] | None = None
-    mask: torch.BoolTensor | None = None
+    key_states: tuple[torch.Tensor, ...] | None = None
+    value_states: tuple[torch.Tensor, ...] | None = None
+    mask: torch.Tensor | None = None
 
 
 def eager_attention_forward(module, query, key, value, attention_mask, scaling, dropout=0.0, **kwargs):
@@ -221,6 +222,8 @@ class LevelHead(nn.Linear):
 class FixedEmbedding(nn.Module):
     """A given table (V, width), saved with the model and not trained: a buffer."""
 
+    weight: torch.Tensor
+
     def __init__(self, size: int, width: int):
         super().__init__()
         self.register_buffer("weight", torch.zeros(size, width))
@@ -232,17 +235,20 @@ class FixedEmbedding(nn.Module):
 class FeatureEmbedding(nn.Module):
     """Embeddings of categorical features, (..., F) -> a list of (..., width), in the order of the config; `fixed`: given ones."""
 
-    def __init__(self, features: dict[str, int], config, kind: str, fixed: list[str] = ()):
+    def __init__(self, features: dict[str, int], config, kind: str, fixed: Sequence[str] = ()):
         super().__init__()
         self.names, self.kind = list(features), kind
         widths = [config.feature_embed_dims.get(name, config.context_embed_dim) for name in features]
         self.width = sum(widths)
         tables = zip(features.items(), widths)
         self.tables = nn.ModuleList(
-            [(FixedEmbedding if name in fixed else nn.Embedding)(size, width) for (name, size), width in tables]
+            [
+                FixedEmbedding(size, width) if name in fixed else nn.Embedding(size, width)
+                for (name, size), width in tables
+            ]
         )
 
-    def forward(self, values: torch.LongTensor | None) -> list[torch.Tensor]:
+    def forward(self, values: torch.Tensor | None) -> list[torch.Tensor]:
         given = 0 if values is None else values.shape[-1]
         if given != len(self.names):
             raise ValueError(
@@ -253,7 +259,7 @@ class FeatureEmbedding(nn.Module):
 
     def fill(self, name: str, vectors: torch.Tensor) -> None:
         """Table of a fixed feature: row i of `vectors` (N, width) goes to value i + 1, zeros to value 0 ("unknown")."""
-        table = self.tables[self.names.index(name)].weight
+        table = self.tables[self.names.index(name)].get_buffer("weight")
         if vectors.shape != (table.shape[0] - 1, table.shape[1]):
             raise ValueError(
                 f"vectors of {name!r} have shape {tuple(vectors.shape)}, the config says {table.shape[0] - 1} rows (its values "
@@ -276,7 +282,7 @@ def checked_context(config, context_ids, context_mask):
     return context_mask.bool()
 
 
-def item_ages(mask: torch.BoolTensor) -> torch.LongTensor:
+def item_ages(mask: torch.Tensor) -> torch.Tensor:
     """Age of every item of a history (B, T), oldest first: 1 for the most recent one; wherever the padding stands."""
     order = mask.long().cumsum(1)
     return (order[:, -1:] + 1 - order).clamp(min=1)

@@ -35,9 +35,9 @@ class RewardModelOutput(ModelOutput):
         rewards (`torch.FloatTensor` of shape (R,), P-Score: (R, m)): The one number that ranks sessions or items.
     """
 
-    loss: torch.FloatTensor | None = None
-    logits: torch.FloatTensor | None = None
-    rewards: torch.FloatTensor | None = None
+    loss: torch.Tensor | None = None
+    logits: torch.Tensor | None = None
+    rewards: torch.Tensor | None = None
 
 
 class TargetAwareItems(nn.Module):
@@ -183,15 +183,15 @@ class OneRecSessionRewardModel(RewardPreTrainedModel):
     @can_return_tuple
     def forward(
         self,
-        item_ids: torch.LongTensor,
-        item_features: torch.LongTensor | None = None,
-        item_numbers: torch.FloatTensor | None = None,
-        item_mask: torch.BoolTensor | None = None,
-        context_ids: torch.LongTensor | None = None,
-        context_mask: torch.BoolTensor | None = None,
-        context_features: torch.LongTensor | None = None,
-        user_features: torch.LongTensor | None = None,
-        labels: torch.FloatTensor | None = None,
+        item_ids: torch.Tensor,
+        item_features: torch.Tensor | None = None,
+        item_numbers: torch.Tensor | None = None,
+        item_mask: torch.Tensor | None = None,
+        context_ids: torch.Tensor | None = None,
+        context_mask: torch.Tensor | None = None,
+        context_features: torch.Tensor | None = None,
+        user_features: torch.Tensor | None = None,
+        labels: torch.Tensor | None = None,
     ) -> RewardModelOutput:
         r"""
         Args:
@@ -249,16 +249,16 @@ class OneRecPScoreModel(RewardPreTrainedModel):
     @can_return_tuple
     def forward(
         self,
-        item_ids: torch.LongTensor,
-        item_features: torch.LongTensor | None = None,
-        item_numbers: torch.FloatTensor | None = None,
-        item_mask: torch.BoolTensor | None = None,
-        context_ids: torch.LongTensor | None = None,
-        context_mask: torch.BoolTensor | None = None,
-        context_features: torch.LongTensor | None = None,
-        user_features: torch.LongTensor | None = None,
-        target_positions: torch.LongTensor | None = None,
-        labels: torch.FloatTensor | None = None,
+        item_ids: torch.Tensor,
+        item_features: torch.Tensor | None = None,
+        item_numbers: torch.Tensor | None = None,
+        item_mask: torch.Tensor | None = None,
+        context_ids: torch.Tensor | None = None,
+        context_mask: torch.Tensor | None = None,
+        context_features: torch.Tensor | None = None,
+        user_features: torch.Tensor | None = None,
+        target_positions: torch.Tensor | None = None,
+        labels: torch.Tensor | None = None,
     ) -> RewardModelOutput:
         r"""
         Args:
@@ -276,8 +276,8 @@ class OneRecPScoreModel(RewardPreTrainedModel):
         """
         context_kv, user = self.items.encode_context(context_ids, context_mask, context_features, user_features)
         states, items, user = self.items(item_ids, item_features, item_numbers, context_kv, user, target_positions)
-        hidden, logits = zip(*(tower(states) for tower in self.towers))
-        logits = torch.stack(logits, dim=-1)  # (R, m, X)
+        hidden, log_odds = zip(*(tower(states) for tower in self.towers))
+        logits = torch.stack(log_odds, dim=-1)  # (R, m, X)
         parts = [*hidden, user.unsqueeze(1).expand_as(items), items]
         fused = self.fuse_score(F.silu(self.fuse_hidden(torch.cat(parts, dim=-1)))).squeeze(-1)  # (R, m)
         rewards = fused.float().sigmoid()

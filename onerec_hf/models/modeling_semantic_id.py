@@ -6,6 +6,7 @@ positions, R = B * m rows (rows of one user adjacent), C decoder tokens, L level
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -46,13 +47,13 @@ class SemanticIdCausalLMOutput(ModelOutput):
             `labels` of shape (R, items, L), one row per row of `input_ids`.
     """
 
-    loss: torch.FloatTensor | None = None
-    logits: torch.FloatTensor | None = None
-    target_log_probs: torch.FloatTensor | None = None
+    loss: torch.Tensor | None = None
+    logits: torch.Tensor | None = None
+    target_log_probs: torch.Tensor | None = None
     past_key_values: object | None = None
-    hidden_states: tuple[torch.FloatTensor, ...] | None = None
-    attentions: tuple[torch.FloatTensor, ...] | None = None
-    cross_attentions: tuple[torch.FloatTensor, ...] | None = None
+    hidden_states: tuple[torch.Tensor, ...] | None = None
+    attentions: tuple[torch.Tensor, ...] | None = None
+    cross_attentions: tuple[torch.Tensor, ...] | None = None
 
 
 class SemanticIdPreTrainedModel(PreTrainedModel):
@@ -100,12 +101,14 @@ class SemanticIdModel(SemanticIdPreTrainedModel):
     """
 
     decoder_layer_class = DecoderLayer
+    context_processor: nn.Module
+    embed_positions: nn.Embedding | None  # of the tokens of a session
+    position_bias: nn.Embedding | None  # over the ages of context items
 
-    def build_decoder(self, num_context_sets: int, num_norms: int = 1):
+    def build_decoder(self, num_context_sets: int, num_norms: int = 1) -> None:
         """`num_context_sets` key/value sets are shared out evenly over the blocks: floor(l * sets / blocks) (OneRec-V2, 2.2.3)."""
         config = self.config
-        self.embed_positions = None  # of the tokens of a session
-        self.position_bias = None  # over the ages of context items
+        self.embed_positions = self.position_bias = None
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, config.pad_token_id)
         self.dropout = nn.Dropout(config.dropout)
         self.layers = nn.ModuleList(
@@ -142,18 +145,18 @@ class SemanticIdModel(SemanticIdPreTrainedModel):
     @capture_outputs
     def forward(
         self,
-        input_ids: torch.LongTensor | None = None,
+        input_ids: torch.Tensor | None = None,
         attention_mask: torch.Tensor | None = None,
-        position_ids: torch.LongTensor | None = None,
+        position_ids: torch.Tensor | None = None,
         past_key_values: Cache | None = None,
-        inputs_embeds: torch.FloatTensor | None = None,
+        inputs_embeds: torch.Tensor | None = None,
         use_cache: bool | None = None,
-        context_ids: torch.LongTensor | None = None,
-        context_mask: torch.BoolTensor | None = None,
-        context_features: torch.LongTensor | None = None,
-        user_features: torch.LongTensor | None = None,
+        context_ids: torch.Tensor | None = None,
+        context_mask: torch.Tensor | None = None,
+        context_features: torch.Tensor | None = None,
+        user_features: torch.Tensor | None = None,
         context_kv: ContextKV | None = None,
-        target_positions: torch.LongTensor | None = None,
+        target_positions: torch.Tensor | None = None,
         **kwargs,
     ) -> BaseModelOutputWithPastAndCrossAttentions:
         r"""
@@ -195,6 +198,7 @@ class SemanticIdModel(SemanticIdPreTrainedModel):
         if self.embed_positions is not None:
             hidden_states = hidden_states + self.embed_positions(position_ids)
         hidden_states = self.dropout(hidden_states)
+        layer: Any
         for layer in self.layers:
             hidden_states = layer(
                 hidden_states,
@@ -214,7 +218,7 @@ class SemanticIdModel(SemanticIdPreTrainedModel):
 class SemanticIdMixin(CatalogueGenerationMixin):
     """Head, loss, catalogue and `generate` of a model whose `self.model` turns a context and codes into hidden states."""
 
-    def build_head(self):
+    def build_head(self) -> None:
         """`lm_head`, and a generation config that stops after the last code."""
         self.lm_head = LevelHead(self.config.hidden_size, self.config.vocab_size, bias=False)
         self.post_init()
@@ -247,7 +251,7 @@ class SemanticIdMixin(CatalogueGenerationMixin):
             logits = logits.masked_fill(~valid.scatter_(1, spare, True)[:, :-1], torch.finfo(torch.float32).min)
         return logits.log_softmax(-1)
 
-    def code_log_probs(self, hidden_states: torch.Tensor, token_ids: torch.LongTensor) -> torch.Tensor:
+    def code_log_probs(self, hidden_states: torch.Tensor, token_ids: torch.Tensor) -> torch.Tensor:
         """
         Log-probability of given codes: what the loss, preference losses, RL ratios and beam scores are made of.
 
@@ -267,7 +271,7 @@ class SemanticIdMixin(CatalogueGenerationMixin):
                 node = self._require_catalogue().step(node, level, code).clamp(min=0)
         return torch.cat(result, dim=1)
 
-    def row_log_probs(self, hidden_states: torch.Tensor, token_ids: torch.LongTensor) -> torch.Tensor:
+    def row_log_probs(self, hidden_states: torch.Tensor, token_ids: torch.Tensor) -> torch.Tensor:
         """
         As `code_log_probs`, for whole rows: BOS and the codes of one item, and so on for every item of a session.
 
@@ -290,7 +294,7 @@ class SemanticIdMixin(CatalogueGenerationMixin):
         codes = token_ids[:, before_code + 1].reshape(-1, size - 1)
         return self.code_log_probs(hidden_states, codes).view(token_ids.shape[0], -1, size - 1)
 
-    def mask_logits_to_level(self, logits: torch.Tensor, positions: torch.LongTensor) -> torch.Tensor:
+    def mask_logits_to_level(self, logits: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
         """
         `logits` (R, C, vocab) with everything that cannot follow at the lowest finite number: position p of a row predicts level
         p mod (L + 1); behind the last level stands `<|sid_begin|>` of a session's next item, or `<|sid_end|>`.
@@ -315,21 +319,21 @@ class SemanticIdMixin(CatalogueGenerationMixin):
     @can_return_tuple
     def forward(
         self,
-        input_ids: torch.LongTensor | None = None,
+        input_ids: torch.Tensor | None = None,
         attention_mask: torch.Tensor | None = None,
-        position_ids: torch.LongTensor | None = None,
+        position_ids: torch.Tensor | None = None,
         past_key_values: Cache | None = None,
-        inputs_embeds: torch.FloatTensor | None = None,
-        labels: torch.LongTensor | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        labels: torch.Tensor | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int | torch.Tensor = 0,
-        context_ids: torch.LongTensor | None = None,
-        context_mask: torch.BoolTensor | None = None,
-        context_features: torch.LongTensor | None = None,
-        user_features: torch.LongTensor | None = None,
+        context_ids: torch.Tensor | None = None,
+        context_mask: torch.Tensor | None = None,
+        context_features: torch.Tensor | None = None,
+        user_features: torch.Tensor | None = None,
         context_kv: ContextKV | None = None,
-        target_ids: torch.LongTensor | None = None,
-        target_positions: torch.LongTensor | None = None,
+        target_ids: torch.Tensor | None = None,
+        target_positions: torch.Tensor | None = None,
         **kwargs,
     ) -> SemanticIdCausalLMOutput:
         r"""
@@ -346,6 +350,7 @@ class SemanticIdMixin(CatalogueGenerationMixin):
             [`SemanticIdCausalLMOutput`]; the loss is -log p(s^l | BOS, s^{<l}, context), summed over the codes of a row (OneRec
             eq. 1; Technical Report, L_NTP) or averaged (OneRec-V2, L_Gen). With `target_ids` there are no `logits`.
         """
+        context: dict[str, Any]
         context = {"context_ids": context_ids, "context_mask": context_mask, "context_features": context_features}
         context |= {"user_features": user_features, "context_kv": context_kv}
         if target_ids is not None:

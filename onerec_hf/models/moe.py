@@ -28,8 +28,9 @@ class Router(nn.Module):
         )
         self.weight = nn.Parameter(torch.empty(config.num_experts, config.hidden_size))
         self.register_buffer("e_score_correction_bias", torch.zeros(config.num_experts))
+        self.e_score_correction_bias: torch.Tensor
         # tokens per expert since the last update; no buffer, which DDP would overwrite with those of the first process
-        self.load = None
+        self.load: torch.Tensor | None = None
 
     def forward(self, hidden_states):
         """(S, D) -> logits (S, E), gates (S, top_k), experts (S, top_k)."""

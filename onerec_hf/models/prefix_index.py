@@ -32,6 +32,13 @@ class PrefixIndex:
         max_items (`int`): Most items of one leaf.
     """
 
+    codebook_sizes: list[int]
+    codes: list[torch.Tensor]
+    surplus: list[torch.Tensor]
+    max_children: list[int]
+    max_items: int
+    _run_counts: list[list[tuple[int, int]]]
+
     def _build_index(self, key: np.ndarray, codebook_sizes: list[int]):
         """`key` (N,): the semantic IDs as sorted numbers, (size - 1).bit_length() bits per level."""
         self.codebook_sizes = codebook_sizes
@@ -62,18 +69,18 @@ class PrefixIndex:
         """Leaves of the index: different semantic IDs; fewer than items where semantic IDs collide."""
         return len(self.codes[-1])
 
-    def first_child(self, node: torch.LongTensor, level: int) -> torch.LongTensor:
+    def first_child(self, node: torch.Tensor, level: int) -> torch.Tensor:
         """First child of nodes of `level`; of `node + 1`, the end of the children. Below a leaf, a place in `item_order`."""
         return self.surplus[level][node] + node
 
-    def leaf_range(self, node: torch.LongTensor, level: int):
+    def leaf_range(self, node: torch.Tensor, level: int):
         """First leaf below nodes of `level` (0-based) and the one behind the last, in the shape of `node`."""
         first, end = node, node + 1
         for above in range(level, self.num_levels - 1):
             first, end = self.first_child(first, above), self.first_child(end, above)
         return first, end
 
-    def children(self, node: torch.LongTensor | None, level: int):
+    def children(self, node: torch.Tensor | None, level: int):
         """
         Children on `level` (0-based) of nodes of the level above; `node=None` is the root.
 
@@ -88,7 +95,7 @@ class PrefixIndex:
         child = child.clamp(max=len(self.codes[level]) - 1)
         return self.codes[level][child].long(), child, real
 
-    def valid_codes(self, node: torch.LongTensor | None, level: int, alive: torch.BoolTensor | None = None):
+    def valid_codes(self, node: torch.Tensor | None, level: int, alive: torch.Tensor | None = None):
         """
         The codes of `level` that lead on from nodes of the level above (R,), -1 for none; `node=None` is the root.
 
@@ -111,7 +118,7 @@ class PrefixIndex:
         return valid.scatter_(1, code, True)[:, :-1]
 
     def expand(
-        self, node: torch.LongTensor | None, level: int, beams: int = 1, distinct: bool = True, padded: bool = False
+        self, node: torch.Tensor | None, level: int, beams: int = 1, distinct: bool = True, padded: bool = False
     ):
         """
         All children of K nodes per request, in R runs of W children.
@@ -164,7 +171,7 @@ class PrefixIndex:
             total, beams = total + runs * min(nodes, beams), beams - min(nodes, beams)
         return total
 
-    def step(self, node: torch.LongTensor | None, level: int, code: torch.LongTensor) -> torch.LongTensor:
+    def step(self, node: torch.Tensor | None, level: int, code: torch.Tensor) -> torch.Tensor:
         """The child of `node` that carries `code` on `level`, or -1; a dead parent (-1) stays dead. Shapes are equal."""
         if node is None:
             low, end = torch.zeros_like(code), torch.full_like(code, len(self.codes[0]))
@@ -180,9 +187,10 @@ class PrefixIndex:
             found = found & (node >= 0)
         return torch.where(found, low, -1)
 
-    def _alive(self, places: torch.BoolTensor) -> list[torch.BoolTensor]:
+    def _alive(self, places: torch.Tensor) -> list[torch.Tensor]:
         """Per level, the nodes (B, nodes) below which one of the `places` (B, N) of items is True."""
-        mask, masks = places, []
+        mask = places
+        masks: list[torch.Tensor] = []
         for level in reversed(range(self.num_levels)):
             if level + 1 < self.num_levels or self.max_items > 1:  # else every leaf is its one item
                 edges = self.first_child(torch.arange(len(self.codes[level]) + 1, device=mask.device), level)

@@ -1,6 +1,7 @@
 """Tokenizer of semantic IDs, in OpenOneRec's spelling (arXiv:2512.24762): <|sid_begin|><s_a_12><s_b_7><s_c_255><|sid_end|>."""
 
 import os
+from typing import Any
 
 import numpy as np
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
@@ -26,7 +27,7 @@ class SemanticIdTokenizer(TokenizersBackend):
     """
 
     model_input_names = ["input_ids", "attention_mask"]
-    model = models.WordLevel
+    model = models.WordLevel  # type: ignore[assignment]
 
     def __init__(
         self,
@@ -115,9 +116,9 @@ class SemanticIdTokenizer(TokenizersBackend):
             )
         return self.catalogue
 
-    def save_pretrained(self, save_directory: str | os.PathLike, **kwargs):
+    def save_pretrained(self, save_directory: str | os.PathLike, *args: Any, **kwargs: Any) -> tuple[str, ...]:
         """As `PreTrainedTokenizerBase.save_pretrained`, plus `catalogue.safetensors` where there is a catalogue."""
-        files = super().save_pretrained(save_directory, **kwargs)
+        files = super().save_pretrained(save_directory, *args, **kwargs)
         if self.catalogue is not None:
             self._require_catalogue().save_pretrained(save_directory)
         return files

@@ -89,7 +89,8 @@ def reward_of_model(
         collator: See [`CandidateCollator`].
         policy: The OneRec model that generates.
         num_generations (`int`): Completions per sample, adjacent: `num_candidates` of [`IPAConfig`].
-        catalogue (`Catalogue`, *optional*): The one that the reward model was trained with, to be compared with the policy's.
+        catalogue (`Catalogue`, *optional*): The one that the reward model was trained with, to be compared with the policy's beside
+            the fingerprint in the reward model's config.
         batch_size (`int`, defaults to 64): Samples per call of the reward model.
 
     Raises:
@@ -101,14 +102,11 @@ def reward_of_model(
             "it was trained with other semantic IDs. Train it with the policy's tokenizer."
         )
     own = policy.catalogue
-    if catalogue is not None and not (
-        catalogue.item_ids.shape == own.item_ids.shape
-        and (catalogue.item_ids == own.item_ids).all()
-        and torch.equal(catalogue.semantic_ids.cpu(), own.semantic_ids.cpu())
-    ):
+    known = {reward_model.config.catalogue_fingerprint, catalogue.fingerprint() if catalogue is not None else None}
+    if known - {None, own.fingerprint()}:
         raise ValueError(
-            f"the reward model was trained with {catalogue}, the policy has {own}: the same codes mean other items. Train it with "
-            "the policy's tokenizer."
+            f"the reward model was trained with {catalogue or 'another catalogue'}, the policy has {own}: the same codes mean "
+            "other items. Train it with the policy's tokenizer."
         )
     reward_model.eval()
     collate = CandidateCollator(collator, own, reward_model.device)

@@ -8,7 +8,7 @@ from typing import Literal
 import torch
 
 
-def duration_buckets(duration: torch.Tensor, base: float = 2.0, eps: float = 1e-6) -> torch.LongTensor:
+def duration_buckets(duration: torch.Tensor, base: float = 2.0, eps: float = 1e-6) -> torch.Tensor:
     """
     F(d) = floor(log_base(d + eps)) (OneRec-V2, duration-aware reward shaping).
 
@@ -39,7 +39,7 @@ def play_time_percentiles(
     duration: torch.Tensor,
     history_play_time: torch.Tensor,
     history_duration: torch.Tensor,
-    history_mask: torch.BoolTensor | None = None,
+    history_mask: torch.Tensor | None = None,
     *,
     base: float = 2.0,
     eps: float = 1e-6,
@@ -91,7 +91,7 @@ def duration_aware_advantages(
     *,
     quantile: float = 0.75,
     ties: Literal["strict", "inclusive"] = "strict",
-    mask: torch.BoolTensor | None = None,
+    mask: torch.Tensor | None = None,
 ) -> torch.Tensor:
     r"""
     A_i = -1 for explicit dislikes, +1 for the batch's top quartile of q, 0 for the rest, which does not train and should be dropped

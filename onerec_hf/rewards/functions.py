@@ -45,7 +45,7 @@ def completion_leaves(
     return leaves, torch.cat([owner[whole[owner]][::levels], broken])
 
 
-def is_legal(completion_ids: Sequence[Sequence[int]], catalogue: Catalogue) -> torch.BoolTensor:
+def is_legal(completion_ids: Sequence[Sequence[int]], catalogue: Catalogue) -> torch.Tensor:
     """Whether each completion spells existing items only, `torch.BoolTensor` of shape (R,) on the CPU."""
     leaves, owner = completion_leaves(completion_ids, catalogue)
     return owner[leaves < 0].bincount(minlength=len(completion_ids)) == 0
@@ -57,7 +57,7 @@ def select_for_format(
     num_samples: int,
     log_probs: torch.Tensor | None = None,
     generator: torch.Generator | None = None,
-) -> torch.BoolTensor:
+) -> torch.Tensor:
     """
     Which K of each group's G samples the format reward looks at (Technical Report, format reward).
 

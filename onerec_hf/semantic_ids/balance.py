@@ -101,7 +101,7 @@ class Prices:
         kernel = costs.sub_(costs.amin(dim=1, keepdim=True)).div_(-temperature).exp_()
         kernel.div_(kernel.sum(dim=1, keepdim=True))  # softmax in place
         squares = torch.zeros_like(self.values)
-        for block in row_blocks(*kernel.shape, kernel.device):
+        for block in row_blocks(len(kernel), kernel.shape[1], kernel.device):
             squares += kernel[block].square().sum(dim=0)
         # The Hessian of the dual is a graph Laplacian, which twice its diagonal bounds: no K x K matrix is needed.
         curvature = kernel.mean(dim=0) - squares / len(kernel) + 1e-3 * self.shares

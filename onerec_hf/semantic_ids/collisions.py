@@ -48,7 +48,7 @@ def resolve_collisions(
         raise ValueError('`policy="next_free"` measures distances: pass `quantizer` and `item_embeddings` as well.')
     item_embeddings = torch.as_tensor(item_embeddings)
     if isinstance(quantizer, RQVAE):
-        quantizer, item_embeddings = quantizer.latent, quantizer.encoder_outputs(item_embeddings)
+        return _next_free(codes, quantizer.latent, quantizer.encoder_outputs(item_embeddings))
     return _next_free(codes, quantizer, item_embeddings)
 
 
@@ -77,7 +77,7 @@ def _next_free(codes: torch.Tensor, quantizer: ResidualKMeans, item_embeddings: 
     prefixes = row_ids(codes[:, :-1])
     _check_room(codes, prefixes, quantizer.codebook_size)
     distances = torch.empty(len(codes), device=codes.device)
-    for block in row_blocks(*item_embeddings.shape, codes.device):
+    for block in row_blocks(len(item_embeddings), item_embeddings.shape[1], codes.device):
         errors = item_embeddings[block].float() - quantizer.decode(codes[block])
         distances[block] = errors.square().sum(dim=1)
     movers = _ranks(row_ids(codes), distances).nonzero().squeeze(1)  # rank 0 keeps its codes

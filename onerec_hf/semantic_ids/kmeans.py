@@ -145,7 +145,8 @@ def _balanced(items, order, codebook_size, num_iterations, num_full_iterations) 
         codes = torch.cat([own, nearest_centroids(seen[len(own) :], centroids, prices.values)])
         prices.correct(codes, own)
         centroids, _ = cluster_means(seen, codes, centroids)
-    lowest, best = float("inf"), None
+    lowest = float("inf")
+    best: tuple[torch.Tensor, torch.Tensor]
     for _ in range(num_full_iterations):
         own = prices.solve(sample, centroids)
         codes, margins = cheapest_two(items, centroids, prices.values)

@@ -43,7 +43,7 @@ def quality_report(codes: torch.Tensor, item_embeddings: torch.Tensor, quantizer
         )
     squared_error, deviation = 0.0, 0.0
     mean = item_embeddings.mean(dim=0, dtype=torch.float64).float()
-    for block in row_blocks(*item_embeddings.shape, item_embeddings.device):
+    for block in row_blocks(len(item_embeddings), item_embeddings.shape[1], item_embeddings.device):
         items = item_embeddings[block].float()
         decoded = quantizer.decode(codes[block, :levels])
         squared_error += (items - decoded).double().square().sum().item()
@@ -120,5 +120,5 @@ def plot_codebook_usage(codes: torch.Tensor, codebook_size: int, path: str | Pat
         color="#333333",
         ha="right",
     )
-    figure.get_layout_engine().set(wspace=0.05)
+    figure.set_layout_engine("constrained", wspace=0.05)
     figure.savefig(path)

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import os
 import time
 from pathlib import Path
 
@@ -110,7 +111,7 @@ class ResidualKMeans:
                 num_full_iterations=self.num_full_iterations,
                 generator=generator,
             )
-            for block in row_blocks(*residuals.shape, residuals.device):
+            for block in row_blocks(len(residuals), residuals.shape[1], residuals.device):
                 residuals[block] -= centroids[codes[block, level]]
             codebooks.append(centroids + center if level == 0 else centroids)
             logger.info("level %d of %d: %.1f s", level + 1, self.num_levels, time.perf_counter() - start)
@@ -119,7 +120,9 @@ class ResidualKMeans:
 
     def fit_encode(self, item_embeddings: torch.Tensor | np.ndarray) -> torch.Tensor:
         """`fit`, then `train_codes` (num_items, num_levels): the balanced codes where `balanced=True`."""
-        return self.fit(item_embeddings).train_codes
+        self.fit(item_embeddings)
+        assert self.train_codes is not None
+        return self.train_codes
 
     def encode(self, item_embeddings: torch.Tensor | np.ndarray) -> torch.Tensor:
         """Codes of any items by the nearest centroid of each level (the papers' rule).
@@ -135,10 +138,10 @@ class ResidualKMeans:
         codebooks = codebooks.to(item_embeddings.device)
         codes = torch.empty(len(item_embeddings), self.num_levels, dtype=torch.long, device=item_embeddings.device)
         center = codebooks[0].mean(dim=0)
-        codebooks = [codebooks[0] - center, *codebooks[1:]]
-        for block in row_blocks(*item_embeddings.shape, item_embeddings.device):
+        levels = [codebooks[0] - center, *codebooks[1:]]
+        for block in row_blocks(len(item_embeddings), item_embeddings.shape[1], item_embeddings.device):
             residuals = item_embeddings[block].float() - center
-            for level, centroids in enumerate(codebooks):
+            for level, centroids in enumerate(levels):
                 codes[block, level] = nearest_centroids(residuals, centroids)
                 residuals -= centroids[codes[block, level]]
         return codes
@@ -168,7 +171,7 @@ class ResidualKMeans:
             decoded += codebooks[level][codes[:, level]]
         return decoded
 
-    def save_pretrained(self, save_directory: str | Path) -> None:
+    def save_pretrained(self, save_directory: str | os.PathLike) -> None:
         """Writes `quantizer_config.json` and `quantizer.safetensors`; the folder may be a model's folder."""
         codebooks = self._fitted()
         folder = Path(save_directory)
@@ -187,7 +190,7 @@ class ResidualKMeans:
         save_file({"codebooks": codebooks.cpu().contiguous()}, folder / WEIGHTS_NAME)
 
     @classmethod
-    def from_pretrained(cls, folder: str | Path) -> "ResidualKMeans":
+    def from_pretrained(cls, folder: str | os.PathLike) -> "ResidualKMeans":
         """Reads what `save_pretrained` wrote into a local folder; the codebooks come on the CPU."""
         path = Path(folder) / CONFIG_NAME
         if not path.is_file():
@@ -229,7 +232,7 @@ class ResidualKMeans:
                 "encode with the embedding model that the quantizer was fitted on."
             )
         broken = 0
-        for block in row_blocks(*item_embeddings.shape, item_embeddings.device):
+        for block in row_blocks(len(item_embeddings), item_embeddings.shape[1], item_embeddings.device):
             broken += int((~item_embeddings[block].isfinite()).any(dim=1).sum())
         if broken > 0:
             raise ValueError(

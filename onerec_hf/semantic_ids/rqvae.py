@@ -7,6 +7,7 @@ latent width.
 import itertools
 import json
 import logging
+import os
 from pathlib import Path
 
 import numpy as np
@@ -88,11 +89,12 @@ class RQVAE:
         generator = torch.Generator().manual_seed(self.seed)
         with torch.random.fork_rng():
             torch.manual_seed(self.seed)
-            self.network = _Network(items.shape[1], self.hidden_sizes, self.latent_dim).to(items.device)
-        self.network.center.copy_(items.mean(0))
-        self.network.scale.copy_((items - self.network.center).square().mean().sqrt().clamp_min(1e-12))
-        codebooks = nn.Parameter(self.latent.fit(self.encoder_outputs(items)).codebooks)
-        optimizer = torch.optim.AdamW([*self.network.parameters(), codebooks], self.learning_rate, weight_decay=0.0)
+            network = _Network(items.shape[1], self.hidden_sizes, self.latent_dim).to(items.device)
+        self.network = network
+        network.center.copy_(items.mean(0))
+        network.scale.copy_((items - network.center).square().mean().sqrt().clamp_min(1e-12))
+        codebooks = nn.Parameter(self.latent.fit(self.encoder_outputs(items))._fitted())
+        optimizer = torch.optim.AdamW([*network.parameters(), codebooks], self.learning_rate, weight_decay=0.0)
         steps = -(-len(items) // self.batch_size)
         schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, self.num_epochs * steps)
         bar = tqdm(range(self.num_epochs), desc="RQ-VAE", unit="epoch", disable=not progress)
@@ -116,7 +118,7 @@ class RQVAE:
 
     def loss(self, items: torch.Tensor, codebooks: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Sum over items (B, D) of the loss above, on the scale of the standardised items, and their codes (B, L)."""
-        network = self.network
+        network = self._fitted()
         target = (items - network.center) / network.scale
         latents = network.encoder(target)  # (B, Z)
         residual, quantised, codes, loss = latents, torch.zeros_like(latents), [], 0.0
@@ -147,7 +149,9 @@ class RQVAE:
 
     def fit_encode(self, item_embeddings: torch.Tensor | np.ndarray) -> torch.Tensor:
         """`fit`, then `train_codes` (N, L)."""
-        return self.fit(item_embeddings).train_codes
+        self.fit(item_embeddings)
+        assert self.train_codes is not None
+        return self.train_codes
 
     @torch.no_grad()
     def encoder_outputs(self, item_embeddings: torch.Tensor | np.ndarray) -> torch.Tensor:
@@ -170,7 +174,7 @@ class RQVAE:
         network = self._fitted().to(codes.device)
         return network.decoder(self.latent.decode(codes)) * network.scale + network.center
 
-    def save_pretrained(self, save_directory: str | Path) -> None:
+    def save_pretrained(self, save_directory: str | os.PathLike) -> None:
         """Writes `quantizer_config.json` and `quantizer.safetensors`; the folder may be a model's folder."""
         network, folder = self._fitted(), Path(save_directory)
         folder.mkdir(parents=True, exist_ok=True)
@@ -190,10 +194,10 @@ class RQVAE:
         }
         (folder / CONFIG_NAME).write_text(json.dumps(config, indent=2) + "\n")
         tensors = {name: value.cpu().contiguous() for name, value in network.state_dict().items()}
-        save_file(tensors | {"codebooks": self.latent.codebooks.cpu().contiguous()}, folder / WEIGHTS_NAME)
+        save_file(tensors | {"codebooks": self.latent._fitted().cpu().contiguous()}, folder / WEIGHTS_NAME)
 
     @classmethod
-    def from_pretrained(cls, folder: str | Path) -> "RQVAE":
+    def from_pretrained(cls, folder: str | os.PathLike) -> "RQVAE":
         """Reads what `save_pretrained` wrote into a local folder; the weights come on the CPU."""
         config = json.loads((Path(folder) / CONFIG_NAME).read_text())
         if (kind := config.pop("quantizer_type")) != "rqvae":
@@ -215,6 +219,9 @@ class RQVAE:
 
 
 class _Network(nn.Module):
+    center: torch.Tensor
+    scale: torch.Tensor
+
     def __init__(self, width: int, hidden_sizes: tuple[int, ...], latent_dim: int):
         super().__init__()
         self.register_buffer("center", torch.zeros(width))
@@ -230,9 +237,10 @@ def _mlp(sizes: list[int]) -> nn.Sequential:
     return nn.Sequential(*layers[:-1])
 
 
-def load_quantizer(folder: str | Path) -> ResidualKMeans | RQVAE:
+def load_quantizer(folder: str | os.PathLike) -> ResidualKMeans | RQVAE:
     """The quantizer that `save_pretrained` of either class wrote into a local folder."""
     path = Path(folder) / CONFIG_NAME
+    kinds: dict[str, type[ResidualKMeans] | type[RQVAE]]
     kinds = {"residual_kmeans": ResidualKMeans, "rqvae": RQVAE}
     if not path.is_file():
         return ResidualKMeans.from_pretrained(folder)  # says what is missing

@@ -66,7 +66,7 @@ def _splitmix64(x: np.ndarray) -> np.ndarray:
     return x ^ (x >> np.uint64(31))
 
 
-def _solve_intercept(logits: np.ndarray, target: np.ndarray, weights: np.ndarray | None = None) -> np.ndarray:
+def _solve_intercept(logits: np.ndarray, target: np.ndarray | float, weights: np.ndarray | None = None) -> np.ndarray:
     """Intercepts b (T,) with weighted mean of sigmoid(logits + b) = target (T,), by bisection; logits (M,)."""
     target = np.atleast_1d(target)
     low, high = np.full(target.shape, -20.0), np.full(target.shape, 20.0)

@@ -51,8 +51,8 @@ def serve(
         where the recommender gives them, `log_prob_1` to `log_prob_L`. `request_id` is one list.
     """
     users = np.unique(history.user_id.to_numpy())
-    events = {user: {name: [] for name in EVENT_COLUMNS} for user in users.tolist()}
-    seen = {user: set() for user in users.tolist()}
+    events: dict[int, dict[str, list]] = {user: {name: [] for name in EVENT_COLUMNS} for user in users.tolist()}
+    seen: dict[int, set] = {user: set() for user in users.tolist()}
     _append(events, seen, history)
     days = []
     for day in range(num_days):
@@ -123,7 +123,7 @@ def user_totals(
     rows = log.user_id.map(place).to_numpy()
     totals = {name: np.bincount(rows, np.asarray(values, float), len(users)) for name, values in columns.items()}
     unit = embeddings / np.linalg.norm(embeddings, axis=1, keepdims=True)
-    spread = [[] for _ in users]
+    spread: list[list[float]] = [[] for _ in users]
     for (user, _), own in log.groupby(["user_id", "day"])["video_id"]:
         if (n := len(own)) > 1:  # sum over pairs of x . y = (|sum x|^2 - n) / 2
             spread[place[user]].append(1 - ((unit[own].sum(0) ** 2).sum() - n) / (n * (n - 1)))

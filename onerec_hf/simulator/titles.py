@@ -175,7 +175,8 @@ def make_titles(category: np.ndarray, subject: np.ndarray, rng: np.random.Genera
     """
     num_forms = len(_TEMPLATES[0]) * len(_DETAILS[0])
     forms = rng.permuted(np.tile(np.arange(num_forms), (len(CATEGORIES), NUM_SUBJECTS, 1)), axis=2)
-    titles, used = [], {}
+    titles: list[str] = []
+    used: dict[tuple[int, int], int] = {}
     for c, s in zip(category.tolist(), subject.tolist()):
         number = used.get((c, s), 0)
         used[c, s] = number + 1

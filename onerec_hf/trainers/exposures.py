@@ -6,6 +6,7 @@ M events of a log, U users, n exposures of a request, L levels.
 
 from collections.abc import Mapping
 from itertools import pairwise
+from typing import Literal
 
 import datasets
 import numpy as np
@@ -32,7 +33,7 @@ def feedback_exposures(
     user_ids: np.ndarray | None = None,
     max_history: int = 50,
     quantile: float = 0.75,
-    ties: str = "strict",
+    ties: Literal["strict", "inclusive"] = "strict",
     **percentiles,
 ) -> datasets.Dataset:
     r"""

@@ -6,11 +6,13 @@ of a user, R = B * G rows, C tokens of a completion, n exposures of a user, L le
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import datasets
 import torch
 import torch.nn.functional as F
 from torch.nn.utils import get_total_norm
+from transformers.trainer_utils import TrainOutput
 from trl import GRPOTrainer
 
 from ..models import SemanticIdTokenizer
@@ -54,6 +56,7 @@ class OneRecGRPOTrainer(RepositoryMixin, GRPOTrainer):
     `grad_norm/negative`, see `sign_norm_steps`; `rollout_seconds`.
     """
 
+    args: OneRecGRPOConfig
     _tag_names = ["onerec", "rl"]
     _card_method = "Reinforcement learning on rollouts of the policy and on logged exposures (`OneRecGRPOTrainer`)."
     _card_papers = ("grpo",)
@@ -85,7 +88,8 @@ class OneRecGRPOTrainer(RepositoryMixin, GRPOTrainer):
             train_dataset, reward_funcs = logged_dataset, reward_funcs or [_no_reward]
         if processing_class is None and not isinstance(model, str):
             processing_class = SemanticIdTokenizer(codebook_sizes=model.config.codebook_sizes)
-        self.collator, self.context = data_collator, None
+        self.collator: Any = data_collator
+        self.context: dict[str, torch.Tensor] = {}
         self.rows = {"train": train_dataset, "eval": eval_dataset}
         prompts = {name: None if rows is None else _places(rows) for name, rows in self.rows.items()}
         super().__init__(
@@ -140,9 +144,9 @@ class OneRecGRPOTrainer(RepositoryMixin, GRPOTrainer):
         for name, value in zip(metrics, self.accelerator.reduce(values, "mean").tolist()):
             self._metrics["train" if self.model.training else "eval"][name].append(value)
 
-    def train(self, resume_from_checkpoint=None, **kwargs):
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> TrainOutput:
         self.rollout_checkpoint.restore(resume_from_checkpoint)
-        return super().train(resume_from_checkpoint, **kwargs)
+        return super().train(resume_from_checkpoint, *args, **kwargs)
 
     def log(self, logs: dict[str, float], *args, **kwargs) -> None:
         if self.expert_balance is not None and "loss" in logs:
@@ -160,7 +164,7 @@ class OneRecGRPOTrainer(RepositoryMixin, GRPOTrainer):
             raise ValueError(f"a process got {len(inputs)} candidates, no whole groups of {group}.")
         rows = self.rows["train" if self.model.training else "eval"]
         users = [dict(rows[row["prompt"]]) for row in inputs[::group]]
-        self.context = self._prepare_input(self.collator.context(users))
+        self.context = self._on_device(self.collator.context(users))
         inputs = [user | row for user, repeats in zip(users, _chunks(inputs, group)) for row in repeats]
         found = super()._generate_and_score_completions(inputs)
         found["advantages"] = self._advantages  # TRL's are normalised in another way
@@ -169,10 +173,13 @@ class OneRecGRPOTrainer(RepositoryMixin, GRPOTrainer):
         groups = {name: found[name].unflatten(0, (-1, group)) for name in kept if name in found}
         return groups | {_CONTEXT + name: tensor for name, tensor in self.context.items()}
 
+    def _on_device(self, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        return {name: self._prepare_input(tensor) for name, tensor in batch.items()}
+
     def _calculate_rewards(self, inputs, prompts, completions, completion_ids_list):
         rewards = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)  # of all processes
-        added = [self.args.loss_type == "gbpo" or n in self.args.unnormalized_rewards for n in self.reward_func_names]
-        added = torch.tensor(added, device=rewards.device)
+        raw = self.args.unnormalized_rewards if self.args.loss_type != "gbpo" else self.reward_func_names
+        added = torch.tensor([name in raw for name in self.reward_func_names], device=rewards.device)
         weighted = rewards * self.reward_weights.to(rewards.device)
         normalised = weighted[:, ~added]
         normalised = normalised.nansum(1).masked_fill(normalised.isnan().all(1), torch.nan)
@@ -237,7 +244,8 @@ class OneRecGRPOTrainer(RepositoryMixin, GRPOTrainer):
         """The weighted sum of the losses, see [`OneRecGRPOConfig`]."""
         args, training = self.args, self.model.training
         logged_weight = args.logged_weight if training else 0.0
-        metrics, parts = {}, []
+        metrics: dict[str, float | torch.Tensor] = {}
+        parts = []
         if logged_weight < 1:
             parts.append((1 - logged_weight, *self._on_policy_loss(model, inputs, metrics)))
         if logged_weight > 0:
@@ -247,7 +255,7 @@ class OneRecGRPOTrainer(RepositoryMixin, GRPOTrainer):
             metrics |= self._norms_by_sign(parts)
         loss = args.rl_weight * loss
         if training and args.sft_weight > 0:
-            supervised = model(**self._prepare_input(self.collator(self.supervised(self._step)))).loss
+            supervised = model(**self._on_device(self.collator(self.supervised(self._step)))).loss
             metrics["loss/sft"] = supervised.detach()
             loss = loss + args.sft_weight * supervised
         self.record(metrics)
@@ -275,7 +283,7 @@ class OneRecGRPOTrainer(RepositoryMixin, GRPOTrainer):
     def _logged_loss(self, model, metrics):
         """As `_on_policy_loss`, of the next logged exposures; advantages of 0 are filtered out (OneRec-V2)."""
         rows = self.logged(self._step)
-        batch = self._prepare_input(self.collator(rows))
+        batch = self._on_device(self.collator(rows))
         log_probs = model(**batch).target_log_probs  # (B, n, L)
         advantages, logged = (x.to(log_probs.device) for x in pad_logged(rows, tuple(log_probs.shape)))
         old = behaviour_log_probs(log_probs, logged)
@@ -288,7 +296,11 @@ class OneRecGRPOTrainer(RepositoryMixin, GRPOTrainer):
 
     def _policy_loss(self, log_probs, old, advantages, mask, metrics):
         """Loss of each code, shape of `log_probs`; `advantages` broadcast to it, `mask` says which codes the log counts."""
-        settings = {"loss_type": self.args.loss_type, "epsilon": self.args.epsilon, "delta": self.args.delta}
+        settings: dict[str, Any] = {
+            "loss_type": self.args.loss_type,
+            "epsilon": self.args.epsilon,
+            "delta": self.args.delta,
+        }
         if "bound_fraction" not in metrics:
             metrics |= policy_loss_metrics(log_probs, old, advantages, mask, **settings)
         return policy_loss(log_probs, old, advantages, **settings)

@@ -24,7 +24,7 @@ class EndlessBatches:
     ):
         self.rows, self.batch_size, self.seed = rows, batch_size, seed
         self.process, self.num_processes = process, num_processes
-        self._round, self._order = -1, None
+        self._round, self._order = -1, np.arange(len(rows))
 
     def __call__(self, k: int) -> list[dict]:
         first = (k * self.num_processes + self.process) * self.batch_size

@@ -47,6 +47,7 @@ class OneRecGRPOConfig(GRPOConfig):
             negative advantages alone, two more backward passes; 0 is never.
         per_device_train_batch_size: Candidates per micro-batch, whole groups: a multiple of `num_generations`, since the candidates
             of a user share one pass over the context.
+        hub_strategy: `"end"`: one commit of the finished model; the checkpoints before it would be no complete repositories.
         beta: Weight of KL(policy || reference), 0 in both papers. The policy must come from a folder, which is the reference.
     """
 
@@ -66,6 +67,7 @@ class OneRecGRPOConfig(GRPOConfig):
     )
     disable_dropout: bool = field(default=True, metadata={"help": "So that the ratio on policy is exactly 1."})
     gradient_checkpointing: bool = field(default=False, metadata={"help": "Of three tokens a row it saves little."})
+    hub_strategy: str = field(default="end", metadata={"help": "One commit of the finished model."})
     bf16: bool = field(default=False, metadata={"help": "As in transformers; TRL's default is True."})
 
     def __post_init__(self):

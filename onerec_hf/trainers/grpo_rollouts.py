@@ -72,7 +72,7 @@ class RolloutCheckpoint(TrainerCallback):
             checkpoint = get_last_checkpoint(self.trainer.args.output_dir)
         if not checkpoint:
             return
-        path = os.path.join(checkpoint, self._name)
+        path = os.path.join(str(checkpoint), self._name)
         if not os.path.isfile(path):
             raise FileNotFoundError(
                 f"{path} is absent: the checkpoint is of another trainer or number of processes. Start a new run from its weights."

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import datasets
 import torch
@@ -28,8 +29,8 @@ from .seed_divergence import draw_samples, seed_log_ratios
 from .sft import OneRecSFTTrainer
 
 ROW = "ipa_row"  # column that tells a batch which rows it holds
-METRICS = ("ntp_loss", "preference_loss", "logps/chosen", "logps/rejected")
-METRICS += ("rewards/chosen", "rewards/rejected", "rewards/margins", "rewards/accuracies")
+METRICS = ["ntp_loss", "preference_loss", "logps/chosen", "logps/rejected"]
+METRICS += ["rewards/chosen", "rewards/rejected", "rewards/margins", "rewards/accuracies"]
 
 
 class IPATrainer(OneRecSFTTrainer):
@@ -67,6 +68,7 @@ class IPATrainer(OneRecSFTTrainer):
         kwargs: As [`OneRecSFTTrainer`].
     """
 
+    args: IPAConfig
     _card_method = (
         "Iterative Preference Alignment (OneRec, Algorithm 2): the next-item loss, plus a preference loss between the best and the "
         "worst of the model's own beams by a reward, against the model that generated them."
@@ -235,7 +237,7 @@ class IPATrainer(OneRecSFTTrainer):
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """The next-item loss; in training, plus lambda times the preference losses of the batch's pairs over its rows."""
         rows = inputs.pop(ROW, None)
-        result = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        result: Any = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         if rows is None or not model.training:
             return result
         loss, outputs = result if return_outputs else (result, None)

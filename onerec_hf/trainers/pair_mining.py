@@ -34,7 +34,7 @@ def generate_candidates(model, context: dict[str, torch.Tensor], num_candidates:
     return token_ids, token_ids[:, :, 0, 0] != model.config.pad_token_id
 
 
-def completion_log_probs(model, context: dict[str, torch.Tensor], token_ids: torch.LongTensor) -> torch.Tensor:
+def completion_log_probs(model, context: dict[str, torch.Tensor], token_ids: torch.Tensor) -> torch.Tensor:
     """
     log M(S|H) of candidates: the sum over code tokens, normalised within the level, BOS excluded (OneRec eq. 10).
 
@@ -161,7 +161,7 @@ def _rewards(reward, rows, row_ids, token_ids, alive, bos_token_id) -> torch.Ten
     return values
 
 
-def _hits(token_ids, batch, pad_token_id) -> torch.BoolTensor:
+def _hits(token_ids, batch, pad_token_id) -> torch.Tensor:
     """Whether a candidate of each user holds a true next item, (B,)."""
     targets = batch["target_ids"]  # (B, n, L)
     real = targets[..., 0] != pad_token_id
@@ -202,7 +202,7 @@ def check_pairs(pairs: datasets.Dataset, num_rows: int, model, num_rejected: int
 
 
 @torch.no_grad()
-def candidate_log_probs(model, rows, row_ids: list[int], token_ids: torch.LongTensor, collator, batch_size: int):
+def candidate_log_probs(model, rows, row_ids: list[int], token_ids: torch.Tensor, collator, batch_size: int):
     """log M(S|H) (R, C), on the CPU, of candidates (R, C, m, L) of the rows `row_ids` (R) of a data set."""
     found = [torch.zeros(0, token_ids.shape[1])]
     for start in range(0, len(row_ids), batch_size):

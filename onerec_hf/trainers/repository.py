@@ -8,6 +8,7 @@ from pathlib import Path
 import datasets
 import torch
 import transformers
+from transformers import Trainer
 from transformers.utils import logging
 
 from .._version import __version__
@@ -18,7 +19,7 @@ from ..hub import model_card, plot_prediction_entropy, plot_training_curve, push
 logger = logging.get_logger(__name__)
 
 
-class RepositoryMixin:
+class RepositoryMixin(Trainer):
     """
     To be named before `Trainer` (or a trainer of TRL) among the bases. A trainer may set:
 
@@ -38,7 +39,7 @@ class RepositoryMixin:
                 f"output_dir={folder!r} cannot be written: choose another folder, or `chmod u+w` this one. Nothing was trained."
             )
 
-    def create_model_card(
+    def create_model_card(  # type: ignore[override]  # in TRL's order
         self,
         model_name: str | None = None,
         dataset_name: str | None = None,

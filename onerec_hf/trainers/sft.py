@@ -3,14 +3,14 @@
 The loss is the model's own (OneRec-V2, L_Gen); this file adds the generation metrics to every evaluation, and averaged weights.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers import TrainerCallback, TrainingArguments
 
 from .balance import ExpertBalanceCallback
 from .repository import RepositoryMixin
@@ -48,7 +48,7 @@ class OneRecSFTConfig(TrainingArguments):
             raise ValueError(f"weight_average_decay={self.weight_average_decay}: it must lie between 0 and 1.")
 
 
-class OneRecSFTTrainer(RepositoryMixin, Trainer):
+class OneRecSFTTrainer(RepositoryMixin):
     r"""
     `transformers.Trainer` whose `evaluate` also generates, and which balances the experts of a mixture.
 
@@ -59,6 +59,7 @@ class OneRecSFTTrainer(RepositoryMixin, Trainer):
         kwargs: As `Trainer`.
     """
 
+    args: OneRecSFTConfig
     _card_method = (
         "Supervised: the negative log-probability of the codes of each target, with transformers' `Trainer`."
     )
@@ -147,6 +148,6 @@ class _UpdateAverage(TrainerCallback):
 
 
 @torch.no_grad()
-def _copy(source: dict[str, torch.Tensor], target: dict[str, torch.Tensor]) -> None:
+def _copy(source: Mapping[str, torch.Tensor], target: Mapping[str, torch.Tensor]) -> None:
     for name, weight in target.items():
         weight.copy_(source[name])
