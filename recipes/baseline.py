@@ -106,7 +106,8 @@ def main(args: BaselineArguments) -> dict:
     else:
         fit(args, model, splits, num_items, fit_settings)
         model.save_pretrained(output / "model")
-        report["best_epoch"] = max(model.training_log, key=lambda record: record["validation"])["epoch"]
+        validated = [record for record in model.training_log if "validation" in record]
+        report["best_epoch"] = max(validated, key=lambda record: record["validation"])["epoch"]
         report["num_parameters"] = model.model.num_parameters()
         report["training_log"] = model.training_log
     report["fit_seconds"] = time.perf_counter() - start
