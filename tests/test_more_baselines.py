@@ -240,9 +240,9 @@ def test_tiger_spells_users_and_items():
 
 
 def test_tiger_drops_dead_beams_and_ranks_by_probability():
-    """More beams than items: transformers fills up with duplicates; what is left is the exact ranking of all items."""
+    """More beams than items: what is left is the exact ranking of all items by T5's own probabilities, padding or not."""
     model, history = tiger(num_beams=40, num_user_tokens=0), [3, 4]
-    ranked = model.recommend({"history": [history]}, 40)[0]
+    ranked = model.recommend({"history": [history, [1, 2, 3, 4]]}, 40)[0]
     assert (ranked[12:] == -1).all()
     inputs = model._encoder_inputs(None, [history])
     scores = []

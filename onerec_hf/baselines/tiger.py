@@ -9,14 +9,13 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch.nn.functional import cross_entropy
-from transformers import LogitsProcessorList, T5Config, T5ForConditionalGeneration
+from transformers import T5Config, T5ForConditionalGeneration
 
-from ..models.any_model import CatalogueLogitsProcessor
 from ..models.catalogue import Catalogue
+from .t5_search import t5_beam_search
 from .training import pad_right, recent_items, train_baseline
 
 _PAD = 0  # also starts the decoder, as in every T5
-_DEAD = -1e6  # transformers' beam search scores beams that left the catalogue near -1e9 or with -inf
 
 
 class TIGER:
@@ -25,8 +24,8 @@ class TIGER:
     The encoder reads a user token and the semantic IDs of the last items, the decoder writes L codes. The paper's catalogue:
     three levels of 256 codes of an RQ-VAE and a level that tells apart items with the same codes (`recipes/prepare.py
     --quantizer rqvae --collisions extra_level`); any other works as well. Defaults are the paper's sizes.
-    Different: generation is always constrained to the catalogue, by transformers' own beam search and
-    `CatalogueLogitsProcessor` (the paper lets beams leave it and counts them as misses).
+    Different: generation is always constrained to the catalogue, by the same search as our own models (the paper lets beams
+    leave it and counts them as misses).
 
     Args:
         catalogue (`Catalogue`): semantic IDs of all items.
@@ -144,29 +143,11 @@ class TIGER:
             allowed = torch.ones(len(recent), self.num_items, dtype=torch.bool)
             for row, history in enumerate(examples["history"]):
                 allowed[row, list(history)] = False
-        codes, scores = self._generate(self._encoder_inputs(examples.get("user"), recent), allowed)
-        leaves = catalogue.leaves_of(codes.flatten(0, 1)).view(scores.shape)  # (B, K)
-        leaves = leaves.masked_fill(scores < _DEAD, -1)
+        inputs = self._encoder_inputs(examples.get("user"), recent)
+        leaves = t5_beam_search(self.model, catalogue, self.level_offsets, inputs, self.num_beams, allowed).leaves[
+            :, :, 0
+        ]
         return catalogue.items_of(leaves, k, allowed=allowed).cpu().numpy()
-
-    def _generate(self, inputs: dict, allowed: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
-        """Codes (B, K, L) and scores (B, K) of the beams, best first, by transformers' own loop."""
-        beams = max(self.num_beams, 2)  # one beam is greedy search, which returns no scores
-        found = self.model.generate(
-            **inputs,
-            logits_processor=LogitsProcessorList(
-                [CatalogueLogitsProcessor(self.catalogue, self.level_offsets, allowed=allowed)]
-            ),
-            num_beams=beams,
-            num_return_sequences=beams,
-            max_new_tokens=self.catalogue.num_levels,
-            do_sample=False,
-            return_dict_in_generate=True,
-            output_scores=True,
-        )
-        codes = found.sequences[:, 1:] - torch.tensor(self.level_offsets, device=found.sequences.device)
-        codes = codes.view(-1, beams, self.catalogue.num_levels)
-        return codes[:, : self.num_beams], found.sequences_scores.view(-1, beams)[:, : self.num_beams]
 
     def _encoder_inputs(self, users: Sequence[int] | None, histories: list[list[int]]) -> dict[str, torch.Tensor]:
         rows = [self.item_tokens[history].flatten() for history in histories]
