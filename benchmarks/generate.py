@@ -5,7 +5,7 @@
     python benchmarks/generate.py --model t5 --contexts 512 --batches 1 --beams 128 --output outputs/generate_t5_512.json
 
 `--model t5` and `--model qwen3` are transformers' own encoder-decoder (4 + 4 layers, d=256) and decoder-only model (4 layers),
-searched by `t5_beam_search` and by `catalogue_generate`; `--model ClassName` is one of this package, with `--config` (JSON) on top
+behind this package's search and `catalogue_generate`; `--model ClassName` is one of this package, with `--config` (JSON) on top
 of 4 layers of d=256. Same weights in every way: `unconstrained`, transformers' beam search without a catalogue; `dict trie`,
 with `prefix_allowed_tokens_fn`; `processor`, with our `CatalogueLogitsProcessor`; `ours`, the fast search.
 
@@ -30,7 +30,8 @@ from transformers.generation import GenerationMixin
 
 import onerec_hf
 from onerec_hf import Catalogue, CatalogueLogitsProcessor, ContextKV, OneRecV2Config, catalogue_generate
-from onerec_hf.baselines.t5_search import t5_beam_search
+from onerec_hf.baselines.t5_search import T5Beams
+from onerec_hf.models.beam_search import BeamSearch, search
 
 BOS = 1
 
@@ -89,11 +90,12 @@ def ways_of(model, catalogue, trie, batch: int, context: int, beams: int, compil
         return loop(logits_processor=LogitsProcessorList([CatalogueLogitsProcessor(catalogue, offsets, prompt)]))
 
     if model.config.is_encoder_decoder:
-        inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
 
         @torch.no_grad()
         def ours():
-            found = t5_beam_search(model, catalogue, offsets, inputs, beams)
+            states = model.encoder(ids).last_hidden_state
+            decoder = T5Beams(model, catalogue, offsets, states, torch.ones_like(ids))
+            found = search(decoder, BeamSearch(), catalogue, batch, beams)
             return {"sequences_scores": found.scores.flatten() / catalogue.num_levels}
 
     else:

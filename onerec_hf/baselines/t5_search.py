@@ -8,7 +8,6 @@ import torch
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import DynamicCache, T5ForConditionalGeneration
 
-from ..models.beam_search import BeamSearch, BeamSearchOutput, search
 from ..models.catalogue import Catalogue
 
 
@@ -21,14 +20,12 @@ class T5Beams:
         model (`T5ForConditionalGeneration`): its weights are read, its `generate` is not used.
         catalogue (`Catalogue`): items that may be generated, on the model's device.
         level_offsets (`list[int]`): token id of code 0 of each level.
-        input_ids (`torch.LongTensor` of shape (B, T)), attention_mask (same shape): what the encoder reads.
+        states (`torch.Tensor` of shape (B, T, D)): what the encoder says.
+        attention_mask (`torch.LongTensor` of shape (B, T)): 1 on real tokens.
     """
 
-    def __init__(
-        self, model: T5ForConditionalGeneration, catalogue: Catalogue, level_offsets, input_ids, attention_mask
-    ):
+    def __init__(self, model: T5ForConditionalGeneration, catalogue: Catalogue, level_offsets, states, attention_mask):
         self.model, self.catalogue, self.level_offsets = model, catalogue, level_offsets
-        states = model.encoder(input_ids, attention_mask=attention_mask).last_hidden_state
         self.mask = attention_mask.bool()[:, None, None]  # (B, 1, 1, T)
         attention = [block.layer[1].EncDecAttention for block in model.decoder.block]
         self.cross = [(_heads(one, one.k(states)), _heads(one, one.v(states))) for one in attention]
@@ -66,14 +63,6 @@ class T5Beams:
         logits = self.model.lm_head(hidden.flatten(0, 1) * scale)
         # One pass over the vocabulary: torch's logsumexp takes three times as long on a CPU.
         return logits.log_softmax(-1)[:, start : start + self.catalogue.codebook_sizes[level]]
-
-
-def t5_beam_search(
-    model: T5ForConditionalGeneration, catalogue: Catalogue, level_offsets, inputs: dict, num_beams: int, allowed=None
-) -> BeamSearchOutput:
-    """The `num_beams` best items for each row of `inputs` (`input_ids`, `attention_mask`); see `models.beam_search.search`."""
-    decoder = T5Beams(model, catalogue, level_offsets, **inputs)
-    return search(decoder, BeamSearch(), catalogue, len(inputs["input_ids"]), num_beams, allowed)
 
 
 def _heads(attention, states: torch.Tensor) -> torch.Tensor:
