@@ -5,8 +5,8 @@
     python benchmarks/generate.py --model t5 --contexts 512 --batches 1 --beams 128 --output outputs/generate_t5_512.json
 
 `--model t5` and `--model qwen3` are transformers' own encoder-decoder (4 + 4 layers, d=256) and decoder-only model (4 layers),
-searched by `beam_search` and by `catalogue_generate`; `--model ClassName` is one of this package, with `--config` (JSON) on top of
-4 layers of d=256. Same weights in every way: `unconstrained`, transformers' beam search without a catalogue; `dict trie`,
+behind this package's search and `catalogue_generate`; `--model ClassName` is one of this package, with `--config` (JSON) on top
+of 4 layers of d=256. Same weights in every way: `unconstrained`, transformers' beam search without a catalogue; `dict trie`,
 with `prefix_allowed_tokens_fn`; `processor`, with our `CatalogueLogitsProcessor`; `ours`, the fast search.
 
 transformers repeats prompt or encoder output per beam, projects it per beam and reorders it in every step. Our models keep it from
@@ -23,13 +23,15 @@ from pathlib import Path
 
 import torch
 from peers import allowed_tokens, alternate, bars, dict_trie, machine_flops, read_catalogue, zipf_catalogue
-from stock import SharedT5, make_qwen3, make_t5
+from stock import make_qwen3, make_t5
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import CompileConfig, GenerationConfig, LogitsProcessorList
 from transformers.generation import GenerationMixin
 
 import onerec_hf
-from onerec_hf import Catalogue, CatalogueLogitsProcessor, ContextKV, OneRecV2Config, beam_search, catalogue_generate
+from onerec_hf import Catalogue, CatalogueLogitsProcessor, ContextKV, OneRecV2Config, catalogue_generate
+from onerec_hf.baselines.t5_search import T5Beams
+from onerec_hf.models.beam_search import BeamSearch, search
 
 BOS = 1
 
@@ -88,11 +90,12 @@ def ways_of(model, catalogue, trie, batch: int, context: int, beams: int, compil
         return loop(logits_processor=LogitsProcessorList([CatalogueLogitsProcessor(catalogue, offsets, prompt)]))
 
     if model.config.is_encoder_decoder:
-        shared = SharedT5(model, catalogue.codebook_sizes)
 
         @torch.no_grad()
         def ours():
-            found = beam_search(shared, catalogue, shared.encode_context(ids), beams)
+            states = model.encoder(ids).last_hidden_state
+            decoder = T5Beams(model, catalogue, offsets, states, torch.ones_like(ids))
+            found = search(decoder, BeamSearch(), catalogue, batch, beams)
             return {"sequences_scores": found.scores.flatten() / catalogue.num_levels}
 
     else:

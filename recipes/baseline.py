@@ -3,7 +3,8 @@
     python recipes/baseline.py --name sasrec --data FOLDER --output outputs/sasrec --seed 0
 
 `--name`: popularity, cooccurrence, itemknn, sasrec (as published: `--model '{"temperature": null}' --fit '{"loss": "bce"}'`),
-bert4rec, fdsa (`--attributes brand category`), tiger (with the semantic IDs in the folder). `--data` is a folder that
+bert4rec, fdsa (`--attributes brand category`), tiger (semantic IDs: `--tokenizer`).
+`--data` is a folder that
 `recipes/prepare.py` wrote (same splits as our models) or, with `--layout`, a public data set, split leave-last-out.
 Writes `metrics.json`, `predictions.parquet`, `predictions_exclude_seen.parquet` (a row per user, for
 `evaluation.paired_bootstrap`) and, for what was trained, `model/`. Every field of `BaselineArguments` can also stand in a
@@ -39,6 +40,9 @@ class BaselineArguments:
     model: str = field(default="{}", metadata={"help": "Arguments of the baseline's class, YAML mapping or JSON."})
     fit: str = field(default="{}", metadata={"help": "Arguments of its fit, YAML mapping or JSON."})
     attributes: list[str] = field(default_factory=list, metadata={"help": "fdsa: columns of the item table."})
+    tokenizer: str = field(
+        default="tokenizer", metadata={"help": "tiger: folder with the semantic IDs; not absolute: inside --data."}
+    )
     eval_users: int | None = field(
         default=None, metadata={"help": "Validation users that choose the epoch; default all (tiger generates)."}
     )
@@ -66,7 +70,7 @@ def make(args: BaselineArguments, num_items: int, items: Any, settings: dict):
     if args.name == "tiger":
         if args.layout != "prepared":
             raise ValueError("tiger reads semantic IDs: run recipes/prepare.py and pass the folder that it wrote.")
-        return TIGER(Catalogue.from_pretrained(Path(args.data) / "tokenizer"), **settings)
+        return TIGER(Catalogue.from_pretrained(Path(args.data) / args.tokenizer), **settings)
     if args.name == "fdsa":
         if not args.attributes:
             raise ValueError(
@@ -106,7 +110,8 @@ def main(args: BaselineArguments) -> dict:
     else:
         fit(args, model, splits, num_items, fit_settings)
         model.save_pretrained(output / "model")
-        report["best_epoch"] = max(model.training_log, key=lambda record: record["validation"])["epoch"]
+        validated = [record for record in model.training_log if "validation" in record]
+        report["best_epoch"] = max(validated, key=lambda record: record["validation"])["epoch"]
         report["num_parameters"] = model.model.num_parameters()
         report["training_log"] = model.training_log
     report["fit_seconds"] = time.perf_counter() - start

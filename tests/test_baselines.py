@@ -203,12 +203,20 @@ def test_sasrec_keeps_the_epoch_with_the_best_validation():
     assert [(r["epoch"], r["validation"]) for r in model.training_log] == [(1, 0.1), (2, 0.9), (3, 0.3)]
 
 
+def test_sasrec_validates_every_second_epoch_and_the_last():
+    values = iter([0.3, 0.2, 0.1])
+    model = tiny().fit(cycles(20), validate=lambda _: next(values), validate_every=2, num_epochs=5, progress=False)
+    assert [record.get("validation") for record in model.training_log] == [None, 0.3, None, 0.2, 0.1]
+    with pytest.raises(ValueError, match="validate_every is 0"):
+        tiny().fit(cycles(20), validate_every=0)
+
+
 def test_sasrec_validates_and_keeps_the_average_of_its_weights():
     raw, average, seen = [], None, []
 
-    def record(outputs, labels, num_items_in_batch):
+    def record(batch):
         raw.append(model.model.wte.weight.detach().clone())  # before the step: after the one before
-        return SASRec._softmax_loss(model, outputs, labels, num_items_in_batch)
+        return SASRec._softmax_loss(model, batch)
 
     def validate(sasrec):
         seen.append(sasrec.model.wte.weight.detach().clone())
@@ -229,9 +237,9 @@ def test_sasrec_validates_and_keeps_the_average_of_its_weights():
 def test_sasrec_trains_every_transition_of_a_long_history_once():
     model, seen = tiny(), []
 
-    def record(outputs, labels, num_items_in_batch):
-        seen.append(labels)
-        return outputs.last_hidden_state.sum() * 0.0
+    def record(batch):
+        seen.append(batch["labels"])
+        return model.model.wte.weight.sum() * 0.0, 1
 
     model._softmax_loss = record
     model.fit([list(range(12)) + list(range(11))], num_epochs=1, progress=False)  # 22 transitions, windows of 8

@@ -229,7 +229,7 @@ def test_fdsa_reads_attributes_and_nothing_beside_them():
 
 def test_tiger_spells_users_and_items():
     model = tiger(max_length=2)
-    rows = [{"user": 7, "input_ids": [0, 11], "target": 6}, {"user": 4, "input_ids": [10], "target": 11}]
+    rows = [{"user": 7, "input_ids": [0, 11], "targets": [6]}, {"user": 4, "input_ids": [10], "targets": [11]}]
     batch = model._collate(rows)
     # pad 0, level 1: 1..4, level 2: 5..8, level 3: 9..10, users: 11..15
     assert batch["input_ids"].tolist() == [[13, 1, 5, 9, 3, 7, 10], [15, 3, 7, 9, 0, 0, 0]]
@@ -240,9 +240,9 @@ def test_tiger_spells_users_and_items():
 
 
 def test_tiger_drops_dead_beams_and_ranks_by_probability():
-    """More beams than items: transformers fills up with duplicates; what is left is the exact ranking of all items."""
+    """More beams than items: what is left is the exact ranking of all items by T5's own probabilities, padding or not."""
     model, history = tiger(num_beams=40, num_user_tokens=0), [3, 4]
-    ranked = model.recommend({"history": [history]}, 40)[0]
+    ranked = model.recommend({"history": [history, [1, 2, 3, 4]]}, 40)[0]
     assert (ranked[12:] == -1).all()
     inputs = model._encoder_inputs(None, [history])
     scores = []
@@ -252,8 +252,28 @@ def test_tiger_drops_dead_beams_and_ranks_by_probability():
     assert ranked[:12].tolist() == np.argsort(scores)[::-1].tolist()
 
 
-def test_tiger_trains_on_every_item_but_the_first():
-    model, seen = tiger(), []
+def test_tiger_with_causal_items_trains_all_targets_of_a_history_as_if_each_were_alone():
+    model = tiger(causal_items=True)
+    rows = [
+        {"user": 7, "input_ids": [0, 11, 4], "targets": [11, 4, 9]},
+        {"user": 4, "input_ids": [10], "targets": [6]},
+    ]
+    total, count = model._loss(model._collate(rows))
+    assert count == 12
+    alone = 0.0
+    for row in rows:
+        for end, target in enumerate(row["targets"], start=1):
+            inputs = model._encoder_inputs([row["user"]], [row["input_ids"][:end]])
+            states, labels = model._encode(inputs), model.item_tokens[[target]]
+            alone += 3 * model.model(encoder_outputs=(states,), **inputs, labels=labels).loss
+    torch.testing.assert_close(total, alone)
+    short, long = (model._encode(model._encoder_inputs([7], [items])) for items in ([0], [0, 11]))
+    torch.testing.assert_close(long[:, :4], short)
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_tiger_trains_on_every_item_but_the_first(causal):
+    model, seen = tiger(causal_items=causal), []
 
     def record(batch):
         seen.append(batch["labels"])
@@ -261,7 +281,8 @@ def test_tiger_trains_on_every_item_but_the_first():
 
     model._loss = record
     fit(model, [[0, 1, 2, 3, 4, 5], [6], [7, 8]])
-    targets = [model.catalogue.leaves_of(row - torch.tensor(model.level_offsets)) for row in seen]
+    tokens = [row[row != -100].view(-1, 3) for row in seen]
+    targets = [model.catalogue.leaves_of(row - torch.tensor(model.level_offsets)) for row in tokens]
     assert sorted(model.catalogue.items_of(torch.cat(targets)[None], 6)[0].tolist()) == [1, 2, 3, 4, 5, 8]
 
 

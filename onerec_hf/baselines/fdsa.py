@@ -14,7 +14,7 @@ from transformers import GPT2Config, GPT2Model, GPT2PreTrainedModel
 
 from .ranking import rank_items
 from .softmax_loss import FullSoftmaxLoss
-from .training import pad_right, recent_items, train_baseline, windows
+from .training import pad_next_items, pad_right, recent_items, train_baseline, windows
 
 
 class FDSAModel(GPT2PreTrainedModel):
@@ -139,7 +139,7 @@ class FDSA:
             training: `num_epochs`, `batch_size`, `learning_rate`, `patience`, `seed`, ... of `train_baseline`.
         """
         rows = [{"input_ids": window[:-1], "labels": window[1:]} for window in windows(histories, self.max_length + 1)]
-        train_baseline(self, rows, _collate, self._loss, validate=validate, **training)
+        train_baseline(self, rows, pad_next_items, self._loss, validate=validate, **training)
         return self
 
     @torch.no_grad()
@@ -184,11 +184,3 @@ def attribute_codes(*columns: Sequence) -> list[list[int]]:
         ]
         result.append([numbers.setdefault(name, len(numbers)) for name in dict.fromkeys(named)])
     return result
-
-
-def _collate(rows: list[dict]) -> dict[str, torch.Tensor]:
-    """No mask: a causal model's real positions never see what is on their right."""
-    return {
-        "input_ids": pad_right([row["input_ids"] for row in rows], 0),
-        "labels": pad_right([row["labels"] for row in rows], -100),
-    }

@@ -6,21 +6,17 @@ in half the epochs (NISER: Gupta et al. 2019, arXiv:1909.04276). Both are the de
 Shapes: **B** users, **T** positions of a history, **N** items, **D** width.
 """
 
-import tempfile
-import time
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch.nn.functional import binary_cross_entropy_with_logits, normalize
-from transformers import GPT2Config, GPT2Model, PrinterCallback, Trainer, TrainerCallback, TrainingArguments
-from transformers.utils import logging
+from transformers import GPT2Config, GPT2Model
 
 from .ranking import rank_items
 from .softmax_loss import FullSoftmaxLoss
-
-logger = logging.get_logger(__name__)
+from .training import pad_next_items, pad_right, recent_items, train_baseline, windows
 
 
 class SASRec:
@@ -106,73 +102,23 @@ class SASRec:
         *,
         validate: Callable[["SASRec"], float] | None = None,
         loss: str = "softmax",
-        num_epochs: int = 40,
-        batch_size: int = 128,
-        learning_rate: float = 1e-3,
-        weight_decay: float = 0.0,
-        lr_scheduler_type: str = "constant_with_warmup",
-        warmup_steps: int = 100,
-        weight_average_decay: float | None = None,
-        seed: int = 0,
-        progress: bool = True,
+        **training,
     ) -> "SASRec":
         """Trains on every position of every history: all targets of a user in one pass.
 
         Args:
             histories (iterable of lists of `int`): item indices in time order, e.g. `dataset["train"]["history"]`; a
                 history longer than `max_length + 1` is cut into windows, so that no target is lost.
-            validate (`Callable[[SASRec], float]`, *optional*): called after every epoch; the weights of the epoch with
-                the highest value are kept. It must not read the test split. If None, the last epoch is kept.
+            validate: see `train_baseline`.
             loss (`str`, defaults to `"softmax"`): `"softmax"`, cross-entropy over all items; or `"bce"`, the paper's
                 binary cross-entropy with one negative per position (here uniform over all items but the target).
-            num_epochs, batch_size (windows), learning_rate, weight_decay, lr_scheduler_type, warmup_steps: see
-                `TrainingArguments`.
-            weight_average_decay (`float`, *optional*): decay per step of an exponential moving average of the weights, at
-                most (1 + t) / (10 + t) in step t; what is validated and kept is then the average. None: the weights.
-            seed (`int`, defaults to 0): of the order of the users, the dropout and the negatives.
+            training: `num_epochs`, `batch_size`, `learning_rate`, `weight_average_decay`, `seed`, ... of `train_baseline`.
         """
-        if loss not in ("softmax", "bce"):
+        losses = {"softmax": self._softmax_loss, "bce": self._bce_loss}
+        if loss not in losses:
             raise ValueError(f'loss must be "softmax" or "bce", got {loss!r}.')
-        windows = [
-            {"input_ids": window[:-1], "labels": window[1:]}
-            for history in histories
-            for end in range(len(history), 1, -self.max_length)
-            if len(window := history[max(0, end - self.max_length - 1) : end]) > 1
-        ]
-        if not windows:
-            raise ValueError("fit needs at least one history with two items or more.")
-        self.training_log = []
-        callback = _KeepBestEpoch(self, validate, weight_average_decay)
-        with tempfile.TemporaryDirectory() as folder:
-            arguments = TrainingArguments(
-                output_dir=folder,
-                num_train_epochs=num_epochs,
-                per_device_train_batch_size=batch_size,
-                learning_rate=learning_rate,
-                weight_decay=weight_decay,
-                lr_scheduler_type=lr_scheduler_type,
-                warmup_steps=warmup_steps,
-                adam_beta2=0.98,
-                train_sampling_strategy="group_by_length",
-                save_strategy="no",
-                logging_strategy="no",
-                remove_unused_columns=False,
-                dataloader_pin_memory=False,
-                report_to="none",
-                disable_tqdm=not progress,
-                seed=seed,
-            )
-            trainer = Trainer(
-                self.model,
-                arguments,
-                train_dataset=windows,
-                data_collator=_pad_right,
-                compute_loss_func=self._softmax_loss if loss == "softmax" else self._bce_loss,
-                callbacks=[callback],
-            )
-            trainer.remove_callback(PrinterCallback)  # it prints; what it says is in `training_log`
-            trainer.train()
-        callback.restore()
+        rows = [{"input_ids": window[:-1], "labels": window[1:]} for window in windows(histories, self.max_length + 1)]
+        train_baseline(self, rows, pad_next_items, losses[loss], validate=validate, **training)
         return self
 
     @torch.no_grad()
@@ -184,23 +130,15 @@ class SASRec:
         generator: torch.Generator | None = None,
     ) -> np.ndarray:
         """The k best of all items for each row of `examples["history"]`, `(B, k)`; ties and -1: see `rank_items`."""
-        histories = examples["history"]
-        recent = [history[-self.max_length :] for history in histories]
-        empty = [row for row, items in enumerate(recent) if not items]
-        if empty:
-            raise ValueError(
-                f"SASRec needs at least one item in every history; rows {empty[:10]} of the batch have none. "
-                "Leave cold users out when splitting (min_history=1)."
-            )
+        recent = recent_items(examples, self.max_length, "SASRec")
         lengths = torch.tensor([len(items) for items in recent])
         last = torch.empty(len(recent), self.model.config.n_embd, device=self.model.device)  # (B, D)
         for rows in lengths.argsort().split(64):  # similar lengths together: little padding
-            input_ids = _pad_right([{"input_ids": recent[row]} for row in rows.tolist()])["input_ids"]
-            hidden = self.model(input_ids.to(last.device)).last_hidden_state
+            hidden = self.model(pad_right([recent[row] for row in rows.tolist()], 0).to(last.device)).last_hidden_state
             last[rows] = hidden[torch.arange(len(rows)), lengths[rows] - 1]
         last, items = self._score_vectors(last)
         scores = last @ items.T  # (B, N)
-        return rank_items(scores, k, exclude=histories if exclude_seen else None, generator=generator)
+        return rank_items(scores, k, exclude=examples["history"] if exclude_seen else None, generator=generator)
 
     def _score_vectors(self, hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """`hidden` (M, D) and item vectors (N, D), such that their dot products are the scores."""
@@ -209,71 +147,17 @@ class SASRec:
             return hidden, items
         return normalize(hidden, dim=-1) / temperature, normalize(items, dim=-1)
 
-    def _softmax_loss(self, outputs, labels: torch.Tensor, num_items_in_batch: torch.Tensor | int) -> torch.Tensor:
-        position = labels != -100
-        hidden, items = self._score_vectors(outputs.last_hidden_state[position])
-        return FullSoftmaxLoss.apply(hidden, items, labels[position]) / num_items_in_batch
+    def _softmax_loss(self, batch: dict[str, torch.Tensor]) -> tuple[torch.Tensor, int]:
+        position = batch["labels"] != -100
+        hidden, items = self._score_vectors(self.model(batch["input_ids"]).last_hidden_state[position])
+        return FullSoftmaxLoss.apply(hidden, items, batch["labels"][position]), len(hidden)
 
-    def _bce_loss(self, outputs, labels: torch.Tensor, num_items_in_batch: torch.Tensor | int) -> torch.Tensor:
-        position = labels != -100
-        hidden, items = self._score_vectors(outputs.last_hidden_state[position])
-        positive = labels[position]
+    def _bce_loss(self, batch: dict[str, torch.Tensor]) -> tuple[torch.Tensor, int]:
+        position = batch["labels"] != -100
+        hidden, items = self._score_vectors(self.model(batch["input_ids"]).last_hidden_state[position])
+        positive = batch["labels"][position]
         negative = (positive + torch.randint_like(positive, 1, self.num_items)) % self.num_items
         logits = (hidden * items[torch.stack([positive, negative])]).sum(-1)  # (2, M)
         truth = torch.zeros_like(logits)
         truth[0] = 1.0
-        return binary_cross_entropy_with_logits(logits, truth, reduction="sum") / num_items_in_batch
-
-
-class _KeepBestEpoch(TrainerCallback):
-    """Calls `validate` after every epoch and remembers the weights (or their average) of the best one, in memory."""
-
-    def __init__(self, sasrec: SASRec, validate: Callable[[SASRec], float] | None, decay: float | None):
-        self.sasrec, self.validate, self.decay = sasrec, validate, decay
-        self.average: dict[str, torch.Tensor] | None = None
-        self.best_weights: dict[str, torch.Tensor] | None = None
-        self.best_value = -float("inf")
-        self.start = time.perf_counter()
-
-    def _weights(self) -> dict[str, torch.Tensor]:
-        return {name: value.clone() for name, value in self.sasrec.model.state_dict().items()}
-
-    def on_step_end(self, args, state, control, **kwargs):
-        if self.decay is None:
-            return
-        if self.average is None:
-            self.average = self._weights()
-        keep = min(self.decay, (1 + state.global_step) / (10 + state.global_step))
-        for name, value in self.sasrec.model.state_dict().items():
-            self.average[name].lerp_(value, 1 - keep)
-
-    def on_epoch_end(self, args, state, control, **kwargs):
-        record = {"epoch": round(state.epoch), "seconds": time.perf_counter() - self.start}
-        if self.validate is not None:
-            raw = self._weights()
-            if self.average is not None:
-                self.sasrec.model.load_state_dict(self.average)
-            self.sasrec.model.eval()
-            record["validation"] = self.validate(self.sasrec)
-            if record["validation"] > self.best_value:
-                self.best_value, self.best_weights = record["validation"], self._weights()
-            self.sasrec.model.train()
-            self.sasrec.model.load_state_dict(raw)
-        self.sasrec.training_log.append(record)
-        logger.info(f"SASRec: {record}")
-
-    def restore(self) -> None:
-        weights = self.best_weights if self.validate is not None else self.average
-        if weights is not None:
-            self.sasrec.model.load_state_dict(weights)
-        self.sasrec.model.eval()
-
-
-def _pad_right(features: list[dict[str, list[int]]]) -> dict[str, torch.Tensor]:
-    """Pads to the longest of the batch. No mask: a causal model's real positions never see what is on their right."""
-    padded = {}
-    for name, value in (("input_ids", 0), ("labels", -100)):
-        if name in features[0]:
-            rows = [torch.tensor(feature[name]) for feature in features]
-            padded[name] = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=value)
-    return padded
+        return binary_cross_entropy_with_logits(logits, truth, reduction="sum"), len(hidden)

@@ -9,14 +9,14 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch.nn.functional import cross_entropy
-from transformers import LogitsProcessorList, T5Config, T5ForConditionalGeneration
+from transformers import T5Config, T5ForConditionalGeneration
 
-from ..models.any_model import CatalogueLogitsProcessor
+from ..models.beam_search import BeamSearch, search
 from ..models.catalogue import Catalogue
-from .training import pad_right, recent_items, train_baseline
+from .t5_search import T5Beams
+from .training import pad_right, recent_items, train_baseline, windows
 
 _PAD = 0  # also starts the decoder, as in every T5
-_DEAD = -1e6  # transformers' beam search scores beams that left the catalogue near -1e9 or with -inf
 
 
 class TIGER:
@@ -25,8 +25,8 @@ class TIGER:
     The encoder reads a user token and the semantic IDs of the last items, the decoder writes L codes. The paper's catalogue:
     three levels of 256 codes of an RQ-VAE and a level that tells apart items with the same codes (`recipes/prepare.py
     --quantizer rqvae --collisions extra_level`); any other works as well. Defaults are the paper's sizes.
-    Different: generation is always constrained to the catalogue, by transformers' own beam search and
-    `CatalogueLogitsProcessor` (the paper lets beams leave it and counts them as misses).
+    Different: generation is always constrained to the catalogue, by the same search as our own models (the paper lets beams
+    leave it and counts them as misses).
 
     Args:
         catalogue (`Catalogue`): semantic IDs of all items.
@@ -37,6 +37,9 @@ class TIGER:
         num_attention_heads (`int`, defaults to 6), head_dim (`int`, defaults to 64): of every attention.
         max_length (`int`, defaults to 20): number of most recent history items the model sees.
         dropout (`float`, defaults to 0.1): T5's.
+        causal_items (`bool`, defaults to `False`): the encoder's tokens see their own and earlier items alone, so that one
+            pass of a history trains every target in it, which is several times cheaper. False: as in the paper, both
+            sides, and each target a sample of its own.
         num_beams (`int`, defaults to 50): K; at least the number of items asked for.
         seed (`int`, defaults to 0): of the initial weights.
     """
@@ -53,6 +56,7 @@ class TIGER:
         head_dim: int = 64,
         max_length: int = 20,
         dropout: float = 0.1,
+        causal_items: bool = False,
         num_beams: int = 50,
         seed: int = 0,
     ):
@@ -68,8 +72,9 @@ class TIGER:
             pad_token_id=_PAD,
             eos_token_id=None,
         )
-        # the last two are ours: T5 ignores them, `save_pretrained` keeps them
-        config.update({"decoder_start_token_id": _PAD, "num_user_tokens": num_user_tokens, "max_items": max_length})
+        # the last three are ours: T5 ignores them, `save_pretrained` keeps them
+        own = {"num_user_tokens": num_user_tokens, "causal_items": causal_items, "max_items": max_length}
+        config.update({"decoder_start_token_id": _PAD, **own})
         with torch.random.fork_rng():
             torch.manual_seed(seed)
             self.model = T5ForConditionalGeneration(config).eval()
@@ -124,11 +129,19 @@ class TIGER:
         if users is None and self.model.config.num_user_tokens:
             raise ValueError("TIGER has user tokens: pass `users` as well, or set num_user_tokens=0.")
         users = [0] * len(histories) if users is None else users
-        rows = [
-            {"user": user, "input_ids": history[max(0, end - self.max_length) : end], "target": history[end]}
-            for user, history in zip(users, histories, strict=True)
-            for end in range(1, len(history))
-        ]
+        pairs = list(zip(users, histories, strict=True))
+        if self.model.config.causal_items:
+            rows = [
+                {"user": user, "input_ids": window[:-1], "targets": window[1:]}
+                for user, history in pairs
+                for window in windows([history], self.max_length + 1)
+            ]
+        else:
+            rows = [
+                {"user": user, "input_ids": history[max(0, end - self.max_length) : end], "targets": [history[end]]}
+                for user, history in pairs
+                for end in range(1, len(history))
+            ]
         train_baseline(self, rows, self._collate, self._loss, validate=validate, **training)
         return self
 
@@ -143,29 +156,10 @@ class TIGER:
             allowed = torch.ones(len(recent), self.num_items, dtype=torch.bool)
             for row, history in enumerate(examples["history"]):
                 allowed[row, list(history)] = False
-        codes, scores = self._generate(self._encoder_inputs(examples.get("user"), recent), allowed)
-        leaves = catalogue.leaves_of(codes.flatten(0, 1)).view(scores.shape)  # (B, K)
-        leaves = leaves.masked_fill(scores < _DEAD, -1)
-        return catalogue.items_of(leaves, k, allowed=allowed).cpu().numpy()
-
-    def _generate(self, inputs: dict, allowed: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
-        """Codes (B, K, L) and scores (B, K) of the beams, best first, by transformers' own loop."""
-        beams = max(self.num_beams, 2)  # one beam is greedy search, which returns no scores
-        found = self.model.generate(
-            **inputs,
-            logits_processor=LogitsProcessorList(
-                [CatalogueLogitsProcessor(self.catalogue, self.level_offsets, allowed=allowed)]
-            ),
-            num_beams=beams,
-            num_return_sequences=beams,
-            max_new_tokens=self.catalogue.num_levels,
-            do_sample=False,
-            return_dict_in_generate=True,
-            output_scores=True,
-        )
-        codes = found.sequences[:, 1:] - torch.tensor(self.level_offsets, device=found.sequences.device)
-        codes = codes.view(-1, beams, self.catalogue.num_levels)
-        return codes[:, : self.num_beams], found.sequences_scores.view(-1, beams)[:, : self.num_beams]
+        inputs = self._encoder_inputs(examples.get("user"), recent)
+        decoder = T5Beams(self.model, catalogue, self.level_offsets, self._encode(inputs), inputs["attention_mask"])
+        found = search(decoder, BeamSearch(), catalogue, len(recent), self.num_beams, allowed)
+        return catalogue.items_of(found.leaves[:, :, 0], k, allowed=allowed).cpu().numpy()
 
     def _encoder_inputs(self, users: Sequence[int] | None, histories: list[list[int]]) -> dict[str, torch.Tensor]:
         rows = [self.item_tokens[history].flatten() for history in histories]
@@ -179,10 +173,46 @@ class TIGER:
         input_ids = pad_right(rows, _PAD).to(self.model.device)
         return {"input_ids": input_ids, "attention_mask": (input_ids != _PAD).long()}
 
+    def _encode(self, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
+        """Encoder states (B, T, D)."""
+        mask = inputs["attention_mask"]
+        if self.model.config.causal_items:  # pads stand on the right, where no real token looks
+            item = self._item_of_token(mask.shape[1])
+            mask = self._mask(item[None, :] <= item[:, None])
+        return self.model.encoder(inputs["input_ids"], attention_mask=mask).last_hidden_state
+
+    def _item_of_token(self, length: int) -> torch.Tensor:
+        """Which item of a history the encoder's tokens belong to; the user token is in front of the first."""
+        in_front = int(self.model.config.num_user_tokens > 0)
+        return (torch.arange(length, device=self.model.device) - in_front).div(
+            self.catalogue.num_levels, rounding_mode="floor"
+        )
+
+    def _mask(self, visible: torch.Tensor) -> torch.Tensor:
+        """What attention adds to its scores, (1, 1, queries, keys)."""
+        mask = torch.zeros(visible.shape, dtype=self.model.dtype, device=visible.device)
+        return mask.masked_fill(~visible, torch.finfo(mask.dtype).min)[None, None]
+
     def _collate(self, rows: list[dict]) -> dict[str, torch.Tensor]:
         inputs = self._encoder_inputs([row["user"] for row in rows], [row["input_ids"] for row in rows])
-        return inputs | {"labels": self.item_tokens[[row["target"] for row in rows]].to(self.model.device)}
+        labels = [self.item_tokens[row["targets"]].flatten() for row in rows]
+        return inputs | {"labels": pad_right(labels, -100).to(self.model.device)}  # (B, targets * L)
 
     def _loss(self, batch: dict[str, torch.Tensor]) -> tuple[torch.Tensor, int]:
-        logits = self.model(**batch).logits  # (B, L, V)
-        return cross_entropy(logits.flatten(0, 1), batch["labels"].flatten(), reduction="sum"), batch["labels"].numel()
+        labels, levels = batch["labels"], self.catalogue.num_levels
+        place = torch.arange(labels.shape[1], device=labels.device)
+        target, last = place // levels, batch["input_ids"].shape[1]
+        # Each target starts anew behind a start token, and sees its own codes and, in the encoder, the items before it.
+        inputs = torch.where(place % levels == 0, _PAD, labels.roll(1, 1)).clamp(min=_PAD)
+        own = (target[None, :] == target[:, None]) & (place[None, :] <= place[:, None])
+        context = batch["attention_mask"]
+        if self.model.config.causal_items:
+            context = self._mask(self._item_of_token(last)[None, :] <= target[:, None])
+        logits = self.model(
+            encoder_outputs=(self._encode(batch),),
+            attention_mask=context,
+            decoder_input_ids=inputs,
+            decoder_attention_mask=self._mask(own),
+        ).logits  # (B, targets * L, V)
+        real = labels != -100
+        return cross_entropy(logits[real], labels[real], reduction="sum"), int(real.sum())

@@ -19,6 +19,7 @@ def train_baseline(
     loss: Callable[[dict[str, torch.Tensor]], tuple[torch.Tensor, int]],
     *,
     validate: Callable | None = None,
+    validate_every: int = 1,
     patience: int | None = None,
     num_epochs: int = 40,
     batch_size: int = 128,
@@ -26,6 +27,7 @@ def train_baseline(
     weight_decay: float = 0.0,
     lr_scheduler_type: str = "constant_with_warmup",
     warmup_steps: int = 100,
+    weight_average_decay: float | None = None,
     seed: int = 0,
     progress: bool = True,
 ) -> None:
@@ -36,18 +38,23 @@ def train_baseline(
         rows (sequence of dicts): training samples; `input_ids` gives their length, batches are of similar length.
         collate: rows to a batch of tensors. It draws what is random from torch's global generator, which `Trainer` seeds.
         loss: batch to the **sum** of the losses, in nats, and the number of terms in it.
-        validate (`Callable[[baseline], float]`, *optional*): called after every epoch; the weights of the epoch with the
+        validate (`Callable[[baseline], float]`, *optional*): called after an epoch; the weights of the epoch with the
             highest value are kept. It must not read the test split. If None, the last epoch is kept.
+        validate_every (`int`, defaults to 1): epochs from one validation to the next; the last epoch is always validated.
         patience (`int`, *optional*): stop after this many epochs without a better value; None: never.
         num_epochs, batch_size (rows), learning_rate, weight_decay, lr_scheduler_type, warmup_steps, seed: see
             `TrainingArguments`. Progress bars where `progress`.
+        weight_average_decay (`float`, *optional*): decay per step of an exponential moving average of the weights, at
+            most (1 + t) / (10 + t) in step t; what is validated and kept is then the average. None: the weights.
     """
     if not rows:
         raise ValueError("fit needs at least one history with two items or more.")
     if patience is not None and validate is None:
         raise ValueError(f"patience={patience} needs `validate`: without it no epoch is better than another.")
+    if validate_every < 1:
+        raise ValueError(f"validate_every is {validate_every}; it counts epochs: 1 or more.")
     baseline.training_log = []
-    callback = _KeepBestEpoch(baseline, validate, patience)
+    callback = _KeepBestEpoch(baseline, validate, validate_every, patience, weight_average_decay)
     with tempfile.TemporaryDirectory() as folder:
         arguments = TrainingArguments(
             output_dir=folder,
@@ -85,31 +92,50 @@ class _Trainer(Trainer):
 
 
 class _KeepBestEpoch(TrainerCallback):
-    """Calls `validate` after every epoch and remembers the weights of the best one, in memory."""
+    """Validates after every n-th epoch and remembers the weights (or their average) of the best one, in memory."""
 
-    def __init__(self, baseline, validate: Callable | None, patience: int | None):
-        self.baseline, self.validate, self.patience = baseline, validate, patience
-        self.best_value, self.best_epoch = -float("inf"), 0
+    def __init__(self, baseline, validate: Callable | None, every: int, patience: int | None, decay: float | None):
+        self.baseline, self.validate, self.every, self.patience = baseline, validate, every, patience
+        self.decay, self.best_value, self.best_epoch = decay, -float("inf"), 0
+        self.average: dict[str, torch.Tensor] | None = None
         self.best_weights: dict[str, torch.Tensor] | None = None
         self.start = time.perf_counter()
+
+    def _weights(self) -> dict[str, torch.Tensor]:
+        return {name: value.clone() for name, value in self.baseline.model.state_dict().items()}
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if self.decay is None:
+            return
+        if self.average is None:
+            self.average = self._weights()
+        keep = min(self.decay, (1 + state.global_step) / (10 + state.global_step))
+        for name, value in self.baseline.model.state_dict().items():
+            if value.is_floating_point():  # a buffer of indices is no weight
+                self.average[name].lerp_(value, 1 - keep)
 
     def on_epoch_end(self, args, state, control, **kwargs):
         model, epoch = self.baseline.model, round(state.epoch)
         record = {"epoch": epoch, "seconds": time.perf_counter() - self.start}
-        if self.validate is not None:
+        if self.validate is not None and (epoch % self.every == 0 or epoch == args.num_train_epochs):
+            raw = None if self.average is None else self._weights()
+            if raw is not None:
+                model.load_state_dict(self.average)
             model.eval()
             record["validation"] = self.validate(self.baseline)
             model.train()
             if record["validation"] > self.best_value:
-                self.best_value, self.best_epoch = record["validation"], epoch
-                self.best_weights = {name: value.clone() for name, value in model.state_dict().items()}
+                self.best_value, self.best_epoch, self.best_weights = record["validation"], epoch, self._weights()
+            if raw is not None:
+                model.load_state_dict(raw)
             control.should_training_stop |= self.patience is not None and epoch - self.best_epoch >= self.patience
         self.baseline.training_log.append(record)
         logger.info(f"{type(self.baseline).__name__}: {record}")
 
     def restore(self) -> None:
-        if self.best_weights is not None:
-            self.baseline.model.load_state_dict(self.best_weights)
+        weights = self.best_weights if self.validate is not None else self.average
+        if weights is not None:
+            self.baseline.model.load_state_dict(weights)
         self.baseline.model.eval()
 
 
@@ -129,6 +155,13 @@ def windows(histories, length: int) -> list[list[int]]:
 def pad_right(rows: Sequence[Sequence[int] | torch.Tensor], value: int) -> torch.Tensor:
     """Rows of different lengths as one tensor (B, longest)."""
     return pad_sequence([torch.as_tensor(row) for row in rows], batch_first=True, padding_value=value)
+
+
+def pad_next_items(rows: list[dict]) -> dict[str, torch.Tensor]:
+    """Batch of `input_ids` and `labels`. No mask: a causal model's real positions never see what is on their right."""
+    return {
+        name: pad_right([row[name] for row in rows], value) for name, value in (("input_ids", 0), ("labels", -100))
+    }
 
 
 def recent_items(examples: dict[str, list], length: int, name: str) -> list[list[int]]:
