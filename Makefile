@@ -18,9 +18,10 @@ quickstart: $(BIN)/.installed  ## simulated world -> semantic IDs -> OneRec-V2 -
 test: $(BIN)/.installed  ## the whole suite, offline
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n 2 --dist loadfile tests
 
-check: $(BIN)/.installed  ## lint and format
+check: $(BIN)/.installed  ## lint, format, types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/mypy
 
 format: $(BIN)/.installed
 	$(BIN)/ruff check --fix .

@@ -8,6 +8,8 @@ import importlib
 import importlib.abc
 import importlib.util
 import sys
+from importlib.machinery import ModuleSpec
+from typing import Any
 
 from transformers import AutoConfig, AutoTokenizer
 
@@ -23,13 +25,13 @@ CONFIGS = {  # model type -> its config; `onerec_hf.models` registers the same o
 class StandIn(type):
     """Metaclass of a class that knows its name, and asks the real one of that name in `onerec_hf.models` for everything else."""
 
-    def real(cls):
+    def real(cls) -> type:
         return getattr(importlib.import_module("onerec_hf.models"), cls.__name__)
 
     def __getattr__(cls, name):
         return getattr(cls.real(), name)
 
-    def __call__(cls, *args, **kwargs):
+    def __call__(cls, *args, **kwargs) -> Any:
         return cls.real()(*args, **kwargs)
 
 
@@ -39,7 +41,7 @@ class AfterImport(importlib.abc.MetaPathFinder):
     def __init__(self, module: str, then: str):
         self.module, self.then = module, then
 
-    def find_spec(self, name, path=None, target=None):
+    def find_spec(self, name: str, path: Any = None, target: Any = None) -> ModuleSpec | None:
         if name != self.module:
             return None
         sys.meta_path.remove(self)

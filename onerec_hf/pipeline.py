@@ -26,7 +26,7 @@ class OneRecRecommendationPipeline(Pipeline):
     # transformers annotates None, and documents True and False beside it
     _load_processor = _load_image_processor = _load_feature_extractor = _load_tokenizer = False  # type: ignore[assignment]
 
-    def __init__(self, model, *args, num_beams: int = 50, **kwargs):
+    def __init__(self, model: Any, *args, num_beams: int = 50, **kwargs):
         from .recommender import Recommender  # needs `datasets`, which the models alone do not
 
         super().__init__(model, *args, **kwargs)

@@ -30,7 +30,7 @@ class ItemRanker:
         num_beams (`int`, defaults to 50): Beam width; at least the number of items asked for.
     """
 
-    def __init__(self, model, collator: OneRecCollator, num_beams: int = 50):
+    def __init__(self, model: Any, collator: OneRecCollator, num_beams: int = 50):
         if model.catalogue is None:
             raise ValueError(
                 "the model has no catalogue: set `model.catalogue` or load the model from a folder that holds one."
@@ -59,7 +59,9 @@ class ItemRanker:
                 allowed[i, np.asarray(row["history"], dtype=np.int64)] = False
         return self.search(rows, k, allowed)[0].cpu().numpy()
 
-    def search(self, rows: list[dict], k: int, allowed: torch.Tensor | None = None, num_beams: int | None = None):
+    def search(
+        self, rows: list[dict], k: int, allowed: torch.Tensor | None = None, num_beams: int | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """Items (B, k) and the log-probabilities (B, k), in nats, of the semantic IDs they carry; -1 and -inf for none."""
         model, catalogue, width = self.model, self.model.catalogue, num_beams or self.num_beams
         batch = {name: tensor.to(model.device) for name, tensor in self.collator.context(rows).items()}
@@ -107,11 +109,13 @@ class Recommender:
         self.ranker, self.metadata, self.quantizer = ranker, dict(metadata or {}), quantizer
 
     @property
-    def model(self):
+    def model(self) -> Any:
         return self.ranker.model
 
     @classmethod
-    def from_pretrained(cls, repo: str | os.PathLike, num_beams: int = 50, device=None, **hub_kwargs) -> "Recommender":
+    def from_pretrained(
+        cls, repo: str | os.PathLike, num_beams: int = 50, device: str | torch.device | None = None, **hub_kwargs
+    ) -> "Recommender":
         """
         Load a folder that `recipes/sft.py` (or an alignment recipe) wrote, or a Hub repository.
 
@@ -127,7 +131,7 @@ class Recommender:
         return cls.of_model(model, repo, num_beams, **hub_kwargs)
 
     @classmethod
-    def of_model(cls, model, repo: str | os.PathLike, num_beams: int = 50, **hub_kwargs) -> "Recommender":
+    def of_model(cls, model: Any, repo: str | os.PathLike, num_beams: int = 50, **hub_kwargs) -> "Recommender":
         """As `from_pretrained`, for a model that was loaded from `repo` already."""
         if getattr(model, "catalogue", None) is None:
             raise ValueError(f"{repo} holds no catalogue.safetensors, so there are no items to recommend.")
@@ -304,7 +308,7 @@ class Recommender:
 
     def recommend_dataset(
         self,
-        dataset,
+        dataset: Any,
         output: str | os.PathLike,
         k: int = 10,
         *,

@@ -23,7 +23,7 @@ RULES = {
     "rewards": ({"models"}, {"torch"}),
     "trainers": (
         {"models", "data", "rewards", "evaluation", "hub", "_version"},
-        {"trl", "transformers", "accelerate", "peft", "torch", "datasets", "numpy", "safetensors"},
+        {"trl", "transformers", "accelerate", "peft", "torch", "datasets", "numpy", "safetensors", "huggingface_hub"},
     ),
     "": (
         {"models", "data", "semantic_ids"},
@@ -83,6 +83,28 @@ def test_sizes(path):
             body = node.body[1:] if ast.get_docstring(node) else node.body
             lines = body[-1].end_lineno - body[0].lineno + 1 if body else 0
             assert lines <= 60, f"{path}: {node.name} has {lines} lines"
+
+
+def public_functions(node: ast.AST, inside: str = ""):
+    """Functions that a user may call: no underscore in front of their name, nor of their class's; constructors and calls too."""
+    for child in ast.iter_child_nodes(node):
+        if isinstance(child, ast.ClassDef) and not child.name.startswith("_"):
+            yield from public_functions(child, child.name)
+        elif isinstance(child, ast.FunctionDef):
+            if not child.name.startswith("_") or child.name in ("__init__", "__call__"):
+                yield inside, child
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_public_functions_say_their_types(path):
+    """mypy, in `make check`, says whether they are true."""
+    for owner, node in public_functions(ast.parse(path.read_text())):
+        arguments = [*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs]
+        if owner and not any(getattr(decorator, "id", "") == "staticmethod" for decorator in node.decorator_list):
+            arguments = arguments[1:]
+        bare = [argument.arg for argument in arguments if argument.annotation is None]
+        assert not bare, f"{path}: {owner} {node.name} does not say the types of {bare}"
+        assert node.returns or node.name == "__init__", f"{path}: {owner} {node.name} does not say what it returns"
 
 
 def test_recipes_are_short_and_say_their_command():

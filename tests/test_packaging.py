@@ -1,10 +1,10 @@
 """What a fresh machine relies on: pinned versions, the version number, no traces of real data."""
 
 import configparser
-import os
 import re
 import subprocess
 import sys
+import sysconfig
 import tarfile
 import zipfile
 from pathlib import Path
@@ -34,7 +34,7 @@ def test_version():
 
 def test_no_data_in_the_repository():
     """Real data are for research use or CC BY-SA: none of it may be here."""
-    skipped = {".git", ".venv", "outputs", "build", "dist"}
+    skipped = {".git", ".venv", ".mypy_cache", ".ruff_cache", ".pytest_cache", "outputs", "build", "dist"}
     files = [path for path in ROOT.rglob("*") if path.is_file() and not skipped & set(path.relative_to(ROOT).parts)]
     assert [path for path in files if path.suffix in (".parquet", ".csv", ".npy", ".arrow", ".pt", ".bin")] == []
     assert sum(path.stat().st_size for path in files if "egg-info" not in str(path)) < 20_000_000
@@ -43,8 +43,8 @@ def test_no_data_in_the_repository():
 # ---- wheel and sdist ---------------------------------------------------------------------------------------------------
 
 
-def run(*command, **options):
-    result = subprocess.run([sys.executable, *map(str, command)], capture_output=True, text=True, **options)
+def run(*command, python=sys.executable, **options):
+    result = subprocess.run([python, *map(str, command)], capture_output=True, text=True, **options)
     assert result.returncode == 0, result.stdout + result.stderr
     return result.stdout
 
@@ -95,7 +95,7 @@ def version_of(path: Path) -> str:
 
 
 INSTALLED = """
-import sys
+import pathlib, sys
 import torch, transformers
 import onerec_hf
 assert onerec_hf.__file__.startswith(sys.argv[1]), onerec_hf.__file__
@@ -111,28 +111,32 @@ model = AutoModel.from_config(config)
 model.catalogue = onerec_hf.Catalogue([[0, 1], [2, 3]], [4, 4])
 assert model.generate(context_ids=torch.tensor([[[4, 9]]]), num_beams=2, num_return_sequences=2).shape == (2, 3)
 from onerec_hf.hub import model_card
+assert (pathlib.Path(onerec_hf.__file__).parent / "py.typed").is_file()
 assert "# Tiny" in str(model_card(config, title="Tiny", repo="org/tiny", data="", training=""))  # the template is there
 """
 
 
-def test_the_wheel_installs_and_works_without_the_source(distributions, tmp_path):
-    """Into a folder of its own: torch and transformers come from this environment, our package from the wheel alone."""
-    installed = tmp_path / "site"
-    pip = (
-        "-m",
-        "pip",
-        "--disable-pip-version-check",
-        "install",
-        "--quiet",
-        "--no-deps",
-        "--no-index",
-        "--target",
-        installed,
-    )
-    run(*pip, distributions[1])
-    environment = {**os.environ, "PYTHONPATH": str(installed)}
+@pytest.mark.parametrize("kind", ["wheel", "sdist"])
+def test_it_installs_into_an_empty_environment_and_works(distributions, tmp_path, kind):
+    """
+    A new virtual environment that has torch, transformers and the rest from this one (they are gigabytes), and nothing of ours: an
+    editable install is a `.pth` file, which a path in another `.pth` file does not lead to.
+    """
+    run("-m", "venv", "--without-pip", tmp_path / "venv")
+    python = tmp_path / "venv" / "bin" / "python"
+    site = Path(run("-c", "import sysconfig; print(sysconfig.get_path('purelib'))", python=python).strip())
+    (site / "packages_of_the_test.pth").write_text(sysconfig.get_path("purelib"))
+    # `python -I`: neither this folder, nor PYTHONPATH, nor a user's packages
+    failed = subprocess.run([python, "-I", "-c", "import onerec_hf"], capture_output=True, text=True, cwd=tmp_path)
+    assert "No module named 'onerec_hf'" in failed.stderr
+    options = ["--quiet", "--no-deps", "--no-index", "--no-build-isolation", "--ignore-installed"]
+    run("-I", "-m", "pip", "install", *options, distributions[kind == "wheel"], python=python, cwd=tmp_path)
     onerec_hf.SemanticIdTokenizer(codebook_sizes=[4, 4]).save_pretrained(tmp_path / "tokenizer")
-    run("-c", INSTALLED, installed, tmp_path / "tokenizer", cwd=tmp_path, env=environment)
+    with zipfile.ZipFile(distributions[1]) as archive:
+        names = {name for name in archive.namelist() if ".dist-info/" not in name}
+    assert names == {str(f.relative_to(site)) for f in site.glob("onerec_hf/**/*.*") if f.suffix != ".pyc"}
+    if kind == "wheel":  # the files of the other are the same
+        run("-I", "-c", INSTALLED, site, tmp_path / "tokenizer", python=python, cwd=tmp_path)
 
 
 def test_stand_ins_are_those_that_the_models_register():

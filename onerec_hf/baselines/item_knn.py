@@ -29,7 +29,7 @@ class ItemKNN:
     def __init__(self, num_items: int, *, num_neighbors: int = 100, shrink: float = 10.0, decay: float = 1.0):
         self.num_items, self.num_neighbors, self.shrink, self.decay = num_items, num_neighbors, shrink, decay
         self.similarity: csr_array | None = None  # (N, N), row i: the neighbours of item i
-        self.fallback: np.ndarray | None = None  # (N,) in [-1, 0): popularity, below every score
+        self.fallback: np.ndarray  # made by `fit`: (N,) in [-1, 0): popularity, below every score
 
     def fit(self, histories: Iterable[Sequence[int]]) -> "ItemKNN":
         """Counts; `histories`: item indices, one list per user (`dataset["train"]["history"]`)."""
@@ -67,17 +67,16 @@ class ItemKNN:
     ) -> np.ndarray:
         """The k best items for each row of `examples["history"]`, `(B, k)`; see `rank_items` for ties and -1."""
         histories = examples["history"]
-        found, fallback = self._scores(histories)
-        scores = torch.from_numpy(np.where(found > 0, found, fallback))
+        found = self._scores(histories)
+        scores = torch.from_numpy(np.where(found > 0, found, self.fallback))
         return rank_items(scores, k, exclude=histories if exclude_seen else None, generator=generator)
 
-    def _scores(self, histories: Sequence[Sequence[int]]) -> tuple[np.ndarray, np.ndarray]:
-        """Sums of similarities (B, N), and what stands in their place where there are none (N,)."""
-        if self.similarity is None or self.fallback is None:
+    def _scores(self, histories: Sequence[Sequence[int]]) -> np.ndarray:
+        if self.similarity is None:
             raise ValueError("ItemKNN has no counts yet: call fit(histories) first.")
         lengths = [len(history) for history in histories]
         starts = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
         items = np.array([item for history in histories for item in history], dtype=np.int64)
         age = np.repeat(starts[1:], lengths) - 1 - np.arange(len(items))
         weights = csr_array((self.decay**age, items, starts), shape=(len(histories), self.num_items))
-        return (weights @ self.similarity).toarray(), self.fallback
+        return (weights @ self.similarity).toarray()

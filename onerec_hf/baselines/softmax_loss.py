@@ -8,6 +8,8 @@ Measured on one CPU thread with M = 1,024, N = 12,101, D = 64: 112 ms against 29
 Shapes: **M** positions that have a target, **N** items, **D** width.
 """
 
+from typing import Any
+
 import torch
 
 
@@ -24,7 +26,7 @@ class FullSoftmaxLoss(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    def forward(ctx: Any, hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
         rows = max(1, 2**20 // len(weight))  # 4 MiB of logits
         loss = hidden.new_zeros(())
         hidden_grad, weight_grad = torch.empty_like(hidden), torch.zeros_like(weight)
@@ -43,6 +45,6 @@ class FullSoftmaxLoss(torch.autograd.Function):
         return loss
 
     @staticmethod
-    def backward(ctx, grad: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, None]:
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, None]:
         hidden_grad, weight_grad = ctx.saved_tensors
         return hidden_grad * grad, weight_grad * grad, None

@@ -3,6 +3,7 @@
 import tempfile
 import time
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch.nn.utils.rnn import pad_sequence
@@ -13,7 +14,7 @@ logger = logging.get_logger(__name__)
 
 
 def train_baseline(
-    baseline,
+    baseline: Any,
     rows: Sequence[dict],
     collate: Callable[[list[dict]], dict[str, torch.Tensor]],
     loss: Callable[[dict[str, torch.Tensor]], tuple[torch.Tensor, int]],
@@ -139,7 +140,7 @@ class _KeepBestEpoch(TrainerCallback):
         self.baseline.model.eval()
 
 
-def windows(histories, length: int) -> list[list[int]]:
+def windows(histories: Any, length: int) -> list[list[int]]:
     """Cuts histories into windows of at most `length` items, from the end; neighbours share one item.
 
     Every step from one item to the next lies in exactly one window. Windows of one item are left out.

@@ -1,12 +1,14 @@
 """How sure a model is of each code of the next item (OneRec, arXiv:2502.18965, reports it per level: 6.00, 3.71, 0.05 nats)."""
 
+from typing import Any
+
 import numpy as np
 import torch
 import torch.nn.functional as F
 
 
 @torch.no_grad()
-def prediction_entropy(model, batch: dict[str, torch.Tensor]) -> np.ndarray:
+def prediction_entropy(model: Any, batch: dict[str, torch.Tensor]) -> np.ndarray:
     """
     Entropy of the predicted distribution over the codes of every level, given the true codes before it.
 

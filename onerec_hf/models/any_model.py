@@ -5,12 +5,13 @@ users, K beams, R rows, P prompt tokens, L levels, W largest fan-out of a level.
 """
 
 import inspect
-from typing import cast
+from collections.abc import Sequence
+from typing import Any, cast
 
 import torch
 from transformers import LogitsProcessor
 from transformers.cache_utils import DynamicCache
-from transformers.generation import GenerateBeamDecoderOnlyOutput
+from transformers.generation import GenerateBeamDecoderOnlyOutput, GenerationConfig
 
 from .beam_search import BeamSearch, search
 from .catalogue import Catalogue
@@ -34,12 +35,19 @@ class CatalogueLogitsProcessor(LogitsProcessor):
         eos_token_id (`int`, *optional*): Allowed alone once the semantic ID is complete.
     """
 
-    def __init__(self, catalogue: Catalogue, level_offsets, prompt_length: int = 1, allowed=None, eos_token_id=None):
+    def __init__(
+        self,
+        catalogue: Catalogue,
+        level_offsets: Sequence[int],
+        prompt_length: int = 1,
+        allowed: torch.Tensor | list[torch.Tensor] | None = None,
+        eos_token_id: int | None = None,
+    ):
         self.catalogue, self.level_offsets, self.prompt_length = catalogue, list(level_offsets), prompt_length
         self.alive = catalogue.alive(allowed) if isinstance(allowed, torch.Tensor) else allowed
         self.eos_token_id = eos_token_id
 
-    def __call__(self, input_ids, scores):
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> Any:
         level = input_ids.shape[1] - self.prompt_length
         if level >= self.catalogue.num_levels:
             if self.eos_token_id is None:
@@ -135,11 +143,11 @@ def _check(model, generation_config, normalize):
 
 @torch.no_grad()
 def catalogue_generate(
-    model,
+    model: Any,
     input_ids: torch.Tensor,
-    logits_processor=None,
-    stopping_criteria=None,
-    generation_config=None,
+    logits_processor: Any = None,
+    stopping_criteria: Any = None,
+    generation_config: GenerationConfig | None = None,
     *,
     catalogue: Catalogue,
     level_offsets: list[int],
@@ -147,7 +155,7 @@ def catalogue_generate(
     allowed_items: torch.Tensor | None = None,
     normalize: str = "vocab",
     **model_kwargs,
-):
+) -> torch.Tensor | GenerateBeamDecoderOnlyOutput:
     """
     Constrained beam search as `model.generate(..., custom_generate=catalogue_generate, catalogue=..., search_beams=K, ...)`.
 

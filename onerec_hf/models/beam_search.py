@@ -7,6 +7,7 @@ L levels, V codes of a level; a step's candidates are R runs of W children of on
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -57,7 +58,9 @@ class BeamSearch:
     padded = False  # whether the children of a beam must be one run
     chunk_bytes = 2**23  # log-probabilities of a step are made and used up for so many users at a time, on a CPU
 
-    def choose(self, scores, log_probs, parent, real, k):
+    def choose(
+        self, scores: torch.Tensor, log_probs: torch.Tensor, parent: torch.Tensor, real: torch.Tensor, k: int
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """Places (B, k) among the (B, R, W) candidates, and which of them are dead."""
         return _top(torch.where(real, log_probs + scores.gather(1, parent).unsqueeze(2), _DEAD), k)[1:]
 
@@ -122,11 +125,13 @@ class _DistinctSamples(_Samples):
 class SharedContext:
     """The beams of B users in a model of this package: one context per user, only generated rows are gathered."""
 
-    def __init__(self, model, catalogue: Catalogue, context_kv: ContextKV):
+    def __init__(self, model: Any, catalogue: Catalogue, context_kv: ContextKV):
         self.model, self.catalogue, self.context_kv = model, catalogue, context_kv
         self.cache = DynamicCache(config=model.config)
 
-    def advance(self, level: int, code=None, parent=None) -> torch.Tensor:
+    def advance(
+        self, level: int, code: torch.Tensor | None = None, parent: torch.Tensor | None = None
+    ) -> torch.Tensor:
         """(B, K, D) in front of the codes of `level`; `code` (B, K) was chosen last, in row `parent` (B * K,)."""
         config, batch = self.model.config, self.context_kv.mask.shape[0]
         if parent is None:
@@ -138,7 +143,7 @@ class SharedContext:
                 tokens = F.pad(tokens, (0, 1), value=config.bos_token_id)
         return self.model.next_hidden(tokens, self.context_kv, self.cache).unflatten(0, (batch, -1))
 
-    def log_probs(self, hidden: torch.Tensor, level: int, node=None) -> torch.Tensor:
+    def log_probs(self, hidden: torch.Tensor, level: int, node: torch.Tensor | None = None) -> torch.Tensor:
         """(b * K, V) log-probabilities of the codes of `level` for some of the users, behind `node` (b, K)."""
         prefix = None if node is None else node.flatten().clamp(min=0)
         return self.model.level_log_probs(hidden.flatten(0, 1), level, prefix, self.catalogue)
@@ -198,7 +203,15 @@ class _Step:
         return scores, parent, child, dead
 
 
-def search(decoder, chooser, catalogue: Catalogue, batch: int, k: int, allowed=None, num_items: int = 1):
+def search(
+    decoder: Any,
+    chooser: Any,
+    catalogue: Catalogue,
+    batch: int,
+    k: int,
+    allowed: torch.Tensor | list[torch.Tensor] | None = None,
+    num_items: int = 1,
+) -> BeamSearchOutput:
     """
     The loop that beam search and sampling share: static shapes, nothing read back from the device.
 
@@ -237,7 +250,12 @@ def search(decoder, chooser, catalogue: Catalogue, batch: int, k: int, allowed=N
 
 
 def beam_search(
-    model, catalogue: Catalogue, context_kv: ContextKV, num_beams: int, allowed=None, num_items: int = 1
+    model: Any,
+    catalogue: Catalogue,
+    context_kv: ContextKV,
+    num_beams: int,
+    allowed: torch.Tensor | list[torch.Tensor] | None = None,
+    num_items: int = 1,
 ) -> BeamSearchOutput:
     """
     The `num_beams` best items of the catalogue for each user, or the best sessions of `num_items` different items.
@@ -264,14 +282,14 @@ def beam_search(
 
 
 def sample_items(
-    model,
+    model: Any,
     catalogue: Catalogue,
     context_kv: ContextKV,
     num_samples: int,
     replacement: bool = False,
     temperature: float = 1.0,
     generator: torch.Generator | None = None,
-    allowed=None,
+    allowed: torch.Tensor | list[torch.Tensor] | None = None,
     num_items: int = 1,
 ) -> BeamSearchOutput:
     """

@@ -6,9 +6,11 @@ semantic IDs).
 
 import hashlib
 import os
+from collections.abc import Sequence
 
 import numpy as np
 import torch
+from numpy.typing import ArrayLike
 from safetensors import safe_open
 from safetensors.torch import save_file
 from transformers.utils.hub import cached_file
@@ -36,7 +38,13 @@ class Catalogue(PrefixIndex):
         ValueError: On shapes that do not fit, codes outside their codebook, repeated item ids, or an empty catalogue.
     """
 
-    def __init__(self, semantic_ids, codebook_sizes, item_ids=None, popularity=None):
+    def __init__(
+        self,
+        semantic_ids: ArrayLike,
+        codebook_sizes: Sequence[int],
+        item_ids: ArrayLike | None = None,
+        popularity: ArrayLike | None = None,
+    ):
         self.codebook_sizes = [int(size) for size in codebook_sizes]
         self.semantic_ids = self._checked(torch.as_tensor(np.asarray(semantic_ids)))  # (N, L)
         self.item_ids = np.arange(self.num_items) if item_ids is None else np.asarray(item_ids)
@@ -44,7 +52,7 @@ class Catalogue(PrefixIndex):
             raise ValueError(f"item_ids has shape {self.item_ids.shape}, semantic_ids has {self.num_items} rows.")
         if self.item_ids.dtype.kind not in "iuU":
             self.item_ids = self.item_ids.astype(str)
-        self._sorted_item_ids = None  # built on the first look-up
+        self._sorted_item_ids: tuple[np.ndarray, np.ndarray] | None = None  # built on the first look-up
         if item_ids is not None and self._number_of_ids() < self.num_items:
             raise ValueError("item_ids are not all different: an id names one item. Remove the repeated rows.")
         self.popularity = None if popularity is None else np.asarray(popularity, dtype=np.float64)
@@ -114,7 +122,7 @@ class Catalogue(PrefixIndex):
     def device(self) -> torch.device:
         return self.semantic_ids.device
 
-    def to(self, device) -> "Catalogue":
+    def to(self, device: str | torch.device) -> "Catalogue":
         """The catalogue with its index on `device`; moves in place, costs nothing when it is already there."""
         if torch.device(device) != self.device:
             for name in ("semantic_ids", "item_order"):
@@ -123,7 +131,9 @@ class Catalogue(PrefixIndex):
             self.surplus = [surplus.to(device) for surplus in self.surplus]
         return self
 
-    def with_items(self, semantic_ids, item_ids, popularity=None) -> "Catalogue":
+    def with_items(
+        self, semantic_ids: ArrayLike, item_ids: ArrayLike, popularity: ArrayLike | None = None
+    ) -> "Catalogue":
         """
         A new catalogue with more items behind the old ones, whose item indices stay what they are.
 
@@ -153,7 +163,7 @@ class Catalogue(PrefixIndex):
             None if popularity is None else np.concatenate([self.popularity, popularity]),
         ).to(self.device)
 
-    def index_of(self, item_ids) -> np.ndarray:
+    def index_of(self, item_ids: ArrayLike) -> np.ndarray:
         """
         Item indices of original item ids.
 
@@ -211,7 +221,7 @@ class Catalogue(PrefixIndex):
         result = torch.full((len(leaves), k + 1), -1, dtype=torch.long, device=leaves.device)
         return result.scatter_(1, rank, torch.where(rank < k, items, -1))[:, :k]
 
-    def leaves_of(self, codes) -> torch.Tensor:
+    def leaves_of(self, codes: torch.Tensor | ArrayLike) -> torch.Tensor:
         """Leaves of semantic IDs (S, L) -> (S,); -1 where no item carries the codes."""
         codes = torch.as_tensor(codes if isinstance(codes, torch.Tensor) else np.asarray(codes), device=self.device)
         node = None
@@ -219,7 +229,7 @@ class Catalogue(PrefixIndex):
             node = self.step(node, level, codes[:, level])
         return node
 
-    def items_with(self, codes) -> list[np.ndarray]:
+    def items_with(self, codes: torch.Tensor | ArrayLike) -> list[np.ndarray]:
         """Item indices that carry each of the semantic IDs (S, L), popular ones first; an empty array where there is none."""
         leaves, order = self.leaves_of(codes), self.item_order.cpu().numpy()
         first, end = (self.first_child(leaves.clamp(min=0) + more, self.num_levels - 1) for more in (0, 1))

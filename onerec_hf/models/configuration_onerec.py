@@ -120,7 +120,7 @@ class SemanticIdConfig(PreTrainedConfig):
             )
         super().__post_init__(**kwargs)
 
-    def validate_architecture(self):
+    def validate_architecture(self) -> None:
         """Part of the strict validation: sizes that cannot work together."""
         if not self.codebook_sizes or min(self.codebook_sizes) < 1:
             raise ValueError(f"codebook_sizes={self.codebook_sizes}: every level needs at least one code.")
@@ -226,7 +226,7 @@ class OneRecV1Config(SemanticIdConfig):
         super().__post_init__(**kwargs)
         self.code_embed_dim = self.code_embed_dim or self.hidden_size // self.num_levels
 
-    def validate_pathways(self):
+    def validate_pathways(self) -> None:
         """Part of the strict validation: lengths of the pathways."""
         if min(self.pathway_lengths.values()) < 0 or not any(self.pathway_lengths.values()):
             raise ValueError(f"pathway lengths {self.pathway_lengths}: none may be negative, and one must be above 0.")
@@ -289,7 +289,7 @@ class OneRecV2Config(SemanticIdConfig):
         self.context_dropout = self.dropout if self.context_dropout is None else self.context_dropout
         super().__post_init__(**kwargs)
 
-    def validate_fixed_features(self):
+    def validate_fixed_features(self) -> None:
         """Part of the strict validation: a fixed feature is a context feature of given width."""
         known = [name for name in self.context_features if name in self.feature_embed_dims]
         if unknown := sorted(set(self.fixed_context_features) - set(known)):
@@ -298,7 +298,7 @@ class OneRecV2Config(SemanticIdConfig):
                 f"table in feature_embed_dims; both name {known}."
             )
 
-    def validate_sharing(self):
+    def validate_sharing(self) -> None:
         """Part of the strict validation: sharing of context keys and values."""
         if self.context_key_value_split not in (1, 2):
             raise ValueError(

@@ -73,7 +73,7 @@ class RewardConfig(PreTrainedConfig):
         self.feature_embed_dims = dict(self.feature_embed_dims or {})
         super().__post_init__(**kwargs)
 
-    def validate_targets(self):
+    def validate_targets(self) -> None:
         """Part of the strict validation: one weight per objective, each named once."""
         if len(set(self.targets)) != len(self.targets):
             raise ValueError(f"targets={self.targets}: every objective may be named once.")
@@ -120,7 +120,7 @@ class OneRecSessionRewardConfig(RewardConfig):
         super().__post_init__(**kwargs)
         self.reward_weights = [float(weight) for weight in self.reward_weights or [1] * len(self.targets)]
 
-    def validate_reward_weights(self):
+    def validate_reward_weights(self) -> None:
         """Part of the strict validation: one weight per objective."""
         if len(self.reward_weights) != len(self.targets):
             raise ValueError(f"reward_weights={self.reward_weights}: one weight is needed for each of {self.targets}.")

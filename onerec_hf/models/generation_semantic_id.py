@@ -70,7 +70,7 @@ class CatalogueGenerationMixin(_Model):
     num_items: int = 1  # per row of `generate`; a model of sessions sets it
     context_input_names = ("context_ids", "context_mask", "context_features", "user_features")
 
-    def encode_context(self, **inputs):
+    def encode_context(self, **inputs) -> ContextKV:
         """Keys and values of the context, once per user; the inputs are those of `context_input_names`."""
         return self.model.encode_context(**inputs)
 
@@ -106,7 +106,7 @@ class CatalogueGenerationMixin(_Model):
         super().save_pretrained(save_directory, *args, **kwargs)
 
     @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path, *model_args, **kwargs):
+    def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, *model_args, **kwargs) -> Any:
         """As `PreTrainedModel.from_pretrained`; attaches the repository's catalogue when it holds one."""
         try:
             result = super().from_pretrained(pretrained_model_name_or_path, *model_args, **kwargs)
@@ -138,7 +138,7 @@ class CatalogueGenerationMixin(_Model):
 
     # ---- generation ----------------------------------------------------------------------------------------------------
 
-    def next_hidden(self, tokens: torch.Tensor, context_kv: ContextKV, cache) -> torch.Tensor:
+    def next_hidden(self, tokens: torch.Tensor, context_kv: ContextKV, cache: Any) -> torch.Tensor:
         """Last hidden state (R, D) after C more tokens (R, C) per row; `cache` grows by C positions."""
         return self.model(tokens, context_kv=context_kv, past_key_values=cache, use_cache=True).last_hidden_state[
             :, -1

@@ -6,10 +6,11 @@ positions, R = B * m rows (m targets, beams or samples per user, rows of one use
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import ModelOutput
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
@@ -28,12 +29,21 @@ class ContextKV(ModelOutput):
         mask (`torch.BoolTensor` of shape (B, T)): True for real positions, which include the leading static slot.
     """
 
-    key_states: tuple[torch.Tensor, ...] | None = None
-    value_states: tuple[torch.Tensor, ...] | None = None
-    mask: torch.Tensor | None = None
+    key_states: tuple[Tensor, ...] | None = None
+    value_states: tuple[Tensor, ...] | None = None
+    mask: Tensor | None = None
 
 
-def eager_attention_forward(module, query, key, value, attention_mask, scaling, dropout=0.0, **kwargs):
+def eager_attention_forward(
+    module: Any,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float,
+    dropout: float = 0.0,
+    **kwargs,
+) -> tuple[Tensor, Tensor]:
     """softmax(q k^T * scaling + mask) v, written out; the reference for every other attention implementation."""
     key = key.repeat_interleave(module.num_key_value_groups, dim=1)
     value = value.repeat_interleave(module.num_key_value_groups, dim=1)
@@ -52,15 +62,16 @@ def eager_attention_forward(module, query, key, value, attention_mask, scaling, 
 class KeyValueProjection(nn.Module):
     """One set of keys and values of a sequence of hidden states: (B, T, D) -> two of (B, H_kv, T, head_dim)."""
 
-    def __init__(self, config, num_key_value_heads: int):
+    def __init__(self, config: Any, num_key_value_heads: int):
         super().__init__()
         self.head_dim = config.head_dim
         self.k_proj = nn.Linear(config.hidden_size, num_key_value_heads * config.head_dim, bias=False)
         self.v_proj = nn.Linear(config.hidden_size, num_key_value_heads * config.head_dim, bias=False)
 
-    def forward(self, hidden_states):
+    def forward(self, hidden_states: Tensor) -> tuple[Tensor, Tensor]:
         shape = (*hidden_states.shape[:2], -1, self.head_dim)
-        return tuple(proj(hidden_states).view(shape).transpose(1, 2) for proj in (self.k_proj, self.v_proj))
+        key, value = (proj(hidden_states).view(shape).transpose(1, 2) for proj in (self.k_proj, self.v_proj))
+        return key, value
 
 
 class MultiHeadAttention(KeyValueProjection):
@@ -68,7 +79,7 @@ class MultiHeadAttention(KeyValueProjection):
 
     is_causal = False
 
-    def __init__(self, config, layer_idx: int):
+    def __init__(self, config: Any, layer_idx: int):
         super().__init__(config, config.num_key_value_heads)
         self.config, self.layer_idx = config, layer_idx
         self.num_key_value_groups = config.num_attention_heads // config.num_key_value_heads
@@ -76,7 +87,14 @@ class MultiHeadAttention(KeyValueProjection):
         self.q_proj = nn.Linear(config.hidden_size, config.num_attention_heads * self.head_dim, bias=False)
         self.o_proj = nn.Linear(config.num_attention_heads * self.head_dim, config.hidden_size, bias=False)
 
-    def forward(self, hidden_states, attention_mask=None, past_key_values=None, attended_states=None, **kwargs):
+    def forward(
+        self,
+        hidden_states: Tensor,
+        attention_mask: Tensor | None = None,
+        past_key_values: Any = None,
+        attended_states: Tensor | None = None,
+        **kwargs,
+    ) -> tuple[Tensor, Tensor]:
         """(R, C, D) -> (R, C, D) and weights; keys and values come from `attended_states` (R, T, D) where given."""
         shape = (*hidden_states.shape[:2], -1, self.head_dim)
         query = self.q_proj(hidden_states).view(shape).transpose(1, 2)  # (R, H, C, head_dim)
@@ -106,7 +124,7 @@ class ContextAttention(nn.Module):
     length: keys and values stay (B, H_kv, T, head_dim), copied for neither.
     """
 
-    def __init__(self, config):
+    def __init__(self, config: Any):
         super().__init__()
         self.config, self.is_causal = config, False
         self.head_dim = config.head_dim
@@ -116,7 +134,9 @@ class ContextAttention(nn.Module):
         self.q_proj = nn.Linear(config.hidden_size, config.num_attention_heads * self.head_dim, bias=False)
         self.o_proj = nn.Linear(config.num_attention_heads * self.head_dim, config.hidden_size, bias=False)
 
-    def forward(self, hidden_states, key, value, attention_mask=None, **kwargs):
+    def forward(
+        self, hidden_states: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None = None, **kwargs
+    ) -> tuple[Tensor, Tensor]:
         rows, length, _ = hidden_states.shape
         batch, heads = key.shape[:2]
         query = self.q_proj(hidden_states).view(batch, rows // batch * length, heads, self.groups, self.head_dim)
@@ -140,7 +160,7 @@ class FeedForward(nn.Module):
         self.up_proj = nn.Linear(hidden_size, intermediate_size, bias=False)
         self.down_proj = nn.Linear(intermediate_size, hidden_size, bias=False)
 
-    def forward(self, hidden_states):
+    def forward(self, hidden_states: Tensor) -> Tensor:
         up = self.up_proj(hidden_states)
         return self.down_proj(F.silu(up) if self.gate_proj is None else F.silu(self.gate_proj(hidden_states)) * up)
 
@@ -148,7 +168,7 @@ class FeedForward(nn.Module):
 class EncoderLayer(GradientCheckpointingLayer):
     """Technical Report, section 2.2.2: self-attention over everything, then `mlp` (dense or a mixture), pre-normed and residual."""
 
-    def __init__(self, config, layer_idx: int, mlp: nn.Module):
+    def __init__(self, config: Any, layer_idx: int, mlp: nn.Module):
         super().__init__()
         self.self_attn = EncoderAttention(config, layer_idx)
         self.mlp = mlp
@@ -156,7 +176,7 @@ class EncoderLayer(GradientCheckpointingLayer):
         self.mlp_norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.dropout = nn.Dropout(config.dropout)
 
-    def forward(self, hidden_states, attention_mask=None, **kwargs):
+    def forward(self, hidden_states: Tensor, attention_mask: Tensor | None = None, **kwargs) -> Tensor:
         attended, _ = self.self_attn(self.self_attn_norm(hidden_states), attention_mask, **kwargs)
         hidden_states = hidden_states + self.dropout(attended)
         return hidden_states + self.dropout(self.mlp(self.mlp_norm(hidden_states)))
@@ -171,7 +191,7 @@ class DecoderLayer(GradientCheckpointingLayer):
 
     context_first = False
 
-    def __init__(self, config, layer_idx: int, mlp: nn.Module, context_set: int):
+    def __init__(self, config: Any, layer_idx: int, mlp: nn.Module, context_set: int):
         super().__init__()
         self.context_set = context_set  # which of the context's key/value sets this block reads
         self.cross_attn = ContextAttention(config)
@@ -183,8 +203,15 @@ class DecoderLayer(GradientCheckpointingLayer):
         self.dropout = nn.Dropout(config.dropout)
 
     def forward(
-        self, hidden_states, key, value, context_mask=None, attention_mask=None, past_key_values=None, **kwargs
-    ):
+        self,
+        hidden_states: Tensor,
+        key: Tensor,
+        value: Tensor,
+        context_mask: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        past_key_values: Any = None,
+        **kwargs,
+    ) -> Tensor:
         if self.context_first:
             hidden_states = self._attend_to_context(hidden_states, key, value, context_mask, **kwargs)
         attended, _ = self.self_attn(self.self_attn_norm(hidden_states), attention_mask, past_key_values, **kwargs)
@@ -206,7 +233,7 @@ class PositionRMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(num_levels, hidden_size))
         self.eps = eps
 
-    def forward(self, hidden_states, levels):
+    def forward(self, hidden_states: Tensor, levels: Tensor) -> Tensor:
         weight = self.weight[levels.clamp(max=len(self.weight) - 1)]
         return F.rms_norm(hidden_states, hidden_states.shape[-1:], eps=self.eps) * weight
 
@@ -214,7 +241,7 @@ class PositionRMSNorm(nn.Module):
 class LevelHead(nn.Linear):
     """The output head, rows [specials | level 1 | ... | level L]; with `rows`, the scores of these rows alone."""
 
-    def forward(self, hidden_states, rows: slice = slice(None)):
+    def forward(self, hidden_states: Tensor, rows: slice = slice(None)) -> Tensor:
         # in its own forward, so that whoever moves or gathers weights before a module runs (offload, FSDP) sees the slice too
         return F.linear(hidden_states, self.weight[rows])
 
@@ -222,20 +249,20 @@ class LevelHead(nn.Linear):
 class FixedEmbedding(nn.Module):
     """A given table (V, width), saved with the model and not trained: a buffer."""
 
-    weight: torch.Tensor
+    weight: Tensor
 
     def __init__(self, size: int, width: int):
         super().__init__()
         self.register_buffer("weight", torch.zeros(size, width))
 
-    def forward(self, values):
+    def forward(self, values: Tensor) -> Tensor:
         return F.embedding(values, self.weight)
 
 
 class FeatureEmbedding(nn.Module):
     """Embeddings of categorical features, (..., F) -> a list of (..., width), in the order of the config; `fixed`: given ones."""
 
-    def __init__(self, features: dict[str, int], config, kind: str, fixed: Sequence[str] = ()):
+    def __init__(self, features: dict[str, int], config: Any, kind: str, fixed: Sequence[str] = ()):
         super().__init__()
         self.names, self.kind = list(features), kind
         widths = [config.feature_embed_dims.get(name, config.context_embed_dim) for name in features]
@@ -248,7 +275,7 @@ class FeatureEmbedding(nn.Module):
             ]
         )
 
-    def forward(self, values: torch.Tensor | None) -> list[torch.Tensor]:
+    def forward(self, values: Tensor | None) -> list[Tensor]:
         given = 0 if values is None else values.shape[-1]
         if given != len(self.names):
             raise ValueError(
@@ -257,7 +284,7 @@ class FeatureEmbedding(nn.Module):
             )
         return [table(values[..., i]) for i, table in enumerate(self.tables)]
 
-    def fill(self, name: str, vectors: torch.Tensor) -> None:
+    def fill(self, name: str, vectors: Tensor) -> None:
         """Table of a fixed feature: row i of `vectors` (N, width) goes to value i + 1, zeros to value 0 ("unknown")."""
         table = self.tables[self.names.index(name)].get_buffer("weight")
         if vectors.shape != (table.shape[0] - 1, table.shape[1]):
@@ -268,7 +295,7 @@ class FeatureEmbedding(nn.Module):
         table.copy_(F.pad(vectors, (0, 0, 1, 0)))
 
 
-def checked_context(config, context_ids, context_mask):
+def checked_context(config: Any, context_ids: Tensor | None, context_mask: Tensor | None) -> Tensor:
     """`context_mask` (B, T), made where it is missing; an error where `context_ids` is missing or has another shape."""
     if context_ids is None:
         raise ValueError("context_ids is missing: give the histories as token ids of shape (batch, items, levels).")
@@ -282,13 +309,13 @@ def checked_context(config, context_ids, context_mask):
     return context_mask.bool()
 
 
-def item_ages(mask: torch.Tensor) -> torch.Tensor:
+def item_ages(mask: Tensor) -> Tensor:
     """Age of every item of a history (B, T), oldest first: 1 for the most recent one; wherever the padding stands."""
     order = mask.long().cumsum(1)
     return (order[:, -1:] + 1 - order).clamp(min=1)
 
 
-def age_buckets(age: torch.Tensor, num_buckets: int, max_distance: int) -> torch.Tensor:
+def age_buckets(age: Tensor, num_buckets: int, max_distance: int) -> Tensor:
     """
     Bucket of the age of a context item: exact up to half of the buckets, then logarithmic, as T5 does (arXiv:1910.10683).
 

@@ -3,6 +3,8 @@
 Legend: B users, T context items, S encoder positions, L levels, D width.
 """
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -46,7 +48,13 @@ class OneRecContextEmbedding(nn.Module):
         self.embed_ages = nn.Embedding(config.max_context_items, width)
         self.dropout = nn.Dropout(config.dropout)
 
-    def forward(self, context_ids, context_mask=None, context_features=None, user_features=None):
+    def forward(
+        self,
+        context_ids: torch.Tensor,
+        context_mask: torch.Tensor | None = None,
+        context_features: torch.Tensor | None = None,
+        user_features: torch.Tensor | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         mask = checked_context(self.config, context_ids, context_mask)
         codes = self.embed_codes(context_ids)  # (B, T, L, dim)
         if self.config.context_tokens == "item":
@@ -68,7 +76,7 @@ class OneRecContextEmbedding(nn.Module):
 class OneRecContextEncoder(nn.Module):
     """Technical Report, section 2.2.2: blocks of full self-attention; then keys and values for every block of the decoder."""
 
-    def __init__(self, config, embedding: nn.Module, moe: bool = False):
+    def __init__(self, config: Any, embedding: nn.Module, moe: bool = False):
         super().__init__()
         self.embedding = embedding
         self.layers = nn.ModuleList(
@@ -88,7 +96,12 @@ class OneRecContextEncoder(nn.Module):
         self.key_values = nn.ModuleList([KeyValueProjection(config, heads) for _ in range(config.num_hidden_layers)])
 
     def forward(
-        self, context_ids, context_mask=None, context_features=None, user_features=None, **kwargs
+        self,
+        context_ids: torch.Tensor,
+        context_mask: torch.Tensor | None = None,
+        context_features: torch.Tensor | None = None,
+        user_features: torch.Tensor | None = None,
+        **kwargs,
     ) -> ContextKV:
         hidden_states, mask = self.embedding(context_ids, context_mask, context_features, user_features)
         visible = mask[:, None, None]  # (B, 1, 1, S)

@@ -22,7 +22,7 @@ class DenseLeakyDense(nn.Module):
         self.down_proj = nn.Linear(hidden_size, hidden_size)
         self.act_fn = nn.LeakyReLU()
 
-    def forward(self, features):
+    def forward(self, features: torch.Tensor) -> torch.Tensor:
         return self.down_proj(self.act_fn(self.up_proj(features)))
 
 
@@ -36,7 +36,7 @@ class LifelongQFormerLayer(nn.Module):
         self.mlp = FeedForward(config.hidden_size, config.intermediate_size, config.gated_mlp)
         self.mlp_norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
 
-    def forward(self, queries, items, mask):
+    def forward(self, queries: torch.Tensor, items: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
         attended, _ = self.cross_attn(queries, mask, attended_states=items)
         queries = queries + attended if self.residual else attended
         output = self.mlp(self.mlp_norm(queries))
@@ -71,7 +71,13 @@ class OneRecV1PathwayEmbedding(nn.Module):
         self.embed_positions = nn.ModuleDict({name: nn.Embedding(length, width) for name, length in encoded.items()})
         self.dropout = nn.Dropout(config.dropout)
 
-    def forward(self, context_ids, context_mask=None, context_features=None, user_features=None):
+    def forward(
+        self,
+        context_ids: torch.Tensor,
+        context_mask: torch.Tensor | None = None,
+        context_features: torch.Tensor | None = None,
+        user_features: torch.Tensor | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         mask = checked_context(self.config, context_ids, context_mask)
         if context_ids.shape[1] != sum(self.lengths.values()):
             raise ValueError(

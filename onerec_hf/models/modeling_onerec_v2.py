@@ -50,7 +50,13 @@ class OneRecV2ContextProcessor(nn.Module):
             ]
         )
 
-    def forward(self, context_ids, context_mask=None, context_features=None, user_features=None) -> ContextKV:
+    def forward(
+        self,
+        context_ids: torch.Tensor,
+        context_mask: torch.Tensor | None = None,
+        context_features: torch.Tensor | None = None,
+        user_features: torch.Tensor | None = None,
+    ) -> ContextKV:
         context_mask = checked_context(self.config, context_ids, context_mask)
         codes = self.embed_codes(context_ids).flatten(2)  # (B, T, L * dim)
         items = torch.cat([codes, *self.embed_features(context_features)], dim=-1)
@@ -95,7 +101,9 @@ class OneRecV2Model(OneRecV2PreTrainedModel, SemanticIdModel):
         self.position_bias = nn.Embedding(buckets, config.num_attention_heads) if buckets else None
         self.post_init()
 
-    def cross_attention_mask(self, context_kv: ContextKV, rows: int, length: int, target_positions, dtype):
+    def cross_attention_mask(
+        self, context_kv: ContextKV, rows: int, length: int, target_positions: torch.Tensor | None, dtype: torch.dtype
+    ) -> torch.Tensor:
         """Additive mask (B, H_kv, groups * m * C, 1 + T): padding, items a target must not see yet, and the bias over ages."""
         mask = context_kv.mask
         batch, heads = mask.shape[0], self.config.num_context_key_value_heads

@@ -69,7 +69,13 @@ class TargetAwareItems(nn.Module):
         self.combine = nn.Linear(4 * width, width)
         self.dropout = nn.Dropout(config.dropout)
 
-    def encode_context(self, context_ids, context_mask=None, context_features=None, user_features=None):
+    def encode_context(
+        self,
+        context_ids: torch.Tensor,
+        context_mask: torch.Tensor | None = None,
+        context_features: torch.Tensor | None = None,
+        user_features: torch.Tensor | None = None,
+    ) -> tuple[ContextKV, torch.Tensor]:
         """Keys and values of the behaviours, and the user vector (B, D); once per user, for any number of candidates."""
         mask = checked_context(self.config, context_ids, context_mask)
         codes = self.embed_codes(context_ids).flatten(2)  # (B, T, L * dim)
@@ -82,7 +88,15 @@ class TargetAwareItems(nn.Module):
         key, value = self.key_values(states)
         return ContextKV(key_states=(key,), value_states=(value,), mask=F.pad(mask, (1, 0), value=True)), user
 
-    def forward(self, item_ids, item_features, item_numbers, context_kv: ContextKV, user, target_positions=None):
+    def forward(
+        self,
+        item_ids: torch.Tensor,
+        item_features: torch.Tensor | None,
+        item_numbers: torch.Tensor | None,
+        context_kv: ContextKV,
+        user: torch.Tensor | None,
+        target_positions: torch.Tensor | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Candidates (R, m, L) -> e (R, m, D), v (R, m, D) and the user of every row (R, D)."""
         if item_ids.dim() != 3 or item_ids.shape[2] != self.config.num_levels:
             raise ValueError(
@@ -128,7 +142,7 @@ class Tower(nn.Module):
         self.hidden = nn.Linear(config.hidden_size, config.tower_size)
         self.score = nn.Linear(config.tower_size, 1)
 
-    def forward(self, states):
+    def forward(self, states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         hidden = F.silu(self.hidden(states))
         return hidden, self.score(hidden).squeeze(-1)
 

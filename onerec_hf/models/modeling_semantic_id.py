@@ -127,11 +127,19 @@ class SemanticIdModel(SemanticIdPreTrainedModel):
         self.norm = PositionRMSNorm(num_norms, config.hidden_size, config.rms_norm_eps)
         self.gradient_checkpointing = False
 
-    def encode_context(self, context_ids, context_mask=None, context_features=None, user_features=None) -> ContextKV:
+    def encode_context(
+        self,
+        context_ids: torch.Tensor,
+        context_mask: torch.Tensor | None = None,
+        context_features: torch.Tensor | None = None,
+        user_features: torch.Tensor | None = None,
+    ) -> ContextKV:
         """Keys and values of the context, once per user; shapes as in `forward`."""
         return self.context_processor(context_ids, context_mask, context_features, user_features)
 
-    def cross_attention_mask(self, context_kv: ContextKV, rows: int, length: int, target_positions, dtype):
+    def cross_attention_mask(
+        self, context_kv: ContextKV, rows: int, length: int, target_positions: torch.Tensor | None, dtype: torch.dtype
+    ) -> torch.Tensor:
         """Additive mask, broadcastable to (B, H_kv, groups * m * C, T): padding."""
         if target_positions is not None:
             raise ValueError(
@@ -227,7 +235,11 @@ class SemanticIdMixin(CatalogueGenerationMixin):
     # ---- the one place where scores become log-probabilities -----------------------------------------------------------
 
     def level_log_probs(
-        self, hidden_states, level: int, node=None, catalogue: Catalogue | None = None
+        self,
+        hidden_states: torch.Tensor,
+        level: int,
+        node: torch.Tensor | None = None,
+        catalogue: Catalogue | None = None,
     ) -> torch.Tensor:
         """
         Log-probabilities of the codes of one level (OneRec-V2, eq. of L_Gen): softmax over the level's codes, or, with
@@ -403,7 +415,7 @@ class SemanticIdMixin(CatalogueGenerationMixin):
             count = (real.flatten(1) if self.config.session_wise else real.flatten(0, 1)).any(1).sum()
         return -torch.where(real, log_probs, 0.0).sum() / count.clamp(min=1)
 
-    def resize_token_embeddings(self, *args, **kwargs):
+    def resize_token_embeddings(self, *args, **kwargs) -> None:
         """Refused: the vocabulary is the semantic IDs."""
         raise NotImplementedError(
             "the vocabulary of a OneRec model is its semantic IDs (codebook_sizes in the config); a token more would be no code of "

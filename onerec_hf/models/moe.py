@@ -4,6 +4,8 @@ OneRec eq. 2 (arXiv:2502.18965); OneRec Technical Report, section 2.2.3 (arXiv:2
 (arXiv:2508.20900). Balancing: DeepSeek-V3, section 2.1.2 (arXiv:2412.19437). Legend: S tokens, D width, E experts.
 """
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -19,7 +21,7 @@ class Router(nn.Module):
     The bias, which balances the load, helps to choose and does not weigh. It is saved with the model and stays float32.
     """
 
-    def __init__(self, config):
+    def __init__(self, config: Any):
         super().__init__()
         self.top_k, self.normalize, self.scoring = (
             config.num_experts_per_tok,
@@ -32,7 +34,7 @@ class Router(nn.Module):
         # tokens per expert since the last update; no buffer, which DDP would overwrite with those of the first process
         self.load: torch.Tensor | None = None
 
-    def forward(self, hidden_states):
+    def forward(self, hidden_states: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """(S, D) -> logits (S, E), gates (S, top_k), experts (S, top_k)."""
         logits = F.linear(hidden_states.float(), self.weight.float())
         scores = logits.softmax(-1) if self.scoring == "softmax" else logits.sigmoid()
@@ -56,7 +58,7 @@ class Router(nn.Module):
 class Experts(nn.Module):
     """SwiGLU experts as two stacks of matrices; `config._experts_implementation` can replace the loop by grouped products."""
 
-    def __init__(self, config):
+    def __init__(self, config: Any):
         super().__init__()
         self.num_experts = config.num_experts
         width = config.moe_intermediate_size
@@ -64,7 +66,9 @@ class Experts(nn.Module):
         self.down_proj = nn.Parameter(torch.empty(self.num_experts, config.hidden_size, width))
         self.act_fn = nn.SiLU()
 
-    def forward(self, hidden_states, top_k_index, top_k_weights):
+    def forward(
+        self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
+    ) -> torch.Tensor:
         """sum over the chosen experts of gate * expert(x), (S, D) -> (S, D), as a plain loop over experts."""
         result = torch.zeros_like(hidden_states)
         for expert in range(self.num_experts):
@@ -78,14 +82,14 @@ class Experts(nn.Module):
 class SparseMoE(nn.Module):
     """Routed experts, plus the shared ones that see every token."""
 
-    def __init__(self, config):
+    def __init__(self, config: Any):
         super().__init__()
         self.gate = Router(config)
         self.experts = Experts(config)
         width = config.num_shared_experts * config.moe_intermediate_size
         self.shared_experts = FeedForward(config.hidden_size, width, gated=True) if width else None
 
-    def forward(self, hidden_states):
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         flat = hidden_states.flatten(0, -2)  # (S, D)
         _, gates, experts = self.gate(flat)
         output = self.experts(flat, experts, gates).view_as(hidden_states)

@@ -73,14 +73,14 @@ class PrefixIndex:
         """First child of nodes of `level`; of `node + 1`, the end of the children. Below a leaf, a place in `item_order`."""
         return self.surplus[level][node] + node
 
-    def leaf_range(self, node: torch.Tensor, level: int):
+    def leaf_range(self, node: torch.Tensor, level: int) -> tuple[torch.Tensor, torch.Tensor]:
         """First leaf below nodes of `level` (0-based) and the one behind the last, in the shape of `node`."""
         first, end = node, node + 1
         for above in range(level, self.num_levels - 1):
             first, end = self.first_child(first, above), self.first_child(end, above)
         return first, end
 
-    def children(self, node: torch.Tensor | None, level: int):
+    def children(self, node: torch.Tensor | None, level: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """
         Children on `level` (0-based) of nodes of the level above; `node=None` is the root.
 
@@ -95,7 +95,7 @@ class PrefixIndex:
         child = child.clamp(max=len(self.codes[level]) - 1)
         return self.codes[level][child].long(), child, real
 
-    def valid_codes(self, node: torch.Tensor | None, level: int, alive: torch.Tensor | None = None):
+    def valid_codes(self, node: torch.Tensor | None, level: int, alive: torch.Tensor | None = None) -> torch.Tensor:
         """
         The codes of `level` that lead on from nodes of the level above (R,), -1 for none; `node=None` is the root.
 
@@ -119,7 +119,7 @@ class PrefixIndex:
 
     def expand(
         self, node: torch.Tensor | None, level: int, beams: int = 1, distinct: bool = True, padded: bool = False
-    ):
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """
         All children of K nodes per request, in R runs of W children.
 

@@ -1,9 +1,11 @@
 """Tokenizer of semantic IDs, in OpenOneRec's spelling (arXiv:2512.24762): <|sid_begin|><s_a_12><s_b_7><s_c_255><|sid_end|>."""
 
 import os
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+from numpy.typing import ArrayLike
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import TokenizersBackend
 from transformers.utils.hub import cached_file
@@ -31,12 +33,12 @@ class SemanticIdTokenizer(TokenizersBackend):
 
     def __init__(
         self,
-        vocab=None,
-        codebook_sizes=(8192, 8192, 8192),
-        pad_token="<|pad|>",
-        bos_token="<|sid_begin|>",
-        eos_token="<|sid_end|>",
-        unk_token="<|unk|>",
+        vocab: dict[str, int] | None = None,
+        codebook_sizes: Sequence[int] = (8192, 8192, 8192),
+        pad_token: str = "<|pad|>",
+        bos_token: str = "<|sid_begin|>",
+        eos_token: str = "<|sid_end|>",
+        unk_token: str = "<|unk|>",
         catalogue: Catalogue | None = None,
         **kwargs,
     ):
@@ -64,7 +66,7 @@ class SemanticIdTokenizer(TokenizersBackend):
         )
         self.catalogue = catalogue
 
-    def encode_semantic_ids(self, semantic_ids) -> np.ndarray:
+    def encode_semantic_ids(self, semantic_ids: ArrayLike) -> np.ndarray:
         """Codes (..., L) -> token ids (..., L), int64."""
         codes = np.asarray(semantic_ids)
         sizes = np.asarray(self.codebook_sizes)
@@ -72,12 +74,12 @@ class SemanticIdTokenizer(TokenizersBackend):
             raise ValueError(f"semantic IDs of shape {codes.shape} do not fit codebook_sizes={self.codebook_sizes}.")
         return codes + self.level_offsets
 
-    def decode_semantic_ids(self, token_ids) -> np.ndarray:
+    def decode_semantic_ids(self, token_ids: ArrayLike) -> np.ndarray:
         """Token ids (..., L) -> codes (..., L); -1 where a token is not a code of its level."""
         codes = np.asarray(token_ids) - self.level_offsets
         return np.where((codes >= 0) & (codes < np.asarray(self.codebook_sizes)), codes, -1)
 
-    def encode_items(self, item_ids) -> np.ndarray:
+    def encode_items(self, item_ids: ArrayLike) -> np.ndarray:
         """
         Token ids of items, given by their original ids.
 
@@ -93,7 +95,7 @@ class SemanticIdTokenizer(TokenizersBackend):
         catalogue = self._require_catalogue()
         return catalogue.semantic_ids.cpu().numpy()[catalogue.index_of(item_ids)] + self.level_offsets
 
-    def decode_items(self, token_ids) -> list[list]:
+    def decode_items(self, token_ids: ArrayLike) -> list[list]:
         """
         Original ids of the items behind token ids (S, L): a list per row, the popular one first where items share a semantic ID,
         empty where the codes belong to no item.
@@ -124,7 +126,9 @@ class SemanticIdTokenizer(TokenizersBackend):
         return files
 
     @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path, *args, **kwargs):
+    def from_pretrained(
+        cls, pretrained_model_name_or_path: str | os.PathLike, *args, **kwargs
+    ) -> "SemanticIdTokenizer":
         """As `PreTrainedTokenizerBase.from_pretrained`; attaches the repository's catalogue when it holds one."""
         tokenizer = super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
         names = ("cache_dir", "force_download", "local_files_only", "token", "revision", "subfolder")

@@ -4,7 +4,7 @@ OneRec, reward model (arXiv:2502.18965, eq. 5 to 7); OneRec Technical Report, P-
 completions of a sample, m items of a completion.
 """
 
-from collections.abc import Callable
+from typing import Any
 
 import torch
 
@@ -26,7 +26,7 @@ class CandidateCollator:
         device (`torch.device`, *optional*): Where the tensors shall be.
     """
 
-    def __init__(self, collator, catalogue: Catalogue, device: torch.device | None = None):
+    def __init__(self, collator: Any, catalogue: Catalogue, device: torch.device | None = None):
         self.collator, self.catalogue, self.device = collator, catalogue, device
 
     def __call__(self, rows: list[dict]) -> dict[str, torch.Tensor]:
@@ -73,13 +73,13 @@ def _score(reward_model, batch: dict[str, torch.Tensor]) -> torch.Tensor:
 
 
 def reward_of_model(
-    reward_model,
-    collator,
-    policy,
+    reward_model: Any,
+    collator: Any,
+    policy: Any,
     num_generations: int,
     catalogue: Catalogue | None = None,
     batch_size: int = 64,
-) -> Callable[..., list[float]]:
+) -> ModelReward:
     """
     A reward model as a reward function for the policy's completions.
 

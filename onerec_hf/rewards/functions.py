@@ -14,7 +14,7 @@ import torch
 from ..models.catalogue import Catalogue
 from ..models.configuration_onerec import NUM_SPECIAL_TOKENS
 
-RewardFunction = Callable[..., list[float]]
+RewardFunction = Callable[..., Sequence[float | None]]
 
 
 def completion_leaves(
@@ -110,7 +110,14 @@ class FormatReward:
         self.generator = None if seed is None else torch.Generator().manual_seed(seed)
         self.__name__ = "format_reward"
 
-    def __call__(self, prompts=None, completions=None, completion_ids=(), sample_log_probs=None, **columns):
+    def __call__(
+        self,
+        prompts: Sequence | None = None,
+        completions: Sequence | None = None,
+        completion_ids: Sequence[Sequence[int]] = (),
+        sample_log_probs: Sequence | None = None,
+        **columns,
+    ) -> Sequence[float | None]:
         groups = _num_groups(len(completion_ids), self.num_generations)
         log_probs = None
         if self.selection == "top":
@@ -134,7 +141,13 @@ class HitReward:
     def __init__(self, column: str = "target_ids"):
         self.column, self.__name__ = column, "hit_reward"
 
-    def __call__(self, prompts=None, completions=None, completion_ids=(), **columns):
+    def __call__(
+        self,
+        prompts: Sequence | None = None,
+        completions: Sequence | None = None,
+        completion_ids: Sequence[Sequence[int]] = (),
+        **columns,
+    ) -> Sequence[float | None]:
         targets = _own_column(columns, self.column, len(completion_ids))
         rewards = []
         for ids, target in zip(completion_ids, targets):
@@ -174,7 +187,13 @@ class ModelReward:
         self.__name__ = "reward_model"
 
     @torch.no_grad()
-    def __call__(self, prompts=None, completions=None, completion_ids=(), **columns):
+    def __call__(
+        self,
+        prompts: Sequence | None = None,
+        completions: Sequence | None = None,
+        completion_ids: Sequence[Sequence[int]] = (),
+        **columns,
+    ) -> Sequence[float | None]:
         size, total = self.num_generations, len(completion_ids)
         starts = range(0, _num_groups(total, size) * size, size)
         samples = _own_column(columns, self.sample_column, total)
@@ -236,7 +255,13 @@ class IndustrialReward:
         self.tagged_leaf[leaf[tagged.cpu().bool()]] = True
         self.__name__ = "industrial_reward"
 
-    def __call__(self, prompts=None, completions=None, completion_ids=(), **columns):
+    def __call__(
+        self,
+        prompts: Sequence | None = None,
+        completions: Sequence | None = None,
+        completion_ids: Sequence[Sequence[int]] = (),
+        **columns,
+    ) -> Sequence[float | None]:
         rewards = self.reward(prompts=prompts, completions=completions, completion_ids=completion_ids, **columns)
         if negative := [r for r in rewards if r is not None and r < 0]:
             raise ValueError(
@@ -264,7 +289,14 @@ class WeightedSum:
             raise ValueError("parts is empty: give at least one reward function and its weight.")
         self.parts, self.__name__ = dict(parts), "weighted_sum"
 
-    def __call__(self, prompts=None, completions=None, completion_ids=(), log_metric=None, **columns):
+    def __call__(
+        self,
+        prompts: Sequence | None = None,
+        completions: Sequence | None = None,
+        completion_ids: Sequence[Sequence[int]] = (),
+        log_metric: Callable | None = None,
+        **columns,
+    ) -> Sequence[float | None]:
         total: list[float | None] = [None] * len(completion_ids)
         for name, (function, weight) in self.parts.items():
             rewards = function(prompts=prompts, completions=completions, completion_ids=completion_ids, **columns)

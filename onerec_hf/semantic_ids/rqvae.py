@@ -8,6 +8,7 @@ import itertools
 import json
 import logging
 import os
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -57,7 +58,7 @@ class RQVAE:
         num_levels: int = 3,
         codebook_size: int = 256,
         latent_dim: int = 32,
-        hidden_sizes=(512, 256, 128),
+        hidden_sizes: Sequence[int] = (512, 256, 128),
         beta: float = 0.25,
         num_epochs: int = 200,
         batch_size: int = 1024,

@@ -142,7 +142,9 @@ class FeedbackModel:
             values[name] = long_view * if_long + (1 - long_view) * if_short
         return values
 
-    def sample(self, affinity: np.ndarray, item_index: np.ndarray, expressiveness: np.ndarray, state) -> dict:
+    def sample(
+        self, affinity: np.ndarray, item_index: np.ndarray, expressiveness: np.ndarray, state: np.ndarray
+    ) -> dict:
         """One draw of every feedback, a function of the arguments and of the random bits `state` (see `hash_keys`)."""
         score = self._score(affinity)
         duration = self.duration_ms[item_index]

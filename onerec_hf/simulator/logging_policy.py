@@ -6,7 +6,9 @@ popular and to random videos whatever the user's taste. It is decent, not optima
 both sides. Its constants were chosen by hand for the published popularity skew and for histories that tell the next video.
 """
 
+from collections.abc import Callable
 from itertools import pairwise
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -39,7 +41,7 @@ class LoggingPolicy:
         world (`ShortVideoWorld`): whose users and items it serves; it sees their true affinity, through noise.
     """
 
-    def __init__(self, world):
+    def __init__(self, world: Any):
         self.world = world
         items: Items = world._items
         self.by_category = np.argsort(items.category, kind="stable")  # (N,)
@@ -64,7 +66,15 @@ class LoggingPolicy:
         position = np.minimum(np.searchsorted(self.running, at, side="right"), len(self.running) - 1)
         return self.by_category[position % self.world.num_items]
 
-    def choose(self, user, time, size, rng, last_item=None, seen=None) -> np.ndarray:
+    def choose(
+        self,
+        user: np.ndarray,
+        time: np.ndarray,
+        size: int,
+        rng: Any,
+        last_item: np.ndarray | None = None,
+        seen: Callable | None = None,
+    ) -> np.ndarray:
         """
         Choose the videos of one request for each of B users.
 
@@ -144,7 +154,7 @@ def _related_items(items: Items, by_category: np.ndarray, starts: np.ndarray) ->
     return related
 
 
-def simulate_logs(world, policy: LoggingPolicy, seed: np.ndarray) -> pd.DataFrame:
+def simulate_logs(world: Any, policy: LoggingPolicy, seed: np.ndarray) -> pd.DataFrame:
     """All impressions of a log, see `ShortVideoWorld.logs`; users in chunks, so memory grows with the log alone."""
     chunks = []
     for first in range(0, world.num_users, _USERS_PER_CHUNK):
@@ -160,7 +170,9 @@ def simulate_logs(world, policy: LoggingPolicy, seed: np.ndarray) -> pd.DataFram
     return pd.DataFrame({name: columns[name] for name in [*head, *FEEDBACK[1:]]})
 
 
-def simulate_users(world, policy: LoggingPolicy, users: np.ndarray, seed: np.ndarray, rng) -> dict[str, np.ndarray]:
+def simulate_users(
+    world: Any, policy: LoggingPolicy, users: np.ndarray, seed: np.ndarray, rng: Any
+) -> dict[str, np.ndarray]:
     """Impressions of some users; one Python step per request and position, vectorised over users."""
     size = world.request_size
     num_events = world._users.num_events[users]

@@ -8,6 +8,7 @@ on real data, and must not be reported beside them.
 
 import numpy as np
 import pandas as pd
+from numpy.typing import ArrayLike
 
 from .feedback import FeedbackModel, hash_keys, hash_uniform
 from .logging_policy import LoggingPolicy, simulate_logs, simulate_users
@@ -126,7 +127,7 @@ class ShortVideoWorld:
         """
         return simulate_logs(self, self._logging_policy, _checked("seed", seed))
 
-    def expected_feedback(self, user_id, video_id, time_ms) -> dict[str, np.ndarray]:
+    def expected_feedback(self, user_id: ArrayLike, video_id: ArrayLike, time_ms: ArrayLike) -> dict[str, np.ndarray]:
         """
         True expected feedback of showing a video to a user at a time: the mean of `sample_feedback` over seeds.
 
@@ -148,7 +149,9 @@ class ShortVideoWorld:
         affinity = self._affinity(user, item, time)
         return self._feedback.expected(affinity, item, self._users.expressiveness[user])
 
-    def sample_feedback(self, user_id, video_id, time_ms, seed=0) -> dict[str, np.ndarray]:
+    def sample_feedback(
+        self, user_id: ArrayLike, video_id: ArrayLike, time_ms: ArrayLike, seed: int = 0
+    ) -> dict[str, np.ndarray]:
         """
         Draw the feedback of showing a video to a user at a time.
 

@@ -1,5 +1,7 @@
 """Loss-free balancing of experts during training (DeepSeek-V3, arXiv:2412.19437; OneRec-V2, section 2.2.3)."""
 
+from typing import Any
+
 from transformers import TrainerCallback
 
 from ..models import balance_experts
@@ -20,7 +22,7 @@ class ExpertBalanceCallback(TrainerCallback):
         self.rate = rate
         self._violations: list[dict[str, float]] = []
 
-    def on_step_end(self, args, state, control, model=None, **kwargs):
+    def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs) -> None:
         rate = 0.0 if hasattr(model, "peft_config") else self.rate
         if violations := balance_experts(model, rate):
             self._violations.append(violations)

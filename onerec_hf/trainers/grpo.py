@@ -64,12 +64,12 @@ class OneRecGRPOTrainer(RepositoryMixin, GRPOTrainer):
 
     def __init__(
         self,
-        model,
-        reward_funcs=None,
+        model: Any,
+        reward_funcs: Any = None,
         args: OneRecGRPOConfig | None = None,
         train_dataset: datasets.Dataset | None = None,
         eval_dataset: datasets.Dataset | None = None,
-        processing_class=None,
+        processing_class: Any = None,
         *,
         data_collator: Callable,
         logged_dataset: datasets.Dataset | None = None,
@@ -126,7 +126,7 @@ class OneRecGRPOTrainer(RepositoryMixin, GRPOTrainer):
             )
 
     @property
-    def policy(self):
+    def policy(self) -> Any:
         """The OneRec model itself: no DDP around it, adapters inside."""
         model = self.accelerator.unwrap_model(self.model)
         return model.get_base_model() if hasattr(model, "peft_config") else model
@@ -201,7 +201,9 @@ class OneRecGRPOTrainer(RepositoryMixin, GRPOTrainer):
 
     # ---- log-probabilities ---------------------------------------------------------------------------------------------
 
-    def row_log_probs(self, model, context, rows):
+    def row_log_probs(
+        self, model: Any, context: dict[str, torch.Tensor], rows: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """
         Log-probabilities within the level, of the policy, the old policy and the reference alike.
 
@@ -240,7 +242,9 @@ class OneRecGRPOTrainer(RepositoryMixin, GRPOTrainer):
 
     # ---- loss ----------------------------------------------------------------------------------------------------------
 
-    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+    def compute_loss(
+        self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
         """The weighted sum of the losses, see [`OneRecGRPOConfig`]."""
         args, training = self.args, self.model.training
         logged_weight = args.logged_weight if training else 0.0

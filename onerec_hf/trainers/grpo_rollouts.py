@@ -6,6 +6,7 @@ R = B * G rows, C tokens of a completion.
 
 import os
 import time
+from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -14,7 +15,7 @@ from transformers.trainer_utils import get_last_checkpoint
 from trl.models import unwrap_model_for_generation
 
 
-def rollout(prompts: list[int], trainer) -> dict[str, list]:
+def rollout(prompts: list[int], trainer: Any) -> dict[str, list]:
     """TRL's `rollout_func`: G candidates of each user of `trainer.context`, adjacent rows, from the current policy."""
     start, group = time.perf_counter(), trainer.group_size
     how = trainer.args.rollout
@@ -50,10 +51,10 @@ class RolloutCheckpoint(TrainerCallback):
     those of the unbroken run.
     """
 
-    def __init__(self, trainer):
+    def __init__(self, trainer: Any):
         self.trainer = trainer
 
-    def on_save(self, args, state, control, **kwargs):
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs) -> None:
         trainer, folder = self.trainer, os.path.join(args.output_dir, f"checkpoint-{state.global_step}")
         tensors = {"step": torch.tensor(trainer._step)}
         if trainer._step % (args.steps_per_generation * trainer.num_iterations):  # some are left

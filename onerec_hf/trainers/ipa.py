@@ -77,7 +77,7 @@ class IPATrainer(OneRecSFTTrainer):
 
     def __init__(
         self,
-        model,
+        model: Any,
         args: IPAConfig,
         *,
         data_collator: Callable,
@@ -234,7 +234,9 @@ class IPATrainer(OneRecSFTTrainer):
 
     # ---- loss ----------------------------------------------------------------------------------------------------------
 
-    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+    def compute_loss(
+        self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
         """The next-item loss; in training, plus lambda times the preference losses of the batch's pairs over its rows."""
         rows = inputs.pop(ROW, None)
         result: Any = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)

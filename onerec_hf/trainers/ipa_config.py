@@ -69,7 +69,14 @@ class IPAConfig(OneRecSFTConfig):
         if self.beta is None:
             self.beta = DEFAULT_BETA[self.loss_type]
 
-    def preference_loss(self, chosen, rejected, ref_chosen, ref_rejected, num_tokens: int) -> torch.Tensor:
+    def preference_loss(
+        self,
+        chosen: torch.Tensor,
+        rejected: torch.Tensor,
+        ref_chosen: torch.Tensor,
+        ref_rejected: torch.Tensor,
+        num_tokens: int,
+    ) -> torch.Tensor:
         """The loss of each pair, (P,), from summed log-probabilities: chosen (P,), rejected (P, n), and the reference's."""
         if self.loss_type == "sdpo":
             return losses.sdpo_loss(chosen, rejected, ref_chosen, ref_rejected, self.beta)

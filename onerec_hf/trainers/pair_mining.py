@@ -4,6 +4,7 @@ Legend: B users, N candidates of a user, n rejected ones, m items of a candidate
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import datasets
 import torch
@@ -16,7 +17,9 @@ def context_inputs(batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     return {name: value for name, value in batch.items() if name not in ("target_ids", "target_positions")}
 
 
-def generate_candidates(model, context: dict[str, torch.Tensor], num_candidates: int):
+def generate_candidates(
+    model: Any, context: dict[str, torch.Tensor], num_candidates: int
+) -> tuple[torch.Tensor, torch.Tensor]:
     """
     The `num_candidates` most probable items or sessions of each user, by constrained beam search, most probable first.
 
@@ -34,7 +37,7 @@ def generate_candidates(model, context: dict[str, torch.Tensor], num_candidates:
     return token_ids, token_ids[:, :, 0, 0] != model.config.pad_token_id
 
 
-def completion_log_probs(model, context: dict[str, torch.Tensor], token_ids: torch.Tensor) -> torch.Tensor:
+def completion_log_probs(model: Any, context: dict[str, torch.Tensor], token_ids: torch.Tensor) -> torch.Tensor:
     """
     log M(S|H) of candidates: the sum over code tokens, normalised within the level, BOS excluded (OneRec eq. 10).
 
@@ -48,7 +51,9 @@ def completion_log_probs(model, context: dict[str, torch.Tensor], token_ids: tor
     return log_probs.sum((1, 2)).view(token_ids.shape[:2])
 
 
-def choose_pairs(rewards: torch.Tensor, num_rejected: int = 1):
+def choose_pairs(
+    rewards: torch.Tensor, num_rejected: int = 1
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """
     The best candidate and the `num_rejected` worst ones ("self-hard" negatives).
 
@@ -74,7 +79,7 @@ def choose_pairs(rewards: torch.Tensor, num_rejected: int = 1):
 
 @torch.no_grad()
 def mine_pairs(
-    model,
+    model: Any,
     rows: list[dict],
     row_ids: list[int],
     collator: Callable,
@@ -172,7 +177,7 @@ def _hits(token_ids, batch, pad_token_id) -> torch.Tensor:
     return (equal & real.unsqueeze(1)).flatten(1).any(1)
 
 
-def check_pairs(pairs: datasets.Dataset, num_rows: int, model, num_rejected: int) -> None:
+def check_pairs(pairs: datasets.Dataset, num_rows: int, model: Any, num_rejected: int) -> None:
     """
     Raises a ValueError unless pairs that somebody brought fit the data set and the model: columns, one pair per row, `num_rejected`
     whole candidates each, existing codes, and chosen different from rejected.
@@ -202,7 +207,9 @@ def check_pairs(pairs: datasets.Dataset, num_rows: int, model, num_rejected: int
 
 
 @torch.no_grad()
-def candidate_log_probs(model, rows, row_ids: list[int], token_ids: torch.Tensor, collator, batch_size: int):
+def candidate_log_probs(
+    model: Any, rows: Any, row_ids: list[int], token_ids: torch.Tensor, collator: Any, batch_size: int
+) -> torch.Tensor:
     """log M(S|H) (R, C), on the CPU, of candidates (R, C, m, L) of the rows `row_ids` (R) of a data set."""
     found = [torch.zeros(0, token_ids.shape[1])]
     for start in range(0, len(row_ids), batch_size):
@@ -213,7 +220,7 @@ def candidate_log_probs(model, rows, row_ids: list[int], token_ids: torch.Tensor
     return torch.cat(found)
 
 
-def add_reference(model, pairs: datasets.Dataset, rows, collator, batch_size: int) -> list[dict]:
+def add_reference(model: Any, pairs: datasets.Dataset, rows: Any, collator: Any, batch_size: int) -> list[dict]:
     """Given pairs (see [`check_pairs`]) with the log-probabilities of their reference, `model`."""
     columns = {name: pairs.with_format(None)[name][:] for name in ("row", "chosen", "rejected")}
     shape = (len(pairs), -1, model.num_items, model.config.num_levels)

@@ -8,6 +8,7 @@ from pathlib import Path
 import datasets
 import torch
 import transformers
+from huggingface_hub import CommitInfo
 from transformers import Trainer
 from transformers.utils import logging
 
@@ -87,7 +88,7 @@ class RepositoryMixin(Trainer):
         revision: str | None = None,
         private: bool | None = None,
         **card,
-    ):
+    ) -> CommitInfo | None:
         """Model, tokenizer, catalogue, code and card in one commit ([`~hub.push_to_hub`]), always blocking; `card` as above."""
         self.save_model(_internal_call=True)  # every process takes part in it
         if not self.is_world_process_zero():

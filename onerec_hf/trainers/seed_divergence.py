@@ -8,6 +8,8 @@ The direction is the one whose samples can be drawn once; KL(M || seed) would ne
 Legend: B users, m items of a candidate (1, or a session), L levels.
 """
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from transformers.cache_utils import DynamicCache
@@ -16,7 +18,9 @@ from .pair_mining import candidate_log_probs, completion_log_probs, context_inpu
 
 
 @torch.no_grad()
-def sample_candidates(model, context: dict[str, torch.Tensor], num_samples: int, generator: torch.Generator):
+def sample_candidates(
+    model: Any, context: dict[str, torch.Tensor], num_samples: int, generator: torch.Generator
+) -> torch.Tensor:
     """
     Ancestral samples of the model's own distribution, codes that are no item included unless it normalises over items alone.
 
@@ -40,7 +44,9 @@ def sample_candidates(model, context: dict[str, torch.Tensor], num_samples: int,
 
 
 @torch.no_grad()
-def draw_samples(model, rows, row_ids: list[int], collator, generator: torch.Generator, batch_size: int) -> list[dict]:
+def draw_samples(
+    model: Any, rows: Any, row_ids: list[int], collator: Any, generator: torch.Generator, batch_size: int
+) -> list[dict]:
     """One sample of `model`, the seed, for each of the rows `row_ids`: `row`, `token_ids` (m * L) and `log_prob`."""
     samples = []
     for start in range(0, len(row_ids), batch_size):
@@ -54,7 +60,7 @@ def draw_samples(model, rows, row_ids: list[int], collator, generator: torch.Gen
     return samples
 
 
-def seed_log_ratios(model, rows, samples: list[dict], collator, batch_size: int) -> torch.Tensor:
+def seed_log_ratios(model: Any, rows: Any, samples: list[dict], collator: Any, batch_size: int) -> torch.Tensor:
     """log seed(S|H) - log M(S|H) of samples of [`draw_samples`]; their mean estimates KL(seed || M)."""
     shape = (len(samples), 1, model.num_items, model.config.num_levels)
     token_ids = torch.tensor([sample["token_ids"] for sample in samples], dtype=torch.long).view(shape)

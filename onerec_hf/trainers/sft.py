@@ -7,10 +7,12 @@ from collections.abc import Callable, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
 from transformers import TrainerCallback, TrainingArguments
+from transformers.trainer_utils import TrainOutput
 
 from .balance import ExpertBalanceCallback
 from .repository import RepositoryMixin
@@ -82,7 +84,9 @@ class OneRecSFTTrainer(RepositoryMixin):
             logs |= self.expert_balance.logs()
         super().log(logs, *args, **kwargs)
 
-    def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix: str = "eval") -> dict[str, float]:
+    def evaluate(
+        self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
+    ) -> dict[str, float]:
         with self._averaged_weights():
             metrics = super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
             if self.generation_metrics is not None and not isinstance(eval_dataset or self.eval_dataset, dict):
@@ -92,7 +96,7 @@ class OneRecSFTTrainer(RepositoryMixin):
                 metrics.update(found)
         return metrics
 
-    def train(self, *args, **kwargs):
+    def train(self, *args, **kwargs) -> TrainOutput:
         result = super().train(*args, **kwargs)
         loaded_best = self.args.load_best_model_at_end and self.state.best_model_checkpoint is not None
         if self._average is not None and not loaded_best:
@@ -100,7 +104,7 @@ class OneRecSFTTrainer(RepositoryMixin):
         self._average = None
         return result
 
-    def save_model(self, output_dir: str | None = None, _internal_call: bool = False):
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         with self._averaged_weights() as raw:
             super().save_model(output_dir, _internal_call)
         if raw is not None and self.args.should_save:
