@@ -45,7 +45,7 @@ def bars(path: Path, rows: list[dict], label, title: str) -> None:
     axis.set_ylabel("processor seconds")
     axis.set_title(title, fontsize=11)
     axis.spines[["top", "right"]].set_visible(False)
-    axis.legend(fontsize=8, frameon=False, ncols=len(names), loc="upper center", bbox_to_anchor=(0.5, -0.16))
+    axis.legend(fontsize=8, frameon=False, ncols=len(names), loc="upper center", bbox_to_anchor=(0.5, -0.19))
     _save(figure, path)
 
 
@@ -102,7 +102,7 @@ def main() -> None:
     rows = [row for row in _read(args.generation) if row["beams"] == args.beams]
     if rows:
         rows.sort(key=lambda row: (row["context"], row["model"]))
-        label = "{model}\nbatch {batch}, context {context}".format_map
+        label = "{model}\nbatch {batch}\ncontext {context}".format_map
         short = {"OneRecForCausalLM": "OneRec", "OneRecV2ForCausalLM": "OneRec-V2", "t5": "T5", "qwen3": "Qwen3"}
         rows = [row | {"model": short.get(row["model"], row["model"])} for row in rows]
         title = f"End to end, {args.beams} beams (how many times our time)"
