@@ -99,7 +99,10 @@ def main() -> None:
     parser.add_argument("--beams", type=int, default=128)
     parser.add_argument("--output", type=Path, required=True, help="a folder")
     args = parser.parse_args()
-    rows = [row for row in _read(args.generation) if row["beams"] == args.beams]
+    cases = {(row["model"], row["batch"], row["context"], row["beams"]): row for row in _read(args.generation)}
+    rows = [
+        row for row in cases.values() if row["beams"] == args.beams
+    ]  # of a case measured twice, the file named last
     if rows:
         rows.sort(key=lambda row: (row["context"], row["model"]))
         label = "{model}\nbatch {batch}\ncontext {context}".format_map
