@@ -12,7 +12,8 @@ with `prefix_allowed_tokens_fn`; `processor`, with our `CatalogueLogitsProcessor
 transformers repeats prompt or encoder output per beam, projects it per beam and reorders it in every step. Our models keep it from
 that; in their `unconstrained` and `dict trie` the finished keys and values are repeated by hand, which costs transformers less than
 a model of its own does, and `processor` shares them. Every constrained way must return our scores first. Seconds are processor
-time, medians, the ways alternating. `floor` is our least time over that of our matrix products alone, at the speed of a large one.
+time, medians, the ways alternating. `floor` is our least time of ten runs in a row over that of our matrix products alone (those of
+attention included), at the speed of a large one; with `--compile`, that of the compiled search behind it.
 """
 
 import argparse
@@ -22,9 +23,10 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from peers import allowed_tokens, alternate, bars, dict_trie, machine_flops, read_catalogue, zipf_catalogue
+from peers import allowed_tokens, alternate, count_flops, dict_trie, machine_flops, read_catalogue, zipf_catalogue
+from pictures import bars
 from stock import make_qwen3, make_t5
-from torch.utils.flop_counter import FlopCounterMode
+from torch.profiler import ProfilerActivity, profile
 from transformers import CompileConfig, GenerationConfig, LogitsProcessorList
 from transformers.generation import GenerationMixin
 
@@ -34,6 +36,18 @@ from onerec_hf.baselines.t5_search import T5Beams
 from onerec_hf.models.beam_search import BeamSearch, search
 
 BOS = 1
+# what `--profile` tells apart
+OPERATIONS = (
+    "linear",
+    "scaled_dot_product_attention",
+    "rms_norm",
+    "log_softmax",
+    "silu",
+    "cat",
+    "index",
+    "gather",
+    "topk",
+)
 
 
 def repeated(kv: ContextKV, times: int) -> ContextKV:
@@ -114,12 +128,29 @@ def _named(loop, trie, prompt, processor, ours) -> dict:
     return {"unconstrained": loop, "dict trie": constrained, "processor": processor, "ours": ours}
 
 
+def breakdown(way, runs: int = 5) -> dict[str, float]:
+    """Processor milliseconds of one run by kind of operation; `rest` is Python and small operations."""
+    found, start = {}, time.process_time()
+    for _ in range(runs):
+        way()
+    total = 1e3 * (time.process_time() - start) / runs
+    with profile(activities=[ProfilerActivity.CPU]) as profiler:
+        for _ in range(runs):
+            way()
+    for event in profiler.key_averages():
+        name = event.key.removeprefix("aten::")
+        if name in OPERATIONS:
+            found[name] = event.cpu_time_total / 1e3 / runs
+    return found | {"rest": total - sum(found.values()), "total": total}
+
+
 def measure(
     model, catalogue, trie, batch: int, context: int, beams: int, repeats: int, compiled: bool = False
 ) -> dict:
+    torch.compiler.reset()  # else a second case is compiled for any shape
     ways = ways_of(model, catalogue, trie, batch, context, beams, compiled)
-    with FlopCounterMode(display=False) as counter:
-        expected = ways["ours"]()["sequences_scores"]
+    expected, flops = count_flops(ways["ours"])
+    expected = expected["sequences_scores"]
     for name in ways.keys() - {"unconstrained", "ours"}:
         found = ways[name]()["sequences_scores"]
         live = expected.isfinite() & (found > -1e8)  # transformers fills up with -1e9
@@ -128,7 +159,11 @@ def measure(
         )
     seconds, least = alternate(ways, repeats)
     row = {"items": catalogue.num_items, "batch": batch, "context": context, "beams": beams, "seconds": seconds}
-    row |= {"least": least, "floor": least["ours"] / (counter.get_total_flops() / machine_flops())}
+    # in a row, as in a server: after a peer's gigabytes the caches are cold, those of the large product never are
+    in_a_row = {name: alternate({name: way}, 10)[1][name] for name, way in ways.items() if "ours" in name}
+    floor = flops / machine_flops()
+    row |= {"least": least, "flops": flops, "in_a_row": in_a_row}
+    row["floor"] = {name: least / floor for name, least in in_a_row.items()}
     return row
 
 
@@ -150,6 +185,7 @@ def main() -> None:
     parser.add_argument(
         "--compile", action="store_true", help="one way more: our search compiled (minutes for each case)"
     )
+    parser.add_argument("--profile", action="store_true", help="only say where the time of our search goes")
     parser.add_argument("--output", type=Path)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
@@ -175,6 +211,11 @@ def main() -> None:
         for batch in args.batches:
             for context in args.contexts:
                 for beams in args.beams:
+                    if args.profile:
+                        way = ways_of(model, catalogue, trie, batch, context, beams)["ours"]
+                        parts = {name: round(value, 1) for name, value in breakdown(way).items()}
+                        print(f"batch {batch}, context {context}, {beams} beams, ms: {parts}")
+                        continue
                     row = measure(model, catalogue, trie, batch, context, beams, args.repeats, args.compile)
                     rows.append(row | {"build_seconds": build})
                     seconds = row["seconds"]
@@ -182,7 +223,7 @@ def main() -> None:
                     overhead = seconds["processor"] / seconds["unconstrained"] - 1
                     print(
                         f"| {len(codes):,} | {batch} | {context} | {beams} | {seconds['ours']:.3f} | {ratios} | {overhead:+.0%} "
-                        f"| {row['floor']:.1f} |",
+                        f"| {' / '.join(f'{floor:.1f}' for floor in row['floor'].values())} |",
                         flush=True,
                     )
     if args.output:

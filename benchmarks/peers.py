@@ -1,4 +1,4 @@
-"""What the generation benchmarks share: catalogues, the dict trie of public code, alternating timing, the machine's speed, bars."""
+"""What the generation benchmarks share: catalogues, the dict trie of public code, alternating timing, the machine's speed."""
 
 import time
 from pathlib import Path
@@ -7,6 +7,7 @@ from statistics import median
 import numpy as np
 import pandas as pd
 import torch
+from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
 
 def zipf_catalogue(num_items: int, codebook_size: int, levels: int, exponent: float, seed: int = 0) -> np.ndarray:
@@ -76,32 +77,14 @@ def machine_flops() -> float:
     return 2 * 1024**3 / best
 
 
-def bars(path: Path, rows: list[dict], label, title: str) -> None:
-    """One group of bars per row: seconds of each way on a logarithmic axis, with the ratio to ours above it."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    names = list(dict.fromkeys(name for row in rows for name in row["seconds"]))
-    names = [*(name for name in names if name != "ours"), "ours"]
-    figure, axis = plt.subplots(figsize=(max(8, 1.5 * len(rows)), 5))
-    for i, name in enumerate(names):
-        place = [
-            j + (i - (len(names) - 1) / 2) * 0.8 / len(names) for j, row in enumerate(rows) if name in row["seconds"]
-        ]
-        values = [row["seconds"][name] for row in rows if name in row["seconds"]]
-        ours = [row["seconds"]["ours"] for row in rows if name in row["seconds"]]
-        drawn = axis.bar(place, values, 0.8 / len(names), label=name, color=f"C{i}" if name != "ours" else "black")
-        ratios = [f"{value / own:.1f}x" for value, own in zip(values, ours)]
-        axis.bar_label(drawn, ratios if name != "ours" else None, fmt="", fontsize=7, rotation=90, padding=2)
-    axis.set_yscale("log")
-    axis.margins(y=0.2)
-    axis.set_xticks(range(len(rows)), [label(row) for row in rows], fontsize=8)
-    axis.set_ylabel("seconds of one processor")
-    axis.set_title(title)
-    axis.legend(fontsize=8)
-    figure.tight_layout()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=120)
-    plt.close(figure)
+def count_flops(way):
+    """What `way()` returns, and the floating-point operations of its matrix products."""
+    # torch's counter does not know the attention kernel of a CPU
+    attention = {
+        torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: (
+            lambda query, key, value, *args, **kwargs: sdpa_flop_count(query, key, value)
+        )
+    }
+    with FlopCounterMode(display=False, custom_mapping=attention) as counter:
+        result = way()
+    return result, counter.get_total_flops()

@@ -23,7 +23,8 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from peers import allowed_tokens, alternate, bars, dict_trie, read_catalogue, zipf_catalogue
+from peers import allowed_tokens, alternate, dict_trie, read_catalogue, zipf_catalogue
+from pictures import curves
 from transformers.generation import PrefixConstrainedLogitsProcessor
 
 from onerec_hf import Catalogue
@@ -204,7 +205,7 @@ def main() -> None:
         module, function = args.other.split(":")
         kinds["other"] = getattr(importlib.import_module(module), function)
     kinds = {name: kind for name, kind in kinds.items() if name not in args.skip}
-    cases = [(n, z) for n in args.items for z in args.zipf] if args.parquet is None else [(args.parquet.name, None)]
+    cases = [(n, z) for n in args.items for z in args.zipf] if args.parquet is None else [(None, None)]
     rows = []
     print(
         "| catalogue | batch | beams | ours, ms | "
@@ -217,7 +218,7 @@ def main() -> None:
             codes = zipf_catalogue(items, args.codebook, args.levels, zipf)
         else:
             codes = read_catalogue(args.parquet, args.column)
-        sizes = [args.codebook] * codes.shape[1]
+        sizes, items = [args.codebook] * codes.shape[1], len(codes)
         ways, facts = build(kinds, codes, sizes)
         print(f"| {items} zipf={zipf}: {json.dumps(facts)} |", flush=True)
         reference = brute_force(codes, sizes)
@@ -252,13 +253,8 @@ def main() -> None:
         args.output.parent.mkdir(parents=True, exist_ok=True)
         arguments = {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()}
         args.output.write_text(json.dumps({"arguments": arguments, "rows": rows}, indent=2))
-        title = f"selection of all {len(sizes)} steps, {sizes[0]} codes, {args.threads} thread"
-        bars(
-            args.output.with_suffix(".png"),
-            rows,
-            lambda r: f"{r['items']}\nzipf {r['zipf']}\nB{r['batch']} K{r['beams']}",
-            title,
-        )
+        title = f"Selection of all steps, {max(args.beams)} beams, {args.threads} thread"
+        curves(args.output.with_suffix(".png"), [row for row in rows if row["beams"] == max(args.beams)], title)
 
 
 if __name__ == "__main__":

@@ -159,7 +159,7 @@ class TIGER:
         inputs = self._encoder_inputs(examples.get("user"), recent)
         decoder = T5Beams(self.model, catalogue, self.level_offsets, self._encode(inputs), inputs["attention_mask"])
         found = search(decoder, BeamSearch(), catalogue, len(recent), self.num_beams, allowed)
-        return catalogue.items_of(found.leaves[:, :, 0], k, allowed=allowed).cpu().numpy()
+        return catalogue.items_of(found["leaves"][:, :, 0], k, allowed=allowed).cpu().numpy()
 
     def _encoder_inputs(self, users: Sequence[int] | None, histories: list[list[int]]) -> dict[str, torch.Tensor]:
         rows = [self.item_tokens[history].flatten() for history in histories]
