@@ -27,7 +27,14 @@ class T5Beams:
         attention_mask (`torch.LongTensor` of shape (B, T)): 1 on real tokens.
     """
 
-    def __init__(self, model: T5ForConditionalGeneration, catalogue: Catalogue, level_offsets, states, attention_mask):
+    def __init__(
+        self,
+        model: T5ForConditionalGeneration,
+        catalogue: Catalogue,
+        level_offsets: list[int],
+        states: torch.Tensor,
+        attention_mask: torch.Tensor,
+    ):
         self.model, self.catalogue, self.level_offsets = model, catalogue, level_offsets
         self.mask = attention_mask.bool()[:, None, None]  # (B, 1, 1, T)
         self.blocks: list[Any] = [block.layer for block in cast(ModuleList, model.decoder.block)]
