@@ -42,10 +42,12 @@ class T5Beams:
         self.cross = [(_heads(one, one.k(states)), _heads(one, one.v(states))) for one in attention]
         self.cache = DynamicCache()
 
-    def advance(self, level: int, code=None, parent=None) -> torch.Tensor:
+    def advance(
+        self, level: int, code: torch.Tensor | None = None, parent: torch.Tensor | None = None
+    ) -> torch.Tensor:
         """(B, K, D) in front of the codes of `level`; `code` (B, K) was chosen last, in row `parent` (B * K,)."""
         batch, start = len(self.mask), self.model.config.decoder_start_token_id
-        if parent is None:
+        if code is None or parent is None:
             tokens = torch.full((batch, 1), start, device=self.mask.device)
         else:
             self.cache.batch_select_indices(parent)
@@ -67,7 +69,7 @@ class T5Beams:
             states = feed_forward(states)
         return decoder.final_layer_norm(states[:, -1]).unflatten(0, (batch, -1))
 
-    def log_probs(self, hidden: torch.Tensor, level: int, node=None) -> torch.Tensor:
+    def log_probs(self, hidden: torch.Tensor, level: int, node: torch.Tensor | None = None) -> torch.Tensor:
         """(b * K, V) log-probabilities of the codes of `level` for some of the users."""
         config, start = self.model.config, self.level_offsets[level]
         scale = config.d_model**-0.5 if config.scale_decoder_outputs else 1.0
