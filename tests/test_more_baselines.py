@@ -194,7 +194,7 @@ def test_bert4rec_scores_are_the_models_own_logits():
     hidden, items = model._score_vectors(model._hidden(input_ids))
     torch.testing.assert_close(hidden @ items.T, logits[..., :12])
     labels = torch.tensor([[-100, 4, -100, 5]])
-    loss, count = model._loss({"input_ids": input_ids, "labels": labels})
+    loss, count = model._softmax_loss({"input_ids": input_ids, "labels": labels})
     expected = torch.nn.functional.cross_entropy(logits[0, [1, 3], :12], torch.tensor([4, 5]), reduction="sum")
     torch.testing.assert_close(loss, expected)
     assert count == 2
@@ -235,7 +235,7 @@ def test_tiger_spells_users_and_items():
     assert batch["input_ids"].tolist() == [[13, 1, 5, 9, 3, 7, 10], [15, 3, 7, 9, 0, 0, 0]]
     assert batch["attention_mask"].tolist() == [[1] * 7, [1] * 4 + [0] * 3]
     assert batch["labels"].tolist() == [[2, 7, 9], [3, 7, 10]]
-    loss, count = model._loss(batch)
+    loss, count = model._softmax_loss(batch)
     torch.testing.assert_close(loss / count, model.model(**batch).loss)
 
 
@@ -258,7 +258,7 @@ def test_tiger_with_causal_items_trains_all_targets_of_a_history_as_if_each_were
         {"user": 7, "input_ids": [0, 11, 4], "targets": [11, 4, 9]},
         {"user": 4, "input_ids": [10], "targets": [6]},
     ]
-    total, count = model._loss(model._collate(rows))
+    total, count = model._softmax_loss(model._collate(rows))
     assert count == 12
     alone = 0.0
     for row in rows:

@@ -4,18 +4,15 @@ Shapes: **B** users, **T** positions, **N** items, **D** width.
 """
 
 from collections.abc import Callable, Iterable, Sequence
-from pathlib import Path
 
-import numpy as np
 import torch
 from transformers import BertConfig, BertForMaskedLM
 
-from .ranking import rank_items
-from .softmax_loss import FullSoftmaxLoss
+from .sequence_model import SequenceModel
 from .training import pad_right, recent_items, train_baseline, windows
 
 
-class BERT4Rec:
+class BERT4Rec(SequenceModel):
     """A BERT whose tokens are the N items, a mask and a pad; `self.model` is a plain `BertForMaskedLM`.
 
     Training masks a share of the items of a window and predicts them from both sides, by a softmax over all items;
@@ -33,6 +30,8 @@ class BERT4Rec:
         dropout (`float`, defaults to 0.1): on embeddings, on the output of every sublayer and on attention weights.
         seed (`int`, defaults to 0): of the initial weights.
     """
+
+    model_class = BertForMaskedLM
 
     def __init__(
         self,
@@ -61,7 +60,7 @@ class BERT4Rec:
         with torch.random.fork_rng():
             torch.manual_seed(seed)
             self.model = BertForMaskedLM(config).eval()
-        self.training_log: list[dict[str, float]] = []
+        self.training_log = []
 
     @property
     def num_items(self) -> int:
@@ -70,18 +69,6 @@ class BERT4Rec:
     @property
     def max_length(self) -> int:
         return self.model.config.max_position_embeddings
-
-    def save_pretrained(self, folder: str | Path) -> None:
-        """Writes `config.json` and `model.safetensors`."""
-        self.model.save_pretrained(folder)
-
-    @classmethod
-    def from_pretrained(cls, folder: str | Path) -> "BERT4Rec":
-        """Reads what `save_pretrained` wrote."""
-        self = cls.__new__(cls)
-        self.model = BertForMaskedLM.from_pretrained(folder).eval()
-        self.training_log = []
-        return self
 
     def fit(
         self,
@@ -111,28 +98,12 @@ class BERT4Rec:
         def collate(features: list[dict]) -> dict[str, torch.Tensor]:
             return self._masked([row["input_ids"] for row in features], mask_share, last_item_share)
 
-        train_baseline(self, rows, collate, self._loss, validate=validate, **training)
+        train_baseline(self, rows, collate, self._softmax_loss, validate=validate, **training)
         return self
 
-    @torch.no_grad()
-    def recommend(
-        self,
-        examples: dict[str, list],
-        k: int,
-        exclude_seen: bool = False,
-        generator: torch.Generator | None = None,
-    ) -> np.ndarray:
-        """The k best of all items for each row of `examples["history"]`, `(B, k)`; ties and -1: see `rank_items`."""
+    def _queries(self, examples: dict[str, list]) -> tuple[list[list[int]], int]:
         recent = recent_items(examples, self.max_length - 1, "BERT4Rec")
-        queries = [[*items, self.num_items] for items in recent]
-        lengths = torch.tensor([len(query) for query in queries])
-        last = torch.empty(len(queries), self.model.config.hidden_size, device=self.model.device)  # (B, D)
-        for rows in lengths.argsort().split(64):  # similar lengths together: little padding
-            input_ids = pad_right([queries[row] for row in rows.tolist()], self.num_items + 1).to(last.device)
-            last[rows] = self._hidden(input_ids)[torch.arange(len(rows)), lengths[rows] - 1]
-        last, items = self._score_vectors(last)
-        exclude = examples["history"] if exclude_seen else None
-        return rank_items(last @ items.T, k, exclude=exclude, generator=generator)
+        return [[*items, self.num_items] for items in recent], self.num_items + 1
 
     def _masked(self, rows: list[list[int]], mask_share: float, last_item_share: float) -> dict[str, torch.Tensor]:
         """`input_ids` (B, T) with masks, and `labels` (B, T): the item under a mask, elsewhere -100."""
@@ -156,8 +127,3 @@ class BERT4Rec:
         hidden = head.transform(hidden)
         items = torch.cat([head.decoder.weight, head.bias.unsqueeze(1)], 1)[: self.num_items]
         return torch.cat([hidden, torch.ones_like(hidden[..., :1])], -1), items
-
-    def _loss(self, batch: dict[str, torch.Tensor]) -> tuple[torch.Tensor, int]:
-        position = batch["labels"] != -100
-        hidden, items = self._score_vectors(self._hidden(batch["input_ids"])[position])
-        return FullSoftmaxLoss.apply(hidden, items, batch["labels"][position]), int(position.sum())

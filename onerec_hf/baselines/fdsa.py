@@ -5,16 +5,14 @@ Shapes: **B** users, **T** positions, **N** items, **A** attributes of an item, 
 
 import copy
 from collections.abc import Callable, Iterable, Sequence
-from pathlib import Path
 
 import numpy as np
 import torch
 from torch import nn
 from transformers import GPT2Config, GPT2Model, GPT2PreTrainedModel
 
-from .ranking import rank_items
-from .softmax_loss import FullSoftmaxLoss
-from .training import pad_next_items, pad_right, recent_items, train_baseline, windows
+from .sequence_model import SequenceModel
+from .training import pad_next_items, pad_right, train_baseline, windows
 
 
 class FDSAModel(GPT2PreTrainedModel):
@@ -53,7 +51,7 @@ class FDSAModel(GPT2PreTrainedModel):
         return self.fuse(torch.cat([items, features], dim=-1))
 
 
-class FDSA:
+class FDSA(SequenceModel):
     """FDSA over item indices; `self.model` is an [`FDSAModel`].
 
     Different from the paper: a softmax over all items in place of binary cross-entropy with one negative (which makes it
@@ -69,6 +67,8 @@ class FDSA:
         dropout (`float`, defaults to 0.5): on embeddings and on the output of every sublayer.
         seed (`int`, defaults to 0): of the initial weights.
     """
+
+    model_class = FDSAModel
 
     def __init__(
         self,
@@ -106,27 +106,7 @@ class FDSA:
             torch.manual_seed(seed)
             self.model = FDSAModel(config).eval()
         self.model.item_attributes.copy_(table)
-        self.training_log: list[dict[str, float]] = []
-
-    @property
-    def num_items(self) -> int:
-        return self.model.config.vocab_size
-
-    @property
-    def max_length(self) -> int:
-        return self.model.config.n_positions
-
-    def save_pretrained(self, folder: str | Path) -> None:
-        """Writes `config.json` and `model.safetensors` (which holds the attributes of the items)."""
-        self.model.save_pretrained(folder)
-
-    @classmethod
-    def from_pretrained(cls, folder: str | Path) -> "FDSA":
-        """Reads what `save_pretrained` wrote."""
-        self = cls.__new__(cls)
-        self.model = FDSAModel.from_pretrained(folder).eval()
         self.training_log = []
-        return self
 
     def fit(
         self, histories: Iterable[Sequence[int]], *, validate: Callable[["FDSA"], float] | None = None, **training
@@ -139,31 +119,14 @@ class FDSA:
             training: `num_epochs`, `batch_size`, `learning_rate`, `patience`, `seed`, ... of `train_baseline`.
         """
         rows = [{"input_ids": window[:-1], "labels": window[1:]} for window in windows(histories, self.max_length + 1)]
-        train_baseline(self, rows, pad_next_items, self._loss, validate=validate, **training)
+        train_baseline(self, rows, pad_next_items, self._softmax_loss, validate=validate, **training)
         return self
 
-    @torch.no_grad()
-    def recommend(
-        self,
-        examples: dict[str, list],
-        k: int,
-        exclude_seen: bool = False,
-        generator: torch.Generator | None = None,
-    ) -> np.ndarray:
-        """The k best of all items for each row of `examples["history"]`, `(B, k)`; ties and -1: see `rank_items`."""
-        recent = recent_items(examples, self.max_length, "FDSA")
-        lengths = torch.tensor([len(items) for items in recent])
-        last = torch.empty(len(recent), self.model.config.n_embd, device=self.model.device)  # (B, D)
-        for rows in lengths.argsort().split(64):  # similar lengths together: little padding
-            hidden = self.model(pad_right([recent[row] for row in rows.tolist()], 0).to(last.device))
-            last[rows] = hidden[torch.arange(len(rows)), lengths[rows] - 1]
-        scores = last @ self.model.items.wte.weight.T
-        return rank_items(scores, k, exclude=examples["history"] if exclude_seen else None, generator=generator)
+    def _hidden(self, input_ids: torch.Tensor) -> torch.Tensor:
+        return self.model(input_ids)
 
-    def _loss(self, batch: dict[str, torch.Tensor]) -> tuple[torch.Tensor, int]:
-        position = batch["labels"] != -100
-        hidden = self.model(batch["input_ids"])[position]
-        return FullSoftmaxLoss.apply(hidden, self.model.items.wte.weight, batch["labels"][position]), len(hidden)
+    def _score_vectors(self, hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return hidden, self.model.items.wte.weight
 
 
 def attribute_codes(*columns: Sequence) -> list[list[int]]:

@@ -7,19 +7,16 @@ Shapes: **B** users, **T** positions of a history, **N** items, **D** width.
 """
 
 from collections.abc import Callable, Iterable, Sequence
-from pathlib import Path
 
-import numpy as np
 import torch
 from torch.nn.functional import binary_cross_entropy_with_logits, normalize
 from transformers import GPT2Config, GPT2Model
 
-from .ranking import rank_items
-from .softmax_loss import FullSoftmaxLoss
-from .training import pad_next_items, pad_right, recent_items, train_baseline, windows
+from .sequence_model import SequenceModel
+from .training import pad_next_items, train_baseline, windows
 
 
-class SASRec:
+class SASRec(SequenceModel):
     """A GPT-2 of item indices with tied input and output embeddings; `self.model` is a plain `GPT2Model`.
 
     As in the paper: learned positions, layer norm before each sublayer, a feed-forward layer of width D with ReLU.
@@ -40,6 +37,8 @@ class SASRec:
             item's embedding, divided by this; None for the dot product of the paper.
         seed (`int`, defaults to 0): of the initial weights.
     """
+
+    model_class = GPT2Model
 
     def __init__(
         self,
@@ -74,27 +73,7 @@ class SASRec:
         with torch.random.fork_rng():
             torch.manual_seed(seed)
             self.model = GPT2Model(config).eval()
-        self.training_log: list[dict[str, float]] = []
-
-    @property
-    def num_items(self) -> int:
-        return self.model.config.vocab_size
-
-    @property
-    def max_length(self) -> int:
-        return self.model.config.n_positions
-
-    def save_pretrained(self, folder: str | Path) -> None:
-        """Writes `config.json` and `model.safetensors`."""
-        self.model.save_pretrained(folder)
-
-    @classmethod
-    def from_pretrained(cls, folder: str | Path) -> "SASRec":
-        """Reads what `save_pretrained` wrote."""
-        self = cls.__new__(cls)
-        self.model = GPT2Model.from_pretrained(folder).eval()
         self.training_log = []
-        return self
 
     def fit(
         self,
@@ -121,40 +100,18 @@ class SASRec:
         train_baseline(self, rows, pad_next_items, losses[loss], validate=validate, **training)
         return self
 
-    @torch.no_grad()
-    def recommend(
-        self,
-        examples: dict[str, list],
-        k: int,
-        exclude_seen: bool = False,
-        generator: torch.Generator | None = None,
-    ) -> np.ndarray:
-        """The k best of all items for each row of `examples["history"]`, `(B, k)`; ties and -1: see `rank_items`."""
-        recent = recent_items(examples, self.max_length, "SASRec")
-        lengths = torch.tensor([len(items) for items in recent])
-        last = torch.empty(len(recent), self.model.config.n_embd, device=self.model.device)  # (B, D)
-        for rows in lengths.argsort().split(64):  # similar lengths together: little padding
-            hidden = self.model(pad_right([recent[row] for row in rows.tolist()], 0).to(last.device)).last_hidden_state
-            last[rows] = hidden[torch.arange(len(rows)), lengths[rows] - 1]
-        last, items = self._score_vectors(last)
-        scores = last @ items.T  # (B, N)
-        return rank_items(scores, k, exclude=examples["history"] if exclude_seen else None, generator=generator)
+    def _hidden(self, input_ids: torch.Tensor) -> torch.Tensor:
+        return self.model(input_ids).last_hidden_state
 
     def _score_vectors(self, hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """`hidden` (M, D) and item vectors (N, D), such that their dot products are the scores."""
         items, temperature = self.model.wte.weight, self.model.config.score_temperature
         if temperature is None:
             return hidden, items
         return normalize(hidden, dim=-1) / temperature, normalize(items, dim=-1)
 
-    def _softmax_loss(self, batch: dict[str, torch.Tensor]) -> tuple[torch.Tensor, int]:
-        position = batch["labels"] != -100
-        hidden, items = self._score_vectors(self.model(batch["input_ids"]).last_hidden_state[position])
-        return FullSoftmaxLoss.apply(hidden, items, batch["labels"][position]), len(hidden)
-
     def _bce_loss(self, batch: dict[str, torch.Tensor]) -> tuple[torch.Tensor, int]:
         position = batch["labels"] != -100
-        hidden, items = self._score_vectors(self.model(batch["input_ids"]).last_hidden_state[position])
+        hidden, items = self._score_vectors(self._hidden(batch["input_ids"])[position])
         positive = batch["labels"][position]
         negative = (positive + torch.randint_like(positive, 1, self.num_items)) % self.num_items
         logits = (hidden * items[torch.stack([positive, negative])]).sum(-1)  # (2, M)
