@@ -258,7 +258,7 @@ def test_tiger_with_causal_items_trains_all_targets_of_a_history_as_if_each_were
         {"user": 7, "input_ids": [0, 11, 4], "targets": [11, 4, 9]},
         {"user": 4, "input_ids": [10], "targets": [6]},
     ]
-    total, count = model._softmax_loss(model._collate(rows))
+    total, count = model._loss(model._collate(rows))
     assert count == 12
     alone = 0.0
     for row in rows:
