@@ -235,7 +235,7 @@ def test_tiger_spells_users_and_items():
     assert batch["input_ids"].tolist() == [[13, 1, 5, 9, 3, 7, 10], [15, 3, 7, 9, 0, 0, 0]]
     assert batch["attention_mask"].tolist() == [[1] * 7, [1] * 4 + [0] * 3]
     assert batch["labels"].tolist() == [[2, 7, 9], [3, 7, 10]]
-    loss, count = model._softmax_loss(batch)
+    loss, count = model._loss(batch)
     torch.testing.assert_close(loss / count, model.model(**batch).loss)
 
 
