@@ -192,7 +192,8 @@ def learned_reward(output: Path, data: Path, policy, group: int, seed: int):
     users = datasets.Dataset.from_parquet(str(data / "users.parquet"))["user_id"][:]
     log = pd.read_parquet(output / "impressions.parquet")
     log = log[log.user_id.isin(users) & log.video_id.isin(policy.catalogue.item_ids)]
-    log = load_interactions(log, columns=COLUMNS, feedback=ipa.FEEDBACK)
+    known = {"items": pd.DataFrame({"item_id": policy.catalogue.item_ids}), "items_columns": {"item_id": "item_id"}}
+    log = load_interactions(log, columns=COLUMNS, feedback=ipa.FEEDBACK, **known)
     assert log.user_ids.tolist() == users and log.item_ids.tolist() == policy.catalogue.item_ids.tolist()
     held_out = np.full(len(users), np.inf)
     for row in datasets.load_from_disk(str(data / "splits"))["test"]:
@@ -248,10 +249,12 @@ def ab(output: Path, seed: int, steps: int = 200) -> dict:
             max_steps=steps,
             **({"learning_rate": 3e-4, "sign_norm_steps": 0} | settings),
         )
-        world_arguments = json.dumps({"num_users": USERS, "num_items": ITEMS, "seed": seed})
-        log_path = str(output / "impressions.parquet")
-        test = ab_test.main(str(policy), str(folder), log_path, str(folder / "ab"), world_arguments, 5, [seed])
-        report[name] = {"lifts": test["lifts"], "test": found["test"]}
+        tested = folder / "ab" / "ab_test.json"
+        if not tested.exists():
+            world_arguments = json.dumps({"num_users": USERS, "num_items": ITEMS, "seed": seed})
+            log_path = str(output / "impressions.parquet")
+            ab_test.main(str(policy), str(folder), log_path, str(tested.parent), world_arguments, 5, [seed])
+        report[name] = {"lifts": json.loads(tested.read_text())["lifts"], "test": found["test"]}
     report["sft"] = {"test": json.loads((policy / "metrics.json").read_text())["test"]}
     return report
 
@@ -315,7 +318,10 @@ def plot(output: Path, seeds: list[int]) -> None:
 
     def curves(axis, name, column, arms, label):
         for arm, colour in zip(arms, ("tab:red", "tab:orange", "tab:blue", "tab:green")):
-            runs = [json.loads((output / f"{name}_{seed}.json").read_text())[arm]["curve"] for seed in seeds]
+            reports = [json.loads((output / f"{name}_{seed}.json").read_text()) for seed in seeds]
+            runs = [report[arm]["curve"] for report in reports if arm in report]
+            if not runs:
+                continue
             for run in runs:
                 axis.plot(
                     [row[0] for row in run], [row[column] for row in run], color=colour, linewidth=0.6, alpha=0.5
