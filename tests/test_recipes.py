@@ -228,7 +228,8 @@ def test_grpo_from_rollouts_leaves_and_pushes_a_repository(quickstart, hub, tmp_
     assert hub.repos["org/rl"].private and len(hub.repos["org/rl"].commits) == 1
     pushed = Recommender.from_pretrained("org/rl")
     assert pushed.recommend([[]], k=3)[0][0].metadata["title"] and pushed.quantizer is not None
-    assert "Reinforcement learning" in hub.repos["org/rl"].branches["main"]["README.md"].decode()
+    card = hub.repos["org/rl"].branches["main"]["README.md"].decode()
+    assert "Reinforcement learning" in card and "| `rollout` | sample |" in card and "The training log: " in card
 
 
 def test_feedback_of_own_exposures_then_an_ab_test(quickstart, impressions, tmp_path):
