@@ -134,7 +134,7 @@ def test_a_repository_made_for_nothing_is_removed_again(hub, folder, where, prob
 
 def test_what_was_there_or_has_arrived_is_not_removed(hub, folder):
     hub.fail = {"commit": 500, "DELETE": 500}
-    with pytest.raises(OSError, match=r"(?s)stays there and is empty.*hf repo delete org/tiny"):
+    with pytest.raises(OSError, match=r"(?s)stays there and is empty.*hf repos delete org/tiny"):
         push_to_hub(folder, "org/tiny")
     assert not hub.repos["org/tiny"].branches["main"]
     hub.fail = {"commit": 500}
