@@ -333,6 +333,10 @@ class Recommender:
         rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
         if column not in dataset.column_names:
             raise ValueError(f"the dataset has no column {column!r}; it has {dataset.column_names}.")
+        if stale := [file.name for file in Path(output).glob("part-*.parquet") if int(file.stem[5:]) >= world]:
+            raise ValueError(
+                f"{output} holds {sorted(stale)} of a run on more processes, with the same rows: remove them."
+            )
         own = dataset.shard(world, rank, contiguous=True)
         Path(output).mkdir(parents=True, exist_ok=True)  # before hours of work, if it may not be written
         item_ids, scores = [], []

@@ -310,6 +310,20 @@ def expected(model):
     return model.generate(context_ids=context, num_beams=20, num_return_sequences=10).tolist()
 
 
+@pytest.mark.parametrize("problem", [401, 403, 404, 500, "hang up"])
+def test_a_failed_download_says_so_and_leaves_nothing_half_written(hub, folder, tmp_path, problem):
+    push_to_hub(folder, "org/tiny")
+    hub.fail = {r"GET .*/resolve/.*\.safetensors": problem}
+    with pytest.raises(
+        OSError, match="connection error when trying to load org/tiny|Can't load the model for 'org/tiny'"
+    ):
+        AutoModel.from_pretrained("org/tiny")
+    hub.fail = {}
+    model, ours = AutoModel.from_pretrained("org/tiny"), AutoModel.from_pretrained(folder)
+    assert all(torch.equal(weight, ours.state_dict()[name]) for name, weight in model.state_dict().items())
+    assert model.catalogue.fingerprint() == ours.catalogue.fingerprint()
+
+
 def test_the_whole_way_up_and_down(hub, folder, tmp_path):
     old, new = AutoModel.from_pretrained(folder), tiny_model(tiny_catalogue(), seed=7)
     push_to_hub(folder, "org/onerec-1b", revision="old")

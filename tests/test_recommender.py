@@ -213,12 +213,17 @@ def test_a_file_beside_the_model_is_cut_off(name, tmp_path):
         Recommender.from_pretrained(tmp_path)
 
 
-def test_nothing_is_recommended_into_a_locked_folder(tmp_path, monkeypatch):
+def test_nothing_is_recommended_into_a_wrong_folder(tmp_path, monkeypatch):
     (tmp_path / "out").write_text("a file in the place of the folder")
     recommender = recommender_of()
     monkeypatch.setattr(recommender, "recommend", lambda *args, **kwargs: pytest.fail("it began to work"))
+    rows = datasets.Dataset.from_dict({"history": [[1000]]})
     with pytest.raises(FileExistsError, match=str(tmp_path / "out")):
-        recommender.recommend_dataset(datasets.Dataset.from_dict({"history": [[1000]]}), tmp_path / "out")
+        recommender.recommend_dataset(rows, tmp_path / "out")
+    (tmp_path / "earlier").mkdir()
+    (tmp_path / "earlier" / "part-00001.parquet").touch()
+    with pytest.raises(ValueError, match=r"holds \['part-00001.parquet'\] of a run on more processes"):
+        recommender.recommend_dataset(rows, tmp_path / "earlier")
 
 
 def test_no_collator_no_model_no_recommender(tmp_path):
