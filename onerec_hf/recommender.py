@@ -32,9 +32,7 @@ class ItemRanker:
 
     def __init__(self, model: Any, collator: OneRecCollator, num_beams: int = 50):
         if model.catalogue is None:
-            raise ValueError(
-                "the model has no catalogue: set `model.catalogue` or load the model from a folder that holds one."
-            )
+            raise ValueError("the model has no catalogue: set `model.catalogue`, or load it from a folder with one.")
         self.model, self.collator, self.num_beams = model, collator, num_beams
 
     def recommend(self, examples: dict[str, list], k: int, exclude_seen: bool = False) -> np.ndarray:

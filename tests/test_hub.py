@@ -315,7 +315,7 @@ def test_a_failed_download_says_so_and_leaves_nothing_half_written(hub, folder, 
     push_to_hub(folder, "org/tiny")
     hub.fail = {r"GET .*/resolve/.*\.safetensors": problem}
     with pytest.raises(
-        OSError, match="connection error when trying to load org/tiny|Can't load the model for 'org/tiny'"
+        OSError, match=r"connection error when trying to load org/tiny|Can't load the model for 'org/tiny'"
     ):
         AutoModel.from_pretrained("org/tiny")
     hub.fail = {}
