@@ -32,9 +32,7 @@ class ItemRanker:
 
     def __init__(self, model: Any, collator: OneRecCollator, num_beams: int = 50):
         if model.catalogue is None:
-            raise ValueError(
-                "the model has no catalogue: set `model.catalogue` or load the model from a folder that holds one."
-            )
+            raise ValueError("the model has no catalogue: set `model.catalogue`, or load it from a folder with one.")
         self.model, self.collator, self.num_beams = model, collator, num_beams
 
     def recommend(self, examples: dict[str, list], k: int, exclude_seen: bool = False) -> np.ndarray:
@@ -194,8 +192,10 @@ class Recommender:
             KeyError: Unknown item ids. ValueError: `k` below 1, or columns that do not run parallel.
         """
         catalogue, n = self.model.catalogue, len(histories)
-        if k < 1:
-            raise ValueError(f"k={k}: at least one item per user.")
+        if k < 1 or k != int(k):
+            raise ValueError(f"k={k}: a whole number, at least one item per user.")
+        if unknown_items not in ("error", "ignore"):
+            raise ValueError(f"unknown_items={unknown_items!r}: allowed are 'error' and 'ignore'.")
         if not n:
             return []
         rows, collator = self._rows(histories, events or {}, unknown_items), copy.copy(self.ranker.collator)
@@ -224,6 +224,8 @@ class Recommender:
         rows = []
         for i, given in enumerate(histories):
             history = np.asarray(given)
+            if history.ndim != 1:
+                raise ValueError(f"histories[{i}] is {given!r}: a list of item ids per user, also for a single user.")
             absent = np.full(len(history), np.nan)
             own = {name: np.asarray(events[name][i], float) if name in events else absent for name in columns}
             if odd := [name for name, values in own.items() if len(values) != len(history)]:
@@ -329,13 +331,17 @@ class Recommender:
         rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
         if column not in dataset.column_names:
             raise ValueError(f"the dataset has no column {column!r}; it has {dataset.column_names}.")
+        if stale := [file.name for file in Path(output).glob("part-*.parquet") if int(file.stem[5:]) >= world]:
+            raise ValueError(
+                f"{output} holds {sorted(stale)} of a run on more processes, with the same rows: remove them."
+            )
         own = dataset.shard(world, rank, contiguous=True)
+        Path(output).mkdir(parents=True, exist_ok=True)  # before hours of work, if it may not be written
         item_ids, scores = [], []
         for start in tqdm(range(0, len(own), batch_size), desc="recommend", disable=rank > 0):
             for row in self.recommend(own[start : start + batch_size][column], k, **kwargs):
                 item_ids.append([found.item_id for found in row])
                 scores.append([found.score for found in row])
-        Path(output).mkdir(parents=True, exist_ok=True)
         path = Path(output) / f"part-{rank:05d}.parquet"
         partial = path.with_suffix(".partial")
         own.add_column("item_ids", item_ids).add_column("scores", scores).to_parquet(str(partial))

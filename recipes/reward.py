@@ -24,7 +24,7 @@ from trl import TrlParser
 
 from onerec_hf import OneRecPScoreConfig, OneRecSessionRewardConfig
 from onerec_hf.evaluation import feedback_report
-from onerec_hf.hub import reward_card
+from onerec_hf.hub import push_to_hub, reward_card
 
 
 def report(args: RewardArguments, prediction, split: datasets.Dataset) -> tuple[dict, datasets.Dataset]:
@@ -46,6 +46,7 @@ def main(args: RewardArguments, training: TrainingArguments) -> dict:
     """Runs the recipe; returns what it writes to `metrics.json`."""
     set_seed(training.seed)
     training.remove_unused_columns, training.label_names = False, ["labels"]
+    push, training.push_to_hub = training.push_to_hub, False  # once, at the end, with our card
     splits = datasets.load_from_disk(str(Path(args.data) / "splits"))
     tokenizer = AutoTokenizer.from_pretrained(Path(args.data) / "tokenizer")
     collator = make_collator(args, tokenizer, splits)
@@ -82,6 +83,8 @@ def main(args: RewardArguments, training: TrainingArguments) -> dict:
         "dataset_name": Path(args.data).name,
     }
     reward_card(config, **card, metrics=result["test"]).save(output / "README.md")
+    if push:
+        push_to_hub(output, training.hub_model_id or output.name, private=training.hub_private_repo)
     return result
 
 

@@ -348,6 +348,8 @@ def test_global_time_split_counts_cold_users_and_rejects_bad_boundaries(caplog):
     assert "validation: 1 of 2 users have no event before the period" in warnings_of(caplog)
     with pytest.raises(ValueError, match="must lie before"):
         global_time_split(x, 10, 10)
+    with pytest.raises(ValueError, match=r"test_start \(None\): give both"):
+        global_time_split(x, 10, None)
     with pytest.raises(ValueError, match=r"no rows in \['test'\].*from 0 to 20"):
         global_time_split(x, 10, 21)
 

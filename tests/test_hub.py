@@ -134,7 +134,7 @@ def test_a_repository_made_for_nothing_is_removed_again(hub, folder, where, prob
 
 def test_what_was_there_or_has_arrived_is_not_removed(hub, folder):
     hub.fail = {"commit": 500, "DELETE": 500}
-    with pytest.raises(OSError, match=r"(?s)stays there and is empty.*hf repo delete org/tiny"):
+    with pytest.raises(OSError, match=r"(?s)stays there and is empty.*hf repos delete org/tiny"):
         push_to_hub(folder, "org/tiny")
     assert not hub.repos["org/tiny"].branches["main"]
     hub.fail = {"commit": 500}
@@ -308,6 +308,20 @@ def expected(model):
     tokenizer = SemanticIdTokenizer(codebook_sizes=SIZES, catalogue=tiny_catalogue())
     context = torch.tensor(tokenizer.encode_items(CONTEXT))
     return model.generate(context_ids=context, num_beams=20, num_return_sequences=10).tolist()
+
+
+@pytest.mark.parametrize("problem", [401, 403, 404, 500, "hang up"])
+def test_a_failed_download_says_so_and_leaves_nothing_half_written(hub, folder, tmp_path, problem):
+    push_to_hub(folder, "org/tiny")
+    hub.fail = {r"GET .*/resolve/.*\.safetensors": problem}
+    with pytest.raises(
+        OSError, match=r"connection error when trying to load org/tiny|Can't load the model for 'org/tiny'"
+    ):
+        AutoModel.from_pretrained("org/tiny")
+    hub.fail = {}
+    model, ours = AutoModel.from_pretrained("org/tiny"), AutoModel.from_pretrained(folder)
+    assert all(torch.equal(weight, ours.state_dict()[name]) for name, weight in model.state_dict().items())
+    assert model.catalogue.fingerprint() == ours.catalogue.fingerprint()
 
 
 def test_the_whole_way_up_and_down(hub, folder, tmp_path):

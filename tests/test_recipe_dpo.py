@@ -69,6 +69,7 @@ def test_it_mines_with_a_reward_model_and_takes_its_pairs_again(data, trained, p
     assert len(pushed.recommend([[]], k=3)[0]) == 3 and pushed.quantizer is not None
     card = ModelCard(hub.repos["org/aligned"].branches["main"]["README.md"].decode())
     assert card.data.library_name == "transformers" and "Iterative Preference Alignment" in card.text
+    assert "| `loss_type` | simpo |" in card.text
 
 
 def test_data_folders_of_two_logs_are_refused(data, trained, policy, tmp_path):  # noqa: F811

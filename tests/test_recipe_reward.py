@@ -9,6 +9,7 @@ import datasets
 import numpy as np
 import pytest
 import torch
+from huggingface_hub import ModelCard
 from transformers import AutoModel, AutoTokenizer
 
 from onerec_hf import OneRecPScoreModel, OneRecSessionRewardModel
@@ -169,6 +170,25 @@ def test_sessions_are_judged_as_a_whole(tmp_path):
     assert isinstance(model, OneRecSessionRewardModel)
     rows = datasets.load_from_disk(str(tmp_path / "data" / "splits"))["test"].with_format("numpy")[:]
     assert len(rows["user"]) == len(datasets.Dataset.from_parquet(str(tmp_path / "model" / "test_scores.parquet")))
+
+
+def test_it_pushes_itself_with_our_card(trained, data, hub, tmp_path):
+    import reward
+    from transformers import TrainingArguments
+
+    settings = {"push_to_hub": True, "hub_model_id": "org/reward", "hub_private_repo": True, "max_steps": 1}
+    training = TrainingArguments(str(tmp_path), report_to="none", save_strategy="no", **settings)
+    arguments = reward.RewardArguments(data=str(data), targets=["ctr"], warm_up=1, model={"hidden_size": 8})
+    reward.main(arguments, training)
+    repository = hub.repos["org/reward"]
+    assert repository.private and len(repository.commits) == 1
+    files = repository.branches["main"]
+    assert {"model.safetensors", "modeling_reward.py", "catalogue.safetensors"} < set(files)
+    assert not [name for name in files if name.endswith((".parquet", ".bin"))]
+    card = ModelCard(files["README.md"].decode())
+    assert "reward-model" in card.data.tags and 'repo = "org/reward"' in card.text
+    own = AutoModel.from_pretrained("org/reward").config.catalogue_fingerprint
+    assert own == AutoTokenizer.from_pretrained("org/reward").catalogue.fingerprint()
 
 
 def test_an_unknown_column_is_named(data, tmp_path):

@@ -1,6 +1,7 @@
 """The recipes as a person runs them, on a world small enough for a test."""
 
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -54,6 +55,18 @@ def test_the_snippet_of_the_card_runs(quickstart):
     result = subprocess.run([sys.executable, "-c", snippet], capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
     assert result.stdout.count("[") == 11  # ten lists in a list
+
+
+def test_the_python_of_the_readme_runs(quickstart, tmp_path, monkeypatch, capsys):
+    (tmp_path / "outputs").mkdir()
+    (tmp_path / "outputs" / "quickstart").symlink_to(quickstart[0])
+    monkeypatch.chdir(tmp_path)
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.S)
+    assert len(blocks) == 2
+    for block in blocks:
+        exec(block, {})
+    plain, served = capsys.readouterr().out.strip().splitlines()[-2:]
+    assert len(eval(plain)) == 10 and served.count("Recommendation(item_id=") == 10
 
 
 def test_checkpoints_hold_everything(quickstart):
@@ -228,7 +241,8 @@ def test_grpo_from_rollouts_leaves_and_pushes_a_repository(quickstart, hub, tmp_
     assert hub.repos["org/rl"].private and len(hub.repos["org/rl"].commits) == 1
     pushed = Recommender.from_pretrained("org/rl")
     assert pushed.recommend([[]], k=3)[0][0].metadata["title"] and pushed.quantizer is not None
-    assert "Reinforcement learning" in hub.repos["org/rl"].branches["main"]["README.md"].decode()
+    card = hub.repos["org/rl"].branches["main"]["README.md"].decode()
+    assert "Reinforcement learning" in card and "| `rollout` | sample |" in card and "The training log: " in card
 
 
 def test_feedback_of_own_exposures_then_an_ab_test(quickstart, impressions, tmp_path):

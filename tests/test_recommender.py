@@ -144,6 +144,10 @@ def test_new_items_join_without_training(tmp_path):
     assert again.recommend([[8, 7]], k=5) == recommender.recommend([[8, 7]], k=5)
     with pytest.raises(ValueError, match="item_ids"):
         recommender.add_items([7], embeddings[:1].numpy())
+    for odd, message in ((np.full((1, 6), np.nan), "1 of 1 rows .* hold NaN"), (np.zeros((1, 5)), "width 5")):
+        with pytest.raises(ValueError, match=message):
+            recommender.add_items([9], odd)
+    assert recommender.model.catalogue.num_items == 67  # nothing of it stays
     with pytest.raises(ValueError, match="no codebooks"):
         recommender_of().add_items([1], np.zeros((1, 6)))
 
@@ -178,15 +182,48 @@ def test_the_pipeline_is_the_same(tmp_path):
 
 def test_what_a_new_user_gets_wrong():
     recommender = recommender_of()
-    with pytest.raises(KeyError, match="1 of 2 item ids are not in the catalogue"):
+    with pytest.raises(KeyError, match="1 of 2 item ids are not in the catalogue of 65 items; the first is 5"):
         recommender.recommend([[1000, 5]])
     assert recommender.recommend([[5, 1000]], unknown_items="ignore") == recommender.recommend([[1000]])
-    with pytest.raises(ValueError, match="k=0"):
-        recommender.recommend(HISTORIES, k=0)
+    for k in (0, 2.5):
+        with pytest.raises(ValueError, match=f"k={k}: a whole number"):
+            recommender.recommend(HISTORIES, k=k)
+    for flat in ([1000, 1001], ["1000", "1001"], [None]):
+        with pytest.raises(ValueError, match=r"histories\[0\] is .*a list of item ids per user"):
+            recommender.recommend(flat)
+    with pytest.raises(ValueError, match="unknown_items='drop': allowed are 'error' and 'ignore'"):
+        recommender.recommend(HISTORIES, unknown_items="drop")
+    with pytest.raises(KeyError, match="are integers, given were float64"):
+        recommender.recommend([[1000, float("nan")]])
     with pytest.raises(ValueError, match="2 lists for 3 users"):
         recommender.recommend(HISTORIES, deny=[[1000], [1001]])
     assert len(recommender.recommend([[1001]], k=10**6)[0]) == 65  # k larger than the catalogue
     assert recommender.recommend([[1001] * 10_000]) == recommender.recommend([[1001] * 50])  # longer than the model
+
+
+@pytest.mark.parametrize("name", ["collator_config.json", "collator.safetensors", "quantizer.safetensors"])
+def test_a_file_beside_the_model_is_cut_off(name, tmp_path):
+    quantizer = ResidualKMeans(3, 8, balanced=False).fit(
+        torch.randn(65, 6, generator=torch.Generator().manual_seed(0))
+    )
+    recommender_of(quantizer=quantizer, item_features={"author": np.arange(65)}).save_pretrained(tmp_path)
+    path = tmp_path / name
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    with pytest.raises(ValueError, match=f"{name}.*cannot be read.* cut off"):
+        Recommender.from_pretrained(tmp_path)
+
+
+def test_nothing_is_recommended_into_a_wrong_folder(tmp_path, monkeypatch):
+    (tmp_path / "out").write_text("a file in the place of the folder")
+    recommender = recommender_of()
+    monkeypatch.setattr(recommender, "recommend", lambda *args, **kwargs: pytest.fail("it began to work"))
+    rows = datasets.Dataset.from_dict({"history": [[1000]]})
+    with pytest.raises(FileExistsError, match=str(tmp_path / "out")):
+        recommender.recommend_dataset(rows, tmp_path / "out")
+    (tmp_path / "earlier").mkdir()
+    (tmp_path / "earlier" / "part-00001.parquet").touch()
+    with pytest.raises(ValueError, match=r"holds \['part-00001.parquet'\] of a run on more processes"):
+        recommender.recommend_dataset(rows, tmp_path / "earlier")
 
 
 def test_no_collator_no_model_no_recommender(tmp_path):

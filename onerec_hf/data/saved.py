@@ -8,6 +8,7 @@ import os
 from pathlib import Path
 
 import numpy as np
+from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 from transformers.utils.hub import cached_file
 
@@ -50,14 +51,18 @@ def load_collator(repo: str | os.PathLike, item_token_ids: np.ndarray, **hub_kwa
         OSError: When the repository has no `collator_config.json`.
         ValueError: When the saved categories are not those of the catalogue's items.
     """
-    config = json.loads(Path(str(cached_file(str(repo), CONFIG_NAME, **hub_kwargs))).read_text())
+    path = cached_file(str(repo), CONFIG_NAME, **hub_kwargs)
+    try:
+        config = json.loads(Path(str(path)).read_text())
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path} cannot be read ({error}): it is cut off. Save or download it again.") from error
     name = config.pop("collator_class")
     if name not in _CLASSES:
         raise ValueError(
             f"{repo}: {CONFIG_NAME} names the collator {name!r}, known are {sorted(_CLASSES)}. Update onerec_hf."
         )
     features = config.pop("item_features")
-    items = load_file(str(cached_file(str(repo), WEIGHTS_NAME, **hub_kwargs))) if features else {}
+    items = _tables(cached_file(str(repo), WEIGHTS_NAME, **hub_kwargs)) if features else {}
     if short := [name for name in features if len(items[name]) != len(item_token_ids)]:
         raise ValueError(
             f"{repo}: {WEIGHTS_NAME} has {len(items[short[0]])} categories of {short[0]!r}, the catalogue {len(item_token_ids)} "
@@ -66,6 +71,13 @@ def load_collator(repo: str | os.PathLike, item_token_ids: np.ndarray, **hub_kwa
     # a table with the highest category alone: the sizes are those of the model, the users come with each request
     users = {name: np.array([size - 1]) for name, size in config.pop("user_features").items()}
     return _CLASSES[name](item_token_ids, item_features=items, user_features=users, **config)
+
+
+def _tables(path: str | None) -> dict[str, np.ndarray]:
+    try:
+        return load_file(str(path))
+    except SafetensorError as error:
+        raise ValueError(f"{path} cannot be read ({error}): it is cut off. Save or download it again.") from error
 
 
 __all__ = ["load_collator", "save_collator"]

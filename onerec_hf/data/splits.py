@@ -87,7 +87,7 @@ def leave_last_out(interactions: Interactions) -> datasets.DatasetDict:
 
 
 def global_time_split(
-    interactions: Interactions, validation_start: float, test_start: float, min_history: int = 0
+    interactions: Interactions, validation_start: float, test_start: float | None, min_history: int = 0
 ) -> datasets.DatasetDict:
     """One boundary in time for all users, as in a deployed system.
 
@@ -106,8 +106,10 @@ def global_time_split(
     Raises:
         ValueError: boundaries that are not in order, or a split without rows.
     """
-    if not validation_start < test_start:
-        raise ValueError(f"validation_start ({validation_start}) must lie before test_start ({test_start})")
+    if test_start is None or not validation_start < test_start:
+        raise ValueError(
+            f"validation_start ({validation_start}) must lie before test_start ({test_start}): give both."
+        )
     first, end = interactions.user_offsets[:-1], interactions.user_offsets[1:]
     validation_first = first + _count_before(interactions, validation_start)
     test_first = first + _count_before(interactions, test_start)

@@ -130,7 +130,7 @@ def model_card(
         datasets=[dataset] if dataset else None,
         base_model=base_model,
         base_model_relation=("adapter" if adapter else "finetune") if base_model else None,
-        model_name=title,
+        model_name=title if results else None,
         eval_results=_eval_results(results, dataset_name, dataset, split) if results else None,
     )
     cited = dict.fromkeys([config.model_type, "tiger", *papers])

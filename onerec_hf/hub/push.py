@@ -198,7 +198,7 @@ def _take_back(api: HfApi, repo_id: str, revision: str | None) -> str:
     except Exception as error:
         return (
             f"{repo_id}, which this call has made, stays there and is empty, because it could not be removed "
-            f"({type(error).__name__}): the same call fills it, `hf repo delete {repo_id}` removes it."
+            f"({type(error).__name__}): the same call fills it, `hf repos delete {repo_id}` removes it."
         )
 
 

@@ -117,7 +117,7 @@ def reward_card(
         license=license,
         library_name="transformers",
         tags=[*TAGS, "reward-model", config.model_type],
-        model_name=title,
+        model_name=title if results else None,
         eval_results=results or None,
     )
     return ModelCard.from_template(

@@ -192,7 +192,7 @@ class Catalogue(PrefixIndex):
         if unknown.any():
             raise KeyError(
                 f"{int(unknown.sum())} of {wanted.size} item ids are not in the catalogue of {self.num_items} items; the "
-                f"first is {wanted[unknown].flat[0]!r}. Remove them from the histories, or add the items first."
+                f"first is {wanted[unknown].flat[0].item()!r}. Remove them from the histories, or add the items first."
             )
         return order[place]
 

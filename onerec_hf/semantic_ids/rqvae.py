@@ -13,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 from tqdm.auto import tqdm
@@ -245,7 +246,12 @@ def load_quantizer(folder: str | os.PathLike) -> ResidualKMeans | RQVAE:
     kinds = {"residual_kmeans": ResidualKMeans, "rqvae": RQVAE}
     if not path.is_file():
         return ResidualKMeans.from_pretrained(folder)  # says what is missing
-    kind = json.loads(path.read_text())["quantizer_type"]
-    if kind not in kinds:
-        raise ValueError(f"{path} names the quantizer {kind!r}, known are {sorted(kinds)}. Update onerec_hf.")
-    return kinds[kind].from_pretrained(folder)
+    try:
+        kind = json.loads(path.read_text())["quantizer_type"]
+        if kind in kinds:
+            return kinds[kind].from_pretrained(folder)
+    except (SafetensorError, json.JSONDecodeError) as error:
+        raise ValueError(
+            f"{path} or {WEIGHTS_NAME} beside it cannot be read ({error}): a file is cut off. Save or download it again."
+        ) from error
+    raise ValueError(f"{path} names the quantizer {kind!r}, known are {sorted(kinds)}. Update onerec_hf.")

@@ -59,6 +59,7 @@ class OneRecGRPOTrainer(RepositoryMixin, GRPOTrainer):
     args: OneRecGRPOConfig
     _tag_names = ["onerec", "rl"]
     _card_method = "Reinforcement learning on rollouts of the policy and on logged exposures (`OneRecGRPOTrainer`)."
+    _card_settings = ("loss_type", "rollout", "num_generations", "rl_weight", "logged_weight", "sft_weight", "beta")
     _card_papers = ("grpo",)
     loss_is_scaled_for_ga = False  # `Trainer` divides by the accumulation steps
 

@@ -73,6 +73,7 @@ class IPATrainer(OneRecSFTTrainer):
         "Iterative Preference Alignment (OneRec, Algorithm 2): the next-item loss, plus a preference loss between the best and the "
         "worst of the model's own beams by a reward, against the model that generated them."
     )
+    _card_settings = ("loss_type", "beta", "dpo_ratio", "num_candidates", "num_rejected", "preference_weight")
     _card_papers = ("onerec", "dpo")
 
     def __init__(

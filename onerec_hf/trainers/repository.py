@@ -4,6 +4,7 @@ import importlib.util
 import os
 import re
 from pathlib import Path
+from typing import Any
 
 import datasets
 import torch
@@ -24,10 +25,12 @@ class RepositoryMixin(Trainer):
     """
     To be named before `Trainer` (or a trainer of TRL) among the bases. A trainer may set:
 
-    `_card_method`: one sentence that says what it does. `_card_papers`: keys of `hub.cards.PAPERS` that it adds to the citations.
+    `_card_method`: one sentence that says what it does. `_card_settings`: names of its arguments that the card tells.
+    `_card_papers`: keys of `hub.cards.PAPERS` that it adds to the citations.
     """
 
     _card_method = ""
+    _card_settings: tuple[str, ...] = ()
     _card_papers: tuple[str, ...] = ()
 
     def __init__(self, *args, **kwargs):
@@ -61,15 +64,14 @@ class RepositoryMixin(Trainer):
         folder.mkdir(parents=True, exist_ok=True)
         model = self.accelerator.unwrap_model(self.model)
         title = model_name or (self.args.hub_model_id or folder.name).split("/")[-1]
-        dataset_name = dataset_name or "validation split of the training log"
         metrics = self._last_evaluation()
         arguments = {
             "title": title,
             "repo": self.args.hub_model_id or str(folder),
-            "data": self._data_text(dataset_name),
+            "data": self._data_text(dataset_name or "The training log"),
             "training": self._training_text(),
             "results": {title: (metrics, None)} if metrics else None,
-            "dataset_name": dataset_name,
+            "dataset_name": dataset_name or "validation split of the training log",
             "split": "validation",
             "pictures": self._draw(folder, model),
             "num_parameters": model.num_parameters() if hasattr(model, "num_parameters") else None,
@@ -123,7 +125,7 @@ class RepositoryMixin(Trainer):
         args = self.args
         batch = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
         precision = "bf16" if args.bf16 else "fp16" if args.fp16 else "fp32"
-        facts = {
+        facts: dict[str, Any] = {
             "steps": f"{self.state.global_step:,} ({self.state.epoch or 0:.3g} epochs)",
             "rows per step": batch,
             "optimizer": f"{getattr(args.optim, 'value', args.optim)}, betas {args.adam_beta1:g} / {args.adam_beta2:g}, "
@@ -132,6 +134,7 @@ class RepositoryMixin(Trainer):
             "precision, seed": f"{precision}, {args.seed}",
             "versions": f"onerec_hf {__version__}, transformers {transformers.__version__}, torch {torch.__version__}",
         }
+        facts |= {f"`{name}`": getattr(args, name) for name in self._card_settings}
         rows = "\n".join(f"| {name} | {value} |" for name, value in facts.items())
         return f"{self._card_method}\n\n| | |\n|---|---|\n{rows}".strip()
 
