@@ -198,8 +198,3 @@ def test_an_unknown_column_is_named(data, tmp_path):
     arguments = reward.RewardArguments(data=str(data), targets=["ctr"], item_categories=["colour"])
     with pytest.raises(ValueError, match=r"items.parquet has no \['colour'\]"):
         reward.main(arguments, TrainingArguments(str(tmp_path), report_to="none"))
-
-
-def test_help():
-    result = subprocess.run([sys.executable, "recipes/reward.py", "--help"], capture_output=True, text=True, cwd=ROOT)
-    assert result.returncode == 0 and "--targets" in result.stdout, result.stderr
