@@ -6,16 +6,17 @@
 OneRec-V2 (arXiv:2508.20900), Tables 2 to 4, redone small, on folders that recipes/prepare.py wrote. Every contestant sees the same
 examples (up to 20 items -> the next item) in the same batches and order, has the same tables, head, optimiser, constant learning
 rate after a warm-up and moving average of its weights, and the same loss: the log-probability of a code among those that continue
-its prefix to an existing item (the paper's softmax over the level also has to learn the catalogue, slowly). Scored: nats per item. A context item is one token everywhere, the embeddings of its codes under one linear map. The feed-forward is
-as wide as it takes for equally many parameters in the blocks. Encoder-decoders are `OneRecForCausalLM` with sessions of one item,
-the naive decoder is transformers' stock Llama over [context items | BOS s1 .. of each target].
+its prefix to an existing item (the paper's softmax over the level also has to learn the catalogue, which takes longer). A context
+item is one token everywhere, the embeddings of its codes under one linear map. The feed-forward is as wide as it takes for equally
+many parameters in the blocks. Encoder-decoders are `OneRecForCausalLM` with sessions of one item, the naive decoder is
+transformers' stock Llama over [context items | BOS s1 .. of each target].
 
 Each is trained the cheapest way it allows: the targets of a row share one pass of the decoder-only models, which mask what a target
 must not see; an encoder mixes the items of a context, so there every target is a row of its own (of like length together).
 
-The learning rate of each architecture is the best of `--learning_rates` on validation (first data set, first seed), then fixed. The
-weights that are scored are the average, so a curve may be read at any time. Seconds are process CPU time of the training steps
-alone. A cell (data set, variant, learning rate, seed) that the output holds already is not run again.
+The learning rate of each architecture is the best of `--learning_rates` on validation (first data set, first seed), then fixed. What
+is scored, in nats per item, is the averaged weights, so a curve may be read at any time. Seconds are process CPU time of the
+training steps alone. A cell (data set, variant, learning rate, seed) that the output holds already is not run again.
 """
 
 import argparse
@@ -277,10 +278,11 @@ def run(args, data: dict[str, Task], report: dict) -> None:
     for name in NAMES:
         grid = [cell(first, name, rate, args.seeds[0]) for rate in args.learning_rates]
         report["rates"][name] = min(grid, key=lambda cell: cell["validation"])["rate"]
-    for seed, name, variant in itertools.product(args.seeds, data, NAMES):
-        cell(name, variant, report["rates"][variant], seed)
-    for seed, variant in itertools.product(args.seeds, CHANGES if args.changes else ()):
-        cell(first, variant, report["rates"][LAZY], seed)
+    for seed in args.seeds:
+        for name, variant in itertools.product(data, NAMES):
+            cell(name, variant, report["rates"][variant], seed)
+        for variant in CHANGES if args.changes else ():
+            cell(first, variant, report["rates"][LAZY], seed)
 
 
 def chosen(report: dict, name: str, task: Task, variant: str) -> list[dict]:
