@@ -14,9 +14,9 @@ transformers' stock Llama over [context items | BOS s1 .. of each target].
 Each is trained the cheapest way it allows: the targets of a row share one pass of the decoder-only models, which mask what a target
 must not see; an encoder mixes the items of a context, so there every target is a row of its own (of like length together).
 
-The learning rate of each architecture is the best of `--learning_rates` on validation (first data set, first seed), then fixed. What
-is scored, in nats per item, is the averaged weights, so a curve may be read at any time. Seconds are process CPU time of the
-training steps alone. A cell (data set, variant, learning rate, seed) that the output holds already is not run again.
+The learning rate of each architecture is the best of `--learning_rates` on validation (first data set, first seed), then fixed.
+What is scored, in nats per item, is the averaged weights, so a curve may be read at any time. Seconds are process CPU time of the
+training steps alone. A cell (data set, variant, learning rate, seed, steps) that the output holds already is not run again.
 """
 
 import argparse
@@ -275,19 +275,17 @@ def run(args, data: dict[str, Task], report: dict) -> None:
             print(f"{key}: test {found[0]['test']:.4f}, {found[0]['cpu_seconds']} CPU s", flush=True)
         return found[0]
 
-    for name in NAMES:
-        grid = [cell(first, name, rate, args.seeds[0]) for rate in args.learning_rates]
-        report["rates"][name] = min(grid, key=lambda cell: cell["validation"])["rate"]
-    for seed in args.seeds:
-        for name, variant in itertools.product(data, NAMES):
-            cell(name, variant, report["rates"][variant], seed)
-        for variant in CHANGES if args.changes else ():
-            cell(first, variant, report["rates"][LAZY], seed)
+    for variant in (name for name in args.variants if name in NAMES):
+        grid = [cell(first, variant, rate, args.seeds[0]) for rate in args.learning_rates]
+        report["rates"][variant] = min(grid, key=lambda cell: cell["validation"])["rate"]
+    for seed, variant in itertools.product(args.seeds, args.variants):
+        for name in data if variant in NAMES else [first]:
+            cell(name, variant, report["rates"][LAZY if variant in CHANGES else variant], seed)
 
 
 def chosen(report: dict, name: str, task: Task, variant: str) -> list[dict]:
     """The cells of all seeds."""
-    rate = report["rates"].get(variant, report["rates"][LAZY])
+    rate = report["rates"].get(LAZY if variant in CHANGES else variant)
     key = {"data": name, "variant": variant, "rate": rate} | task.plan
     return [cell for cell in report["cells"] if key.items() <= cell.items()]
 
@@ -301,7 +299,7 @@ def table(report: dict, data: dict[str, Task]) -> None:
     columns += " | validation NLL | the same at the lazy decoder's CPU time"
     print(f"| {columns} |\n" + "|---" * len(columns.split(" | ")) + "|")
     for name, task in data.items():
-        limit = mean(cell["cpu_seconds"] for cell in chosen(report, name, task, LAZY))
+        limit = mean([cell["cpu_seconds"] for cell in chosen(report, name, task, LAZY)] or [0])
         for variant in (*NAMES, *CHANGES):
             if not (cells := chosen(report, name, task, variant)):
                 continue
@@ -318,7 +316,9 @@ def plot(report: dict, data: dict[str, Task], path: Path) -> None:
     figure, axes = plt.subplots(1, len(data), figsize=(5.5 * len(data), 4), squeeze=False)
     for axis, (name, task) in zip(axes[0], data.items()):
         for variant in NAMES:
-            curves = np.array([cell["curve"] for cell in chosen(report, name, task, variant)])  # (seeds, points, 3)
+            if not (cells := chosen(report, name, task, variant)):
+                continue
+            curves = np.array([cell["curve"] for cell in cells])  # (seeds, points, 3)
             _, seconds, loss = curves.mean(0).T
             line = axis.plot(seconds, loss, "o-", markersize=3, label=variant)[0]
             axis.fill_between(seconds, curves[..., 2].min(0), curves[..., 2].max(0), alpha=0.2, color=line.get_color())
@@ -335,7 +335,8 @@ def main() -> None:
     parser.add_argument("--data", nargs="+", type=lambda entry: entry.split("=", 1), required=True, help="NAME=FOLDER")
     parser.add_argument("--learning_rates", type=float, nargs="+", default=[2e-3, 4e-3])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--changes", action=argparse.BooleanOptionalAction, default=True, help="K/V sharing too.")
+    variants = [*NAMES, *CHANGES]
+    parser.add_argument("--variants", nargs="+", default=variants, choices=variants)
     parser.add_argument("--steps", type=int, nargs="+", default=[528, 264], help="Per data set.")
     parser.add_argument("--batch_sizes", type=int, nargs="+", default=[96, 192], help="Rows; per data set.")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
