@@ -199,8 +199,8 @@ def check(task: Task) -> None:
     index, single = np.concatenate([rows.scoring(5000)[i][-2:] for i in (0, -1)]), []
     for row in (rows.rows[i] for i in index):
         past = row["history"][-CONTEXT - 1 :]
-        pairs = [(past[:n], past[n : n + 1]) for n in range(1, len(past))]
-        pairs = [(past, row["targets"])] if "targets" in row else pairs
+        own = [(past[:n], [past[n]]) for n in range(1, len(past))]
+        pairs = [(past, row["targets"])] if "targets" in row else own
         single += [rows.collator([{"history": context, "targets": items}]) for context, items in pairs]
     for variant in (*NAMES, *CHANGES):
         torch.manual_seed(0)
@@ -290,10 +290,6 @@ def chosen(report: dict, name: str, task: Task, variant: str) -> list[dict]:
     return [cell for cell in report["cells"] if key.items() <= cell.items()]
 
 
-def spread(values: list[float]) -> str:
-    return f"{mean(values):.3f}" + (f" ±{stdev(values):.3f}" if len(values) > 1 else "")
-
-
 def table(report: dict, data: dict[str, Task]) -> None:
     columns = "data | variant | lr | seeds | parameters in blocks | all | MFLOPs per target | CPU s | test NLL"
     columns += " | validation NLL | the same at the lazy decoder's CPU time"
@@ -306,7 +302,9 @@ def table(report: dict, data: dict[str, Task]) -> None:
             same, seconds = cells[0], mean(cell["cpu_seconds"] for cell in cells)
             row = [name, variant, same["rate"], len(cells), f"{same['block_parameters']:,}"]
             row += [f"{same['parameters']:,}", f"{same['mflops_per_target']:.2f}", f"{seconds:.0f}"]
-            row += [spread([cell[split] for cell in cells]) for split in ("test", "validation")]
+            for split in ("test", "validation"):
+                values = [cell[split] for cell in cells]
+                row.append(f"{mean(values):.3f}" + (f" ±{stdev(values):.3f}" if len(values) > 1 else ""))
             curves = (np.array(cell["curve"]).T for cell in cells)
             row += [f"{np.mean([np.interp(limit, seconds, loss) for _, seconds, loss in curves]):.3f}"]
             print("| " + " | ".join(map(str, row)) + " |")
@@ -322,8 +320,7 @@ def plot(report: dict, data: dict[str, Task], path: Path) -> None:
             _, seconds, loss = curves.mean(0).T
             line = axis.plot(seconds, loss, "o-", markersize=3, label=variant)[0]
             axis.fill_between(seconds, curves[..., 2].min(0), curves[..., 2].max(0), alpha=0.2, color=line.get_color())
-        axis.set(xscale="log", xlabel="CPU seconds of training (log scale)", title=name)
-        axis.set_ylabel("nats per item, validation")
+        axis.set(xlim=(0, None), xlabel="CPU seconds of training", ylabel="nats per item, validation", title=name)
         axis.grid(alpha=0.3)
         axis.legend(fontsize=8)
     figure.tight_layout()
@@ -335,8 +332,7 @@ def main() -> None:
     parser.add_argument("--data", nargs="+", type=lambda entry: entry.split("=", 1), required=True, help="NAME=FOLDER")
     parser.add_argument("--learning_rates", type=float, nargs="+", default=[2e-3, 4e-3])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    variants = [*NAMES, *CHANGES]
-    parser.add_argument("--variants", nargs="+", default=variants, choices=variants)
+    parser.add_argument("--variants", nargs="+", default=[*NAMES, *CHANGES], choices=[*NAMES, *CHANGES])
     parser.add_argument("--steps", type=int, nargs="+", default=[528, 264], help="Per data set.")
     parser.add_argument("--batch_sizes", type=int, nargs="+", default=[96, 192], help="Rows; per data set.")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
