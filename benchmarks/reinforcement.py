@@ -309,6 +309,37 @@ def speed(output: Path, seed: int, steps: int = 8) -> dict:
     return report
 
 
+def table(output: Path, seeds: list[int]) -> None:
+    """Markdown of `ab` (lift in %, mean over worlds and the interval of each) and of `rollouts` (mean and standard deviation)."""
+    for part in ("ab", "rollouts"):
+        files = [output / f"{part}_{seed}.json" for seed in seeds]
+        reports = [json.loads(file.read_text()) for file in files if file.exists()]
+        for arm in reports[0] if reports else ():
+            found = [report[arm] for report in reports]
+            if part == "rollouts":
+                cells = [
+                    f"{np.mean(v):.4f} ±{np.std(v, ddof=len(v) > 1):.4f}"
+                    for v in ([f[n] for f in found] for n in found[0])
+                ]
+            elif "lifts" not in found[0]:
+                continue
+            else:
+                cells = [f"{np.mean([f['test']['recall@10'] for f in found]):.4f}"]
+                for name in (
+                    "app_stay_time",
+                    "watch_time",
+                    "views",
+                    "likes",
+                    "dislikes",
+                    "cold_start_views",
+                    "diversity",
+                ):
+                    lifts = [f["lifts"][name] for f in found]
+                    spans = ", ".join(f"{100 * lift['low']:.1f} to {100 * lift['high']:.1f}" for lift in lifts)
+                    cells.append(f"{100 * np.mean([lift['value'] for lift in lifts]):+.1f} ({spans})")
+            print(f"| {arm} | " + " | ".join(cells) + " |")
+
+
 def plot(output: Path, seeds: list[int]) -> None:
     """Figure 9 of OneRec-V2 in small, and the legality of rollouts; thin lines are seeds, thick ones their means."""
     import matplotlib
@@ -343,19 +374,21 @@ def plot(output: Path, seeds: list[int]) -> None:
 
 def main(part: str, seeds: list[int], output: Path) -> None:
     parts = {"legality": legality, "gradients": gradients, "ab": ab, "rollouts": rollouts, "speed": speed}
-    for name in parts if part == "all" else {part} - {"plot"}:
+    for name in parts if part == "all" else {part} - {"plot", "table"}:
         for seed in seeds:
             report = parts[name](output / f"seed{seed}", seed)
             path = output / f"{name}_{seed}.json"
             path.write_text(json.dumps(report, indent=2))
     if part in ("plot", "all"):
         plot(output, seeds)
+    if part in ("table", "all"):
+        table(output, seeds)
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
-        "--part", choices=["all", "legality", "gradients", "ab", "rollouts", "speed", "plot"], default="all"
+        "--part", choices=["all", "legality", "gradients", "ab", "rollouts", "speed", "plot", "table"], default="all"
     )
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--output", type=Path, default=Path("outputs/reinforcement"))
