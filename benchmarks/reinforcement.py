@@ -349,7 +349,8 @@ def plot(output: Path, seeds: list[int]) -> None:
 
     def curves(axis, name, column, arms, label):
         for arm, colour in zip(arms, ("tab:red", "tab:orange", "tab:blue", "tab:green")):
-            reports = [json.loads((output / f"{name}_{seed}.json").read_text()) for seed in seeds]
+            files = [output / f"{name}_{seed}.json" for seed in seeds]
+            reports = [json.loads(file.read_text()) for file in files if file.exists()]
             runs = [report[arm]["curve"] for report in reports if arm in report]
             if not runs:
                 continue
