@@ -161,7 +161,8 @@ def _train_on_one_rank(rank, port, path):
     balance_experts(model, 0.5)
     bias = torch.stack([layer.mlp.gate.e_score_correction_bias for layer in own.model.layers[2:]])
     torch.save(bias, f"{path}/{rank}.pt")
-    torch.distributed.destroy_process_group()
+    torch.distributed.barrier()
+    os._exit(0)  # the threads of gloo can wait for each other forever when the groups are taken down
 
 
 def test_two_processes_count_together(tmp_path):
