@@ -299,7 +299,8 @@ def _shard_on_one_rank(rank, port):
             torch.testing.assert_close(parameter.grad.full_tensor(), expected.grad, atol=1e-5, rtol=1e-4)
         found = model.eval().generate(**part, num_beams=4)
         assert torch.equal(found, plain.eval().generate(**part, num_beams=4))
-    torch.distributed.destroy_process_group()
+    torch.distributed.barrier()
+    os._exit(0)  # gloo's threads can wait for each other forever when the groups are taken down
 
 
 def test_fsdp2():
