@@ -339,6 +339,11 @@ def main() -> None:
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--plot", type=Path)
     args = parser.parse_args()
+    if not len(args.data) == len(args.steps) == len(args.batch_sizes) or min(args.steps) < POINTS:
+        parser.error(
+            f"--data {args.data}, --steps {args.steps}, --batch_sizes {args.batch_sizes}: one of each per data set, and at least "
+            f"{POINTS} steps."
+        )
     torch.set_num_threads(args.threads)
     report = {"torch": torch.__version__, "threads": args.threads, "rates": {}, "cells": []}
     if args.output.exists():
