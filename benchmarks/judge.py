@@ -38,10 +38,13 @@ def judged(lists: np.ndarray, rows: datasets.Dataset, model, collate, item_token
     return torch.cat(found).numpy()
 
 
-def main(judge: str, data: str, runs: list[str], output: Path, judge_data: str | None = None) -> dict:
+def main(
+    judge: str, data: str, runs: list[str], output: Path, judge_data: str | None = None, users: int | None = None
+) -> dict:
     """Prints the table; returns what it writes."""
     model, collator, catalogue = load_reward(judge, judge_data, data)
     rows = datasets.load_from_disk(str(Path(data) / "splits"))["test"]
+    rows = rows.select(range(min(users or len(rows), len(rows))))
     collate = CandidateCollator(collator, catalogue)
     targets, report = model.config.targets, {}
     print("| system | " + " | ".join(f"{target} mean / max" for target in targets) + " | recall@10 |")
@@ -51,7 +54,9 @@ def main(judge: str, data: str, runs: list[str], output: Path, judge_data: str |
         values = []
         for folder in folders.split(","):
             table = datasets.Dataset.from_parquet(str(Path(folder) / "predictions.parquet")).with_format("numpy")
-            lists, wanted = np.stack(table["predictions"][:]), [set(row) for row in rows["targets"]]
+            lists, wanted = np.stack(table["predictions"][: len(rows)]), [set(row) for row in rows["targets"]]
+            if len(lists) < len(rows):
+                raise ValueError(f"{folder} has predictions for {len(lists)} of {len(rows)} test rows: set --users.")
             found = judged(lists, rows, model, collate, collator.item_token_ids)
             recall = np.mean([len(own & set(items)) / len(own) for own, items in zip(wanted, lists[:, :TOP].tolist())])
             values.append([*found.mean((0, 1)), *found.max(1).mean(0), recall])
@@ -72,6 +77,7 @@ if __name__ == "__main__":
     parser.add_argument("--judge_data", help="Its data folder, where that has moved.")
     parser.add_argument("--data", required=True, help="Data folder of the policies.")
     parser.add_argument("--runs", nargs="+", required=True)
+    parser.add_argument("--users", type=int, help="Only the first test rows, as recipes' --test_users.")
     parser.add_argument("--output", type=Path, default=Path("outputs/table1.json"))
     torch.set_num_threads(1)
     main(**vars(parser.parse_args()))

@@ -128,7 +128,7 @@ def legality(output: Path, seed: int, steps: int = 200) -> dict:
     report = {"sft": {"sampled_legality": sampled_legality(policy, data, seed)}}
     settings = {"rollout": "unconstrained", "num_generations": group, "per_device_train_batch_size": 4 * group}
     arms = [("ecpo", None, 0), ("ecpo + format, top K", "top", 1), ("ecpo + format, random K", "random", 1)]
-    arms += [(f"ecpo + {weight} format, random K", "random", weight) for weight in (5, 20)]
+    arms += [(f"ecpo + {weight} format, {how} K", how, weight) for weight in (5, 20) for how in ("top", "random")]
     for name, selection, weight in arms:
         rewards = [reward] + ([FormatReward(model.catalogue, group, 5, selection)] if selection else [])
         folder = output / "legality" / name.replace(" ", "_")
@@ -310,17 +310,15 @@ def speed(output: Path, seed: int, steps: int = 8) -> dict:
 
 
 def table(output: Path, seeds: list[int]) -> None:
-    """Markdown of `ab` (lift in %, mean over worlds and the interval of each) and of `rollouts` (mean and standard deviation)."""
-    for part in ("ab", "rollouts"):
+    """Markdown of `ab` (lift in %, mean over worlds and interval of each), of `rollouts` and of `legality` (mean ± deviation)."""
+    for part in ("ab", "rollouts", "legality"):
         files = [output / f"{part}_{seed}.json" for seed in seeds]
         reports = [json.loads(file.read_text()) for file in files if file.exists()]
         for arm in reports[0] if reports else ():
             found = [report[arm] for report in reports]
-            if part == "rollouts":
-                cells = [
-                    f"{np.mean(v):.4f} ±{np.std(v, ddof=len(v) > 1):.4f}"
-                    for v in ([f[n] for f in found] for n in found[0])
-                ]
+            if part != "ab":
+                values = ([f[name] for f in found] for name in found[0] if name != "curve")
+                cells = [f"{np.mean(v):.4f} ±{np.std(v, ddof=len(v) > 1):.4f}" for v in values]
             elif "lifts" not in found[0]:
                 continue
             else:

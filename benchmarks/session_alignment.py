@@ -2,11 +2,13 @@
 
     OMP_NUM_THREADS=1 python benchmarks/session_alignment.py --seeds 0 1 2 --output outputs/session_alignment.json
 
-Each seed is a world, a log, a reward model (P-Score of watch time, trained on every impression of the training days; a session's
-reward is the mean of its items', since a few thousand sessions teach the reward model of whole sessions too little) and a
-session-wise OneRec, trained on the high-quality sessions of the same days. Every system goes on from that seed model with as many
-steps; it decodes one session of five items for every request of the last days, and the simulator's expected watch time of those
-five items judges it. The truth is never trained on; settings were chosen on worlds of other seeds.
+Table 1 of the paper (`--baselines`, `--ablations`) and its Figure 5. Each seed is a world, a log, a reward model (P-Score of
+watch time, trained on every impression of the training days; a session's reward is the mean of its items', since a few thousand
+sessions teach the reward model of whole sessions too little) and a session-wise OneRec, trained on the high-quality sessions of the
+same days. Every aligned system goes on from that seed model with as many steps; it decodes one session of five items for every
+request of the last days, and the simulator's expected feedback on those five items judges it. Baselines and the point-wise model
+serve their five best items; baselines learn from every view of the training days. The truth is never trained on; settings were
+chosen on worlds of other seeds.
 """
 
 import argparse
@@ -21,10 +23,14 @@ import torch
 from transformers import Trainer, TrainingArguments, set_seed
 
 from onerec_hf import OneRecPScoreConfig, OneRecPScoreModel
+from onerec_hf.baselines import FDSA, TIGER, BERT4Rec, SASRec, attribute_codes
 from onerec_hf.data import RewardCollator, SessionConfig, session_splits
+from onerec_hf.evaluation import evaluate, prediction_entropy
+from onerec_hf.hub import plot_prediction_entropy
 from onerec_hf.rewards import reward_of_model
 from onerec_hf.simulator import ShortVideoWorld
 from onerec_hf.trainers import IPAConfig, IPATrainer, OneRecSFTConfig, OneRecSFTTrainer
+from onerec_hf.trainers.pair_mining import mine_pairs
 
 QUIET = {"report_to": "none", "disable_tqdm": True, "save_strategy": "no", "logging_steps": 50, "use_cpu": True}
 
@@ -94,9 +100,43 @@ def align(seed_model, collator, rows, settings: dict, seed: int, reward=None, pa
             data = {"data_collator": collator, "train_dataset": rows, "reward": reward, "pairs": pairs}
             trainer = IPATrainer(model, arguments, **data)
         trainer.train()
-        mined = Path(folder) / "pairs" / "iteration_000"
-        pairs = list(datasets.load_from_disk(str(mined))) if mined.exists() else None
-    return model.eval(), [entry for entry in trainer.state.log_history if "ipa/pairs" in entry], pairs
+    return model.eval(), [entry for entry in trainer.state.log_history if "ipa/pairs" in entry]
+
+
+def seed_pairs(seed_model, collator, rows, reward, args, seed: int, num_rejected: int) -> datasets.Dataset:
+    """Pairs of the seed model for a share `dpo_ratio` of the rows."""
+    ids = np.random.default_rng(seed).permutation(len(rows))[: round(args.dpo_ratio * len(rows))].tolist()
+    some = [dict(rows[row]) for row in ids]
+    found, _ = mine_pairs(seed_model, some, ids, collator, reward, args.num_candidates, num_rejected)
+    return datasets.Dataset.from_list(found).select_columns(["row", "chosen", "rejected"])
+
+
+def train_baselines(world, interactions, watched, catalogue, rows, seed: int, progress: bool = False) -> dict:
+    """Table 1's baselines; the epoch with the best ndcg@10 on the validation sessions."""
+    validation = rows["validation"].filter(lambda history: len(history) > 0, input_columns="history")
+    numbers = {"num_items": interactions.num_items}
+    category = world.items.category.to_numpy()[interactions.item_ids]
+    small = {
+        "hidden_size": 64,
+        "intermediate_size": 128,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "head_dim": 16,
+    }
+    models = {
+        "SASRec": SASRec(interactions.num_items, seed=seed, dropout=0.2),
+        "BERT4Rec": BERT4Rec(interactions.num_items, seed=seed),
+        "FDSA": FDSA(attribute_codes(category), seed=seed),
+        "TIGER": TIGER(catalogue, num_user_tokens=0, causal_items=True, seed=seed, **small),
+    }
+
+    def validate(model) -> float:
+        return evaluate(model, validation, ks=(10,), progress=False, **numbers).metrics["ndcg@10"]
+
+    for model in models.values():
+        settings = {"num_epochs": 30, "batch_size": 64, "learning_rate": 2e-3, "validate_every": 3, "patience": 9}
+        model.fit(watched, validate=validate, seed=seed, progress=progress, **settings)
+    return models
 
 
 def best_of(reward, model, collator, rows, num_candidates: int) -> np.ndarray:
@@ -112,10 +152,49 @@ def best_of(reward, model, collator, rows, num_candidates: int) -> np.ndarray:
     return np.concatenate(shown)
 
 
+def judge(world, interactions, rows, items: np.ndarray, opinion, collator) -> dict[str, float]:
+    """The truth about the five items of each request, sum and largest of the five, and the reward model's opinion."""
+    report = sessions.judge(world, interactions, rows, items)
+    users = interactions.user_ids[np.array(rows["user"])][:, None]
+    times = np.array(rows["session_start"]).astype(np.int64)[:, None] + 30_000 * np.arange(items.shape[1])
+    truth = world.expected_feedback(users, interactions.item_ids[items], times)
+    report["follows"] = float(truth["is_follow"].sum(1).mean())
+    names = {"watch_s": "play_time_ms", "long_views": "long_view", "follows": "is_follow", "likes": "is_like"}
+    report |= {f"{name} max": float(truth[column].max(1).mean()) for name, column in names.items()}
+    report["watch_s max"] /= 1000
+    tokens = collator.item_token_ids[items].reshape(len(items), -1).tolist()
+    report["reward model"] = float(
+        np.mean(opinion(completion_ids=tokens, **{key: rows[key][:] for key in rows.column_names}))
+    )
+    return report
+
+
+def systems(args, reward, pairs: datasets.Dataset, sdpo_pairs: datasets.Dataset) -> dict[str, tuple]:
+    """What starts from the seed model: settings, a reward or pairs."""
+    common = {"num_train_epochs": args.iterations, "learning_rate": args.learning_rate}
+    alignment = common | {"dpo_ratio": args.dpo_ratio, "num_candidates": args.num_candidates}
+    alignment |= {"preference_weight": args.preference_weight}
+    found = {"SFT, as long again": (common, None, None), "IPA": (alignment, reward, None)}
+    for loss in args.losses:
+        several = {"num_rejected": 3} if loss == "sdpo" else {}
+        own = sdpo_pairs if several else pairs
+        found[f"{loss}, pairs of the seed model"] = (alignment | {"loss_type": loss} | several, None, own)
+    if args.ablations:
+        changes = [{"dpo_ratio": ratio} for ratio in (0.01, 0.02, 0.05, 0.2)]
+        changes += [{"num_candidates": number} for number in (8, 128)]
+        changes += [{"num_train_epochs": number} for number in (1, 2, 5)]
+        found |= {
+            f"IPA, {key} {value}": (alignment | {key: value}, reward, None)
+            for each in changes
+            for key, value in each.items()
+        }
+    return found
+
+
 def run(seed: int, args) -> dict[str, dict[str, float]]:
     """Every system of one world."""
     world = ShortVideoWorld(args.num_users, args.num_items, request_size=10, seed=seed)
-    interactions, rows, catalogue, _ = sessions.prepare(world)
+    interactions, rows, catalogue, watched = sessions.prepare(world)
     whole = rows.filter(lambda targets: len(targets) == sessions.ITEMS, input_columns="targets")
     test, fit = whole["test"], whole["train"].with_format("numpy")
     reward_model, reward_collator = train_reward(world, interactions, catalogue, seed)
@@ -124,47 +203,58 @@ def run(seed: int, args) -> dict[str, dict[str, float]]:
     seed_model, collator, _ = sessions.train(sessions.ITEMS, rows, catalogue, args.epochs, seed)
     reward = reward_of_model(reward_model, reward_collator, seed_model, args.num_candidates)
     opinion = reward_of_model(reward_model, reward_collator, seed_model, 1)
-    report = {}
+    report, entropies, targets = {}, {}, collator(list(test.select(range(min(400, len(test))))))
 
-    def judge(name: str, items: np.ndarray, log=()):
-        report[name] = sessions.judge(world, interactions, test, items)
-        tokens = collator.item_token_ids[items].reshape(len(items), -1).tolist()
-        columns = {key: test[key][:] for key in test.column_names}
-        report[name]["reward model"] = float(np.mean(opinion(completion_ids=tokens, **columns)))
+    def say(name: str, items: np.ndarray, model=None, log=()):
+        report[name] = judge(world, interactions, test, items, opinion, collator)
         report[name] |= {key: log[-1][f"ipa/{key}"] for key in ("kl_to_seed", "tied") if log}
+        if model is not None:
+            entropies[name] = prediction_entropy(model, targets)
+            report[name] |= {
+                f"entropy {level + 1}": float(value) for level, value in enumerate(entropies[name].mean(0))
+            }
         print(f"seed {seed}, {name}: { ({key: round(value, 3) for key, value in report[name].items()}) }", flush=True)
 
-    judge("logged", np.array(test["targets"]))
-    judge("seed model", sessions.serve(seed_model, collator, test, "session"))
-    judge(
-        f"seed model, best of {args.num_candidates}", best_of(reward, seed_model, collator, test, args.num_candidates)
-    )
-    common = {"num_train_epochs": args.iterations, "learning_rate": args.learning_rate}
-    alignment = common | {"dpo_ratio": args.dpo_ratio, "num_candidates": args.num_candidates}
-    alignment |= {"preference_weight": args.preference_weight}
-    systems = {"SFT, as long again": (common, None, None), "IPA": (alignment, reward, None)}
-    systems |= {
-        f"{loss}, pairs of the seed model": (alignment | {"loss_type": loss}, None, "first") for loss in args.losses
-    }
-    first = None
-    for name, (settings, judge_of, pairs) in systems.items():
-        if pairs:
-            pairs = datasets.Dataset.from_list(first).select_columns(["row", "chosen", "rejected"])
-        model, log, mined = align(seed_model, collator, fit, settings, seed, judge_of, pairs)
-        first = first or mined
-        judge(name, sessions.serve(model, collator, test, "session"), log)
+    say("logged", np.array(test["targets"]))
+    if args.baselines:
+        examples = {name: test[name][:] for name in ("user", "history")}
+        for name, model in train_baselines(world, interactions, watched, catalogue, whole, seed).items():
+            say(name, np.asarray(model.recommend(examples, sessions.ITEMS)))
+        point_wise, point_collator, _ = sessions.train(1, rows, catalogue, args.epochs, seed)
+        say("OneRec, point-wise", sessions.serve(point_wise, point_collator, test, "top 5"))
+    say("seed model", sessions.serve(seed_model, collator, test, "session"), seed_model)
+    best = best_of(reward, seed_model, collator, test, args.num_candidates)
+    say(f"seed model, best of {args.num_candidates}", best)
+    mined = seed_pairs(seed_model, collator, fit, reward, args, seed, 3)
+    tokens = sessions.ITEMS * catalogue.num_levels
+    worst = mined.map(lambda rejected: {"rejected": rejected[:tokens]}, input_columns="rejected")
+    for name, (settings, judge_of, pairs) in systems(args, reward, worst, mined).items():
+        if judge_of is not None and settings["num_candidates"] != args.num_candidates:
+            judge_of = reward_of_model(reward_model, reward_collator, seed_model, settings["num_candidates"])
+        model, log = align(seed_model, collator, fit, settings, seed, judge_of, pairs)
+        say(name, sessions.serve(model, collator, test, "session"), model, log)
+    if seed == args.seeds[0]:
+        both = {name: entropies[name] for name in ("seed model", "SFT, as long again", "IPA")}
+        args.output.parent.mkdir(parents=True, exist_ok=True)
+        plot_prediction_entropy(both, catalogue.codebook_sizes, args.output.with_suffix(".png"))
     return report
 
 
 def summary(reports: list[dict]) -> str:
     """Means ± standard deviation over worlds; `change` is that of the watch time against the same world's seed model."""
-    names = ["watch_s", "likes", "long_views", "diversity", "hits", "coverage", "reward model"]
-    lines = ["| system | change of watch time | " + " | ".join(names) + " |", "|---" * (len(names) + 2) + "|"]
+    names = ["watch_s", "watch_s max", "long_views", "long_views max", "follows", "follows max", "likes", "likes max"]
+    names += ["diversity", "hits", "coverage", "reward model"]
+    lines = [
+        "| system | change of watch time | " + " | ".join(names) + " | entropy |",
+        "|---" * (len(names) + 3) + "|",
+    ]
     for system in reports[0]:
         change = [100 * (report[system]["watch_s"] / report["seed model"]["watch_s"] - 1) for report in reports]
         cells = [[report[system][name] for report in reports] for name in names]
         spread = int(len(reports) > 1)
         text = [f"{np.mean(values):.3f} ±{np.std(values, ddof=spread):.3f}" for values in cells]
+        levels = [name for name in reports[0][system] if name.startswith("entropy")]
+        text.append(" / ".join(f"{np.mean([report[system][name] for report in reports]):.2f}" for name in levels))
         lines.append(
             f"| {system} | {np.mean(change):+.1f}% ±{np.std(change, ddof=spread):.1f} | " + " | ".join(text) + " |"
         )
@@ -178,14 +268,22 @@ def main() -> None:
     parser.add_argument("--num_items", type=int, default=600)
     parser.add_argument("--epochs", type=float, default=10)
     parser.add_argument("--iterations", type=int, default=3)
-    parser.add_argument("--dpo_ratio", type=float, default=0.2)
+    parser.add_argument("--dpo_ratio", type=float, default=1.0)
     parser.add_argument("--num_candidates", type=int, default=64)
     parser.add_argument("--preference_weight", type=float, default=1.0)
     parser.add_argument("--learning_rate", type=float, default=5e-4)
-    parser.add_argument("--losses", nargs="*", default=["dpo", "ipo", "cdpo", "rdpo", "cpo", "simpo"])
+    parser.add_argument("--losses", nargs="*", default=["dpo", "ipo", "cdpo", "rdpo", "cpo", "simpo", "sdpo"])
+    parser.add_argument(
+        "--ablations", action="store_true", help="Also shares of rows, candidates and iterations of IPA."
+    )
+    parser.add_argument("--baselines", action="store_true", help="Also Table 1's baselines and the point-wise model.")
+    parser.add_argument("--summary", type=Path, nargs="+", help="Only print the table of these outputs.")
     parser.add_argument("--output", type=Path, default=Path("outputs/session_alignment.json"))
     args = parser.parse_args()
     torch.set_num_threads(1)
+    if args.summary:
+        print(summary([report for path in args.summary for report in json.loads(path.read_text())["reports"]]))
+        return
     reports = [run(seed, args) for seed in args.seeds]
     print(summary(reports))
     args.output.parent.mkdir(parents=True, exist_ok=True)

@@ -44,7 +44,7 @@ MODEL |= {"dropout": 0.2, "score_normalization": "valid", "router_bias_update_ra
 
 
 def prepare(world: ShortVideoWorld):
-    """Session rows split by time, the catalogue, and how often each item was watched in training."""
+    """The log, session rows split by time, the catalogue, and what each user watched in the training days."""
     log = {name: column.to_numpy() for name, column in world.logs().items()}
     feedback = ["request_id", "play_time_ms", "is_click", "is_like", "is_follow", "is_forward"]
     columns = {"user_id": "user_id", "item_id": "video_id", "timestamp": "time_ms"}
@@ -52,13 +52,12 @@ def prepare(world: ShortVideoWorld):
     config = SessionConfig(request="request_id", min_watched=3, min_interactions=0, session_size=ITEMS, max_history=50)
     edges = [world.start_time_ms + day * DAY_MS for day in (world.num_days - 4, world.num_days - 2)]
     rows = session_splits(interactions, config, *edges)
-    watched = np.concatenate(training_events(interactions, config, rows, edges[0]).with_format("numpy")["history"])
+    watched = training_events(interactions, config, rows, edges[0])["history"][:]
     embeddings = torch.from_numpy(world.content_embeddings[interactions.item_ids])
     quantizer = ResidualKMeans(3, 32, balanced=True, seed=0).fit(embeddings)
     codes = resolve_collisions(quantizer.train_codes, quantizer, embeddings, policy="next_free")
     catalogue = Catalogue(codes, [32] * 3, interactions.item_ids)
-    counts = np.bincount(watched, minlength=catalogue.num_items)
-    return interactions, rows, catalogue, counts
+    return interactions, rows, catalogue, watched
 
 
 def one_row_per_item(rows: datasets.Dataset) -> datasets.Dataset:
@@ -157,7 +156,8 @@ def judge(world: ShortVideoWorld, interactions, rows: datasets.Dataset, items: n
 
 def run(seed: int, args) -> dict[str, dict[str, float]]:
     world = ShortVideoWorld(args.num_users, args.num_items, request_size=10, seed=seed)
-    interactions, rows, catalogue, counts = prepare(world)
+    interactions, rows, catalogue, watched = prepare(world)
+    counts = np.bincount(np.concatenate(watched), minlength=catalogue.num_items)
     test = rows["test"].filter(lambda targets: len(targets) == ITEMS, input_columns="targets")
     popular = np.tile(np.argsort(-counts)[:ITEMS], (len(test), 1))
     shown = {"logged": np.array(test["targets"]), "popularity": popular}

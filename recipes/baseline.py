@@ -6,6 +6,7 @@
 bert4rec, fdsa (`--attributes brand category`), tiger (semantic IDs: `--tokenizer`).
 `--data` is a folder that
 `recipes/prepare.py` wrote (same splits as our models) or, with `--layout`, a public data set, split leave-last-out.
+Rows of sessions (`recipes/prepare.py --sessions`) become sequences: `--watched '{"long_view": 1}'` says which behaviours count.
 Writes `metrics.json`, `predictions.parquet`, `predictions_exclude_seen.parquet` (a row per user, for
 `evaluation.paired_bootstrap`) and, for what was trained, `model/`. Every field of `BaselineArguments` can also stand in a
 YAML file: `--config FILE`.
@@ -18,6 +19,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import datasets
+from model_arguments import mapping
 from trl import TrlParser
 
 from onerec_hf import Catalogue
@@ -46,6 +48,10 @@ class BaselineArguments:
     eval_users: int | None = field(
         default=None, metadata={"help": "Validation users that choose the epoch; default all (tiger generates)."}
     )
+    test_users: int | None = field(default=None, metadata={"help": "Users of the test split to score; default all."})
+    watched: str = field(
+        default="{}", metadata={"help": "Of session rows: the behaviours that are read, columns and thresholds."}
+    )
 
 
 def load_splits(args: BaselineArguments) -> tuple[datasets.DatasetDict, int, Any]:
@@ -60,6 +66,26 @@ def load_splits(args: BaselineArguments) -> tuple[datasets.DatasetDict, int, Any
     }
     interactions = loaders[args.layout](args.data)
     return logs.leave_last_out(interactions), interactions.num_items, interactions.items
+
+
+def sequences(splits: datasets.DatasetDict, watched: dict[str, float]) -> datasets.DatasetDict:
+    """
+    Session rows for models of sequences. Train: all that a user watched, in time order. Elsewhere: the part of a history that was
+    watched, or all of it where nothing was.
+    """
+
+    def read(row: dict) -> list[int]:
+        counts = zip(row["history"], *(row[name] for name in watched))
+        own = [item for item, *values in counts if all(v >= w for v, w in zip(values, watched.values()))]
+        return own or row["history"]
+
+    users: dict[int, list[int]] = {}
+    for row in splits["train"].sort("session_start"):
+        users.setdefault(row["user"], read(row)).extend(row["targets"])
+    train = datasets.Dataset.from_dict({"user": list(users), "history": list(users.values())})
+    columns = ["user", "history", "targets"]
+    others = {name: splits[name].map(lambda row: {"history": read(row)}).select_columns(columns) for name in splits}
+    return datasets.DatasetDict(others | {"train": train})
 
 
 def make(args: BaselineArguments, num_items: int, items: Any, settings: dict):
@@ -97,9 +123,12 @@ def main(args: BaselineArguments) -> dict:
     output = Path(args.output)
     output.mkdir(parents=True, exist_ok=True)
     splits, num_items, items = load_splits(args)
-    settings, fit_settings = (
-        json.loads(value) if isinstance(value, str) else value for value in (args.model, args.fit)
-    )
+    settings, fit_settings = mapping(args.model), mapping(args.fit)
+    if "targets" in splits["train"].column_names:
+        splits = sequences(splits, mapping(args.watched))
+    elif mapping(args.watched):
+        raise ValueError(f"watched={args.watched}: only rows of sessions have columns to choose behaviours by.")
+    test = splits["test"].select(range(min(args.test_users or len(splits["test"]), len(splits["test"]))))
     report = {"arguments": asdict(args), "num_items": num_items}
     start = time.perf_counter()
     model = make(args, num_items, items, settings)
@@ -118,7 +147,7 @@ def main(args: BaselineArguments) -> dict:
     result = evaluate(model, splits["validation"], num_items=num_items, seed=args.seed)
     report["validation"] = result.to_dict()
     for name, exclude_seen in (("predictions", False), ("predictions_exclude_seen", True)):
-        result = evaluate(model, splits["test"], num_items=num_items, exclude_seen=exclude_seen, seed=args.seed)
+        result = evaluate(model, test, num_items=num_items, exclude_seen=exclude_seen, seed=args.seed)
         result.save(output / f"{name}.parquet")
         report["test_exclude_seen" if exclude_seen else "test"] = result.to_dict()
     (output / "metrics.json").write_text(json.dumps(report, indent=2))

@@ -39,6 +39,7 @@ class DPOArguments:
     eval_users: int | None = field(
         default=None, metadata={"help": "Validation users that are generated for; default all."}
     )
+    test_users: int | None = field(default=None, metadata={"help": "Users of the test split to score; default all."})
 
 
 def main(args: DPOArguments, training: IPAConfig) -> dict:
@@ -81,7 +82,8 @@ def main(args: DPOArguments, training: IPAConfig) -> dict:
     trainer.save_model()  # with --push_to_hub true it goes up now, in one commit
     if trainer.is_world_process_zero():
         report["num_parameters"] = ranker.model.num_parameters()
-        report |= score(ranker, splits["test"], output, training.seed)
+        test = splits["test"].select(range(min(args.test_users or len(splits["test"]), len(splits["test"]))))
+        report |= score(ranker, test, output, training.seed)
         report["log"] = trainer.state.log_history
         (output / "metrics.json").write_text(json.dumps(report, indent=2))
         print(json.dumps({name: report[name] for name in ("train_seconds", "test", "test_exclude_seen")}, indent=2))

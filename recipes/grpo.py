@@ -71,11 +71,9 @@ def load_exposures(args: RLArguments, catalogue, collator) -> datasets.Dataset:
     """Requests with duration-aware advantages."""
     table = pd.read_parquet(args.exposures)
     watched, levels = mapping(args.watched), catalogue.num_levels
-    names = [f"log_prob_{level + 1}" for level in range(levels) if f"log_prob_{level + 1}" in table]
+    names = [name for name in (f"log_prob_{level + 1}" for level in range(levels)) if name in table]
     table[names] = table[names].fillna(1.0)
-    kept = [
-        *dict.fromkeys([*watched, "play_time_ms", "duration_ms", "is_hate", *([args.request] if args.request else [])])
-    ]
+    kept = dict.fromkeys([*watched, "play_time_ms", "duration_ms", "is_hate", *filter(None, [args.request])])
     log = load_interactions(table, columns=mapping(args.columns), feedback=[*kept, *names])
     if args.end is not None:
         log = log.where(log.timestamp < args.end)
@@ -134,6 +132,8 @@ def main(args: RLArguments, training: OneRecGRPOConfig, reward_funcs: list | Non
         rsft = args.sft == "rsft"
         supervised = rejection_sample(exposures) if rsft else training_rows(train, model.config, collator.max_history)
     logged = exposures.filter(lambda row: any(row["advantage"])) if training.logged_weight > 0 and exposures else None
+    if training.logged_weight == 1 and args.reward:
+        raise ValueError(f"reward={args.reward!r} would score nothing: logged_weight=1 leaves no rollouts. Lower it.")
     if reward_funcs is None and training.logged_weight < 1:
         reward_funcs = make_rewards(args, model, collator.item_token_ids, training.num_generations)
     trainer = OneRecGRPOTrainer(

@@ -265,6 +265,8 @@ def test_feedback_of_own_exposures_then_an_ab_test(quickstart, impressions, tmp_
     logged += ["--start", str(float(own.time_ms.min())), "--loss_type", "grpo"]
     log = train_grpo(quickstart, tmp_path / "rl", *logged)["log"][0]
     assert log["weight/positive"] == pytest.approx(1, abs=1e-3) and log["clip_fraction"] == 0
+    with pytest.raises(ValueError, match="reward='a_folder' would score nothing"):
+        train_grpo(quickstart, tmp_path / "unused", *logged, "--rewards", "model", "--reward", "a_folder")
     other = ab_test.main(policy, str(tmp_path / "rl"), str(impressions), str(tmp_path / "ab"), WORLD, num_days=1)
     assert any(lift["value"] != 0 for lift in other["lifts"].values())
 
