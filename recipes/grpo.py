@@ -40,7 +40,7 @@ class RLArguments:
     rewards: list[str] = field(
         default_factory=lambda: ["hit"],
         metadata={
-            "help": "hit (a true target), model (--reward), format (legality of K random samples), format_top (of the K best)."
+            "help": "hit (a true target), model (--reward), format (legality of K random samples, format_top: best)."
         },
     )
     reward: str | None = field(
@@ -55,9 +55,7 @@ class RLArguments:
     )
     request: str | None = field(default="request_id", metadata={"help": "Impressions of a request share a context."})
     start: float | None = field(default=None, metadata={"help": "Train on impressions from this time on."})
-    end: float | None = field(
-        default=None, metadata={"help": "And before this one: where the validation period begins."}
-    )
+    end: float | None = field(default=None, metadata={"help": "And before this one: the start of the validation."})
     ties: Literal["strict", "inclusive"] = field(default="strict", metadata={"help": "At the top quartile's edge."})
     sft: Literal["train", "rsft"] = field(
         default="train", metadata={"help": "Rows of the supervised loss: the split, or the better half of exposures."}
@@ -73,7 +71,9 @@ def load_exposures(args: RLArguments, catalogue, collator) -> datasets.Dataset:
     watched, levels = mapping(args.watched), catalogue.num_levels
     names = [name for name in (f"log_prob_{level + 1}" for level in range(levels)) if name in table]
     table[names] = table[names].fillna(1.0)
-    kept = dict.fromkeys([*watched, "play_time_ms", "duration_ms", "is_hate", *filter(None, [args.request])])
+    features = [name for name in collator.event_features if name in table]
+    kept = dict.fromkeys([*watched, *features, "play_time_ms", "duration_ms", "is_hate"])
+    kept |= {args.request: None} if args.request else {}
     log = load_interactions(table, columns=mapping(args.columns), feedback=[*kept, *names])
     if args.end is not None:
         log = log.where(log.timestamp < args.end)

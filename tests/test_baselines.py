@@ -2,7 +2,9 @@
 
 import json
 import math
+import sys
 from collections import defaultdict
+from pathlib import Path
 
 import datasets
 import numpy as np
@@ -14,6 +16,8 @@ from onerec_hf.baselines.softmax_loss import FullSoftmaxLoss
 from onerec_hf.evaluation import evaluate
 
 from .conftest import shared_data
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "recipes"))
 
 
 def generator(seed=0):
@@ -168,9 +172,11 @@ def next_in_cycle():
     return datasets.Dataset.from_dict({"user": range(len(targets)), "history": histories, "targets": targets})
 
 
-@pytest.mark.parametrize(("loss", "temperature"), [("softmax", 0.07), ("bce", None)])
-def test_sasrec_learns_a_cycle(loss, temperature, tmp_path):
-    model = tiny(temperature=temperature)
+@pytest.mark.parametrize(
+    ("loss", "temperature", "post_norm"), [("softmax", 0.07, False), ("bce", None, False), ("bce", None, True)]
+)
+def test_sasrec_learns_a_cycle(loss, temperature, post_norm, tmp_path):
+    model = tiny(temperature=temperature, post_norm=post_norm)
     model.fit(cycles(), loss=loss, num_epochs=20, batch_size=10, learning_rate=0.03, warmup_steps=0, progress=False)
     result = evaluate(model, next_in_cycle(), num_items=12, ks=(1, 3), progress=False)
     assert result.metrics["recall@1"] == 1.0
@@ -247,8 +253,9 @@ def test_sasrec_trains_every_transition_of_a_long_history_once():
     assert sorted(labels.tolist()) == sorted([*range(1, 12), *range(11)])
 
 
-def test_sasrec_does_not_depend_on_the_batch_or_on_padding():
-    model = tiny()
+@pytest.mark.parametrize("post_norm", [False, True])
+def test_sasrec_does_not_depend_on_the_batch_or_on_padding(post_norm):
+    model = tiny(post_norm=post_norm)
     histories = [[1], [2, 3, 4, 5, 6, 7], [1, 2], list(range(12))]
     together = model.recommend({"history": histories}, 12)
     alone = np.concatenate([model.recommend({"history": [history]}, 12) for history in histories])
@@ -272,7 +279,7 @@ def test_sasrec_says_what_it_cannot_do():
 
 @pytest.mark.parametrize("name", ["popularity", "sasrec"])
 def test_recipe_writes_numbers_and_predictions(name, tmp_path):
-    from recipes.baseline import BaselineArguments, main
+    from baseline import BaselineArguments, main
 
     columns = {"user_id": range(5), "item_ids": [[1, 2, 3, 4], [2, 3, 4, 1], [3, 4, 1], [4, 1, 2], [1, 2, 3]]}
     datasets.Dataset.from_dict(columns).to_parquet(str(tmp_path / "sequences.parquet"))
@@ -289,3 +296,20 @@ def test_recipe_writes_numbers_and_predictions(name, tmp_path):
     for file in ("predictions", "predictions_exclude_seen"):
         assert (output / f"{file}.parquet").is_file()
     assert (output / "model").is_dir() == ("best_epoch" in report) == (name == "sasrec")
+
+
+def test_session_rows_become_sequences_of_what_was_watched():
+    from baseline import sequences
+
+    def row(user, start, history, long_view, targets):
+        return {"user": user, "session_start": start, "history": history, "long_view": long_view, "targets": targets}
+
+    later, first = row(0, 9, [1, 2, 3], [0, 1, 1], [4]), row(0, 5, [1, 2], [0, 1], [3])
+    splits = datasets.DatasetDict(
+        train=datasets.Dataset.from_list([later, first, row(1, 7, [5], [-1], [6])]),
+        test=datasets.Dataset.from_list([row(0, 20, [1, 2, 3, 4, 9], [0, 1, 1, 1, 0], [7])]),
+    )
+    found = sequences(splits, {"long_view": 1})
+    assert dict(zip(found["train"]["user"], found["train"]["history"])) == {0: [2, 3, 4], 1: [5, 6]}
+    assert found["test"][:] == {"user": [0], "history": [[2, 3, 4]], "targets": [[7]]}
+    assert sequences(splits, {})["test"]["history"][:] == [[1, 2, 3, 4, 9]]

@@ -271,6 +271,18 @@ def test_feedback_of_own_exposures_then_an_ab_test(quickstart, impressions, tmp_
     assert any(lift["value"] != 0 for lift in other["lifts"].values())
 
 
+def test_exposures_carry_what_the_policy_reads_of_behaviours(quickstart, impressions):
+    import grpo
+
+    policy, data = (str(quickstart[0] / name) for name in ("onerec-v2-quickstart", "data"))
+    recommender = Recommender.from_pretrained(policy)
+    collator = recommender.ranker.collator
+    collator.event_features = collator.event_features | {"is_click": None}
+    args = grpo.RLArguments(policy=policy, data=data, exposures=str(impressions), columns=COLUMNS)
+    rows = grpo.load_exposures(args, recommender.model.catalogue, collator)
+    assert "is_click" in rows.column_names and {len(row) for row in rows["is_click"]} > {0}
+
+
 def test_publish_pushes_a_repository_that_can_be_served(quickstart, hub, tmp_path):
     import publish
 

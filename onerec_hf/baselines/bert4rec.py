@@ -4,6 +4,7 @@ Shapes: **B** users, **T** positions, **N** items, **D** width.
 """
 
 from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
 
 import torch
 from transformers import BertConfig, BertForMaskedLM
@@ -30,8 +31,6 @@ class BERT4Rec(SequenceModel):
         dropout (`float`, defaults to 0.1): on embeddings, on the output of every sublayer and on attention weights.
         seed (`int`, defaults to 0): of the initial weights.
     """
-
-    model_class = BertForMaskedLM
 
     def __init__(
         self,
@@ -66,9 +65,9 @@ class BERT4Rec(SequenceModel):
     def num_items(self) -> int:
         return self.model.config.vocab_size - 2
 
-    @property
-    def max_length(self) -> int:
-        return self.model.config.max_position_embeddings
+    @classmethod
+    def _load(cls, folder: str | Path) -> BertForMaskedLM:
+        return BertForMaskedLM.from_pretrained(folder)
 
     def fit(
         self,

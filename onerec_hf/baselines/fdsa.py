@@ -5,6 +5,7 @@ Shapes: **B** users, **T** positions, **N** items, **A** attributes of an item, 
 
 import copy
 from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -68,8 +69,6 @@ class FDSA(SequenceModel):
         seed (`int`, defaults to 0): of the initial weights.
     """
 
-    model_class = FDSAModel
-
     def __init__(
         self,
         attributes: Sequence[Sequence[int]],
@@ -121,6 +120,10 @@ class FDSA(SequenceModel):
         rows = [{"input_ids": window[:-1], "labels": window[1:]} for window in windows(histories, self.max_length + 1)]
         train_baseline(self, rows, pad_next_items, self._softmax_loss, validate=validate, **training)
         return self
+
+    @classmethod
+    def _load(cls, folder: str | Path) -> FDSAModel:
+        return FDSAModel.from_pretrained(folder)
 
     def _hidden(self, input_ids: torch.Tensor) -> torch.Tensor:
         return self.model(input_ids)

@@ -1,4 +1,4 @@
-"""SASRec (Kang and McAuley 2018, arXiv:1808.09781): a causal transformer over items, as a configuration of GPT-2.
+"""SASRec (Kang and McAuley 2018, arXiv:1808.09781): a causal transformer over items, as a configuration of GPT-2 or of BERT.
 
 The paper trains with binary cross-entropy and one negative per position; with a full softmax over the catalogue the
 same model is a far stronger baseline (Klenitskiy and Vasilev 2023, arXiv:2309.07602), and with cosine scores it learns
@@ -7,21 +7,25 @@ Shapes: **B** users, **T** positions of a history, **N** items, **D** width.
 """
 
 from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch.nn.functional import binary_cross_entropy_with_logits, normalize
-from transformers import GPT2Config, GPT2Model
+from transformers import AutoConfig, BertConfig, BertModel, GPT2Config, GPT2Model, PreTrainedModel
 
 from .sequence_model import SequenceModel
 from .training import pad_next_items, train_baseline, windows
 
 
 class SASRec(SequenceModel):
-    """A GPT-2 of item indices with tied input and output embeddings; `self.model` is a plain `GPT2Model`.
+    """A transformer of item indices with tied input and output embeddings; `self.model` is a plain `GPT2Model`.
 
     As in the paper: learned positions, layer norm before each sublayer, a feed-forward layer of width D with ReLU.
     Different: positions count from the first item that the model sees (the paper pads on the left), two heads instead
     of one, no scaling of input embeddings by sqrt(D), and a history longer than the window gives several windows.
+    With `post_norm`, a causal `BertModel`: layer norm behind the embeddings and behind each sublayer, and GELU. That is
+    the SASRec in the code of S3-Rec (Zhou et al. 2020, arXiv:2008.07873), whose numbers are the ones that papers cite.
 
     Args:
         num_items (`int`): N, the size of the catalogue.
@@ -33,12 +37,11 @@ class SASRec(SequenceModel):
         dropout (`float`, defaults to 0.5): on embeddings and on the output of every sublayer (the paper's value for
             its sparse data sets).
         attention_dropout (`float`, defaults to 0.0): on attention weights (in the paper the same as `dropout`).
+        post_norm (`bool`, defaults to `False`): see above.
         temperature (`float`, *optional*, defaults to 0.07): an item's score is the cosine between the output and the
             item's embedding, divided by this; None for the dot product of the paper.
         seed (`int`, defaults to 0): of the initial weights.
     """
-
-    model_class = GPT2Model
 
     def __init__(
         self,
@@ -51,29 +54,38 @@ class SASRec(SequenceModel):
         max_length: int = 50,
         dropout: float = 0.5,
         attention_dropout: float = 0.0,
+        post_norm: bool = False,
         temperature: float | None = 0.07,
         seed: int = 0,
     ):
-        config = GPT2Config(
-            vocab_size=num_items,
-            n_positions=max_length,
-            n_embd=hidden_size,
-            n_layer=num_hidden_layers,
-            n_head=num_attention_heads,
-            n_inner=intermediate_size or hidden_size,
-            activation_function="relu",
-            resid_pdrop=dropout,
-            embd_pdrop=dropout,
-            attn_pdrop=attention_dropout,
-            use_cache=False,
-            bos_token_id=None,
-            eos_token_id=None,
-        )
-        config.update({"score_temperature": temperature})  # ours: GPT-2 ignores it, `save_pretrained` keeps it
+        sizes: dict[str, Any] = {
+            "vocab_size": num_items,
+            "max_position_embeddings": max_length,
+            "hidden_size": hidden_size,
+            "num_hidden_layers": num_hidden_layers,
+            "num_attention_heads": num_attention_heads,
+            "use_cache": False,
+        }
+        width = intermediate_size or hidden_size
         with torch.random.fork_rng():
             torch.manual_seed(seed)
-            self.model = GPT2Model(config).eval()
+            if post_norm:
+                sizes |= {"hidden_dropout_prob": dropout, "attention_probs_dropout_prob": attention_dropout}
+                sizes |= {"is_decoder": True, "type_vocab_size": 1, "pad_token_id": None}  # a decoder is causal
+                bert = BertConfig(**sizes, intermediate_size=width)
+                self.model = BertModel(bert, add_pooling_layer=False).eval()
+            else:
+                sizes |= {"resid_pdrop": dropout, "embd_pdrop": dropout, "attn_pdrop": attention_dropout}
+                sizes |= {"activation_function": "relu", "bos_token_id": None, "eos_token_id": None}
+                self.model = GPT2Model(GPT2Config(**sizes, n_inner=width)).eval()
+        self.model.config.score_temperature = temperature  # ours: the model ignores it, `save_pretrained` keeps it
         self.training_log = []
+
+    @classmethod
+    def _load(cls, folder: str | Path) -> PreTrainedModel:
+        if isinstance(AutoConfig.from_pretrained(folder), BertConfig):
+            return BertModel.from_pretrained(folder, add_pooling_layer=False)
+        return GPT2Model.from_pretrained(folder)
 
     def fit(
         self,
@@ -104,7 +116,7 @@ class SASRec(SequenceModel):
         return self.model(input_ids).last_hidden_state
 
     def _score_vectors(self, hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        items, temperature = self.model.wte.weight, self.model.config.score_temperature
+        items, temperature = self.model.get_input_embeddings().weight, self.model.config.score_temperature
         if temperature is None:
             return hidden, items
         return normalize(hidden, dim=-1) / temperature, normalize(items, dim=-1)

@@ -4,7 +4,7 @@ Shapes: **B** users, **T** positions of a history, **M** positions with a target
 """
 
 from pathlib import Path
-from typing import Any, ClassVar, Self
+from typing import Any, Self
 
 import numpy as np
 import torch
@@ -18,7 +18,6 @@ from .training import pad_right, recent_items
 class SequenceModel:
     """`self.model` is a transformers model; a subclass says how it reads histories and what scores an item."""
 
-    model_class: ClassVar[type[PreTrainedModel]]
     model: Any
     training_log: list[dict[str, float]]
 
@@ -30,7 +29,7 @@ class SequenceModel:
     @property
     def max_length(self) -> int:
         """Number of most recent history items that the model sees."""
-        return self.model.config.n_positions
+        return self.model.config.max_position_embeddings
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Writes `config.json` and `model.safetensors`."""
@@ -40,9 +39,14 @@ class SequenceModel:
     def from_pretrained(cls, folder: str | Path) -> Self:
         """Reads what `save_pretrained` wrote."""
         self = cls.__new__(cls)
-        self.model = cls.model_class.from_pretrained(folder).eval()
+        self.model = cls._load(folder).eval()
         self.training_log = []
         return self
+
+    @classmethod
+    def _load(cls, folder: str | Path) -> PreTrainedModel:
+        """The model in a folder that `save_pretrained` wrote."""
+        raise NotImplementedError
 
     @torch.no_grad()
     def recommend(
