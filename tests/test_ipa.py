@@ -392,6 +392,24 @@ def test_samples_follow_the_models_distribution(architecture, overrides):
     assert estimate == pytest.approx(exact, rel=0.15) and exact > 0.05
 
 
+@pytest.mark.parametrize("seed", [0, 1])
+def test_pairs_are_spread_over_an_epoch(seed, tmp_path):
+    """Torch's permutations of one seed are the same: the rows with a pair once were the first 16 of the epoch."""
+    model, collator, rows = world("v2", num_rows=64)
+    seen = []
+
+    def noted(batch):
+        seen.extend(row["user"] for row in batch)
+        return collator(batch)
+
+    noted.context = collator.context
+    settings = config(tmp_path, dpo_ratio=0.25, num_candidates=4, kl_users=0, seed=seed)
+    IPATrainer(model, settings, data_collator=noted, train_dataset=rows, reward=token_reward).train()
+    drawn = set(datasets.load_from_disk(str(tmp_path / "pairs" / "iteration_000"))["row"])
+    assert len(drawn) == 16 and sorted(seen[-64:]) == list(range(64))
+    assert len(drawn.intersection(seen[-64:-48])) <= 9
+
+
 def train_and_save(folder, batch_size):
     """Few pairs, so that in some steps one process has a pair and the other has none."""
     model, collator, rows = world("v2_moe", num_rows=16)

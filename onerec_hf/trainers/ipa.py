@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import datasets
+import numpy as np
 import torch
 from accelerate.utils import gather_object
 from peft import PeftConfig, get_peft_model
@@ -168,8 +169,9 @@ class IPATrainer(OneRecSFTTrainer):
 
     def _draw_rows(self, count: int, stream: int) -> list[int]:
         """`count` different rows, a function of the seed and `stream`, the same in all processes."""
-        generator = torch.Generator().manual_seed(1000 * self.args.seed + stream)
-        return torch.randperm(len(self.rows), generator=generator)[:count].sort().values.tolist()
+        # not torch's generator: from the same seed, the rows drawn would be those that an epoch of it begins with
+        generator = np.random.default_rng([self.args.seed, 1 + stream])
+        return sorted(generator.choice(len(self.rows), count, replace=False).tolist())
 
     def _mine(self, iteration: int) -> tuple[list[dict], dict[str, float]]:
         """Pairs of all processes, by row, and what is logged; every user is mined by one process."""
