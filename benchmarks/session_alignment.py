@@ -180,14 +180,19 @@ def systems(args, reward, pairs: datasets.Dataset, sdpo_pairs: datasets.Dataset)
         own = sdpo_pairs if several else pairs
         found[f"{loss}, pairs of the seed model"] = (alignment | {"loss_type": loss} | several, None, own)
     if args.ablations:
-        changes = [{"dpo_ratio": ratio} for ratio in (0.01, 0.02, 0.05, 0.2)]
-        changes += [{"num_candidates": number} for number in (8, 128)]
+        changes = [{"num_candidates": number} for number in (8, 128)]
         changes += [{"num_train_epochs": number} for number in (1, 2, 5)]
+        changes += [{"dpo_ratio": share} for share in (0.01, 0.05, 0.2)]
+        for share in (0.01, 0.02, 0.05):  # the paper's range, with as much weight in all as one pair for every row
+            rare = alignment | {"dpo_ratio": share, "preference_weight": 1 / share}
+            found[f"IPA, dpo_ratio {share}, lambda {1 / share:.0f}"] = (rare, reward, None)
         found |= {
             f"IPA, {key} {value}": (alignment | {key: value}, reward, None)
             for each in changes
             for key, value in each.items()
         }
+    if args.systems:
+        found = {name: own for name, own in found.items() if name in args.systems}
     return found
 
 
@@ -233,7 +238,7 @@ def run(seed: int, args) -> dict[str, dict[str, float]]:
             judge_of = reward_of_model(reward_model, reward_collator, seed_model, settings["num_candidates"])
         model, log = align(seed_model, collator, fit, settings, seed, judge_of, pairs)
         say(name, sessions.serve(model, collator, test, "session"), model, log)
-    if seed == args.seeds[0]:
+    if seed == args.seeds[0] and not args.systems:
         both = {name: entropies[name] for name in ("seed model", "SFT, as long again", "IPA")}
         args.output.parent.mkdir(parents=True, exist_ok=True)
         plot_prediction_entropy(both, catalogue.codebook_sizes, args.output.with_suffix(".png"))
@@ -241,22 +246,26 @@ def run(seed: int, args) -> dict[str, dict[str, float]]:
 
 
 def summary(reports: list[dict]) -> str:
-    """Means ± standard deviation over worlds; `change` is that of the watch time against the same world's seed model."""
+    """Means ± standard deviation over the worlds that have a system; `change` is against the same world's seed model."""
     names = ["watch_s", "watch_s max", "long_views", "long_views max", "follows", "follows max", "likes", "likes max"]
     names += ["diversity", "hits", "coverage", "reward model"]
     lines = [
         "| system | change of watch time | " + " | ".join(names) + " | entropy |",
         "|---" * (len(names) + 3) + "|",
     ]
-    for system in reports[0]:
-        change = [100 * (report[system]["watch_s"] / report["seed model"]["watch_s"] - 1) for report in reports]
-        cells = [[report[system][name] for report in reports] for name in names]
-        spread = int(len(reports) > 1)
+    for system in dict.fromkeys(name for report in reports for name in report):
+        own = [report for report in reports if system in report]
+        change = [100 * (report[system]["watch_s"] / report["seed model"]["watch_s"] - 1) for report in own]
+        cells = [[report[system][name] for report in own] for name in names]
+        spread = int(len(own) > 1)
         text = [f"{np.mean(values):.3f} ±{np.std(values, ddof=spread):.3f}" for values in cells]
-        levels = [name for name in reports[0][system] if name.startswith("entropy")]
-        text.append(" / ".join(f"{np.mean([report[system][name] for report in reports]):.2f}" for name in levels))
+        levels = [name for name in own[0][system] if name.startswith("entropy")]
+        text.append(" / ".join(f"{np.mean([report[system][name] for report in own]):.2f}" for name in levels))
+        worlds = "" if len(own) == len(reports) else f" ({len(own)} of {len(reports)} worlds)"
         lines.append(
-            f"| {system} | {np.mean(change):+.1f}% ±{np.std(change, ddof=spread):.1f} | " + " | ".join(text) + " |"
+            f"| {system}{worlds} | {np.mean(change):+.1f}% ±{np.std(change, ddof=spread):.1f} | "
+            + " | ".join(text)
+            + " |"
         )
     return "\n".join(lines)
 
@@ -276,13 +285,20 @@ def main() -> None:
     parser.add_argument(
         "--ablations", action="store_true", help="Also shares of rows, candidates and iterations of IPA."
     )
+    parser.add_argument(
+        "--systems", nargs="+", help="Only these of the systems that start from the seed model, by name."
+    )
     parser.add_argument("--baselines", action="store_true", help="Also Table 1's baselines and the point-wise model.")
     parser.add_argument("--summary", type=Path, nargs="+", help="Only print the table of these outputs.")
     parser.add_argument("--output", type=Path, default=Path("outputs/session_alignment.json"))
     args = parser.parse_args()
     torch.set_num_threads(1)
     if args.summary:
-        print(summary([report for path in args.summary for report in json.loads(path.read_text())["reports"]]))
+        worlds: dict[int, dict] = {}
+        for found in map(json.loads, (path.read_text() for path in args.summary)):
+            for seed, report in zip(found["arguments"]["seeds"], found["reports"]):
+                worlds.setdefault(seed, {}).update(report)
+        print(summary(list(worlds.values())))
         return
     reports = [run(seed, args) for seed in args.seeds]
     print(summary(reports))
