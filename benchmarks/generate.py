@@ -108,7 +108,7 @@ def ways_of(model, catalogue, trie, batch: int, context: int, beams: int, compil
         @torch.no_grad()
         def ours():
             states = model.encoder(ids).last_hidden_state
-            decoder = T5Beams(model, catalogue, offsets, states, torch.ones_like(ids))
+            decoder = T5Beams(model, catalogue, offsets, states, torch.ones_like(ids).bool()[:, None, None])
             found = search(decoder, BeamSearch(), catalogue, batch, beams)
             return {"sequences_scores": found.scores.flatten() / catalogue.num_levels}
 

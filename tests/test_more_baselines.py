@@ -239,12 +239,20 @@ def test_tiger_spells_users_and_items():
     torch.testing.assert_close(loss / count, model.model(**batch).loss)
 
 
-def test_tiger_drops_dead_beams_and_ranks_by_probability():
+@pytest.mark.parametrize("causal", [False, True])
+def test_tiger_drops_dead_beams_and_ranks_by_probability(causal):
     """More beams than items: what is left is the exact ranking of all items by T5's own probabilities, padding or not."""
-    model, history = tiger(num_beams=40, num_user_tokens=0), [3, 4]
+    model, history = tiger(num_beams=40, num_user_tokens=0, causal_items=causal), [3, 4]
     ranked = model.recommend({"history": [history, [1, 2, 3, 4]]}, 40)[0]
     assert (ranked[12:] == -1).all()
     inputs = model._encoder_inputs(None, [history])
+    if causal:
+        bias = torch.nn.init.normal_(
+            model.model.item_distance.weight, std=3.0, generator=torch.Generator().manual_seed(0)
+        )
+        ranked = model.recommend({"history": [history, [1, 2, 3, 4]]}, 40)[0]
+        mask = bias[[1, 1, 1, 0, 0, 0]].T[None, :, None].expand(-1, -1, 3, -1)
+        inputs = {"encoder_outputs": (model._encode(inputs),), "attention_mask": mask}
     scores = []
     for tokens in model.item_tokens:
         log_probs = model.model(**inputs, labels=tokens[None]).logits.log_softmax(-1)
@@ -254,6 +262,7 @@ def test_tiger_drops_dead_beams_and_ranks_by_probability():
 
 def test_tiger_with_causal_items_trains_all_targets_of_a_history_as_if_each_were_alone():
     model = tiger(causal_items=True)
+    torch.nn.init.normal_(model.model.item_distance.weight, generator=torch.Generator().manual_seed(0))
     rows = [
         {"user": 7, "input_ids": [0, 11, 4], "targets": [11, 4, 9]},
         {"user": 4, "input_ids": [10], "targets": [6]},
@@ -265,7 +274,9 @@ def test_tiger_with_causal_items_trains_all_targets_of_a_history_as_if_each_were
         for end, target in enumerate(row["targets"], start=1):
             inputs = model._encoder_inputs([row["user"]], [row["input_ids"][:end]])
             states, labels = model._encode(inputs), model.item_tokens[[target]]
-            alone += 3 * model.model(encoder_outputs=(states,), **inputs, labels=labels).loss
+            back = torch.tensor([4] + [end - 1 - item for item in range(end) for _ in range(3)])  # 4: the user token
+            mask = model.model.item_distance.weight[back].T[None, :, None].expand(-1, -1, 3, -1)
+            alone += 3 * model.model(encoder_outputs=(states,), attention_mask=mask, labels=labels).loss
     torch.testing.assert_close(total, alone)
     short, long = (model._encode(model._encoder_inputs([7], [items])) for items in ([0], [0, 11]))
     torch.testing.assert_close(long[:, :4], short)

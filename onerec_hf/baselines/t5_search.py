@@ -24,7 +24,7 @@ class T5Beams:
         catalogue (`Catalogue`): items that may be generated, on the model's device.
         level_offsets (`list[int]`): token id of code 0 of each level.
         states (`torch.Tensor` of shape (B, T, D)): what the encoder says.
-        attention_mask (`torch.LongTensor` of shape (B, T)): 1 on real tokens.
+        mask (`torch.Tensor` of shape (B, 1 or heads, 1, T)): of the attention to them: true on real tokens, or what is added.
     """
 
     def __init__(
@@ -33,10 +33,9 @@ class T5Beams:
         catalogue: Catalogue,
         level_offsets: list[int],
         states: torch.Tensor,
-        attention_mask: torch.Tensor,
+        mask: torch.Tensor,
     ):
-        self.model, self.catalogue, self.level_offsets = model, catalogue, level_offsets
-        self.mask = attention_mask.bool()[:, None, None]  # (B, 1, 1, T)
+        self.model, self.catalogue, self.level_offsets, self.mask = model, catalogue, level_offsets, mask
         self.blocks: list[Any] = [block.layer for block in cast(ModuleList, model.decoder.block)]
         attention = [cross.EncDecAttention for _, cross, _ in self.blocks]
         self.cross = [(_heads(one, one.k(states)), _heads(one, one.v(states))) for one in attention]

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from torch import nn
 from torch.nn.functional import cross_entropy
 from transformers import T5Config, T5ForConditionalGeneration
 
@@ -19,8 +20,22 @@ from .training import pad_right, recent_items, train_baseline, windows
 _PAD = 0  # also starts the decoder, as in every T5
 
 
+class TIGERModel(T5ForConditionalGeneration):
+    """A T5; with `causal_items` also a learned bias of cross-attention for each distance, in items, to the target.
+
+    T5's cross-attention knows no positions. A bidirectional encoder can mark the last item for it; one whose tokens never see
+    what comes after them cannot.
+    """
+
+    def __init__(self, config: T5Config):
+        super().__init__(config)
+        if config.causal_items:
+            self.item_distance = nn.Embedding(config.max_items + 1, config.num_heads)  # the last row: a user token
+            nn.init.zeros_(self.item_distance.weight)
+
+
 class TIGER:
-    """An encoder-decoder over tokens [pad | level 1 | ... | level L | users]; `self.model` is a plain T5.
+    """An encoder-decoder over tokens [pad | level 1 | ... | level L | users]; `self.model` is a [`TIGERModel`].
 
     The encoder reads a user token and the semantic IDs of the last items, the decoder writes L codes. The paper's catalogue:
     three levels of 256 codes of an RQ-VAE and a level that tells apart items with the same codes (`recipes/prepare.py
@@ -38,8 +53,8 @@ class TIGER:
         max_length (`int`, defaults to 20): number of most recent history items the model sees.
         dropout (`float`, defaults to 0.1): T5's.
         causal_items (`bool`, defaults to `False`): the encoder's tokens see their own and earlier items alone, so that one
-            pass of a history trains every target in it, which is several times cheaper. False: as in the paper, both
-            sides, and each target a sample of its own.
+            pass of a history trains every target in it, which is several times cheaper; cross-attention has a bias for how
+            many items back a token lies. False: as in the paper, both sides, and each target a sample of its own.
         num_beams (`int`, defaults to 50): K; at least the number of items asked for.
         seed (`int`, defaults to 0): of the initial weights.
     """
@@ -77,7 +92,7 @@ class TIGER:
         config.update({"decoder_start_token_id": _PAD, **own})
         with torch.random.fork_rng():
             torch.manual_seed(seed)
-            self.model = T5ForConditionalGeneration(config).eval()
+            self.model = TIGERModel(config).eval()
         self.training_log: list[dict[str, float]] = []
         self._set_catalogue(catalogue, num_beams)
 
@@ -103,7 +118,7 @@ class TIGER:
     def from_pretrained(cls, folder: str | Path, num_beams: int = 50) -> "TIGER":
         """Reads what `save_pretrained` wrote."""
         self = cls.__new__(cls)
-        self.model = T5ForConditionalGeneration.from_pretrained(folder).eval()
+        self.model = TIGERModel.from_pretrained(folder).eval()
         self.training_log = []
         self._set_catalogue(Catalogue.from_pretrained(folder), num_beams)
         return self
@@ -157,7 +172,11 @@ class TIGER:
             for row, history in enumerate(examples["history"]):
                 allowed[row, list(history)] = False
         inputs = self._encoder_inputs(examples.get("user"), recent)
-        decoder = T5Beams(self.model, catalogue, self.level_offsets, self._encode(inputs), inputs["attention_mask"])
+        mask = inputs["attention_mask"].bool()[:, None, None]  # (B, 1, 1, T)
+        if self.model.config.causal_items:
+            last = torch.tensor([[len(items) - 1] for items in recent], device=mask.device)
+            mask = self._distance_bias(last, mask.shape[-1]).masked_fill(~mask, torch.finfo(self.model.dtype).min)
+        decoder = T5Beams(self.model, catalogue, self.level_offsets, self._encode(inputs), mask)
         found = search(decoder, BeamSearch(), catalogue, len(recent), self.num_beams, allowed)
         return catalogue.items_of(found["leaves"][:, :, 0], k, allowed=allowed).cpu().numpy()
 
@@ -188,6 +207,12 @@ class TIGER:
             self.catalogue.num_levels, rounding_mode="floor"
         )
 
+    def _distance_bias(self, target: torch.Tensor, length: int) -> torch.Tensor:
+        """Bias of cross-attention, (B, heads, queries, T), for queries whose last known item is `target` (B, queries)."""
+        item = self._item_of_token(length)
+        distance = (target[..., None] - item).clamp(min=0).masked_fill(item < 0, self.max_length)
+        return self.model.item_distance(distance).permute(0, 3, 1, 2)
+
     def _mask(self, visible: torch.Tensor) -> torch.Tensor:
         """What attention adds to its scores, (1, 1, queries, keys)."""
         mask = torch.zeros(visible.shape, dtype=self.model.dtype, device=visible.device)
@@ -207,7 +232,8 @@ class TIGER:
         own = (target[None, :] == target[:, None]) & (place[None, :] <= place[:, None])
         context = batch["attention_mask"]
         if self.model.config.causal_items:
-            context = self._mask(self._item_of_token(last)[None, :] <= target[:, None])
+            visible = self._item_of_token(last)[None, :] <= target[:, None]
+            context = self._mask(visible) + self._distance_bias(target[None], last)
         logits = self.model(
             encoder_outputs=(self._encode(batch),),
             attention_mask=context,
