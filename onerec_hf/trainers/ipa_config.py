@@ -29,7 +29,8 @@ class IPAConfig(OneRecSFTConfig):
         loss_type (`str`, defaults to `"dpo"`): Of Table 1: `"dpo"`, `"ipo"`, `"cdpo"`, `"rdpo"`, `"cpo"`, `"simpo"`, `"sdpo"`.
         num_rejected (`int`, defaults to 1): Rejected candidates per pair; more than one for `"sdpo"` only (its authors: 3).
         beta (`float`, *optional*): Of the loss; defaults to [`DEFAULT_BETA`].
-        preference_weight (`float`, defaults to 1.0): lambda.
+        preference_weight (`float`, defaults to 1.0): lambda. In our simulated worlds 1 / `dpo_ratio` with pairs for 1% of the rows
+            did nearly what 1 did with pairs for all of them, and 1 with 1% next to nothing (docs/results.md).
         label_smoothing (`float`, defaults to 0.1): Share of flipped pairs that `"cdpo"` and `"rdpo"` assume.
         simpo_gamma (`float`, defaults to 1.375): Margin of `"simpo"`.
         cpo_alpha (`float`, defaults to 1.0): Weight of the winner's negative log-likelihood in `"cpo"`.
