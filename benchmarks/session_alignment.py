@@ -111,10 +111,9 @@ def seed_pairs(seed_model, collator, rows, reward, args, seed: int, num_rejected
     return datasets.Dataset.from_list(found).select_columns(["row", "chosen", "rejected"])
 
 
-def train_baselines(world, interactions, watched, catalogue, rows, seed: int, progress: bool = False) -> dict:
+def train_baselines(world, interactions, watched, catalogue, rows, seed: int) -> dict:
     """Table 1's baselines; the epoch with the best ndcg@10 on the validation sessions."""
     validation = rows["validation"].filter(lambda history: len(history) > 0, input_columns="history")
-    numbers = {"num_items": interactions.num_items}
     category = world.items.category.to_numpy()[interactions.item_ids]
     small = {
         "hidden_size": 64,
@@ -131,11 +130,11 @@ def train_baselines(world, interactions, watched, catalogue, rows, seed: int, pr
     }
 
     def validate(model) -> float:
-        return evaluate(model, validation, ks=(10,), progress=False, **numbers).metrics["ndcg@10"]
+        return evaluate(model, validation, num_items=catalogue.num_items, ks=(10,), progress=False).metrics["ndcg@10"]
 
     for model in models.values():
         settings = {"num_epochs": 30, "batch_size": 64, "learning_rate": 2e-3, "validate_every": 3, "patience": 9}
-        model.fit(watched, validate=validate, seed=seed, progress=progress, **settings)
+        model.fit(watched, validate=validate, seed=seed, progress=False, **settings)
     return models
 
 

@@ -121,6 +121,8 @@ def make_rewards(args: RLArguments, policy, token_ids: np.ndarray, num_generatio
 
 def main(args: RLArguments, training: OneRecGRPOConfig, reward_funcs: list | None = None) -> dict:
     """Runs the recipe; returns what it writes to `metrics.json`."""
+    if training.logged_weight == 1 and args.reward:
+        raise ValueError(f"reward={args.reward!r} would score nothing: logged_weight=1 leaves no rollouts. Lower it.")
     set_seed(training.seed)
     recommender = load_policy(args.policy, args.data, args.num_beams)
     model, collator, catalogue = recommender.model, recommender.ranker.collator, recommender.model.catalogue
@@ -132,8 +134,6 @@ def main(args: RLArguments, training: OneRecGRPOConfig, reward_funcs: list | Non
         rsft = args.sft == "rsft"
         supervised = rejection_sample(exposures) if rsft else training_rows(train, model.config, collator.max_history)
     logged = exposures.filter(lambda row: any(row["advantage"])) if training.logged_weight > 0 and exposures else None
-    if training.logged_weight == 1 and args.reward:
-        raise ValueError(f"reward={args.reward!r} would score nothing: logged_weight=1 leaves no rollouts. Lower it.")
     if reward_funcs is None and training.logged_weight < 1:
         reward_funcs = make_rewards(args, model, collator.item_token_ids, training.num_generations)
     trainer = OneRecGRPOTrainer(
