@@ -126,14 +126,16 @@ def train_baselines(world, interactions, watched, catalogue, rows, seed: int) ->
         "SASRec": SASRec(interactions.num_items, seed=seed, dropout=0.2),
         "BERT4Rec": BERT4Rec(interactions.num_items, seed=seed),
         "FDSA": FDSA(attribute_codes(category), seed=seed),
-        "TIGER": TIGER(catalogue, num_user_tokens=0, causal_items=True, seed=seed, **small),
+        "TIGER": TIGER(catalogue, num_user_tokens=0, causal_items=True, dropout=0.0, seed=seed, **small),
     }
+    rates = {"TIGER": 0.02}  # relative to the size of a weight
 
     def validate(model) -> float:
         return evaluate(model, validation, num_items=catalogue.num_items, ks=(10,), progress=False).metrics["ndcg@10"]
 
-    for model in models.values():
-        settings = {"num_epochs": 30, "batch_size": 64, "learning_rate": 2e-3, "validate_every": 3, "patience": 9}
+    for name, model in models.items():
+        settings = {"num_epochs": 30, "batch_size": 64, "validate_every": 3, "patience": 9}
+        settings["learning_rate"] = rates.get(name, 2e-3)
         model.fit(watched, validate=validate, seed=seed, progress=False, **settings)
     return models
 
@@ -153,10 +155,8 @@ def best_of(reward, model, collator, rows, num_candidates: int) -> np.ndarray:
 
 def judge(world, interactions, rows, items: np.ndarray, opinion, collator) -> dict[str, float]:
     """The truth about the five items of each request, sum and largest of the five, and the reward model's opinion."""
-    report = sessions.judge(world, interactions, rows, items)
-    users = interactions.user_ids[np.array(rows["user"])][:, None]
-    times = np.array(rows["session_start"]).astype(np.int64)[:, None] + 30_000 * np.arange(items.shape[1])
-    truth = world.expected_feedback(users, interactions.item_ids[items], times)
+    truth = sessions.expected_feedback(world, interactions, rows, items)
+    report = sessions.judge(world, interactions, rows, items, truth)
     report["follows"] = float(truth["is_follow"].sum(1).mean())
     names = {"watch_s": "play_time_ms", "long_views": "long_view", "follows": "is_follow", "likes": "is_like"}
     report |= {f"{name} max": float(truth[column].max(1).mean()) for name, column in names.items()}
@@ -168,25 +168,24 @@ def judge(world, interactions, rows, items: np.ndarray, opinion, collator) -> di
     return report
 
 
-def systems(args, reward, pairs: datasets.Dataset, sdpo_pairs: datasets.Dataset) -> dict[str, tuple]:
-    """What starts from the seed model: settings, a reward or pairs."""
+def systems(args, reward) -> dict[str, tuple]:
+    """What starts from the seed model: settings, a reward, and how many rejected sessions its pairs of the seed model have."""
     common = {"num_train_epochs": args.iterations, "learning_rate": args.learning_rate}
     alignment = common | {"dpo_ratio": args.dpo_ratio, "num_candidates": args.num_candidates}
     alignment |= {"preference_weight": args.preference_weight}
-    found = {"SFT, as long again": (common, None, None), "IPA": (alignment, reward, None)}
+    found = {"SFT, as long again": (common, None, 0), "IPA": (alignment, reward, 0)}
     for loss in args.losses:
-        several = {"num_rejected": 3} if loss == "sdpo" else {}
-        own = sdpo_pairs if several else pairs
-        found[f"{loss}, pairs of the seed model"] = (alignment | {"loss_type": loss} | several, None, own)
+        settings = alignment | {"loss_type": loss, "num_rejected": 3 if loss == "sdpo" else 1}
+        found[f"{loss}, pairs of the seed model"] = (settings, None, settings["num_rejected"])
     if args.ablations:
         changes = [{"num_candidates": number} for number in (8, 128)]
         changes += [{"num_train_epochs": number} for number in (1, 2, 5)]
         changes += [{"dpo_ratio": share} for share in (0.01, 0.05, 0.2)]
         for share in (0.01, 0.02, 0.05):  # the paper's range, with as much weight in all as one pair for every row
             rare = alignment | {"dpo_ratio": share, "preference_weight": 1 / share}
-            found[f"IPA, dpo_ratio {share}, lambda {1 / share:.0f}"] = (rare, reward, None)
+            found[f"IPA, dpo_ratio {share}, lambda {1 / share:.0f}"] = (rare, reward, 0)
         found |= {
-            f"IPA, {key} {value}": (alignment | {key: value}, reward, None)
+            f"IPA, {key} {value}": (alignment | {key: value}, reward, 0)
             for each in changes
             for key, value in each.items()
         }
@@ -229,13 +228,17 @@ def run(seed: int, args) -> dict[str, dict[str, float]]:
     say("seed model", sessions.serve(seed_model, collator, test, "session"), seed_model)
     best = best_of(reward, seed_model, collator, test, args.num_candidates)
     say(f"seed model, best of {args.num_candidates}", best)
-    mined = seed_pairs(seed_model, collator, fit, reward, args, seed, 3)
-    tokens = sessions.ITEMS * catalogue.num_levels
-    worst = mined.map(lambda rejected: {"rejected": rejected[:tokens]}, input_columns="rejected")
-    for name, (settings, judge_of, pairs) in systems(args, reward, worst, mined).items():
+    chosen, pairs = systems(args, reward), {0: None}
+    if any(num_rejected for *_, num_rejected in chosen.values()):
+        pairs[3], tokens = (
+            seed_pairs(seed_model, collator, fit, reward, args, seed, 3),
+            sessions.ITEMS * catalogue.num_levels,
+        )
+        pairs[1] = pairs[3].map(lambda rejected: {"rejected": rejected[:tokens]}, input_columns="rejected")
+    for name, (settings, judge_of, num_rejected) in chosen.items():
         if judge_of is not None and settings["num_candidates"] != args.num_candidates:
             judge_of = reward_of_model(reward_model, reward_collator, seed_model, settings["num_candidates"])
-        model, log = align(seed_model, collator, fit, settings, seed, judge_of, pairs)
+        model, log = align(seed_model, collator, fit, settings, seed, judge_of, pairs[num_rejected])
         say(name, sessions.serve(model, collator, test, "session"), model, log)
     if seed == args.seeds[0] and not args.systems:
         both = {name: entropies[name] for name in ("seed model", "SFT, as long again", "IPA")}

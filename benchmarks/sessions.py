@@ -131,11 +131,17 @@ def items_of(sequences, catalogue: Catalogue, model) -> np.ndarray:
     return catalogue.items_of(catalogue.leaves_of(codes).view(-1, 1), 1).numpy()
 
 
-def judge(world: ShortVideoWorld, interactions, rows: datasets.Dataset, items: np.ndarray) -> dict[str, float]:
-    """Expected feedback of the five items by the simulator's truth, and what the sets look like."""
+def expected_feedback(world: ShortVideoWorld, interactions, rows: datasets.Dataset, items: np.ndarray) -> dict:
+    """The simulator's truth about the items (S, 5) of each request: arrays (S, 5) by feedback."""
     users = interactions.user_ids[np.array(rows["user"])][:, None]
     times = np.array(rows["session_start"]).astype(np.int64)[:, None] + 30_000 * np.arange(items.shape[1])
-    truth = world.expected_feedback(users, interactions.item_ids[items], times)
+    return world.expected_feedback(users, interactions.item_ids[items], times)
+
+
+def judge(
+    world: ShortVideoWorld, interactions, rows: datasets.Dataset, items: np.ndarray, truth: dict
+) -> dict[str, float]:
+    """Expected feedback of the five items by the simulator's truth, and what the sets look like."""
     vectors = world.content_embeddings[interactions.item_ids[items]]  # (S, 5, D)
     vectors = vectors / np.linalg.norm(vectors, axis=2, keepdims=True)
     similar = np.einsum("sid,sjd->sij", vectors, vectors)
@@ -166,7 +172,10 @@ def run(seed: int, args) -> dict[str, dict[str, float]]:
         model, collator, losses[name] = train(items, rows, catalogue, args.epochs, seed)
         for how in ("session", "top 5", "one by one") if items > 1 else ("top 5", "one by one"):
             shown[f"{name}: {how}"] = serve(model, collator, test, how)
-    report = {name: judge(world, interactions, test, items) for name, items in shown.items()}
+    report = {
+        name: judge(world, interactions, test, items, expected_feedback(world, interactions, test, items))
+        for name, items in shown.items()
+    }
     print(f"seed {seed}: {[len(split) for split in rows.values()]} sessions, {len(test)} served, {losses}", flush=True)
     return report
 

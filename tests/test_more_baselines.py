@@ -108,7 +108,8 @@ def test_windows_hold_every_step_once():
     [
         (bert, {"num_epochs": 40, "learning_rate": 0.005, "last_item_share": 0.5}),
         (fdsa, {"num_epochs": 12, "learning_rate": 0.03}),
-        (tiger, {"num_epochs": 8, "learning_rate": 0.005, "batch_size": 20}),
+        (tiger, {"num_epochs": 8, "learning_rate": 0.02, "batch_size": 20}),
+        (tiger, {"num_epochs": 8, "learning_rate": 0.02, "batch_size": 20, "bf16": True}),
     ],
 )
 def test_they_learn_a_cycle(make, settings, tmp_path):
@@ -295,6 +296,20 @@ def test_tiger_trains_on_every_item_but_the_first(causal):
     tokens = [row[row != -100].view(-1, 3) for row in seen]
     targets = [model.catalogue.leaves_of(row - torch.tensor(model.level_offsets)) for row in tokens]
     assert sorted(model.catalogue.items_of(torch.cat(targets)[None], 6)[0].tolist()) == [1, 2, 3, 4, 5, 8]
+
+
+def test_tiger_steps_are_relative_to_the_size_of_a_weight():
+    model = tiger()
+    before = {name: value.clone() for name, value in model.model.named_parameters() if value.ndim == 2}
+    fit(model, cycles(), num_epochs=1, batch_size=1000, learning_rate=0.02, warmup_steps=0)
+    size = {name: value.pow(2).mean().sqrt() for name, value in before.items()}
+    for name in ("shared", "encoder.block.0.layer.0.SelfAttention.q", "decoder.block.0.layer.0.SelfAttention.o"):
+        name = f"{name}.weight"
+        step = (model.model.get_parameter(name) - before[name]).pow(2).mean().sqrt()
+        assert 0.3 * 0.02 < step / size[name] < 1.1 * 0.02, name
+    assert (
+        size["shared.weight"] > 5 * size["encoder.block.0.layer.0.SelfAttention.q.weight"]
+    )  # AdamW: the same step for both
 
 
 def test_tiger_says_what_it_needs():

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import nn
 from torch.nn.functional import cross_entropy
-from transformers import T5Config, T5ForConditionalGeneration
+from transformers import Adafactor, T5Config, T5ForConditionalGeneration
 
 from ..models.beam_search import BeamSearch, search
 from ..models.catalogue import Catalogue
@@ -129,16 +129,21 @@ class TIGER:
         users: Sequence[int] | None = None,
         *,
         validate: Callable[["TIGER"], float] | None = None,
+        learning_rate: float = 0.01,
         **training,
     ) -> "TIGER":
-        """Trains on every item of every history but the first, given the items before it.
+        """Trains on every item of every history but the first, given the items before it, with Adafactor as in the paper.
+
+        Its steps are relative to the size of each weight, which is what T5's initial weights (embeddings of size 1, queries of
+        size 1 / sqrt(d_model d_kv)) are made for: with one absolute step for all of them, AdamW learns several times slower.
 
         Args:
             histories (iterable of lists of `int`): item indices in time order, e.g. `dataset["train"]["history"]`.
             users (sequence of `int`, *optional*): their users, e.g. `dataset["train"]["user"]`; required with user tokens.
             validate: see `train_baseline`. It generates: a sample of the validation users is enough to choose an epoch.
-            training: `num_epochs`, `batch_size`, `learning_rate`, `patience`, `seed`, ... of `train_baseline`. The paper:
-                batches of 256, 200,000 steps, learning rate .01 that falls with the inverse square root (of Adafactor).
+            learning_rate (`float`, defaults to .01): relative to the size of a weight.
+            training: `num_epochs`, `batch_size`, `patience`, `seed`, ... of `train_baseline`. The paper: batches of 256,
+                200,000 steps, the first 10,000 at the full learning rate, which then falls with the inverse square root.
         """
         histories = [list(history) for history in histories]
         if users is None and self.model.config.num_user_tokens:
@@ -157,7 +162,9 @@ class TIGER:
                 for user, history in pairs
                 for end in range(1, len(history))
             ]
-        train_baseline(self, rows, self._collate, self._loss, validate=validate, **training)
+        adafactor = (Adafactor, {"scale_parameter": True, "relative_step": False, "warmup_init": False})
+        training |= {"validate": validate, "learning_rate": learning_rate, "optimizer": adafactor}
+        train_baseline(self, rows, self._collate, self._loss, **training)
         return self
 
     @torch.no_grad()

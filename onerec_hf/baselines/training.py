@@ -29,6 +29,8 @@ def train_baseline(
     lr_scheduler_type: str = "constant_with_warmup",
     warmup_steps: int = 100,
     weight_average_decay: float | None = None,
+    optimizer: tuple[type[torch.optim.Optimizer], dict[str, Any]] | None = None,
+    bf16: bool = False,
     seed: int = 0,
     progress: bool = True,
 ) -> None:
@@ -47,6 +49,8 @@ def train_baseline(
             `TrainingArguments`. Progress bars where `progress`.
         weight_average_decay (`float`, *optional*): decay per step of an exponential moving average of the weights, at
             most (1 + t) / (10 + t) in step t; what is validated and kept is then the average. None: the weights.
+        optimizer (pair, *optional*): a class and its arguments but for `lr`. None: AdamW with betas .9 and .98.
+        bf16 (`bool`, defaults to `False`): autocast of the loss to bfloat16, faster where the machine multiplies in it.
     """
     if not rows:
         raise ValueError("fit needs at least one history with two items or more.")
@@ -66,6 +70,8 @@ def train_baseline(
             lr_scheduler_type=lr_scheduler_type,
             warmup_steps=warmup_steps,
             adam_beta2=0.98,
+            bf16=bf16,
+            use_cpu=not torch.accelerator.is_available(),  # bfloat16 on a processor has to be asked for
             train_sampling_strategy="group_by_length",
             save_strategy="no",
             logging_strategy="no",
@@ -75,7 +81,16 @@ def train_baseline(
             disable_tqdm=not progress,
             seed=seed,
         )
-        trainer = _Trainer(baseline.model, arguments, train_dataset=rows, data_collator=collate, callbacks=[callback])
+        if optimizer is not None:
+            optimizer = (optimizer[0], optimizer[1] | {"lr": learning_rate})
+        trainer = _Trainer(
+            baseline.model,
+            arguments,
+            train_dataset=rows,
+            data_collator=collate,
+            callbacks=[callback],
+            optimizer_cls_and_kwargs=optimizer,
+        )
         trainer.loss = loss
         trainer.remove_callback(PrinterCallback)  # it prints; what it says is in `training_log`
         trainer.train()
@@ -88,7 +103,8 @@ class _Trainer(Trainer):
     loss: Callable
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        total, count = self.loss(inputs)
+        with self.accelerator.autocast():  # accelerate wraps `forward` alone
+            total, count = self.loss(inputs)
         return total / count
 
 
