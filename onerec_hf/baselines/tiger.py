@@ -132,10 +132,11 @@ class TIGER:
         learning_rate: float = 0.01,
         **training,
     ) -> "TIGER":
-        """Trains on every item of every history but the first, given the items before it, with Adafactor as in the paper.
+        """Trains on every item of every history but the first, given the items before it.
 
-        Its steps are relative to the size of each weight, which is what T5's initial weights (embeddings of size 1, queries of
-        size 1 / sqrt(d_model d_kv)) are made for: with one absolute step for all of them, AdamW learns several times slower.
+        The optimizer is Adafactor, the default of T5X, with which the paper trains. Its steps are relative to the size of each
+        weight, which is what T5's initial weights (embeddings of size 1, queries of size 1 / sqrt(d_model d_kv)) are made for:
+        with one absolute step for all of them, AdamW learns several times slower.
 
         Args:
             histories (iterable of lists of `int`): item indices in time order, e.g. `dataset["train"]["history"]`.
