@@ -128,14 +128,13 @@ def train_baselines(world, interactions, watched, catalogue, rows, seed: int) ->
         "FDSA": FDSA(attribute_codes(category), seed=seed),
         "TIGER": TIGER(catalogue, num_user_tokens=0, causal_items=True, dropout=0.0, seed=seed, **small),
     }
-    rates = {"TIGER": 0.02}  # relative to the size of a weight
 
     def validate(model) -> float:
         return evaluate(model, validation, num_items=catalogue.num_items, ks=(10,), progress=False).metrics["ndcg@10"]
 
     for name, model in models.items():
-        settings = {"num_epochs": 30, "batch_size": 64, "validate_every": 3, "patience": 9}
-        settings["learning_rate"] = rates.get(name, 2e-3)
+        rate = 0.02 if name == "TIGER" else 2e-3  # TIGER's is relative to the size of a weight
+        settings = {"num_epochs": 30, "batch_size": 64, "learning_rate": rate, "validate_every": 3, "patience": 9}
         model.fit(watched, validate=validate, seed=seed, progress=False, **settings)
     return models
 
@@ -230,10 +229,8 @@ def run(seed: int, args) -> dict[str, dict[str, float]]:
     say(f"seed model, best of {args.num_candidates}", best)
     chosen, pairs = systems(args, reward), {0: None}
     if any(num_rejected for *_, num_rejected in chosen.values()):
-        pairs[3], tokens = (
-            seed_pairs(seed_model, collator, fit, reward, args, seed, 3),
-            sessions.ITEMS * catalogue.num_levels,
-        )
+        pairs[3] = seed_pairs(seed_model, collator, fit, reward, args, seed, 3)
+        tokens = sessions.ITEMS * catalogue.num_levels
         pairs[1] = pairs[3].map(lambda rejected: {"rejected": rejected[:tokens]}, input_columns="rejected")
     for name, (settings, judge_of, num_rejected) in chosen.items():
         if judge_of is not None and settings["num_candidates"] != args.num_candidates:

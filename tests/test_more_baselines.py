@@ -307,9 +307,20 @@ def test_tiger_steps_are_relative_to_the_size_of_a_weight():
         name = f"{name}.weight"
         step = (model.model.get_parameter(name) - before[name]).pow(2).mean().sqrt()
         assert 0.3 * 0.02 < step / size[name] < 1.1 * 0.02, name
-    assert (
-        size["shared.weight"] > 5 * size["encoder.block.0.layer.0.SelfAttention.q.weight"]
-    )  # AdamW: the same step for both
+    # With AdamW the step would be the same for both of these.
+    assert size["shared.weight"] > 5 * size["encoder.block.0.layer.0.SelfAttention.q.weight"]
+    with pytest.raises(TypeError, match="optimizer"):  # it is not taken and then ignored
+        fit(model, cycles(), optimizer=None)
+
+
+@pytest.mark.parametrize("bf16", [False, True])
+def test_bf16_reaches_every_matrix_of_the_loss(bf16):
+    model, seen = tiger(), set()
+    for name in ("encoder.block.0.layer.0.SelfAttention.q", "decoder.block.0.layer.0.SelfAttention.q"):
+        model.model.get_submodule(name).register_forward_hook(lambda module, inputs, output: seen.add(output.dtype))
+    fit(model, cycles(), bf16=bf16)
+    assert seen == {torch.bfloat16 if bf16 else torch.float32}
+    assert model.model.dtype == torch.float32
 
 
 def test_tiger_says_what_it_needs():

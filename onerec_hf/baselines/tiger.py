@@ -164,8 +164,16 @@ class TIGER:
                 for end in range(1, len(history))
             ]
         adafactor = (Adafactor, {"scale_parameter": True, "relative_step": False, "warmup_init": False})
-        training |= {"validate": validate, "learning_rate": learning_rate, "optimizer": adafactor}
-        train_baseline(self, rows, self._collate, self._loss, **training)
+        train_baseline(
+            self,
+            rows,
+            self._collate,
+            self._loss,
+            validate=validate,
+            learning_rate=learning_rate,
+            optimizer=adafactor,
+            **training,
+        )
         return self
 
     @torch.no_grad()
