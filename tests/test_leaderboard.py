@@ -59,7 +59,11 @@ def prepared(tmp_path_factory) -> Path:
     datasets.Dataset.from_dict(items).to_parquet(str(folder / "items.parquet"))
     np.save(folder / "embeddings.npy", np.random.default_rng(0).normal(size=(12, 6)).astype(np.float32))
     arguments = prepare.PrepareArguments(str(folder), str(folder / "data"), layout="amazon")
-    arguments.embeddings, arguments.align, arguments.collaborative_dim = str(folder / "embeddings.npy"), True, 0
+    arguments.embeddings, arguments.collaborative_dim = str(folder / "embeddings.npy"), 0
+    arguments.caption_model, arguments.text_fields = "new", ["group"]
+    with pytest.raises(ValueError, match="set align, too"):
+        prepare.main(arguments)
+    arguments.align = True
     arguments.quantizer, arguments.codebook_size, arguments.num_levels = "rqvae", 4, 2
     arguments.collisions = "extra_level"
     report = prepare.main(arguments)

@@ -1,5 +1,6 @@
 """Logs -> interactions -> splits of events or sessions -> batches; item embeddings."""
 
+from .captions import CaptionDecoder, small_caption_model
 from .collators import OneRecCollator, SessionCollator
 from .embeddings import (
     check_item_embeddings,
@@ -12,7 +13,7 @@ from .embeddings import (
 from .features import EventFeature, category_codes, reaches
 from .interactions import Interactions, load_interactions
 from .item_alignment import ItemAlignment, item_contrastive_loss
-from .item_pairs import item_to_item_pairs, swing_neighbors, user_to_item_pairs
+from .item_pairs import behaviour_pairs, item_to_item_pairs, swing_neighbors, user_to_item_pairs
 from .labels import event_labels, session_labels
 from .lifelong import compress_lifelong, hierarchical_kmeans
 from .past_rates import past_rates, period_of, quantile_codes, rate_numbers
@@ -25,6 +26,7 @@ from .sessions import SessionConfig, session_criteria, session_index
 from .splits import global_time_split, k_core, leave_last_out, target_rows
 
 __all__ = [
+    "CaptionDecoder",
     "EventFeature",
     "Interactions",
     "ItemAlignment",
@@ -33,6 +35,7 @@ __all__ = [
     "RewardCollator",
     "SessionCollator",
     "SessionConfig",
+    "behaviour_pairs",
     "category_codes",
     "check_item_embeddings",
     "collaborative_embeddings",
@@ -62,6 +65,7 @@ __all__ = [
     "session_index",
     "session_labels",
     "session_splits",
+    "small_caption_model",
     "swing_neighbors",
     "target_rows",
     "text_embeddings",

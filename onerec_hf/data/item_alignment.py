@@ -1,7 +1,7 @@
 """Item embeddings that know about behaviour: a projection trained on item pairs (OneRec Technical Report, section 2.1.1).
 
 The report trains a QFormer over the tokens of a multimodal model; over one vector per item (a text embedding) that comes down to
-the projection used here. Its caption loss, which keeps the content readable, has no part in this file. N items, D and Z widths, P
+the projection used here. Its caption loss, which keeps the content readable, is that of `captions.py`. N items, D and Z widths, P
 pairs, B pairs of a batch.
 """
 
@@ -15,6 +15,8 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.nn.functional import cross_entropy, normalize
 from transformers.utils import logging
+
+from .captions import CaptionDecoder
 
 logger = logging.get_logger(__name__)
 
@@ -69,6 +71,7 @@ class ItemAlignment(nn.Module):
             "dropout": dropout,
             "seed": seed,
         }
+        self.output_dim = output_dim
         self.register_buffer("center", torch.zeros(embedding_dim))
         self.register_buffer("scale", torch.ones(()))
         with torch.random.fork_rng():
@@ -89,31 +92,44 @@ class ItemAlignment(nn.Module):
         embeddings: np.ndarray,
         pairs: np.ndarray,
         *,
+        captions: CaptionDecoder | None = None,
+        caption_weight: float = 1.0,
+        caption_batch_size: int = 64,
         num_epochs: int = 3,
         batch_size: int = 512,
         learning_rate: float = 1e-3,
+        device: str | torch.device | None = None,
         progress: bool = True,
     ) -> "ItemAlignment":
-        """Trains on pairs of items that belong together.
+        """Trains on pairs of items that belong together: `L_I2I + caption_weight * L_caption_gen`.
 
         Args:
             embeddings (`np.ndarray` of shape (N, D)): of the content.
             pairs (`np.ndarray` of shape (P, 2)): item indices, e.g. of `item_to_item_pairs` and `user_to_item_pairs`.
+            captions: adds the caption loss, and is trained with the projection; its vectors are those of `embed`.
+            caption_weight, caption_batch_size: of that loss; items per step, drawn from all that have a text, with pairs or
+                without. The report gives neither.
             num_epochs, batch_size (pairs: the others of a batch are the negatives), learning_rate: of AdamW, falling as a cosine.
+            device: default: `"cuda"` where there is one, otherwise `"cpu"`; the projection is on the CPU afterwards.
 
         Raises:
-            ValueError: fewer than two pairs, or pairs of items that have no embedding.
+            ValueError: fewer than two pairs, pairs of items that have no embedding, captions of another number of items.
         """
-        items, links = torch.as_tensor(embeddings, dtype=torch.float32), torch.as_tensor(pairs)
-        if len(pairs) < 2 or pairs.min() < 0 or pairs.max() >= len(items):
+        if len(pairs) < 2 or pairs.min() < 0 or pairs.max() >= len(embeddings):
             raise ValueError(
-                f"fit needs at least two pairs of items 0..{len(items) - 1}, got {len(pairs)}"
+                f"fit needs at least two pairs of items 0..{len(embeddings) - 1}, got {len(pairs)}"
                 + (f" with indices {int(pairs.min())}..{int(pairs.max())}." if len(pairs) else ".")
             )
+        if captions is not None and len(captions.lengths) != len(embeddings):
+            raise ValueError(f"captions of {len(captions.lengths)} items for embeddings of {len(embeddings)}.")
+        device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+        modules = nn.ModuleList([self] if captions is None else [self, captions]).to(device)
+        items, links = torch.as_tensor(embeddings, dtype=torch.float32, device=device), torch.as_tensor(pairs)
         self.center.copy_(items.mean(0))
         self.scale.copy_((items - self.center).square().mean().sqrt().clamp_min(1e-12))
         generator = torch.Generator().manual_seed(self.settings["seed"])
-        optimizer = torch.optim.AdamW(self.parameters(), learning_rate, weight_decay=0.01)
+        weights = [weight for weight in modules.parameters() if weight.requires_grad]
+        optimizer = torch.optim.AdamW(weights, learning_rate, weight_decay=0.01)
         steps = num_epochs * -(-len(pairs) // batch_size)
         schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
         self.train()
@@ -124,13 +140,16 @@ class ItemAlignment(nn.Module):
                 for rows in torch.randperm(len(pairs), generator=generator).split(batch_size):
                     first, second = (self(items[links[rows, side]]) for side in (0, 1))
                     loss = item_contrastive_loss(first, second, self.settings["temperature"])
+                    if captions is not None:
+                        drawn = captions.draw(caption_batch_size, generator)
+                        loss = loss + caption_weight * captions(normalize(self(items[drawn]), dim=-1), drawn)
                     optimizer.zero_grad()
                     loss.backward()
                     optimizer.step()
                     schedule.step()
                     total += loss.item() * len(rows)
                 logger.info(f"item alignment, epoch {epoch + 1}: {total / len(pairs):.4f} nats")
-        self.eval()
+        self.cpu().eval()
         return self
 
     @torch.no_grad()

@@ -97,3 +97,12 @@ def user_to_item_pairs(
             if recent:
                 pairs.append((target, max(reversed(recent), key=known.__getitem__)))
     return np.array(pairs, dtype=np.int64).reshape(-1, 2)
+
+
+def behaviour_pairs(
+    histories: Iterable[Sequence[int]], num_items: int, *, seed: int = 0
+) -> tuple[np.ndarray, np.ndarray]:
+    """Swing pairs and co-click pairs of the same histories, (P, 2) each: what [`ItemAlignment.fit`] wants, one behind the other."""
+    histories = list(histories)
+    neighbors, scores = swing_neighbors(histories, num_items, seed=seed)
+    return item_to_item_pairs(neighbors), user_to_item_pairs(histories, neighbors, scores)
