@@ -46,8 +46,8 @@ class CaptionDecoder(nn.Module):
     Args:
         texts: N captions, e.g. of `item_texts`; an empty one takes no part.
         vector_dim (`int`): Z.
-        model: a causal language model, or a Hub name or folder of one. Its weights are trained unless
-            `model.requires_grad_(False)` froze them. Default: `small_caption_model(texts)`.
+        model: a causal language model, of which the weights are trained that require gradients; or a Hub name or folder of
+            one, which is frozen: `ItemAlignment.fit` has steps for new weights. Default: `small_caption_model(texts)`.
         tokenizer: default: the one that lies where the model was loaded from.
         num_prefix_tokens (`int`, defaults to 4): P.
         max_length (`int`, defaults to 32): K, the end-of-text token of each caption included; the rest is cut off.
@@ -78,7 +78,7 @@ class CaptionDecoder(nn.Module):
         if model is None:
             model, tokenizer = small_caption_model([text for text in texts if text], seed=seed)
         elif isinstance(model, str):
-            model = AutoModelForCausalLM.from_pretrained(model)
+            model = AutoModelForCausalLM.from_pretrained(model).requires_grad_(False)
         if tokenizer is None:
             tokenizer = AutoTokenizer.from_pretrained(model.name_or_path)
         if (end := tokenizer.eos_token_id) is None:
