@@ -80,7 +80,7 @@ def main(args: argparse.Namespace) -> dict:
         alignment, captions = ItemAlignment(content.shape[1], seed=args.seed), None
         if name == "aligned and told":
             texts = item_texts({field: table[field] for field in args.text_fields}, args.text_fields)
-            captions = CaptionDecoder(texts, alignment.output_dim, seed=args.seed)
+            captions = CaptionDecoder(texts, alignment.settings["output_dim"], seed=args.seed)
             lengths, kept = captions.lengths.clone(), np.arange(0, len(texts), 10)
             captions.lengths[kept] = 0  # as if these had no text
         start = time.process_time()

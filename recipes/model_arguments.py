@@ -67,7 +67,7 @@ def model_path(name: str) -> str:
         return name
     package, _, folder = name.removeprefix("package:").partition("/")
     if (spec := find_spec(package)) is None or spec.origin is None:
-        raise ValueError(f"{name}: no package {package!r} is installed.")
+        raise ValueError(f"{name}: no package {package!r} is installed: install it, or give a Hub name or a folder.")
     return str(Path(spec.origin).parent / folder)
 
 

@@ -105,7 +105,7 @@ def embed(args: PrepareArguments, interactions: logs.Interactions, train: datase
     parts = []
     if args.embeddings:
         parts.append(logs.load_embeddings(args.embeddings, interactions.num_items))
-    texts = logs.item_texts(interactions.items, args.text_fields)
+    texts = logs.item_texts(interactions.items, args.text_fields if args.text_model or args.caption_model else [])
     if args.text_model:
         parts.append(logs.text_embeddings(texts, model_path(args.text_model)))
     if args.align:
@@ -113,7 +113,7 @@ def embed(args: PrepareArguments, interactions: logs.Interactions, train: datase
         alignment, captions = logs.ItemAlignment(content.shape[1], seed=args.seed), None
         if args.caption_model:
             model = None if args.caption_model == "new" else model_path(args.caption_model)
-            captions = logs.CaptionDecoder(texts, alignment.output_dim, model, seed=args.seed)
+            captions = logs.CaptionDecoder(texts, alignment.settings["output_dim"], model, seed=args.seed)
         pairs = logs.behaviour_pairs(histories, interactions.num_items, seed=args.seed)
         alignment.fit(content, np.concatenate(pairs), captions=captions).save_pretrained(f"{args.output}/tokenizer")
         parts = [alignment.embed(content)]
@@ -124,7 +124,7 @@ def embed(args: PrepareArguments, interactions: logs.Interactions, train: datase
             logs.collaborative_embeddings(train, interactions.num_items, args.collaborative_dim, seed=args.seed)
         )
     if not parts:
-        raise ValueError("no item embedding: give --embeddings, --text_model, or --collaborative_dim above 0.")
+        raise ValueError("no embedding: give --embeddings, --text_model with --text_fields, or --collaborative_dim.")
     return logs.concat_embeddings(*parts)
 
 

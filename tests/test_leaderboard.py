@@ -63,7 +63,10 @@ def prepared(tmp_path_factory) -> Path:
     arguments.caption_model, arguments.text_fields = "new", ["group"]
     with pytest.raises(ValueError, match="set align, too"):
         prepare.main(arguments)
-    arguments.align = True
+    arguments.text_model = "package:no_such_package/model"
+    with pytest.raises(ValueError, match="no package 'no_such_package' is installed"):
+        prepare.main(arguments)
+    arguments.align, arguments.text_model = True, None
     arguments.quantizer, arguments.codebook_size, arguments.num_levels = "rqvae", 4, 2
     arguments.collisions = "extra_level"
     report = prepare.main(arguments)

@@ -7,7 +7,6 @@ from collections.abc import Sequence
 
 import torch
 from torch import nn
-from torch.nn.functional import cross_entropy
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -72,9 +71,13 @@ class CaptionDecoder(nn.Module):
     ):
         super().__init__()
         if not any(texts):
-            raise ValueError(f"a caption loss needs texts, got {len(texts)} empty ones.")
+            raise ValueError(
+                f"a caption loss needs texts, got {len(texts)}, all empty: name text columns that have values."
+            )
         if model is None and tokenizer is not None:
-            raise ValueError(f"{type(tokenizer).__name__} was given without the model it belongs to.")
+            raise ValueError(
+                f"{type(tokenizer).__name__} was given without the model it belongs to: give both, or neither."
+            )
         if model is None:
             model, tokenizer = small_caption_model([text for text in texts if text], seed=seed)
         elif isinstance(model, str):
@@ -96,19 +99,16 @@ class CaptionDecoder(nn.Module):
             torch.manual_seed(seed)
             self.prefix = nn.Linear(vector_dim, num_prefix_tokens * model.config.hidden_size)
 
-    def draw(self, count: int, generator: torch.Generator) -> torch.Tensor:
-        """Indices of items that have a text, (count,), with repetition."""
-        told = self.lengths.nonzero()[:, 0].cpu()
-        return told[torch.randint(len(told), (count,), generator=generator)]
-
     def forward(self, vectors: torch.Tensor, items: torch.Tensor) -> torch.Tensor:
         """Mean over the caption tokens of `items` (B,), in nats, given their `vectors` (B, Z): a scalar."""
         tokens, lengths = self.tokens[items], self.lengths[items]  # (B, K), (B,)
         real = torch.arange(tokens.shape[1], device=tokens.device) < lengths[:, None]
-        embedded = self.model.get_input_embeddings()(tokens[:, :-1])
+        embedded = self.model.get_input_embeddings()(tokens)
         prefix = self.prefix(vectors).view(len(items), self.num_prefix_tokens, -1).to(embedded.dtype)
-        mask = torch.cat([real.new_ones(prefix.shape[:2]), real[:, :-1]], 1).long()
-        logits = self.model(
-            inputs_embeds=torch.cat([prefix, embedded], 1), attention_mask=mask, use_cache=False
-        ).logits
-        return cross_entropy(logits[:, self.num_prefix_tokens - 1 :][real].float(), tokens[real])
+        given = real.new_ones(prefix.shape[:2])
+        return self.model(
+            inputs_embeds=torch.cat([prefix, embedded], 1),
+            attention_mask=torch.cat([given, real], 1).long(),
+            labels=torch.cat([torch.full_like(given, -100, dtype=tokens.dtype), tokens.masked_fill(~real, -100)], 1),
+            use_cache=False,
+        ).loss

@@ -71,7 +71,6 @@ class ItemAlignment(nn.Module):
             "dropout": dropout,
             "seed": seed,
         }
-        self.output_dim = output_dim
         self.register_buffer("center", torch.zeros(embedding_dim))
         self.register_buffer("scale", torch.ones(()))
         with torch.random.fork_rng():
@@ -121,12 +120,15 @@ class ItemAlignment(nn.Module):
                 + (f" with indices {int(pairs.min())}..{int(pairs.max())}." if len(pairs) else ".")
             )
         if captions is not None and len(captions.lengths) != len(embeddings):
-            raise ValueError(f"captions of {len(captions.lengths)} items for embeddings of {len(embeddings)}.")
+            raise ValueError(
+                f"captions of {len(captions.lengths)} items for embeddings of {len(embeddings)}: give one text per item."
+            )
         device = device or ("cuda" if torch.cuda.is_available() else "cpu")
         modules = nn.ModuleList([self] if captions is None else [self, captions]).to(device)
         items, links = torch.as_tensor(embeddings, dtype=torch.float32, device=device), torch.as_tensor(pairs)
         self.center.copy_(items.mean(0))
         self.scale.copy_((items - self.center).square().mean().sqrt().clamp_min(1e-12))
+        told = torch.empty(0) if captions is None else captions.lengths.nonzero()[:, 0].cpu()  # items with a text
         generator = torch.Generator().manual_seed(self.settings["seed"])
         weights = [weight for weight in modules.parameters() if weight.requires_grad]
         optimizer = torch.optim.AdamW(weights, learning_rate, weight_decay=0.01)
@@ -141,7 +143,7 @@ class ItemAlignment(nn.Module):
                     first, second = (self(items[links[rows, side]]) for side in (0, 1))
                     loss = item_contrastive_loss(first, second, self.settings["temperature"])
                     if captions is not None:
-                        drawn = captions.draw(caption_batch_size, generator)
+                        drawn = told[torch.randint(len(told), (caption_batch_size,), generator=generator)]
                         loss = loss + caption_weight * captions(normalize(self(items[drawn]), dim=-1), drawn)
                     optimizer.zero_grad()
                     loss.backward()
