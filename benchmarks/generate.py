@@ -70,15 +70,16 @@ def make_model(name: str, sizes: list[int], overrides: dict):
 def ways_of(model, catalogue, trie, batch: int, context: int, beams: int, compiled: bool = False) -> dict:
     """Name -> callable that returns (sequences, log-probabilities / L)."""
     offsets = OneRecV2Config(codebook_sizes=catalogue.codebook_sizes).level_offsets
-    items = torch.randint(catalogue.num_items, (batch, context), generator=torch.Generator().manual_seed(0))
+    device = next(model.parameters()).device
+    items = torch.randint(catalogue.num_items, (batch, context), generator=torch.Generator().manual_seed(0)).to(device)
     settings = {"num_beams": beams, "num_return_sequences": beams, "max_new_tokens": catalogue.num_levels}
     config = GenerationConfig(
         **settings, bos_token_id=BOS, decoder_start_token_id=BOS, pad_token_id=0, do_sample=False
     )
     own = {"generation_config": config, "return_dict_in_generate": True, "output_scores": True}
     if isinstance(model, GenerationMixin) and hasattr(model, "encode_context"):
-        inputs = {"context_ids": catalogue.semantic_ids[items] + torch.tensor(offsets)}
-        bos = torch.full((batch, 1), BOS)
+        inputs = {"context_ids": catalogue.semantic_ids[items] + torch.tensor(offsets, device=device)}
+        bos = torch.full((batch, 1), BOS, device=device)
 
         @torch.no_grad()
         def loop(**kwargs):

@@ -34,8 +34,8 @@ from onerec_hf.models.beam_search import BeamSearch, search
 class Given:
     """A decoder whose hidden states are the codes so far and whose log-probabilities are ready."""
 
-    def __init__(self, score, batch):
-        self.score, self.path = score, torch.zeros(batch, 1, 0, dtype=torch.long)
+    def __init__(self, score, batch, device="cpu"):
+        self.score, self.path = score, torch.zeros(batch, 1, 0, dtype=torch.long, device=device)
 
     def advance(self, level, code=None, parent=None):
         if code is not None:

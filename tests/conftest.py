@@ -9,6 +9,9 @@ import torch
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 torch.set_num_threads(1)
+if torch.cuda.is_available():  # the tests of seeds and of resuming want the same bits
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(True, warn_only=True)
 
 _SHARED = Path(os.environ.get("ONEREC_SHARED_DATA", Path(__file__).resolve().parents[2] / "shared" / "data"))
 

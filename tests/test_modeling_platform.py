@@ -24,6 +24,7 @@ import peft
 import pytest
 import torch
 from torch import multiprocessing, nn
+from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 from torch.export import Dim
 from transformers import AutoModel, AutoModelForCausalLM
@@ -54,6 +55,32 @@ def test_nothing_is_read_back(catalogue, architecture):
     for inputs in ({"target_ids": targets.to("meta")}, {"input_ids": rows, "labels": rows}):
         model(**inputs, **meta(context)).loss.backward()
     assert all(p.grad.shape == p.shape for p in model.parameters())
+
+
+@every_architecture
+@pytest.mark.parametrize("autocast", [False, True])
+def test_attention_to_the_context_can_be_fused(catalogue, architecture, autocast, monkeypatch):
+    """What CUDA's fused attention asks of keys, values and mask; else it silently multiplies whole matrices in float32."""
+    model, context, targets = prepared(catalogue, architecture)
+    seen, attend = [], torch.nn.functional.scaled_dot_product_attention
+
+    def record(query, key, value, attn_mask=None, **kwargs):
+        seen.append((key, value, attn_mask))
+        return attend(query, key, value, attn_mask=attn_mask, **kwargs)
+
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", record)
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        kv = model.encode_context(**context)
+        del seen[:]
+        model(target_ids=targets, context_kv=kv)
+    model.generate(**context, num_beams=4)
+    masks = [(key, mask) for key, _, mask in seen if mask is not None and mask.dtype != torch.bool]
+    assert len(masks) >= 4 * model.config.num_hidden_layers
+    for key, mask in masks:
+        assert mask.stride(-1) == 1 and all(stride % 8 == 0 for stride in mask.stride()[:-1])
+        assert mask.dtype == key.dtype and key.stride(-1) == 1
+    # made once, in the type that the blocks compute in
+    assert all(key.dtype == (torch.bfloat16 if autocast else torch.float32) for key in kv.key_states)
 
 
 # ---- inputs and outputs ------------------------------------------------------------------------------------------------
@@ -281,13 +308,13 @@ def _shard_on_one_rank(rank, port):
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     torch.set_num_threads(1)
     torch.distributed.init_process_group("gloo", rank=rank, world_size=2)
-    items = tiny_catalogue()
+    items, mesh = tiny_catalogue(), init_device_mesh("cpu", (2,))
     for architecture in ("v1", "v2_moe"):
         plain = tiny_model(items, architecture=architecture).train()
         model = copy.deepcopy(plain)
         for layer in (*model.model.layers, *getattr(model.model.context_processor, "layers", [])):
-            fully_shard(layer)
-        fully_shard(model)
+            fully_shard(layer, mesh=mesh)
+        fully_shard(model, mesh=mesh)
         register_fsdp_forward_method(model, "generate")
         context, targets = tiny_context(items, plain, batch=4), targets_of(items, plain, batch=4)
         own = slice(2 * rank, 2 * rank + 2)

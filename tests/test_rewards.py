@@ -269,7 +269,7 @@ def test_trl_takes_the_functions():
     trainer.reward_funcs, trainer.reward_func_names = functions, names
     trainer.reward_processing_classes, trainer.environments = [None, None], None
     trainer.state = SimpleNamespace(global_step=0)
-    trainer.accelerator, trainer.args = Accelerator(cpu=True), SimpleNamespace(report_to=[])
+    trainer.accelerator, trainer.args = Accelerator(), SimpleNamespace(report_to=[])
     trainer._current_train_step_time = 0.0
     inputs = [{"prompt": "", "target_ids": ITEM[1]}, {"prompt": "", "target_ids": ITEM[1]}]
     rewards = trainer._calculate_rewards(inputs, ["", ""], ["", ""], [ITEM[1], ITEM[3]])

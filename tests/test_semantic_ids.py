@@ -276,7 +276,7 @@ def test_items_far_from_the_origin():
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_cuda_fits_and_encodes(items):
-    quantizer = ResidualKMeans(num_levels=3, codebook_size=16).fit(items.cuda())
+    quantizer = ResidualKMeans(num_levels=3, codebook_size=32).fit(items.cuda())
     assert quantizer.train_codes.is_cuda and quantizer.codebooks.is_cuda
     assert [len(torch.bincount(column).unique()) for column in quantizer.train_codes.T] == [2, 2, 2]
     codes = quantizer.encode(items)

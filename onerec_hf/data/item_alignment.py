@@ -109,7 +109,7 @@ class ItemAlignment(nn.Module):
             caption_weight, caption_batch_size: of that loss; items per step, drawn from all that have a text, with pairs or
                 without. The report gives neither.
             num_epochs, batch_size (pairs: the others of a batch are the negatives), learning_rate: of AdamW, falling as a cosine.
-            device: default: `"cuda"` where there is one, otherwise `"cpu"`; the projection is on the CPU afterwards.
+            device: default: `"cuda"` where there is one, otherwise `"cpu"`; projection and captions are on the CPU afterwards.
 
         Raises:
             ValueError: fewer than two pairs, pairs of items that have no embedding, captions of another number of items.
@@ -151,7 +151,7 @@ class ItemAlignment(nn.Module):
                     schedule.step()
                     total += loss.item() * len(rows)
                 logger.info(f"item alignment, epoch {epoch + 1}: {total / len(pairs):.4f} nats")
-        self.cpu().eval()
+        modules.cpu().eval()
         return self
 
     @torch.no_grad()

@@ -14,6 +14,13 @@ from .layers import ContextKV, DecoderLayer, FeatureEmbedding, age_buckets, chec
 from .modeling_semantic_id import SemanticIdMixin, SemanticIdModel, SemanticIdPreTrainedModel
 
 
+class KeyValueRMSNorm(nn.RMSNorm):
+    """An RMSNorm that keeps the type of what it is given: under autocast, every block would narrow float32 keys again."""
+
+    def forward(self, states: torch.Tensor) -> torch.Tensor:
+        return F.rms_norm(states, self.normalized_shape, self.weight.to(states.dtype), self.eps)
+
+
 class OneRecV2ContextProcessor(nn.Module):
     """
     Section 2.2.2: every context item becomes one vector of width S_kv * L_kv * G_kv * head_dim, whose slices are, after an
@@ -41,11 +48,11 @@ class OneRecV2ContextProcessor(nn.Module):
         self.dropout = nn.Dropout(config.context_dropout)
         norm_width = config.num_context_key_value_heads * config.head_dim
         self.key_norm = nn.ModuleList(
-            [nn.RMSNorm(norm_width, eps=config.rms_norm_eps) for _ in range(config.num_context_layers)]
+            [KeyValueRMSNorm(norm_width, eps=config.rms_norm_eps) for _ in range(config.num_context_layers)]
         )
         self.value_norm = nn.ModuleList(
             [
-                nn.RMSNorm(norm_width, eps=config.rms_norm_eps)
+                KeyValueRMSNorm(norm_width, eps=config.rms_norm_eps)
                 for _ in range(config.num_context_layers if self.split == 2 else 0)
             ]
         )
@@ -65,7 +72,8 @@ class OneRecV2ContextProcessor(nn.Module):
         user = self.embed_user(user_features)
         if self.user_proj is not None:
             static = static + self.user_proj(self.dropout(torch.cat(user, dim=-1))).unsqueeze(1)
-        context = torch.cat([static, items], dim=1)  # (B, 1 + T, width)
+        # autocast: an embedding is float32, a product is not, and so many vectors are better not made wider
+        context = torch.cat([static.to(items.dtype), items], dim=1)  # (B, 1 + T, width)
         slices = context.unflatten(2, (self.config.num_context_layers * self.split, -1)).unbind(2)
         keys = tuple(self._heads(norm(slices[i * self.split])) for i, norm in enumerate(self.key_norm))
         values = keys
@@ -124,7 +132,8 @@ class OneRecV2Model(OneRecV2PreTrainedModel, SemanticIdModel):
             bucket = age_buckets(
                 age.masked_fill(static, 0), self.config.position_bias_buckets, self.config.position_bias_max_distance
             )
-            bias = self.position_bias(bucket).to(dtype).masked_fill(~visible.unsqueeze(3), lowest).permute(0, 3, 1, 2)
+            bias = self.position_bias(bucket).to(dtype).masked_fill(~visible.unsqueeze(3), lowest)
+            bias = bias.permute(0, 3, 1, 2).contiguous()  # fused attention wants adjacent positions
         if bias.shape[1] == heads or bias.shape[1] == 1:  # no grouped heads (or no bias): one mask for all groups
             groups = self.config.num_attention_heads // heads
             if bias.shape[2] == 1:

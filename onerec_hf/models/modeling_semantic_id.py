@@ -201,7 +201,13 @@ class SemanticIdModel(SemanticIdPreTrainedModel):
         if position_ids is None:
             past = past_key_values.get_seq_length() if past_key_values is not None else 0
             position_ids = torch.arange(past, past + length, device=inputs_embeds.device).unsqueeze(0)
-        cross_mask = self.cross_attention_mask(context_kv, rows, length, target_positions, inputs_embeds.dtype)
+        dtype = context_kv.key_states[0].dtype
+        cross_mask = self.cross_attention_mask(context_kv, rows, length, target_positions, dtype)
+        # fused attention wants rows that lie at multiples of 8 elements; else it copies the mask in every block, or is not taken
+        positions = cross_mask.shape[-1]
+        cross_mask = F.pad(cross_mask, (0, 8 - positions % 8))[
+            ..., :positions
+        ]  # never 0: an export would want to know
         hidden_states = inputs_embeds
         if self.embed_positions is not None:
             hidden_states = hidden_states + self.embed_positions(position_ids)
