@@ -11,8 +11,8 @@ Every constrained way must return our scores first, in float32. `floor`: per ste
 the speed of a large one and of the time to read the weights at the speed of a large copy, both measured here.
 
 `train`: forward, backward and a fused AdamW step, in bf16 under autocast (weights float32), of the contestants of
-architectures.py at the size 1B. MFU: counted FLOPs (every matrix product, nothing recomputed) over the time and the speed of a large product measured
-here. Medians of wall-clock times between synchronisations; the ways alternate.
+architectures.py at the size 1B. MFU: counted FLOPs (every matrix product, nothing recomputed) over the time and the speed of a
+large product measured here. Medians of wall-clock times between synchronisations; the ways alternate.
 """
 
 import argparse
