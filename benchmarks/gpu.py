@@ -24,7 +24,6 @@ from statistics import median
 
 import architectures
 import torch
-import yaml
 from generate import ways_of
 from peers import count_flops, dict_trie, zipf_catalogue
 from selection import Given
@@ -32,8 +31,6 @@ from transformers import CompileConfig
 
 from onerec_hf import Catalogue, OneRecV2Config, OneRecV2ForCausalLM
 from onerec_hf.models.beam_search import BeamSearch, beam_search, search
-
-PRESETS = Path(__file__).resolve().parents[1] / "recipes" / "configs" / "models"
 
 
 def synchronize(device: str) -> None:
@@ -82,11 +79,6 @@ def captured(way):
         return result
 
     return replay
-
-
-def settings_of(preset: str) -> dict:
-    settings = yaml.safe_load((PRESETS / f"{preset}.yaml").read_text())
-    return {name: value for name, value in settings.items() if name != "model_type"}
 
 
 def selection_alone(catalogue, batch: int, beams: int, device: str):
@@ -139,7 +131,7 @@ def generation(model, catalogue, trie, batch: int, beams: int, args, speed: dict
 
 
 def generate_part(args, speed) -> list[dict]:
-    settings = settings_of(args.preset) | args.config
+    settings = architectures.settings_of(args.size) | args.config
     sizes = [args.codebook] * 3
     torch.manual_seed(0)
     with torch.device(args.device):
@@ -194,7 +186,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--parts", nargs="+", default=["generate", "train"], choices=["generate", "train"])
     parser.add_argument("--device", default="cuda")
-    parser.add_argument("--preset", default="onerec_v2_1b", help="of `generate`: a file of recipes/configs/models")
+    parser.add_argument("--size", default="1B", help="of the preset: recipes/configs/models/onerec_v2_SIZE.yaml")
     parser.add_argument(
         "--config", type=json.loads, default={}, help="JSON on top of the preset, or of all contestants"
     )
@@ -204,7 +196,6 @@ def main() -> None:
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 16])
     parser.add_argument("--beams", type=int, nargs="+", default=[128, 512])
     parser.add_argument("--compile", type=int, nargs="*", default=[], help="beams that are compiled too (minutes)")
-    parser.add_argument("--size", default="1B", choices=architectures.SIZES, help="of `train`")
     parser.add_argument(
         "--names", nargs="+", default=architectures.NAMES, choices=architectures.NAMES, help="of `train`"
     )

@@ -255,7 +255,8 @@ class OneRecV2Config(SemanticIdConfig):
         num_context_layers (`int`, defaults to 1): L_kv, the number of distinct context key/value sets (section 2.2.2).
         context_key_value_split (`int`, defaults to 1): S_kv; 1 shares keys and values (v = k), 2 keeps separate values.
         position_bias_buckets (`int`, defaults to 32): Buckets of the learned attention bias over the age of a context item
-            (1 = the most recent one); 0 switches it off. Not in the paper, which does not describe positions.
+            (1 = the most recent one); 0 switches it off. Not in the paper, which does not describe positions. On a GPU the
+            mask that it makes has no flash kernel: large models train faster without (docs/results.md).
         position_bias_max_distance (`int`, defaults to 128): Ages beyond it share the last bucket.
         first_dense_layers (`int`, defaults to 2): With experts, the first two blocks stay dense (section 2.2.3).
         num_shared_experts (`int`, defaults to 1): Beside the routed experts, where there are any (4B-A0.5B: 53 + 1, top-3).
