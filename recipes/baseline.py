@@ -57,8 +57,9 @@ class BaselineArguments:
 def load_splits(args: BaselineArguments) -> tuple[datasets.DatasetDict, int, Any]:
     """The splits, the number of items, and the item table (columns by name)."""
     if args.layout == "prepared":
+        splits = logs.load_splits(args.data)
         items = datasets.Dataset.from_parquet(str(Path(args.data) / "items.parquet"))
-        return datasets.load_from_disk(str(Path(args.data) / "splits")), len(items), items
+        return splits, len(items), items
     loaders = {
         "amazon": logs.load_amazon,
         "kuairand": logs.load_kuairand,

@@ -23,6 +23,7 @@ from sft import score
 from transformers import AutoTokenizer, set_seed
 from trl import TrlParser
 
+from onerec_hf.data import load_splits
 from onerec_hf.evaluation import evaluate
 from onerec_hf.trainers import IPAConfig, IPATrainer
 
@@ -45,7 +46,7 @@ class DPOArguments:
 def main(args: DPOArguments, training: IPAConfig) -> dict:
     """Runs the recipe; returns what it writes to `metrics.json`."""
     set_seed(training.seed)
-    splits = datasets.load_from_disk(str(Path(args.data) / "splits"))
+    splits = load_splits(args.data)
     tokenizer = AutoTokenizer.from_pretrained(args.policy)
     recommender = load_policy(args.policy, args.data, args.num_beams)
     model, ranker = recommender.model, recommender.ranker

@@ -28,7 +28,7 @@ from sft import score
 from transformers import AutoTokenizer, set_seed
 from trl import TrlParser
 
-from onerec_hf.data import load_interactions, target_rows
+from onerec_hf.data import load_interactions, load_splits, target_rows
 from onerec_hf.rewards import FormatReward, HitReward
 from onerec_hf.trainers import OneRecGRPOConfig, OneRecGRPOTrainer, feedback_exposures, rejection_sample
 
@@ -126,7 +126,7 @@ def main(args: RLArguments, training: OneRecGRPOConfig, reward_funcs: list | Non
     set_seed(training.seed)
     recommender = load_policy(args.policy, args.data, args.num_beams)
     model, collator, catalogue = recommender.model, recommender.ranker.collator, recommender.model.catalogue
-    splits = datasets.load_from_disk(str(Path(args.data) / "splits"))
+    splits = load_splits(args.data)
     train = splits["train"]
     exposures = load_exposures(args, catalogue, collator) if args.exposures else None
     supervised = None

@@ -22,6 +22,7 @@ from matplotlib.figure import Figure
 from transformers.trainer_utils import get_last_checkpoint
 from trl import TrlParser
 
+from onerec_hf.data import load_splits
 from onerec_hf.evaluation import frequency_strata, paired_bootstrap, recall_by_frequency
 
 METRICS = ("recall@5", "recall@10", "recall@20", "ndcg@10")
@@ -134,7 +135,7 @@ def main(args: LeaderboardArguments) -> dict:
     output, entries = Path(args.output), yaml.safe_load(Path(args.entries).read_text())
     if unknown := set(args.only) - set(entries):
         raise ValueError(f"{args.entries} has no entries {sorted(unknown)}; it has {sorted(entries)}.")
-    splits = datasets.load_from_disk(str(Path(args.data) / "splits"))
+    splits = load_splits(args.data)
     num_items = len(datasets.Dataset.from_parquet(str(Path(args.data) / "items.parquet")))
     train = np.concatenate(splits["train"].with_format("numpy")["history"])
     counts, targets = np.bincount(train, minlength=num_items), splits["test"]["targets"]

@@ -20,6 +20,7 @@ from transformers import AutoConfig
 from trl import TrlParser
 
 import onerec_hf  # noqa: F401  registers the models
+from onerec_hf.data import load_splits
 from onerec_hf.hub import model_card, plot_recall_by_frequency, push_to_hub, repository_files
 
 
@@ -78,7 +79,7 @@ def main(args: PublishArguments) -> str:
     title = args.title or (args.repo or folder.name).split("/")[-1]
     systems = {title: folder, **{Path(name).name: Path(name) for name in args.baselines}}
     reports = {name: json.loads((path / "metrics.json").read_text()) for name, path in systems.items()}
-    splits = datasets.load_from_disk(str(data / "splits"))
+    splits = load_splits(data)
     for name in ("codebook_usage.png", "tokenizer/quantizer_config.json", "tokenizer/quantizer.safetensors"):
         if (data / name).is_file():
             shutil.copy(data / name, folder)

@@ -11,13 +11,13 @@ import json
 from pathlib import Path
 
 import baseline
-import datasets
 import numpy as np
 import prepare
 import publish
 import sft
 from transformers.utils import logging
 
+from onerec_hf.data import load_splits
 from onerec_hf.hub import results_table
 from onerec_hf.recommender import Recommender
 from onerec_hf.simulator import ShortVideoWorld
@@ -42,7 +42,7 @@ def show(folder: Path, data: Path, world: ShortVideoWorld, users: int = 3) -> No
     """Loads the folder as any user would, and prints what a few users watched and would get."""
     recommender = Recommender.from_pretrained(folder)
     titles = dict(zip(world.items.video_id, world.items.title))
-    test = datasets.load_from_disk(str(data / "splits"))["test"]
+    test = load_splits(data)["test"]
     histories = [recommender.model.catalogue.item_ids[row["history"]].tolist() for row in test.select(range(users))]
     for history, found in zip(histories, recommender.recommend(histories, k=5, exclude_seen=True)):
         print("\nlast watched: " + "; ".join(titles[item] for item in history[-5:]))

@@ -23,6 +23,7 @@ from transformers import AutoModel, AutoTokenizer, Trainer, TrainingArguments, s
 from trl import TrlParser
 
 from onerec_hf import OneRecPScoreConfig, OneRecSessionRewardConfig
+from onerec_hf.data import load_splits
 from onerec_hf.evaluation import feedback_report
 from onerec_hf.hub import push_to_hub, reward_card
 
@@ -47,7 +48,7 @@ def main(args: RewardArguments, training: TrainingArguments) -> dict:
     set_seed(training.seed)
     training.remove_unused_columns, training.label_names = False, ["labels"]
     push, training.push_to_hub = training.push_to_hub, False  # once, at the end, with our card
-    splits = datasets.load_from_disk(str(Path(args.data) / "splits"))
+    splits = load_splits(args.data)
     tokenizer = AutoTokenizer.from_pretrained(Path(args.data) / "tokenizer")
     collator = make_collator(args, tokenizer, splits)
     config_class = OneRecSessionRewardConfig if args.session_wise else OneRecPScoreConfig

@@ -9,7 +9,15 @@ import numpy as np
 from model_arguments import mapping
 from transformers import AutoModel, AutoTokenizer
 
-from onerec_hf.data import EventFeature, RewardCollator, category_codes, event_labels, quantile_codes, rate_numbers
+from onerec_hf.data import (
+    EventFeature,
+    RewardCollator,
+    category_codes,
+    event_labels,
+    load_splits,
+    quantile_codes,
+    rate_numbers,
+)
 from onerec_hf.rewards import reward_of_model
 
 ARGUMENTS_NAME = "arguments.json"
@@ -114,7 +122,7 @@ def load_reward(folder: str, data: str | None, policy_data: str) -> tuple:
             f"{policy_data} and {args.data} hold other users: prepare both from one log, with the same k_core."
         )
     tokenizer = AutoTokenizer.from_pretrained(folder)  # with the catalogue it was trained with
-    collator = make_collator(args, tokenizer, datasets.load_from_disk(str(Path(args.data) / "splits")))
+    collator = make_collator(args, tokenizer, load_splits(args.data))
     return AutoModel.from_pretrained(folder).eval(), collator, tokenizer.catalogue
 
 

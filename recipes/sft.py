@@ -26,6 +26,7 @@ from model_arguments import (
 from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
 from trl import TrlParser
 
+from onerec_hf.data import load_splits
 from onerec_hf.evaluation import evaluate
 from onerec_hf.recommender import ItemRanker
 from onerec_hf.trainers import OneRecSFTConfig, OneRecSFTTrainer
@@ -46,7 +47,7 @@ def score(recommender: ItemRanker, split: datasets.Dataset, output: Path, seed: 
 def main(args: ModelArguments, training: OneRecSFTConfig) -> dict:
     """Runs the recipe; returns what it writes to `metrics.json`."""
     set_seed(training.seed)
-    splits = datasets.load_from_disk(str(Path(args.data) / "splits"))
+    splits = load_splits(args.data)
     tokenizer = AutoTokenizer.from_pretrained(Path(args.data) / "tokenizer")
     collator = make_collator(args, tokenizer)
     config = make_config(args, tokenizer, collator)

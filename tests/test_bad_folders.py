@@ -11,7 +11,7 @@ import pytest
 from transformers import AutoModel, AutoTokenizer
 
 from onerec_hf import Catalogue, SemanticIdTokenizer
-from onerec_hf.data import OneRecCollator
+from onerec_hf.data import OneRecCollator, load_splits
 from onerec_hf.trainers import OneRecSFTConfig, OneRecSFTTrainer
 
 from .tiny import ARCHITECTURES, SIZES, tiny_catalogue, tiny_model
@@ -180,3 +180,11 @@ def test_a_trainer_says_at_once_that_it_cannot_write(locked):
     args = OneRecSFTConfig(output_dir=str(locked), report_to="none", max_steps=1)
     with pytest.raises(PermissionError, match=f"output_dir='{locked}' cannot be written.*Nothing was trained"):
         OneRecSFTTrainer(tiny_model(tiny_catalogue()), args, data_collator=collator, train_dataset=rows)
+
+
+def test_a_folder_without_splits(tmp_path):
+    """What every recipe says where `prepare.py` did not run, or failed."""
+    with pytest.raises(
+        FileNotFoundError, match=r"mydata is no data folder: .*splits is not there. Make it with .*--output"
+    ):
+        load_splits(tmp_path / "mydata")

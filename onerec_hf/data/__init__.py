@@ -23,7 +23,7 @@ from .reward_collator import RewardCollator
 from .saved import load_collator, save_collator
 from .session_splits import session_splits, training_events
 from .sessions import SessionConfig, session_criteria, session_index
-from .splits import global_time_split, k_core, leave_last_out, target_rows
+from .splits import global_time_split, k_core, leave_last_out, load_splits, target_rows
 
 __all__ = [
     "CaptionDecoder",
@@ -55,6 +55,7 @@ __all__ = [
     "load_interactions",
     "load_kuairand",
     "load_kuairand_like_hate",
+    "load_splits",
     "past_rates",
     "period_of",
     "quantile_codes",

@@ -3,6 +3,8 @@
 A split has one row per user with flat lists, so that a collator slices and reshapes without nested Python objects.
 """
 
+from pathlib import Path
+
 import datasets
 import numpy as np
 import pyarrow as pa
@@ -11,6 +13,21 @@ from transformers.utils import logging
 from .interactions import Interactions
 
 logger = logging.get_logger(__name__)
+
+
+def load_splits(folder: str | Path) -> datasets.DatasetDict:
+    """The splits of a data folder.
+
+    Raises:
+        FileNotFoundError: the folder has none.
+    """
+    path = Path(folder) / "splits"
+    if not path.is_dir():
+        raise FileNotFoundError(
+            f"{folder} is no data folder: {path} is not there. Make it with `recipes/prepare.py --source LOG --output {folder}`, "
+            "or name the one that you made."
+        )
+    return datasets.load_from_disk(str(path))
 
 
 def k_core(interactions: Interactions, k: int) -> Interactions:
