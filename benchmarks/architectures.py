@@ -163,14 +163,20 @@ def blocks_of(model) -> int:
     return sum(parameter.numel() for part in parts for parameter in part.parameters())
 
 
-def counted(name: str, size: str, context: int, **changes) -> dict:
-    """FLOPs per target; elements that a batch of 512 targets saves for the backward pass, attention fused."""
-    if name == "lazy decoder-only":
-        changes = {"position_bias_buckets": 0} | changes
+def count_flops(name: str, size: str, context: int, **changes) -> tuple[nn.Module, FlopCounterMode]:
+    """One contestant without data, and the FLOPs of one request."""
     with torch.device("meta"):
         model, loss_of = build(name, size, context, "eager", **changes)
         with FlopCounterMode(display=False) as counter:
             loss_of(**batch(1, context, "meta")).backward()
+    return model, counter
+
+
+def counted(name: str, size: str, context: int, **changes) -> dict:
+    """FLOPs per target; elements that a batch of 512 targets saves for the backward pass, attention fused."""
+    if name == "lazy decoder-only":
+        changes = {"position_bias_buckets": 0} | changes
+    model, counter = count_flops(name, size, context, **changes)
     saved = {}
 
     def remember(tensor):

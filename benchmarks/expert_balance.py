@@ -13,12 +13,11 @@ import time
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-import datasets
 import torch
 from transformers import AutoTokenizer, set_seed
 
 from onerec_hf import OneRecV2Config, OneRecV2ForCausalLM
-from onerec_hf.data import OneRecCollator
+from onerec_hf.data import OneRecCollator, load_splits
 from onerec_hf.trainers import OneRecSFTConfig, OneRecSFTTrainer
 
 WINDOW = 50
@@ -28,7 +27,7 @@ def train(data: Path, rate: float, steps: int, batch_size: int, seed: int) -> di
     """One run; the loads come from the trainer's log."""
     set_seed(seed)
     tokenizer = AutoTokenizer.from_pretrained(data / "tokenizer")
-    splits = datasets.load_from_disk(str(data / "splits"))
+    splits = load_splits(data)
     config = OneRecV2Config(
         codebook_sizes=tokenizer.codebook_sizes,
         hidden_size=64,

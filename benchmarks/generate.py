@@ -70,7 +70,7 @@ def make_model(name: str, sizes: list[int], overrides: dict):
 def ways_of(model, catalogue, trie, batch: int, context: int, beams: int, compiled: bool = False) -> dict:
     """Name -> callable that returns (sequences, log-probabilities / L)."""
     offsets = OneRecV2Config(codebook_sizes=catalogue.codebook_sizes).level_offsets
-    device = next(model.parameters()).device
+    device = model.device
     items = torch.randint(catalogue.num_items, (batch, context), generator=torch.Generator().manual_seed(0)).to(device)
     settings = {"num_beams": beams, "num_return_sequences": beams, "max_new_tokens": catalogue.num_levels}
     config = GenerationConfig(

@@ -12,7 +12,8 @@ the speed of a large one and of the time to read the weights at the speed of a l
 
 `train`: forward, backward and a fused AdamW step, in bf16 under autocast (weights float32), of the contestants of
 architectures.py at the size 1B. MFU: counted FLOPs (every matrix product, nothing recomputed) over the time and the speed of a
-large product measured here. Medians of wall-clock times between synchronisations; the ways alternate.
+large product measured here. Medians of wall-clock times between synchronisations; the ways of `generate` alternate, the contestants
+of `train` run one after the other.
 """
 
 import argparse
@@ -150,7 +151,8 @@ def generate_part(args, speed) -> list[dict]:
 
 
 def trained(name: str, context: int, requests: int, args, speed: dict) -> dict:
-    flops = architectures.counted(name, args.size, context, **args.config)["gflops_per_target"] * 1e9
+    _, counter = architectures.count_flops(name, args.size, context, **args.config)
+    flops = counter.get_total_flops() / architectures.TARGETS
     data = architectures.batch(requests, context, args.device)
     if args.device != "cpu":
         torch.cuda.empty_cache()

@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from safetensors.numpy import load_file
 
-from onerec_hf.data import CaptionDecoder, ItemAlignment, behaviour_pairs, item_texts
+from onerec_hf.data import CaptionDecoder, ItemAlignment, behaviour_pairs, item_texts, load_splits
 from onerec_hf.semantic_ids import ResidualKMeans, quality_report
 
 
@@ -66,7 +66,7 @@ def main(args: argparse.Namespace) -> dict:
     folder = Path(args.data)
     content = load_file(folder / "item_embeddings.safetensors")["item_embeddings"]
     content = content[:, slice(*args.columns)] if args.columns else content
-    splits = datasets.load_from_disk(str(folder / "splits")).with_format("numpy")
+    splits = load_splits(folder).with_format("numpy")
     train, start = list(splits["train"]["history"]), time.process_time()
     pairs = behaviour_pairs(train, len(content), seed=args.seed)
     report = {"swing_pairs": len(pairs[0]), "co_click_pairs": len(pairs[1])}

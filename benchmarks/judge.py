@@ -21,6 +21,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "recipes"))
 
 from reward_arguments import load_reward
 
+from onerec_hf.data import load_splits
 from onerec_hf.rewards import CandidateCollator
 
 TOP = 10
@@ -43,7 +44,7 @@ def main(
 ) -> dict:
     """Prints the table; returns what it writes."""
     model, collator, catalogue = load_reward(judge, judge_data, data)
-    rows = datasets.load_from_disk(str(Path(data) / "splits"))["test"]
+    rows = load_splits(data)["test"]
     rows = rows.select(range(min(users or len(rows), len(rows))))
     collate = CandidateCollator(collator, catalogue)
     targets, report = model.config.targets, {}

@@ -39,7 +39,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoTokenizer, LlamaConfig, LlamaModel
 
 from onerec_hf import Catalogue, OneRecConfig, OneRecForCausalLM, OneRecV2Config, OneRecV2ForCausalLM
-from onerec_hf.data import OneRecCollator
+from onerec_hf.data import OneRecCollator, load_splits
 from onerec_hf.models.layers import LevelHead
 from onerec_hf.models.modeling_semantic_id import SemanticIdMixin
 
@@ -258,7 +258,7 @@ def train(variant: str, task: Task, rate: float, seed: int) -> dict:
 def load(folder: str, **plan: int) -> Task:
     tokenizer = AutoTokenizer.from_pretrained(Path(folder) / "tokenizer")
     collator = OneRecCollator(tokenizer.encode_semantic_ids(tokenizer.catalogue.semantic_ids), CONTEXT)
-    splits = datasets.load_from_disk(str(Path(folder) / "splits"))
+    splits = load_splits(folder)
     return Task(tokenizer.catalogue, {name: Rows(rows, collator) for name, rows in splits.items()}, plan)
 
 

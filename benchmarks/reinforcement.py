@@ -31,7 +31,7 @@ import prepare
 import quickstart
 import sft
 
-from onerec_hf.data import load_interactions
+from onerec_hf.data import load_interactions, load_splits
 from onerec_hf.evaluation import evaluate
 from onerec_hf.recommender import Recommender
 from onerec_hf.rewards import FormatReward, completion_leaves, is_legal, reward_of_model
@@ -114,7 +114,7 @@ def sampled_legality(policy: Path, data: Path, seed: int, samples: int = 64) -> 
     """Share of unconstrained samples that are items, over 200 test users."""
     ranker = Recommender.from_pretrained(policy).ranker
     torch.manual_seed(seed)
-    rows = datasets.load_from_disk(str(data / "splits"))["test"].select(range(200))
+    rows = load_splits(data)["test"].select(range(200))
     context = ranker.collator.context(list(rows))
     tokens = ranker.model.generate(**context, constrained=False, do_sample=True, top_k=0, num_return_sequences=samples)
     return is_legal(tokens[:, 1:].tolist(), ranker.model.catalogue).float().mean().item()
@@ -196,7 +196,7 @@ def learned_reward(output: Path, data: Path, policy, group: int, seed: int):
     log = load_interactions(log, columns=COLUMNS, feedback=ipa.FEEDBACK, **known)
     assert log.user_ids.tolist() == users and log.item_ids.tolist() == policy.catalogue.item_ids.tolist()
     held_out = np.full(len(users), np.inf)
-    for row in datasets.load_from_disk(str(data / "splits"))["test"]:
+    for row in load_splits(data)["test"]:
         held_out[row["user"]] = row["timestamp"][-1]  # the validation event
     tokens = policy.catalogue.semantic_ids.numpy() + np.array(policy.config.level_offsets)
     setting = SimpleNamespace(seed=seed, log=log, item_token_ids=tokens, validation_time=held_out)
@@ -263,7 +263,7 @@ def rollouts(output: Path, seed: int, steps: int = 100, users: int = 8) -> dict:
     """The Technical Report's three RL tables in small: group size, how candidates are found, whose they are; joint with SFT."""
     world, data, policy = supervised(output, seed)
     reward = true_reward(world, data, Recommender.from_pretrained(policy).model.catalogue)
-    test = datasets.load_from_disk(str(data / "splits"))["test"].select(range(TEST_USERS))
+    test = load_splits(data)["test"].select(range(TEST_USERS))
 
     def served(folder: Path) -> dict[str, float]:
         """P(long view) of what test users get at the time of their last event, and whether the held-out view is in it."""

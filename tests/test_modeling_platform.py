@@ -74,13 +74,13 @@ def test_attention_to_the_context_can_be_fused(catalogue, architecture, autocast
         del seen[:]
         model(target_ids=targets, context_kv=kv)
     model.generate(**context, num_beams=4)
-    masks = [(key, mask) for key, _, mask in seen if mask is not None and mask.dtype != torch.bool]
+    masks = [states for states in seen if states[2] is not None and states[2].dtype != torch.bool]
     assert len(masks) >= 4 * model.config.num_hidden_layers
-    for key, mask in masks:
+    for key, value, mask in masks:
         assert mask.stride(-1) == 1 and all(stride % 8 == 0 for stride in mask.stride()[:-1])
-        assert mask.dtype == key.dtype and key.stride(-1) == 1
+        assert mask.dtype == key.dtype == value.dtype and key.stride(-1) == value.stride(-1) == 1
     # made once, in the type that the blocks compute in
-    assert all(key.dtype == (torch.bfloat16 if autocast else torch.float32) for key in kv.key_states)
+    assert all(s.dtype == (torch.bfloat16 if autocast else torch.float32) for s in kv.key_states + kv.value_states)
 
 
 # ---- inputs and outputs ------------------------------------------------------------------------------------------------

@@ -138,7 +138,7 @@ class ItemAlignment(nn.Module):
         with torch.random.fork_rng():
             torch.manual_seed(self.settings["seed"])
             for epoch in logging.tqdm(range(num_epochs), desc="item alignment", unit="epoch", disable=not progress):
-                total = 0.0
+                total = torch.zeros((), device=device)
                 for rows in torch.randperm(len(pairs), generator=generator).split(batch_size):
                     first, second = (self(items[links[rows, side]]) for side in (0, 1))
                     loss = item_contrastive_loss(first, second, self.settings["temperature"])
@@ -149,7 +149,7 @@ class ItemAlignment(nn.Module):
                     loss.backward()
                     optimizer.step()
                     schedule.step()
-                    total += loss.item() * len(rows)
+                    total += loss.detach() * len(rows)
                 logger.info(f"item alignment, epoch {epoch + 1}: {total / len(pairs):.4f} nats")
         modules.cpu().eval()
         return self

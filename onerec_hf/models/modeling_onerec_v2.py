@@ -132,8 +132,7 @@ class OneRecV2Model(OneRecV2PreTrainedModel, SemanticIdModel):
             bucket = age_buckets(
                 age.masked_fill(static, 0), self.config.position_bias_buckets, self.config.position_bias_max_distance
             )
-            bias = self.position_bias(bucket).to(dtype).masked_fill(~visible.unsqueeze(3), lowest)
-            bias = bias.permute(0, 3, 1, 2).contiguous()  # fused attention wants adjacent positions
+            bias = self.position_bias(bucket).to(dtype).masked_fill(~visible.unsqueeze(3), lowest).permute(0, 3, 1, 2)
         if bias.shape[1] == heads or bias.shape[1] == 1:  # no grouped heads (or no bias): one mask for all groups
             groups = self.config.num_attention_heads // heads
             if bias.shape[2] == 1:

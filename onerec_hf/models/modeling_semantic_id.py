@@ -203,11 +203,10 @@ class SemanticIdModel(SemanticIdPreTrainedModel):
             position_ids = torch.arange(past, past + length, device=inputs_embeds.device).unsqueeze(0)
         dtype = context_kv.key_states[0].dtype
         cross_mask = self.cross_attention_mask(context_kv, rows, length, target_positions, dtype)
-        # fused attention wants rows that lie at multiples of 8 elements; else it copies the mask in every block, or is not taken
+        # CUDA's fused attention is taken where positions are adjacent, and copies no mask where its rows start at multiples of 8;
+        # never without padding, so that an export need not know whether there is any
         positions = cross_mask.shape[-1]
-        cross_mask = F.pad(cross_mask, (0, 8 - positions % 8))[
-            ..., :positions
-        ]  # never 0: an export would want to know
+        cross_mask = F.pad(cross_mask.contiguous(), (0, 8 - positions % 8))[..., :positions]
         hidden_states = inputs_embeds
         if self.embed_positions is not None:
             hidden_states = hidden_states + self.embed_positions(position_ids)
