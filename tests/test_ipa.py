@@ -442,7 +442,7 @@ def one_of_two_processes(rank, folder, port):
     os._exit(0)  # gloo's threads can wait for each other forever when the groups are taken down
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="CUDA cannot be forked: hide the GPU (CUDA_VISIBLE_DEVICES=)")
+def test_two_processes_equal_one(tmp_path):
     for name in ("one", "two"):
         (tmp_path / name).mkdir()
     with socket.socket() as free:
