@@ -158,7 +158,7 @@ def main(args: PrepareArguments) -> dict:
     ):
         columns = {f"{name}_id": ids, **{column: list(values) for column, values in table.items()}}
         datasets.Dataset.from_dict(columns).to_parquet(output / f"{name}s.parquet")
-    (output / "semantic_ids.json").write_text(json.dumps(report, indent=2))
+    (output / "semantic_ids.json").write_text(json.dumps(report, indent=2), encoding="utf-8")
     plot_codebook_usage(codes[:, : args.num_levels], args.codebook_size, output / "codebook_usage.png")
     counts = ", ".join(f"{len(rows)} {name} rows" for name, rows in splits.items())
     print(f"{catalogue}, {len(interactions)} events of {interactions.num_users} users, {counts} -> {output}")
