@@ -351,6 +351,7 @@ class SemanticIdMixin(CatalogueGenerationMixin):
         context_kv: ContextKV | None = None,
         target_ids: torch.Tensor | None = None,
         target_positions: torch.Tensor | None = None,
+        num_items_in_batch: torch.Tensor | int | None = None,
         **kwargs,
     ) -> SemanticIdCausalLMOutput:
         r"""
@@ -361,6 +362,8 @@ class SemanticIdMixin(CatalogueGenerationMixin):
             target_ids (`torch.LongTensor` of shape (B, n, L), *optional*): Instead of `input_ids` and `labels`: n targets of each
                 user that share one context (of a session-wise model, the n items of one session), pad tokens where there are fewer.
             target_positions (`torch.LongTensor` of shape (B, n), *optional*): OneRec-V2 only: history items each target may see.
+            num_items_in_batch (`torch.Tensor` or `int`, *optional*): What the summed loss is divided by, in place of this batch's
+                own number ([`loss_items`]): that of all batches of an optimizer step, as `Trainer` gives it.
             context_ids, context_mask, context_features, user_features, context_kv: See the base model's `forward`.
 
         Returns:
@@ -379,7 +382,8 @@ class SemanticIdMixin(CatalogueGenerationMixin):
             outputs = self.model(rows[:, :-1], target_positions=positions, use_cache=False, **context, **kwargs)
             log_probs = self.row_log_probs(outputs.last_hidden_state, rows).view(target_ids.shape)
             real = target_ids != self.config.pad_token_id
-            return SemanticIdCausalLMOutput(loss=self._loss(log_probs, real), target_log_probs=log_probs)
+            loss = self._loss(log_probs, real, num_items_in_batch)
+            return SemanticIdCausalLMOutput(loss=loss, target_log_probs=log_probs)
         outputs = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -401,7 +405,7 @@ class SemanticIdMixin(CatalogueGenerationMixin):
         if labels is not None:
             log_probs = self.row_log_probs(hidden, labels)
             size = self.config.num_levels + 1
-            loss = self._loss(log_probs, labels.unflatten(1, (-1, size))[..., 1:] != -100)
+            loss = self._loss(log_probs, labels.unflatten(1, (-1, size))[..., 1:] != -100, num_items_in_batch)
         return SemanticIdCausalLMOutput(
             loss=loss,
             logits=logits,
@@ -412,13 +416,30 @@ class SemanticIdMixin(CatalogueGenerationMixin):
             cross_attentions=outputs.cross_attentions,
         )
 
-    def _loss(self, log_probs, real):
-        """`log_probs` and `real` (rows, items, L): the mean over codes, or the sum over a row's codes averaged over rows."""
+    @property
+    def accepts_loss_kwargs(self) -> bool:
+        """Whether `transformers.Trainer`, which counts the codes in `labels`, may give its count to the loss: a mean over codes."""
+        return self.config.loss_reduction == "mean"
+
+    def loss_items(self, real: torch.Tensor) -> torch.Tensor:
+        """
+        What the loss is a mean over: the codes (OneRec-V2), the items, or the sessions of a batch.
+
+        Args:
+            real (`torch.BoolTensor` of shape (B, n, L)): The codes that are no padding.
+
+        Returns:
+            `torch.LongTensor`, a scalar.
+        """
         if self.config.loss_reduction == "mean":
-            count = real.sum()
-        else:
-            count = (real.flatten(1) if self.config.session_wise else real.flatten(0, 1)).any(1).sum()
-        return -torch.where(real, log_probs, 0.0).sum() / count.clamp(min=1)
+            return real.sum()
+        return (real.flatten(1) if self.config.session_wise else real.flatten(0, 1)).any(1).sum()
+
+    def _loss(self, log_probs, real, num_items):
+        """`log_probs` and `real` (rows, items, L): the mean over codes, or the sum over a row's codes averaged over rows."""
+        if num_items is None:
+            num_items = self.loss_items(real).clamp(min=1)
+        return -torch.where(real, log_probs, 0.0).sum() / num_items
 
     def resize_token_embeddings(self, *args, **kwargs) -> None:
         """Refused: the vocabulary is the semantic IDs."""
