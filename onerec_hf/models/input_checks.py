@@ -124,12 +124,16 @@ def check_targets(config: Any, target_ids: Tensor, target_positions: Tensor | No
 
 
 def checked_labels(labels: Tensor | None, shift_labels: Tensor | None, rows: Tensor | None) -> Tensor | None:
-    """`labels` (R, C), made of `shift_labels` where these are given; `rows` (R, C, ...) is what they label."""
+    """`labels` (R, C), made of `shift_labels` where these are given; `rows` (R, C, ...) is read, without the last code at will."""
     if labels is not None and shift_labels is not None:
         raise ValueError("labels and shift_labels are given: give one, shift_labels are labels one place earlier.")
     if shift_labels is not None:
         labels = F.pad(shift_labels[:, :-1], (1, 0), value=-100)  # nothing stands in front of the first token
-    if labels is not None and rows is not None and labels.shape != rows.shape[:2]:
+    if labels is None or rows is None:
+        return labels
+    if (
+        len(labels) != len(rows) or not 0 <= labels.shape[1] - rows.shape[1] <= 1
+    ):  # nothing is read behind the last code
         raise ValueError(
             f"labels has shape {tuple(labels.shape)}, the rows {tuple(rows.shape[:2])}: give one label per token."
         )
@@ -157,7 +161,7 @@ def check_finite(scores: Tensor, what: str) -> None:
     if scores.device.type != "meta" and bool(scores.isnan().any()):
         raise ValueError(
             f"{what}: scores are NaN, so no item can be ranked: the weights or the inputs are not finite (NaN or inf). The "
-            "parameters: `[name for name, p in model.named_parameters() if not p.isfinite().all()]`. Load an earlier checkpoint, or "
+            "parameters: `[n for n, p in model.named_parameters() if not p.isfinite().all()]`. Load an earlier checkpoint, or "
             "use bfloat16 or float32 where float16 overflows."
         )
 

@@ -399,7 +399,10 @@ class SemanticIdMixin(CatalogueGenerationMixin):
         loss = log_probs = None
         if labels is not None:
             # a prefix is read where no loss is wanted, too: `score_normalization="valid"` follows it down the catalogue
-            tokens = labels if input_ids is None else torch.where(labels == -100, input_ids, labels)
+            tokens = labels
+            if input_ids is not None:
+                rows = F.pad(input_ids, (0, labels.shape[1] - input_ids.shape[1]))
+                tokens = torch.where(labels == -100, rows, labels)
             log_probs = self.row_log_probs(hidden, tokens)
             size = self.config.num_levels + 1
             loss = self._loss(log_probs, labels.unflatten(1, (-1, size))[..., 1:] != -100)
