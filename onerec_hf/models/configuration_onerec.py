@@ -57,7 +57,8 @@ class SemanticIdConfig(PreTrainedConfig):
     """
 
     keys_to_ignore_at_inference = ["past_key_values", "context_kv"]
-    base_model_tp_plan, base_model_ep_plan = DECODER_TP_PLAN, DECODER_EP_PLAN
+    base_model_tp_plan = DECODER_TP_PLAN
+    base_model_ep_plan = DECODER_EP_PLAN  # type: ignore[assignment]  # as transformers' own models
     session_wise: ClassVar[bool] = False  # True where one row of `input_ids` holds several items, BOS before each
 
     codebook_sizes: list[int] | None = None

@@ -14,6 +14,7 @@ from transformers.generation import (
     GenerateBeamDecoderOnlyOutput,
     GenerationConfig,
     GenerationMixin,
+    LogitsProcessor,
     LogitsProcessorList,
 )
 from transformers.modeling_utils import PreTrainedModel
@@ -153,7 +154,7 @@ class CatalogueGenerationMixin(_Model):
         *,
         constrained: bool = True,
         catalogue: Catalogue | None = None,
-        allowed_items: torch.Tensor | None = None,
+        allowed_items: torch.Tensor | list[torch.Tensor] | None = None,
         num_items: int | None = None,
         replacement: bool = True,
         generator: torch.Generator | None = None,
@@ -297,7 +298,7 @@ class CatalogueGenerationMixin(_Model):
             leaks = {name: value for name, value in leaks.items() if getattr(source, name) not in (None, value)}
             kwargs = leaks | kwargs
         finite = NotFinite()
-        processors = [finite]
+        processors: list[LogitsProcessor] = [finite]
         if catalogue is not None:
             offsets = self.config.level_offsets
             processors.append(CatalogueLogitsProcessor(catalogue, offsets, 1, allowed_items, self.config.eos_token_id))

@@ -365,7 +365,11 @@ class SemanticIdMixin(CatalogueGenerationMixin):
         context = {"context_ids": context_ids, "context_mask": context_mask, "context_features": context_features}
         context |= {"user_features": user_features, "context_kv": context_kv}
         if target_ids is not None:
-            others = {"input_ids": input_ids, "attention_mask": attention_mask, "position_ids": position_ids}
+            others: dict[str, Any] = {
+                "input_ids": input_ids,
+                "attention_mask": attention_mask,
+                "position_ids": position_ids,
+            }
             others |= {"past_key_values": past_key_values, "inputs_embeds": inputs_embeds, "labels": labels}
             others |= {"shift_labels": shift_labels, "use_cache": use_cache or None}
             check_targets(self.config, target_ids, target_positions, others)
