@@ -30,6 +30,7 @@ from torch.export import Dim
 from transformers import AutoModel, AutoModelForCausalLM
 from transformers.distributed import DistributedConfig
 
+import onerec_hf.trainers  # noqa: F401  # registers the default target modules of LoRA
 from onerec_hf import ContextKV
 
 from .test_modeling_common import every_architecture, prepared, rows_of, targets_of
@@ -435,3 +436,14 @@ def test_lora_with_checkpointing(catalogue, architecture):
     adapted = peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False))
     adapted.train()(target_ids=targets, **context).loss.backward()
     assert all(p.grad.abs().sum() > 0 for p in adapted.parameters() if p.requires_grad)
+
+
+@every_architecture
+def test_lora_without_target_modules(catalogue, architecture):
+    """`import onerec_hf.trainers` says what a `LoraConfig` without `target_modules` adapts: queries, keys, values, outputs."""
+    model, context, targets = prepared(catalogue, architecture)
+    adapted = peft.get_peft_model(model, peft.LoraConfig(r=2, init_lora_weights=False))
+    adapted.train()(target_ids=targets, **context).loss.backward()
+    trained = {name: parameter for name, parameter in adapted.named_parameters() if parameter.requires_grad}
+    assert {"q_proj", "k_proj", "v_proj", "o_proj"} <= {name.split(".lora_")[0].rsplit(".", 1)[-1] for name in trained}
+    assert all(parameter.grad.abs().sum() > 0 for parameter in trained.values())
