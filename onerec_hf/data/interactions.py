@@ -149,8 +149,8 @@ def load_interactions(
         feedback: event features to carry, by our name: numbers, booleans or strings, in the type of the source.
         items: table of item features (same kinds as `source`). Its rows, in their order, **become** the item
             indices, items without events included. Without it, the item indices are the ids of the log, sorted.
-        items_columns: as `columns`, for `items`; columns that are not named keep their name. Default: the `item_id`
-            of `columns`.
+        items_columns: as `columns`, for `items`; columns that are not named keep their name, unless another one is mapped
+            to it: then they are left out with a warning. Default: the `item_id` of `columns`.
         users, users_columns: the same for users. Users without events are left out: user indices are always the ids
             of the log, sorted.
         split: split of a Hub data set.
@@ -218,7 +218,13 @@ def _numpy_ids(ids: pa.Array) -> np.ndarray:
 
 def _feature_table(source: Any, table_name: str, id_name: str, renamed: Mapping[str, str], split: str) -> dict:
     table = read_table(source, split)
-    names = dict(renamed) | {name: name for name in table.column_names if name not in renamed.values()}
+    rest = [name for name in table.column_names if name not in renamed.values()]
+    if hidden := [name for name in rest if name in renamed]:
+        logger.warning(
+            f"{table_name}: left out its own columns {hidden}, because other columns are mapped to these names: "
+            f"{dict(renamed)}; to keep one, map a new name to it in {table_name}_columns"
+        )
+    names = dict(renamed) | {name: name for name in rest if name not in renamed}
     columns = dict(zip(names, select_columns(table, names, f"{table_name}_columns").columns))
     if nulls := columns[id_name].null_count:
         raise ValueError(f"{table_name}: {nulls} of {table.num_rows} values of {id_name} are null; remove these rows")
