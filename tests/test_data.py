@@ -11,6 +11,8 @@ import pytest
 
 from onerec_hf.data import (
     Interactions,
+    SessionConfig,
+    compress_lifelong,
     global_time_split,
     k_core,
     leave_last_out,
@@ -18,7 +20,9 @@ from onerec_hf.data import (
     load_interactions,
     load_kuairand,
     load_kuairand_like_hate,
+    session_splits,
     target_rows,
+    training_events,
 )
 
 from .conftest import shared_data
@@ -110,6 +114,25 @@ def test_items_table_defines_the_item_indices_and_users_follow_the_log():
     assert x.items == {"title": ["C", "New", "A", None], "tags": [[1], [], [2, 3], [4]]}
     assert x.user_ids.tolist() == [3, 5, 7]
     np.testing.assert_array_equal(x.users["age"], [30, np.nan, 70])
+
+
+def test_a_mapped_column_wins_over_one_that_bears_our_name(caplog):
+    log = {
+        "uid": [10, 10, 20],
+        "vid": [1, 2, 3],
+        "ts": [1, 2, 3],
+        "item_id": [7, 7, 7],
+        "like": [1, 0, 1],
+        "is_like": [0, 0, 0],
+    }
+    items = {"vid": [1, 2, 3], "item_id": [3, 2, 1], "title": ["one", "two", "three"]}
+    users = {"uid": [10, 20], "user_id": [20, 10], "age": [33, 44]}
+    x = load(log, items=items, users=users)
+    assert x.item_ids.tolist() == [1, 2, 3] and x.items == {"title": ["one", "two", "three"]}
+    assert x.users["age"].tolist() == [33, 44] and x.feedback["is_like"].tolist() == [1, 0, 1]
+    assert "items: left out its own columns ['item_id']" in warnings_of(caplog)
+    x = load(log, items=items, items_columns={"item_id": "vid", "other": "item_id"})
+    assert x.items["other"].tolist() == [3, 2, 1]
 
 
 def test_feedback_keeps_its_type_and_may_be_text_or_boolean():
@@ -308,6 +331,52 @@ def rows_per_user(x, split):
         events = list(zip(row["timestamp"], items, row["play"]))
         result[int(x.user_ids[row["user"]])] = (events, x.item_ids[row.get("targets", [])].tolist())
     return result
+
+
+def test_users_without_events_have_no_row(caplog):
+    """Those that `where` leaves nothing of: the event after their place belongs to the next user, or to nobody."""
+    log = {"user_id": [1, 1, 1, 2, 3, 3, 4], "item_id": [10, 11, 12, 20, 30, 31, 40], "timestamp": range(7)}
+    x = load_interactions(log)
+    splits = leave_last_out(x.where(np.array([1, 1, 1, 0, 1, 1, 0], dtype=bool)))
+    assert splits["train"]["user"][:] == [0, 2] and splits["train"]["history"][:] == [[0], [4]]
+    assert splits["test"]["user"][:] == [0, 2] and splits["test"]["history"][:] == [[0, 1], [4]]
+    assert "the 2 without events no row at all" in warnings_of(caplog)
+    with pytest.raises(ValueError, match="no events to split"):
+        leave_last_out(x.where(np.zeros(7, dtype=bool)))
+
+
+def rows_of_all_splits(x):
+    """Every function that makes rows of events, by name."""
+    splits = leave_last_out(x)
+    rows = {f"leave_last_out {name}": split for name, split in splits.items()}
+    rows["target_rows"] = target_rows(splits["train"], 3)
+    rows |= {f"global_time_split {name}": split for name, split in global_time_split(x, 100, 150).items()}
+    everything = {"watched": None, "min_watched": 0, "min_watch_time_ms": 0, "min_interactions": 0, "interactions": {}}
+    for way in ({"max_gap": 5}, {"request": "request"}):
+        config = SessionConfig(**everything, **way)
+        sessions = session_splits(x, config)
+        rows |= {f"session_splits {name}": split for name, split in sessions.items()}
+        rows["training_events"] = training_events(x, config, sessions)
+        rows["compress_lifelong"] = compress_lifelong(sessions["test"], np.eye(x.num_items), averaged=["timestamp"])
+    return rows
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_no_row_holds_an_event_of_another_user(seed):
+    """Each user has his own items, so an item says whose event it is."""
+    rng = np.random.default_rng(seed)
+    log = random_log(seed, users=25)
+    log["item_id"] += 1000 * log["user_id"]
+    log["request"] = log["timestamp"] // 20
+    x = load_interactions(log, feedback=["request"])
+    gone = rng.random(25) < 0.3
+    gone[[0, 24]] = True
+    x = x.where((rng.random(len(x)) < 0.6) & ~gone[x.user_index])
+    for name, rows in rows_of_all_splits(x).items():
+        assert len(rows), name
+        for row in rows:
+            items = [*row["history"], *row.get("targets", []), *row.get("lifelong", [])]
+            assert set(x.item_ids[items] // 1000) <= {x.user_ids[row["user"]]}, name
 
 
 def test_leave_last_out_against_brute_force():

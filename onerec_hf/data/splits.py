@@ -75,7 +75,8 @@ def leave_last_out(interactions: Interactions) -> datasets.DatasetDict:
     """The last event of each user is the test target, the one before it the validation target, the rest is training.
 
     A user with two events has no validation row (the first event is training, the second the test target); a user
-    with one event has a training row only. Both are counted in a warning.
+    with one event has a training row only; a user whose events [`Interactions.where`] all left out has no row. All are
+    counted in a warning.
 
     Returns:
         `datasets.DatasetDict` with `train`, `validation`, `test`, one row per user, sorted by user:
@@ -85,19 +86,25 @@ def leave_last_out(interactions: Interactions) -> datasets.DatasetDict:
           test: what precedes the test target, the validation target included.
         - `timestamp` and one column per `feedback`: parallel to `history`.
         - `targets` (`List(int32)`, validation and test only): the one target item.
+
+    Raises:
+        ValueError: no events.
     """
+    if not len(interactions):
+        raise ValueError(f"{interactions!r} has no events to split; if where() chose them, choose more")
     first, end = interactions.user_offsets[:-1], interactions.user_offsets[1:]
     count = end - first
-    if short := (count < 3).sum():
+    one, two, three = count >= 1, count >= 2, count >= 3
+    if not three.all():
         logger.warning(
-            f"{short} of {len(count)} users have fewer than 3 events: they have no validation row, and the "
-            f"{(count < 2).sum()} with one event no test row; k_core(interactions, 3) removes them"
+            f"{(~three).sum()} of {len(count)} users have fewer than 3 events: they have no validation row, the "
+            f"{(one & ~two).sum()} with one event no test row, the {(~one).sum()} without events no row at all; "
+            "k_core(interactions, 3) removes them"
         )
     users = np.arange(len(count))
-    train_end = np.where(count >= 3, end - 2, np.maximum(end - 1, first + 1))
-    two, three = count >= 2, count >= 3
+    train_end = np.where(three, end - 2, np.maximum(end - 1, first + 1))
     return datasets.DatasetDict(
-        train=user_rows(interactions, users, first, train_end),
+        train=user_rows(interactions, users[one], first[one], train_end[one]),
         validation=user_rows(interactions, users[three], first[three], end[three] - 2, end[three] - 1),
         test=user_rows(interactions, users[two], first[two], end[two] - 1, end[two]),
     )
