@@ -12,6 +12,7 @@ import numpy as np
 import torch
 
 from ..data import Interactions, SessionConfig, reaches, session_index
+from ..data.tables import match_ids
 from ..models import Catalogue
 from ..rewards import duration_aware_advantages, play_time_percentiles
 
@@ -52,7 +53,8 @@ def feedback_exposures(
         start (`float`, *optional*): Only exposures from this time on make rows; the earlier ones are past to judge them by.
         log_probs (`np.ndarray` of shape (M, L), *optional*): Log-probability of each code at exposure, by the policy that chose
             it, in the order of `interactions`; NaN where another pipeline did.
-        user_ids (`np.ndarray`, *optional*): Ids in the order of the `user` column; default the log's own.
+        user_ids (`np.ndarray`, *optional*): Ids in the order of the `user` column, of which users of the log that it lacks become
+            -1; default the log's own.
         max_history (`int`): Items of history kept.
         quantile, ties: See [`duration_aware_advantages`]; `percentiles`: `base`, `eps`, `min_history`, `count_self` of
             [`play_time_percentiles`].
@@ -73,9 +75,7 @@ def feedback_exposures(
     feedback, count = interactions.feedback, len(interactions)
     if not count:
         raise ValueError(f"{interactions!r} has no events; if where() chose them, choose more.")
-    known = np.isin(interactions.item_ids, catalogue.item_ids)
-    item = np.full(interactions.num_items, -1)
-    item[known] = catalogue.index_of(interactions.item_ids[known])
+    item = match_ids(interactions.item_ids, catalogue.item_ids)
     item = item[interactions.item_index]  # (M,) item of the catalogue or -1
     number = (
         session_index(interactions, SessionConfig(request=request)) if request else np.arange(count)
@@ -98,8 +98,7 @@ def feedback_exposures(
     user_first = np.searchsorted(watched, interactions.user_offsets[interactions.user_index[begin]])
     users = np.arange(interactions.num_users)
     if user_ids is not None:
-        place = {user: i for i, user in enumerate(np.asarray(user_ids).tolist())}
-        users = np.array([place[user] for user in interactions.user_ids.tolist()])
+        users = match_ids(interactions.user_ids, user_ids)
     rows = []
     for k, shown in enumerate(events):
         exposed = shown[item[shown] >= 0]
