@@ -176,8 +176,9 @@ def load_interactions(
         drop_unknown: drop events of items (users) that `items` (`users`) does not have, in place of raising.
 
     Ids are names: integers that fit 64 bits, or text, blank text being null. In a CSV file they are integers only if every
-    one of the column is written as an integer is (`7`, not `007`). The same id may be an integer in one table and text in
-    the other: 7 and '7' are equal, '007' is another id; the type is the log's, if the ids of the table can have it.
+    one of the column is written as an integer is (`7`, not `007`); so is feedback named `..._id`, such as `request_id`. The
+    same id may be an integer in one table and text in the other: 7 and '7' are equal, '007' is another id; the type is the
+    log's, if the ids of the table can have it.
 
     Timestamps are integers, floats, dates, or ISO 8601 strings; the last two become milliseconds since 1970 UTC (no zone:
     UTC), after they have been sorted in their full precision. Unsorted logs are sorted; equal timestamps of a user keep
@@ -200,7 +201,7 @@ def load_interactions(
     names |= columns or {}
     if unnamed := [name for name, column in names.items() if column is None and name != "timestamp"]:
         raise ValueError(f"columns maps {unnamed} to None; only the timestamp may be left out")
-    table = read_table(source, split, ids=[str(names["user_id"]), str(names["item_id"])])
+    table = read_table(source, split, ids=[str(names[name]) for name in names if name.endswith("_id")])
     log = select_columns(table, {k: v for k, v in names.items() if v is not None}, "columns")
     for i, name in enumerate(("user_id", "item_id")):
         log = log.set_column(i, name, id_array(log[name], name))

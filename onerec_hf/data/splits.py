@@ -16,7 +16,8 @@ logger = logging.get_logger(__name__)
 
 
 def load_splits(folder: str | Path) -> datasets.DatasetDict:
-    """The splits of a data folder.
+    """The splits of a data folder, memory-mapped. What `filter`, `sort` and the like make of them goes into memory, never into
+    the folder, so that it may be read-only or shared by several runs.
 
     Raises:
         FileNotFoundError: the folder has none.
@@ -27,7 +28,10 @@ def load_splits(folder: str | Path) -> datasets.DatasetDict:
             f"{folder} is no data folder: {path} is not there. Make it with `recipes/prepare.py --source LOG --output {folder}`, "
             "or name the one that you made."
         )
-    return datasets.load_from_disk(str(path))
+    # a table that names no file has no folder for caches either
+    return datasets.DatasetDict(
+        {name: arrow_dataset(rows.data.table) for name, rows in datasets.load_from_disk(str(path)).items()}
+    )
 
 
 def k_core(interactions: Interactions, k: int) -> Interactions:
@@ -218,11 +222,13 @@ def user_rows(
     return arrow_dataset(columns)
 
 
-def arrow_dataset(columns: dict[str, pa.Array]) -> datasets.Dataset:
-    """A `datasets.Dataset` of Arrow columns, in memory."""
-    table = pa.table(columns)
-    features = datasets.Features.from_arrow_schema(table.schema)
-    return datasets.Dataset(datasets.table.InMemoryTable(table), info=datasets.DatasetInfo(features=features))
+def arrow_dataset(columns: dict[str, pa.Array] | pa.Table) -> datasets.Dataset:
+    """A `datasets.Dataset` of Arrow columns, without files: nothing is cached on disk."""
+    table = columns if isinstance(columns, pa.Table) else pa.table(columns)
+    info = datasets.DatasetInfo(features=datasets.Features.from_arrow_schema(table.schema))
+    # the fingerprint is for caches; by default it is a hash of the whole table
+    fingerprint = datasets.fingerprint.generate_random_fingerprint()
+    return datasets.Dataset(datasets.table.InMemoryTable(table), info=info, fingerprint=fingerprint)
 
 
 def ranges(first: np.ndarray, stop: np.ndarray) -> tuple[np.ndarray, pa.Array]:

@@ -121,10 +121,10 @@ def _read_csv(path: Path, ids: Sequence[str]) -> pa.Table:
 
 
 def _csv_ids(array: pa.Array) -> pa.Array:
-    """Text as integers if it is integers but for what Arrow takes for null; otherwise as it is."""
+    """Text as integers if it is integers but for what Arrow takes for null; otherwise text, with null where it is blank."""
     known = pc.if_else(pc.is_in(array, value_set=_CSV_NULLS.cast(array.type)), pa.scalar(None, array.type), array)
     integers = integers_of(known)
-    return array if integers is known else integers
+    return _without_blanks(array) if integers is known else integers
 
 
 def _read_json(path: Path, ids: Sequence[str]) -> pa.Table:
@@ -193,9 +193,7 @@ def id_array(column: pa.ChunkedArray, name: str) -> pa.Array:
     if pa.types.is_null(array.type):
         return array.cast(pa.large_string())
     if _is_text(array.type):
-        array = array.cast(pa.large_string())
-        blank = pc.equal(pc.utf8_trim_whitespace(array), "")
-        return pc.if_else(blank, pa.scalar(None, array.type), array)
+        return _without_blanks(array.cast(pa.large_string()))
     if pa.types.is_floating(array.type):
         array = array.cast(pa.float64())
         array = pc.if_else(pc.is_nan(array), pa.scalar(None, array.type), array)
@@ -324,6 +322,10 @@ def feature_values(column: pa.ChunkedArray) -> np.ndarray | list:
 
 def _is_text(kind: pa.DataType) -> bool:
     return pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind)
+
+
+def _without_blanks(text: pa.Array) -> pa.Array:
+    return pc.if_else(pc.equal(pc.utf8_trim_whitespace(text), ""), pa.scalar(None, text.type), text)
 
 
 def _plain(column: pa.ChunkedArray | pa.Array) -> pa.Array:

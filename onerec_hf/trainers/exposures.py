@@ -11,8 +11,7 @@ import datasets
 import numpy as np
 import torch
 
-from ..data import Interactions, SessionConfig, reaches, session_index
-from ..data.tables import match_ids
+from ..data import Interactions, SessionConfig, match_ids, reaches, session_index
 from ..models import Catalogue
 from ..rewards import duration_aware_advantages, play_time_percentiles
 
