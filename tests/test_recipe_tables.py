@@ -75,3 +75,69 @@ def test_what_is_made_of_splits_never_goes_into_the_data_folder(tmp_path):
     assert sorted(folder.rglob("*")) == before
     for path in before:  # so that they can be deleted
         path.chmod(0o755 if path.is_dir() else 0o644)
+
+
+@pytest.mark.parametrize(
+    ("change", "match"),
+    [
+        ({"validation_start": 5.0}, r"validation_start=5.0 and test_start=None: give both"),
+        ({"test_start": 5.0}, r"validation_start=None and test_start=5.0: give both"),
+        ({"validation_start": 6.0, "test_start": 5.0}, "the earlier one first"),
+        ({"layout": "amazon", "feedback": ["is_like"]}, r"layout='amazon' has its own columns.*\['feedback'\]"),
+        ({"shown_before": True}, "shown_before is for the layout kuairand"),
+        ({"load_options": {"drop_null": True}}, r"load_options has \['drop_null'\]; allowed are .*'drop_nulls'"),
+        ({"sessions": {"max_gap": 5, "min_length": 2}}, r"sessions has \['min_length'\].*'max_gap'"),
+        ({"collaborative_dim": 0}, "no embedding: give --embeddings"),
+        ({"embeddings": "no/such.npy"}, "embeddings='no/such.npy' is not there"),
+        ({"text_model": "encoder"}, "name columns of the items in text_fields"),
+        ({"align": True}, "align adapts embeddings"),
+        ({"codebook_size": 1}, "codebook_size=1: at least 2"),
+        ({"output": __file__}, "is a file: name a folder"),
+    ],
+)
+def test_prepare_checks_its_arguments_before_it_reads(change, match, tmp_path):
+    prepare = recipe("prepare")
+    arguments = {"source": "no/such/log.parquet", "output": str(tmp_path / "out")} | change
+    with pytest.raises((ValueError, FileNotFoundError), match=match):
+        prepare.main(prepare.PrepareArguments(**arguments))
+
+
+@pytest.mark.parametrize(
+    ("change", "match"),
+    [
+        ({"text_fields": ["title"]}, r"text_fields=\['title'\]: the items have only \[\]"),
+        ({"collaborative_dim": 128}, "collaborative_dim=128: at most the number of items, 20"),
+        ({"codebook_size": 21}, "codebook_size=21: 20 items cannot fill"),
+        ({"num_levels": 2}, "num_levels=2 of codebook_size=4 make 16 semantic IDs for 20 items"),
+        ({"watched": {"is_like": 9}, "feedback": ["is_like"]}, "no events to split"),
+        ({"watched": {"is_like": 1}, "feedback": ["is_like"]}, r"no rows in \['validation'\]"),
+    ],
+)
+def test_prepare_checks_the_items_before_it_embeds(change, match, tmp_path, monkeypatch):
+    prepare = recipe("prepare")
+    monkeypatch.setattr(prepare, "embed", lambda *_: pytest.fail("the long work has begun"))
+    log = {
+        "user_id": np.repeat(range(5), 4),
+        "item_id": range(20),
+        "timestamp": range(20),
+        "is_like": [1, 1, 0, 0] * 5,
+    }
+    pd.DataFrame(log).to_parquet(tmp_path / "log.parquet")
+    arguments = {"source": str(tmp_path / "log.parquet"), "output": str(tmp_path / "out")}
+    arguments |= {"num_levels": 3, "codebook_size": 4, "collaborative_dim": 8} | change
+    with pytest.raises(ValueError, match=match):
+        prepare.main(prepare.PrepareArguments(**arguments))
+
+
+def test_prepare_passes_load_options_on_and_keeps_the_spelling_of_ids(tmp_path):
+    prepare = recipe("prepare")
+    rows = [f"u{user},{'00' if item else ''}{item or ''},{user + item}" for user in range(8) for item in range(5)]
+    (tmp_path / "log.csv").write_text("\n".join(["user_id,item_id,timestamp", *rows]))
+    arguments = {
+        "source": str(tmp_path / "log.csv"),
+        "output": str(tmp_path / "out"),
+        "load_options": {"drop_nulls": True},
+    }
+    prepare.main(prepare.PrepareArguments(**arguments, collaborative_dim=2, codebook_size=2))
+    assert pd.read_parquet(tmp_path / "out" / "items.parquet")["item_id"].tolist() == ["001", "002", "003", "004"]
+    assert len(load_splits(tmp_path / "out")["train"]) == 8
