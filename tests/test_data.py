@@ -384,7 +384,9 @@ def test_sources_that_cannot_be_read(tmp_path):
         ("latin.csv", "uid,vid,ts,like\n1,\u00e9,1,0\n".encode("latin-1"), "latin.csv.*UTF8"),
         ("note.csv", "uid,vid,ts,like,x\n1,a,1,0,\u00e9\n".encode("latin-1"), r"note.csv: .*\['x'\] are not UTF-8"),
         ("mixed.jsonl", b'{"uid": 1}\n{"uid": "a"}\n', "mixed.jsonl: .*uid.* changed from number to string in row 1"),
+        ("array.json", b'[{"uid": 1}]', "array.json: .*Each line must be one object"),
         ("not.parquet", b"uid,vid", "not.parquet: "),
+        ("not.csv.gz", b"uid,vid", "cannot read .*not.csv.gz: "),
         ("nothing", None, "nothing holds no parquet file"),
         ("saved", None, r"saved has no split 'train'; it has \['test'\]"),
     ]:
@@ -489,8 +491,14 @@ def test_users_without_events_have_no_row(caplog):
     assert splits["train"]["user"][:] == [0, 2] and splits["train"]["history"][:] == [[0], [4]]
     assert splits["test"]["user"][:] == [0, 2] and splits["test"]["history"][:] == [[0, 1], [4]]
     assert "the 2 without events no row at all" in warnings_of(caplog)
+    nothing = x.where(np.zeros(7, dtype=bool))
     with pytest.raises(ValueError, match="no events to split"):
-        leave_last_out(x.where(np.zeros(7, dtype=bool)))
+        leave_last_out(nothing)
+    with pytest.raises(ValueError, match="no events to split"):
+        global_time_split(nothing, 1, 2)
+    for mask in (np.array([1, 1, 0, 0, 1, 1, 0]), np.ones(3, dtype=bool)):  # 0 and 1 are rows to numpy
+        with pytest.raises(ValueError, match=r"a bool mask of shape \(7,\), got"):
+            x.where(mask)
 
 
 def rows_of_all_splits(x):

@@ -297,6 +297,9 @@ def test_bad_logs_and_boundaries():
         session_splits(x, config)
     with pytest.raises(ValueError, match=r"may not be named \['target_score'\]"):
         load_interactions(log | {"target_score": log["is_click"]}, feedback=[*FEEDBACK, "target_score"])
+    x = load_interactions(log | {"is_click": ["yes"] * 500}, feedback=FEEDBACK)
+    with pytest.raises(ValueError, match=r"'is_click' holds <U3, not numbers; SessionConfig.watched compares"):
+        session_splits(x, config)
     x = load_interactions(log, feedback=FEEDBACK)
     for boundaries, match in [
         ((5, None), "lie before"),

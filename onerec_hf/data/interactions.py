@@ -96,7 +96,17 @@ class Interactions:
         )
 
     def where(self, rows: np.ndarray) -> "Interactions":
-        """Some of the events, chosen by a bool mask of shape (M,), of the same users and items."""
+        """Some of the events, chosen by a bool mask of shape (M,), of the same users and items.
+
+        Raises:
+            ValueError: anything but such a mask, such as a column of 0 and 1, which numpy would read as row numbers.
+        """
+        rows = np.asarray(rows)
+        if rows.dtype != bool or rows.shape != (len(self),):
+            raise ValueError(
+                f"where() takes a bool mask of shape ({len(self)},), got {rows.dtype} of shape {rows.shape}; compare the column, "
+                "such as feedback['is_like'] == 1"
+            )
         return replace(
             self,
             user_index=self.user_index[rows],

@@ -94,8 +94,7 @@ def leave_last_out(interactions: Interactions) -> datasets.DatasetDict:
     Raises:
         ValueError: no events.
     """
-    if not len(interactions):
-        raise ValueError(f"{interactions!r} has no events to split; if where() chose them, choose more")
+    _check_events(interactions)
     first, end = interactions.user_offsets[:-1], interactions.user_offsets[1:]
     count = end - first
     one, two, three = count >= 1, count >= 2, count >= 3
@@ -138,6 +137,7 @@ def global_time_split(
         raise ValueError(
             f"validation_start ({validation_start}) must lie before test_start ({test_start}): give both."
         )
+    _check_events(interactions)
     first, end = interactions.user_offsets[:-1], interactions.user_offsets[1:]
     validation_first = first + _count_before(interactions, validation_start)
     test_first = first + _count_before(interactions, test_start)
@@ -194,6 +194,11 @@ def target_rows(train: datasets.Dataset, max_history: int) -> datasets.Dataset:
         columns["session_start"] = own["timestamp"]
     columns["length"] = pa.array(target - first)
     return arrow_dataset(columns)
+
+
+def _check_events(interactions: Interactions) -> None:
+    if not len(interactions):
+        raise ValueError(f"{interactions!r} has no events to split; if where() chose them, choose more")
 
 
 def _count_before(interactions: Interactions, time: float) -> np.ndarray:

@@ -39,7 +39,12 @@ def read_table(source: Any, split: str = "train", ids: Sequence[str] = ()) -> pa
     try:
         table = _read(source, split, ids)
     except (pa.ArrowException, OverflowError) as error:
-        raise ValueError(f"cannot read {where}: {error}") from error
+        hint = (
+            ""
+            if isinstance(source, (str, Path))
+            else "; each column needs values of one type, and as many as the others"
+        )
+        raise ValueError(f"cannot read {where}: {error}{hint}") from error
     if repeated := sorted({name for name in table.column_names if table.column_names.count(name) > 1}):
         raise ValueError(f"{where} has more than one column named {repeated}; rename all but one")
     if table.num_rows == 0:
@@ -74,7 +79,10 @@ def _read_path_or_hub(source: str | Path, split: str, ids: Sequence[str]) -> pa.
             raise FileNotFoundError(f"{path} does not exist")
         if path.stat().st_size == 0:
             raise ValueError(f"{path} is empty")
-        return FILE_READERS[suffix](path, ids)
+        try:
+            return FILE_READERS[suffix](path, ids)
+        except OSError as error:  # cut off, or not what its name says
+            raise ValueError(f"cannot read {path}: {error}") from error
     if path.exists() or isinstance(source, Path):
         raise ValueError(
             f"cannot read {path}: pass a {', '.join(FILE_READERS)} file (.csv.gz and the like, too), a folder of parquet "
@@ -82,7 +90,7 @@ def _read_path_or_hub(source: str | Path, split: str, ids: Sequence[str]) -> pa.
         )
     try:
         return datasets.load_dataset(source, split=split).with_format("arrow")[:]
-    except FileNotFoundError as error:  # also of a data set that the Hub does not have
+    except (FileNotFoundError, ConnectionError) as error:  # also of a data set that the Hub does not have
         raise FileNotFoundError(f"{source} is no file or folder here and no data set on the Hub: {error}") from error
 
 
@@ -129,7 +137,12 @@ def _csv_ids(array: pa.Array) -> pa.Array:
 
 def _read_json(path: Path, ids: Sequence[str]) -> pa.Table:
     # blocks larger than Arrow's 1 MiB: a line, with a long history in it, must fit into one
-    return pyarrow.json.read_json(path, pyarrow.json.ReadOptions(block_size=1 << 26))
+    try:
+        return pyarrow.json.read_json(path, pyarrow.json.ReadOptions(block_size=1 << 26))
+    except pa.ArrowInvalid as error:
+        raise ValueError(
+            f"cannot read {path}: {error} (counted from 0). Each line must be one object, and a column of one type"
+        ) from error
 
 
 FILE_READERS = {
