@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN = .venv/bin
 export HF_HUB_DISABLE_TELEMETRY = 1
 
-.PHONY: quickstart test check format clean
+.PHONY: quickstart test test-matrix check format clean
 
 $(BIN)/.installed: setup.cfg pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; assert sys.version_info >= (3, 11), "Python 3.11 or newer is needed, this is " + sys.version'
@@ -17,6 +17,9 @@ quickstart: $(BIN)/.installed  ## simulated world -> semantic IDs -> OneRec-V2 -
 
 test: $(BIN)/.installed  ## the whole suite, offline
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n 2 --dist loadfile tests
+
+test-matrix: $(BIN)/.installed  ## the numeric tests on other kernels, threads, addresses and versions of transformers
+	$(BIN)/python tests/matrix.py
 
 check: $(BIN)/.installed  ## lint, format, types
 	$(BIN)/ruff check .

@@ -47,8 +47,8 @@ def table(marker: str, *labels: str) -> dict[str, tuple[dict[str, float], dict[s
 
 # What the row of the table was measured with; the recipe's own configs take its place when they have a row.
 def beauty():
-    settings = yaml.safe_load((ROOT / "recipes/configs/small_sft.yaml").read_text())
-    prepare = yaml.safe_load((ROOT / "recipes/configs/amazon_prepare.yaml").read_text())
+    settings = yaml.safe_load((ROOT / "recipes/configs/small_sft.yaml").read_text(encoding="utf-8"))
+    prepare = yaml.safe_load((ROOT / "recipes/configs/amazon_prepare.yaml").read_text(encoding="utf-8"))
     sizes = [prepare["codebook_size"]] * prepare["num_levels"]
     width = 384 + prepare["collaborative_dim"]  # of the item vectors: MiniLM and co-occurrence
     features = {"context_features": {"item_vectors": 12101 + 1}, "fixed_context_features": ["item_vectors"]}

@@ -20,7 +20,8 @@ class OneRecRecommendationPipeline(Pipeline):
     recommend([[1003, 1007], [1063]], k=10, exclude_seen=True)  # several
     ```
 
-    Keyword arguments are those of [`Recommender.recommend`]; `batch_size` users are searched at once.
+    Keyword arguments are those of [`Recommender.recommend`]; `batch_size` users are searched at once, with what is given for them:
+    `events`, `users`, and `allow` or `deny` with a list per user.
     """
 
     # transformers annotates None, and documents True and False beside it
@@ -40,11 +41,31 @@ class OneRecRecommendationPipeline(Pipeline):
         one = not histories or not hasattr(histories[0], "__len__") or isinstance(histories[0], str)
         if one:
             histories = [histories]
+        per_user = self._per_user(len(histories), kwargs)
         size = batch_size or len(histories)
         found = []
         for start in range(0, len(histories), size):
-            found += super().__call__({"histories": histories[start : start + size]}, *args, **kwargs)
+            part = slice(start, start + size)
+            own = {name: cut(part) for name, cut in per_user.items()}
+            found += super().__call__({"histories": histories[part], **own}, *args, **kwargs)
         return found[0] if one else found
+
+    @staticmethod
+    def _per_user(n: int, arguments: dict) -> dict:
+        """Takes out of the arguments what is given per user: name -> a function that cuts a slice of the users from it."""
+        from .recommender import check_per_user, is_per_user
+
+        given = {name: arguments.get(name) for name in ("events", "users", "allow", "deny")}
+        check_per_user(n, **given)
+        cuts: dict = {}
+        for name in ("events", "users"):
+            if given[name]:
+                columns = arguments.pop(name)
+                cuts[name] = lambda part, columns=columns: {key: values[part] for key, values in columns.items()}
+        for name in ("allow", "deny"):
+            if is_per_user(given[name]):
+                cuts[name] = list(arguments.pop(name)).__getitem__
+        return cuts
 
     def _sanitize_parameters(self, **kwargs):
         return {}, kwargs, {}
@@ -53,7 +74,7 @@ class OneRecRecommendationPipeline(Pipeline):
         return input_
 
     def _forward(self, input_tensors: dict, **parameters: Any) -> Any:
-        found = self.recommender.recommend(input_tensors["histories"], **parameters)
+        found = self.recommender.recommend(**input_tensors, **parameters)
         # plain dictionaries: transformers takes a forward's outputs apart to move their tensors
         rows = [[{"item_id": item.item_id, "score": item.score, **item.metadata} for item in row] for row in found]
         return {"found": rows}

@@ -1,7 +1,6 @@
-"""Recommendations from a trained model through `model.generate` and nothing else: for evaluation, and for one's own item ids."""
+"""A trained repository as a recommender: one's own item ids in, items with scores and metadata out."""
 
 import copy
-import json
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -13,74 +12,35 @@ from tqdm.auto import tqdm
 from transformers import AutoModel
 from transformers.utils.hub import cached_file
 
-from .data.collators import OneRecCollator
 from .data.saved import load_collator, save_collator
+from .item_ranker import ItemRanker
+from .models.item_ids import id_array, is_text
+from .recommendation_files import METADATA_NAME, check_dataset, item_metadata, load_metadata, save_metadata, write_part
 from .semantic_ids import RQVAE, ResidualKMeans, load_quantizer
 
-METADATA_NAME = "items.jsonl"
+
+def is_per_user(ids: Sequence | None) -> bool:
+    """Whether `allow` or `deny` is a list of lists, one per user; otherwise it holds for all of them."""
+    return ids is not None and len(ids) > 0 and isinstance(next(iter(ids)), (list, tuple, set, np.ndarray))
 
 
-class ItemRanker:
-    r"""
-    A generative model with the call that `evaluate` and every baseline share: rows of item indices in, item indices out.
-
-    Args:
-        model: A OneRec model with a catalogue.
-        collator (`OneRecCollator`): As in training; its `context` makes the model's inputs.
-        num_beams (`int`, defaults to 50): Beam width; at least the number of items asked for.
-    """
-
-    def __init__(self, model: Any, collator: OneRecCollator, num_beams: int = 50):
-        if model.catalogue is None:
-            raise ValueError("the model has no catalogue: set `model.catalogue`, or load it from a folder with one.")
-        self.model, self.collator, self.num_beams = model, collator, num_beams
-
-    def recommend(self, examples: dict[str, list], k: int, exclude_seen: bool = False) -> np.ndarray:
-        """
-        The `k` best items of each user.
-
-        Args:
-            examples: Columns of a split (`user`, `history`, ...), B rows.
-            k: Items per user, at most `num_beams`.
-            exclude_seen: Keep the items of the history out of the search.
-
-        Returns:
-            `np.ndarray` of shape (B, k), int64: item indices, best first, -1 where fewer items exist.
-        """
-        if k > self.num_beams:
-            raise ValueError(f"k={k} items need num_beams of at least {k}, it is {self.num_beams}.")
-        rows = [dict(zip(examples, values)) for values in zip(*examples.values())]
-        allowed = None
-        if exclude_seen:
-            allowed = torch.ones(len(rows), self.model.catalogue.num_items, dtype=torch.bool)
-            for i, row in enumerate(rows):
-                allowed[i, np.asarray(row["history"], dtype=np.int64)] = False
-        return self.search(rows, k, allowed)[0].cpu().numpy()
-
-    def search(
-        self, rows: list[dict], k: int, allowed: torch.Tensor | None = None, num_beams: int | None = None
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Items (B, k) and the log-probabilities (B, k), in nats, of the semantic IDs they carry; -1 and -inf for none."""
-        model, catalogue, width = self.model, self.model.catalogue, num_beams or self.num_beams
-        batch = {name: tensor.to(model.device) for name, tensor in self.collator.context(rows).items()}
-        was_training = model.training
-        model.eval()
-        found = model.generate(  # of a session, its first item
-            **batch,
-            num_beams=width,
-            num_return_sequences=width,
-            num_items=1,
-            allowed_items=allowed,
-            return_dict_in_generate=True,
-        )
-        model.train(was_training)
-        codes = found.sequences[:, 1:] - torch.tensor(model.config.level_offsets, device=model.device)
-        leaves = catalogue.leaves_of(codes).view(len(rows), width)
-        items = catalogue.items_of(leaves, k, allowed=allowed)  # (B, k)
-        scores = found.sequences_scores.view(len(rows), width) * catalogue.num_levels
-        own = catalogue.leaves_of(catalogue.semantic_ids[items.clamp(min=0)].flatten(0, 1).long()).view(items.shape)
-        place = (own.unsqueeze(2) == leaves.unsqueeze(1)).int().argmax(2)  # the beam that an item came from
-        return items, scores.gather(1, place).masked_fill(items < 0, float("-inf"))
+def check_per_user(
+    n: int,
+    events: Mapping[str, Sequence] | None = None,
+    users: Mapping[str, Sequence] | None = None,
+    allow: Sequence | None = None,
+    deny: Sequence | None = None,
+) -> None:
+    """Raises a ValueError unless what is given per user is given for each of the `n` users."""
+    given = {f"events[{name!r}]": values for name, values in (events or {}).items()}
+    given |= {f"users[{name!r}]": values for name, values in (users or {}).items()}
+    given |= {name: ids for name, ids in (("allow", allow), ("deny", deny)) if ids is not None and is_per_user(ids)}
+    for name, values in given.items():
+        if isinstance(values, str) or not hasattr(values, "__len__") or len(values) != n:
+            count = (
+                f"{len(values)} values" if hasattr(values, "__len__") and not isinstance(values, str) else repr(values)
+            )
+            raise ValueError(f"{name} has {count} for {n} users: pass one value or list per user, in their order.")
 
 
 class Recommendation(NamedTuple):
@@ -97,14 +57,16 @@ class Recommender:
 
     Args:
         ranker ([`ItemRanker`]): Model and collator.
-        metadata (`dict[item id, dict]`, *optional*): Returned with each item.
+        metadata (`dict[item id, dict]`, *optional*): Returned with each item, and saved as JSON: numbers, text, booleans, lists
+            and mappings of them. Dates become ISO text, NaN becomes None.
         quantizer ([`~semantic_ids.ResidualKMeans`] or [`~semantic_ids.RQVAE`], *optional*): The codebooks, for `add_items`.
     """
 
     def __init__(
         self, ranker: ItemRanker, metadata: Mapping | None = None, quantizer: ResidualKMeans | RQVAE | None = None
     ):
-        self.ranker, self.metadata, self.quantizer = ranker, dict(metadata or {}), quantizer
+        self.ranker, self.quantizer = ranker, quantizer
+        self.metadata = item_metadata(metadata or {})
 
     @property
     def model(self) -> Any:
@@ -138,8 +100,7 @@ class Recommender:
         metadata, quantizer = {}, None
         path = cached_file(str(repo), METADATA_NAME, _raise_exceptions_for_missing_entries=False, **hub_kwargs)
         if path is not None:
-            rows = [json.loads(line) for line in Path(path).read_text().splitlines()]
-            metadata = {row.pop("item_id"): row for row in rows}
+            metadata = load_metadata(path)
         path = cached_file(
             str(repo), "quantizer_config.json", _raise_exceptions_for_missing_entries=False, **hub_kwargs
         )
@@ -159,8 +120,7 @@ class Recommender:
         if self.quantizer is not None:
             self.quantizer.save_pretrained(folder)
         if self.metadata:
-            lines = [json.dumps({"item_id": item, **row}, ensure_ascii=False) for item, row in self.metadata.items()]
-            (Path(folder) / METADATA_NAME).write_text("\n".join(lines) + "\n")
+            save_metadata(self.metadata, folder)
 
     def recommend(
         self,
@@ -185,26 +145,24 @@ class Recommender:
             allow, deny: Item ids that alone may, or that may not, be recommended: one list for all users, or one per user.
             events: Event columns that the model takes beside the ids (`play_time_ms`, ...), parallel to `histories`; a column that
                 is left out counts as unknown.
-            users: Categories of the user features, one value per user; left out: unknown (0).
+            users: User features, one value per user: as they stand in `users.parquet` where the repository knows its values, else
+                categories. What is left out, or not among the known values, is unknown (0).
             unknown_items: What to do with ids of a history that the catalogue does not have; `"ignore"` drops them.
 
         Raises:
-            KeyError: Unknown item ids. ValueError: `k` below 1, or columns that do not run parallel.
+            KeyError: Unknown item ids. ValueError: `k` below 1, columns or lists that do not run parallel to `histories`, a
+                category that the model does not have, a model in training mode.
         """
         catalogue, n = self.model.catalogue, len(histories)
         if k < 1 or k != int(k):
             raise ValueError(f"k={k}: a whole number, at least one item per user.")
         if unknown_items not in ("error", "ignore"):
             raise ValueError(f"unknown_items={unknown_items!r}: allowed are 'error' and 'ignore'.")
+        check_per_user(n, events=events, users=users, allow=allow, deny=deny)
         if not n:
             return []
         rows, collator = self._rows(histories, events or {}, unknown_items), copy.copy(self.ranker.collator)
-        sizes = collator.user_feature_sizes
-        if wrong := [name for name, values in (users or {}).items() if name not in sizes or len(values) != n]:
-            raise ValueError(
-                f"users[{wrong[0]!r}]: the model takes {sorted(sizes)}, one value for each of the {n} users."
-            )
-        collator.user_features = {name: np.asarray((users or {}).get(name, np.zeros(n, int))) for name in sizes}
+        collator.user_features = collator.user_categories_of(users or {}, n)
         allowed = self._allowed([row["history"] for row in rows], exclude_seen, allow, deny)
         k = min(k, catalogue.num_items)
         width = max(self.ranker.num_beams, k)
@@ -223,8 +181,12 @@ class Recommender:
             raise ValueError(f"events has columns {unknown}; the model takes {sorted(columns)}.")
         rows = []
         for i, given in enumerate(histories):
-            history = np.asarray(given)
-            if history.ndim != 1:
+            history = (
+                np.empty(0)
+                if isinstance(given, str) or not hasattr(given, "__len__")
+                else np.asarray(given, dtype=object)
+            )
+            if history.ndim != 1 or isinstance(given, str) or not hasattr(given, "__len__"):
                 raise ValueError(f"histories[{i}] is {given!r}: a list of item ids per user, also for a single user.")
             absent = np.full(len(history), np.nan)
             own = {name: np.asarray(events[name][i], float) if name in events else absent for name in columns}
@@ -232,10 +194,11 @@ class Recommender:
                 raise ValueError(
                     f"events[{odd[0]!r}][{i}] has {len(own[odd[0]])} values, the history {len(history)} items."
                 )
-            if unknown_items == "ignore" and len(history):
-                known = np.isin(history.astype(catalogue.item_ids.dtype), catalogue.item_ids)
-                history, own = history[known], {name: values[known] for name, values in own.items()}
-            row = {"user": i, "history": catalogue.index_of(history), **own}
+            items = catalogue.index_of(given, unknown_items)
+            if unknown_items == "ignore":
+                known = items >= 0
+                items, own = items[known], {name: values[known] for name, values in own.items()}
+            row = {"user": i, "history": items, **own}
             if collator.settings.get("lifelong") == "lifelong":  # not compressed: the history as it is
                 row |= {"lifelong": row["history"]} | {f"lifelong_{name}": values for name, values in own.items()}
             rows.append(row)
@@ -249,12 +212,7 @@ class Recommender:
         for ids, value in ((allow, True), (deny, False)):
             if ids is None:
                 continue
-            each = len(ids) and isinstance(ids[0], (list, tuple, np.ndarray))
-            if each and len(ids) != len(seen):
-                raise ValueError(
-                    f"allow or deny has {len(ids)} lists for {len(seen)} users: one list for all, or one each."
-                )
-            for row, own in zip(mask, ids) if each else ((mask.T, ids),):
+            for row, own in zip(mask, ids) if is_per_user(ids) else ((mask.T, ids),):
                 row[catalogue.index_of(own)] = value
         for row, items in zip(mask, seen if exclude_seen else ()):
             row[items] = False
@@ -286,11 +244,17 @@ class Recommender:
         codes = self.quantizer.encode(torch.as_tensor(np.asarray(embeddings, dtype=np.float32))).numpy()
         if catalogue.num_levels > codes.shape[1]:
             codes = self._with_collision_level(codes)
+        new_ids = id_array(item_ids)
+        if len(new_ids) != len(codes) or len(metadata or codes) != len(codes):
+            raise ValueError(
+                f"{len(new_ids)} item ids, {len(codes)} embeddings, {len(metadata or codes)} metadata: one each per item."
+            )
+        added = item_metadata(dict(zip(new_ids.tolist(), metadata or [{}] * len(codes))))
         popularity = None if catalogue.popularity is None else np.zeros(len(codes))
-        self.model.catalogue = catalogue.with_items(codes, item_ids, popularity)
+        self.model.catalogue = catalogue.with_items(codes, new_ids, popularity)
         tokens = self.model.catalogue.semantic_ids.cpu().numpy() + np.array(self.model.config.level_offsets)
         collator.item_token_ids = tokens.astype(np.int64)
-        self.metadata |= dict(zip(item_ids, metadata or [{}] * len(codes)))
+        self.metadata |= added
 
     def _with_collision_level(self, codes: np.ndarray) -> np.ndarray:
         """The number of each new item inside the group of items with its codes, behind those that are there."""
@@ -316,6 +280,7 @@ class Recommender:
         *,
         column: str = "history",
         batch_size: int = 256,
+        overwrite: bool = False,
         **kwargs,
     ) -> Path:
         """
@@ -325,25 +290,24 @@ class Recommender:
 
         Args:
             dataset: With a list column of item ids, oldest first.
-            output: Folder; the file of process r is `part-<r>.parquet`, complete or not there at all.
+            output: Folder; process r of w writes `part-<r>-of-<w>.parquet`, complete or not at all; without rows, an empty one.
+            overwrite: Replace the parts of an earlier run.
             kwargs: As `recommend`, but for `events` and `users`.
+
+        Raises:
+            ValueError: Before the first search: a column that is missing or in the way, a folder with parts of another run.
         """
         rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-        if column not in dataset.column_names:
-            raise ValueError(f"the dataset has no column {column!r}; it has {dataset.column_names}.")
-        if stale := [file.name for file in Path(output).glob("part-*.parquet") if int(file.stem[5:]) >= world]:
-            raise ValueError(
-                f"{output} holds {sorted(stale)} of a run on more processes, with the same rows: remove them."
-            )
-        own = dataset.shard(world, rank, contiguous=True)
-        Path(output).mkdir(parents=True, exist_ok=True)  # before hours of work, if it may not be written
+        path = Path(output) / f"part-{rank:05d}-of-{world:05d}.parquet"
+        check_dataset(dataset, column, path, overwrite)
+        own = dataset.select(range(len(dataset) * rank // world, len(dataset) * (rank + 1) // world))
         item_ids, scores = [], []
         for start in tqdm(range(0, len(own), batch_size), desc="recommend", disable=rank > 0):
             for row in self.recommend(own[start : start + batch_size][column], k, **kwargs):
                 item_ids.append([found.item_id for found in row])
                 scores.append([found.score for found in row])
-        path = Path(output) / f"part-{rank:05d}.parquet"
-        partial = path.with_suffix(".partial")
-        own.add_column("item_ids", item_ids).add_column("scores", scores).to_parquet(str(partial))
-        partial.replace(path)
+        write_part(path, own, item_ids, scores, is_text(self.model.catalogue.item_ids))
         return path
+
+
+__all__ = ["ItemRanker", "Recommendation", "Recommender", "check_per_user", "is_per_user"]

@@ -147,8 +147,8 @@ def main(
     report = {"a": a, "b": b, "num_days": num_days, "seeds": list(seeds), "num_users": len(users)}
     report["lifts"] = {name: lift._asdict() for name, lift in lifts.items()}
     report["totals"] = {name: {m: float(v.sum()) for m, v in own.items()} for name, own in totals.items()}
-    (folder / "ab_test.json").write_text(json.dumps(report, indent=2))
-    (folder / "ab_test.md").write_text(text + "\n")
+    (folder / "ab_test.json").write_text(json.dumps(report, indent=2), encoding="utf-8")
+    (folder / "ab_test.md").write_text(text + "\n", encoding="utf-8")
     print(text)
     return report
 

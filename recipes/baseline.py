@@ -151,7 +151,7 @@ def main(args: BaselineArguments) -> dict:
         result = evaluate(model, test, num_items=num_items, exclude_seen=exclude_seen, seed=args.seed)
         result.save(output / f"{name}.parquet")
         report["test_exclude_seen" if exclude_seen else "test"] = result.to_dict()
-    (output / "metrics.json").write_text(json.dumps(report, indent=2))
+    (output / "metrics.json").write_text(json.dumps(report, indent=2), encoding="utf-8")
     return report
 
 

@@ -85,7 +85,7 @@ def main(args: DPOArguments, training: IPAConfig) -> dict:
         test = splits["test"].select(range(min(args.test_users or len(splits["test"]), len(splits["test"]))))
         report |= score(ranker, test, output, training.seed)
         report["log"] = trainer.state.log_history
-        (output / "metrics.json").write_text(json.dumps(report, indent=2))
+        (output / "metrics.json").write_text(json.dumps(report, indent=2), encoding="utf-8")
         print(json.dumps({name: report[name] for name in ("train_seconds", "test", "test_exclude_seen")}, indent=2))
     return report
 

@@ -157,7 +157,7 @@ def main(args: RLArguments, training: OneRecGRPOConfig, reward_funcs: list | Non
         test = splits["test"].select(range(min(args.test_users or len(splits["test"]), len(splits["test"]))))
         report |= score(recommender.ranker, test, output, training.seed)
         report["log"] = trainer.state.log_history
-        (output / "metrics.json").write_text(json.dumps(report, indent=2))
+        (output / "metrics.json").write_text(json.dumps(report, indent=2), encoding="utf-8")
         print(json.dumps({name: value for name, value in report.items() if name != "log"}, indent=2))
     return report
 

@@ -50,12 +50,12 @@ def run(args: LeaderboardArguments, entry: dict, folder: Path, seed: int) -> Non
         values = value if isinstance(value, list) else [json.dumps(value) if isinstance(value, dict) else value]
         argv += [f"--{name}", *map(str, values)]
     done, command = folder / "command.json", [entry["recipe"], *argv]
-    same = done.is_file() and json.loads(done.read_text()) == command
+    same = done.is_file() and json.loads(done.read_text(encoding="utf-8")) == command
     if same and (folder / "metrics.json").is_file():
         return
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "metrics.json").unlink(missing_ok=True)
-    done.write_text(json.dumps(command))
+    done.write_text(json.dumps(command), encoding="utf-8")
     if same and (checkpoint := get_last_checkpoint(str(folder))):
         argv += ["--resume_from_checkpoint", checkpoint]
     print(f"-> {folder}: {' '.join(command)}", flush=True)
@@ -65,7 +65,7 @@ def run(args: LeaderboardArguments, entry: dict, folder: Path, seed: int) -> Non
 
 def collect(folders: list[Path], test: datasets.Dataset, counts: np.ndarray, strata: list) -> dict:
     """Means and deviations over the seeds of one entry, and each user's recall@10, averaged over them."""
-    reports = [json.loads((folder / "metrics.json").read_text()) for folder in folders]
+    reports = [json.loads((folder / "metrics.json").read_text(encoding="utf-8")) for folder in folders]
     result = {"seeds": len(folders), "seconds": [r.get("fit_seconds", r.get("train_seconds")) for r in reports]}
     if all("validation" in report for report in reports):
         result["validation"] = float(np.mean([report["validation"]["ndcg@10"] for report in reports]))
@@ -132,7 +132,7 @@ def picture(results: dict, strata: list, path: Path) -> None:
 
 def main(args: LeaderboardArguments) -> dict:
     """Runs the recipe; returns what it writes to `leaderboard.json`."""
-    output, entries = Path(args.output), yaml.safe_load(Path(args.entries).read_text())
+    output, entries = Path(args.output), yaml.safe_load(Path(args.entries).read_text(encoding="utf-8"))
     if unknown := set(args.only) - set(entries):
         raise ValueError(f"{args.entries} has no entries {sorted(unknown)}; it has {sorted(entries)}.")
     splits = load_splits(args.data)
@@ -157,8 +157,8 @@ def main(args: LeaderboardArguments) -> dict:
     for name, result in results.items():
         result["interval"] = {kind: paired_bootstrap(users[kind][name], users[kind][reference]) for kind in KINDS}
     report = {"reference": reference, "strata": strata, "results": results}
-    (output / "leaderboard.json").write_text(json.dumps(report, indent=2))
-    (output / "leaderboard.md").write_text(tables(results, reference, strata))
+    (output / "leaderboard.json").write_text(json.dumps(report, indent=2), encoding="utf-8")
+    (output / "leaderboard.md").write_text(tables(results, reference, strata), encoding="utf-8")
     picture(results, strata, output / "leaderboard.png")
     return report
 
@@ -166,4 +166,4 @@ def main(args: LeaderboardArguments) -> dict:
 if __name__ == "__main__":
     arguments = TrlParser(LeaderboardArguments).parse_args_and_config()[0]
     main(arguments)
-    print((Path(arguments.output) / "leaderboard.md").read_text())
+    print((Path(arguments.output) / "leaderboard.md").read_text(encoding="utf-8"))

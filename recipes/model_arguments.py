@@ -13,7 +13,15 @@ from safetensors.torch import load_file
 from transformers import AutoConfig, PreTrainedConfig
 
 import onerec_hf  # noqa: F401  registers the models
-from onerec_hf.data import EventFeature, OneRecCollator, PathwayCollator, SessionCollator, category_codes, target_rows
+from onerec_hf.data import (
+    EventFeature,
+    OneRecCollator,
+    PathwayCollator,
+    SessionCollator,
+    category_codes,
+    category_map,
+    target_rows,
+)
 from onerec_hf.recommender import ItemRanker, Recommender
 from onerec_hf.semantic_ids import load_quantizer
 
@@ -75,7 +83,7 @@ def make_config(args: ModelArguments, tokenizer, collator=None) -> PreTrainedCon
     """The config that `--model_config` and `--model` describe, with the tokenizer's codebooks and the collator's features."""
     settings = {"model_type": "onerec_v2"}
     if args.model_config:
-        settings |= yaml.safe_load(Path(args.model_config).read_text())
+        settings |= yaml.safe_load(Path(args.model_config).read_text(encoding="utf-8"))
     settings |= mapping(args.model)
     if collator is not None:
         settings |= {"context_features": collator.context_feature_sizes, "user_features": collator.user_feature_sizes}
@@ -94,16 +102,18 @@ def item_vectors(args: ModelArguments) -> torch.Tensor:
 def make_collator(args: ModelArguments, tokenizer) -> OneRecCollator:
     """The collator of the model's kind, with the features that were asked for."""
 
-    def categories(table: str, names: list[str]) -> dict:
+    def categories(table: str, names: list[str]) -> tuple[dict, dict]:
         if not names:
-            return {}
+            return {}, {}
         rows = datasets.Dataset.from_parquet(str(Path(args.data) / table))
         if absent := [name for name in names if name not in rows.column_names]:
             raise ValueError(f"{table} has no {absent}; it has {rows.column_names}.")
-        return {name: category_codes(rows[name], args.max_categories) for name in names}
+        known = {name: category_map(rows[name], args.max_categories) for name in names}
+        return {name: category_codes(rows[name], known[name]) for name in names}, known
 
     config = make_config(args, tokenizer)
-    item_features = categories("items.parquet", args.item_features)
+    item_features, _ = categories("items.parquet", args.item_features)
+    user_features, user_categories = categories("users.parquet", args.user_features)
     if args.item_vectors:
         if config.model_type != "onerec_v2":
             raise ValueError(f"item_vectors is for onerec_v2, the model is {config.model_type}.")
@@ -111,7 +121,8 @@ def make_collator(args: ModelArguments, tokenizer) -> OneRecCollator:
     features = {
         "event_features": {name: EventFeature(*feature) for name, feature in mapping(args.event_features).items()},
         "item_features": item_features,
-        "user_features": categories("users.parquet", args.user_features),
+        "user_features": user_features,
+        "user_categories": user_categories,
     }
     item_token_ids = tokenizer.encode_semantic_ids(tokenizer.catalogue.semantic_ids)
     if config.model_type == "onerec_v1":
@@ -148,5 +159,6 @@ def load_policy(folder: str, data: str, num_beams: int) -> Recommender:
         users = datasets.Dataset.from_parquet(str(Path(data) / "users.parquet"))
         if absent := [name for name in sizes if name not in users.column_names]:
             raise ValueError(f"users.parquet has no {absent}, which {folder} reads; it has {users.column_names}.")
-        collator.user_features = {name: category_codes(users[name], size) for name, size in sizes.items()}
+        known = {name: category_map(users[name], size) for name, size in sizes.items()} | collator.user_categories
+        collator.user_features = {name: category_codes(users[name], known[name]) for name in sizes}
     return recommender

@@ -121,7 +121,7 @@ def main(args: PrepareArguments) -> dict:
     save_file({"item_embeddings": embeddings}, output / "item_embeddings.safetensors")
     for name, table in tables.items():
         table.to_parquet(output / f"{name}s.parquet")
-    (output / "semantic_ids.json").write_text(json.dumps(report, indent=2))
+    (output / "semantic_ids.json").write_text(json.dumps(report, indent=2), encoding="utf-8")
     plot_codebook_usage(codes[:, : args.num_levels], args.codebook_size, output / "codebook_usage.png")
     counts = ", ".join(f"{len(rows)} {name} rows" for name, rows in splits.items())
     print(f"{catalogue}, {len(interactions)} events of {interactions.num_users} users, {counts} -> {output}")

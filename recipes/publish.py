@@ -78,7 +78,7 @@ def main(args: PublishArguments) -> str:
     folder, data = Path(args.model), Path(args.data)
     title = args.title or (args.repo or folder.name).split("/")[-1]
     systems = {title: folder, **{Path(name).name: Path(name) for name in args.baselines}}
-    reports = {name: json.loads((path / "metrics.json").read_text()) for name, path in systems.items()}
+    reports = {name: json.loads((path / "metrics.json").read_text(encoding="utf-8")) for name, path in systems.items()}
     splits = load_splits(data)
     for name in ("codebook_usage.png", "tokenizer/quantizer_config.json", "tokenizer/quantizer.safetensors"):
         if (data / name).is_file():

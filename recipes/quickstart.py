@@ -117,7 +117,9 @@ def main(output: Path, num_users: int = 2000, num_items: int = 2000, epochs: flo
     print(
         "Your own data next:  python recipes/prepare.py --source LOG.parquet --output outputs/mydata   (see recipes/README.md)"
     )
-    (output / "metrics.json").write_text(json.dumps({k: v["test"] for k, v in reports.items()}, indent=2))
+    (output / "metrics.json").write_text(
+        json.dumps({k: v["test"] for k, v in reports.items()}, indent=2), encoding="utf-8"
+    )
     return reports
 
 

@@ -3,7 +3,7 @@
     accelerate launch recipes/recommend.py --repo org/onerec-1b --dataset histories.parquet --output outputs/recommended --k 20
 
 Each row's `history` holds item ids, oldest first. Several processes share the rows, each row is served once; process r writes
-`part-<r>.parquet` with the columns of the data set, `item_ids` and `scores`.
+`part-<r>-of-<processes>.parquet` with the columns of the data set, `item_ids` and `scores`.
 """
 
 from dataclasses import dataclass, field
@@ -31,6 +31,7 @@ class RecommendArguments:
     exclude_seen: bool = False
     unknown_items: str = field(default="error", metadata={"help": "error, or ignore: drop unknown ids of a history."})
     batch_size: int = 256
+    overwrite: bool = field(default=False, metadata={"help": "Replace the parts of an earlier run in the folder."})
     device: str | None = None
 
 
@@ -48,6 +49,7 @@ def main(args: RecommendArguments) -> Path:
         args.k,
         column=args.column,
         batch_size=args.batch_size,
+        overwrite=args.overwrite,
         exclude_seen=args.exclude_seen,
         unknown_items=args.unknown_items,
     )

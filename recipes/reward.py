@@ -71,12 +71,12 @@ def main(args: RewardArguments, training: TrainingArguments) -> dict:
     trainer.train(resume_from_checkpoint=training.resume_from_checkpoint)
     trainer.save_model()
     output = Path(training.output_dir)
-    (output / ARGUMENTS_NAME).write_text(json.dumps(asdict(args), indent=2))
+    (output / ARGUMENTS_NAME).write_text(json.dumps(asdict(args), indent=2), encoding="utf-8")
     result = {"num_parameters": trainer.model.num_parameters(), "log": trainer.state.log_history}
     for name in ("validation", "test"):
         result[name], scores = report(args, trainer.predict(splits[name]), splits[name])
         scores.to_parquet(str(output / f"{name}_scores.parquet"))
-    (output / "metrics.json").write_text(json.dumps(result, indent=2))
+    (output / "metrics.json").write_text(json.dumps(result, indent=2), encoding="utf-8")
     title = "Session-wise reward model" if args.session_wise else "P-Score reward model"
     card = {"title": title, "repo": str(output), "data": f"Logged exposures: {args.data}."}
     card |= {

@@ -13,6 +13,7 @@ from onerec_hf.data import (
     EventFeature,
     RewardCollator,
     category_codes,
+    category_map,
     event_labels,
     load_splits,
     quantile_codes,
@@ -53,7 +54,8 @@ def table_features(args: RewardArguments, table: str, categories: list[str], qua
     rows = datasets.Dataset.from_parquet(str(Path(args.data) / table))
     if absent := [name for name in (*categories, *quantiles) if name not in rows.column_names]:
         raise ValueError(f"{table} has no {absent}; it has {rows.column_names}.")
-    codes = {name: category_codes(rows[name], args.max_categories) for name in categories}
+    known = {name: category_map(rows[name], args.max_categories) for name in categories}
+    codes = {name: category_codes(rows[name], known[name]) for name in categories}
     return codes | {name: quantile_codes(np.array(rows[name], dtype=float), args.num_buckets) for name in quantiles}
 
 
@@ -112,7 +114,7 @@ def make_collator(args: RewardArguments, tokenizer, splits: datasets.DatasetDict
 
 def load_reward(folder: str, data: str | None, policy_data: str) -> tuple:
     """Model, collator and catalogue of a folder that recipes/reward.py wrote, for the users of the policy's data folder."""
-    args = RewardArguments(**json.loads((Path(folder) / ARGUMENTS_NAME).read_text()))
+    args = RewardArguments(**json.loads((Path(folder) / ARGUMENTS_NAME).read_text(encoding="utf-8")))
     args.data = data or args.data
     users = [
         datasets.Dataset.from_parquet(str(Path(f) / "users.parquet"))["user_id"][:] for f in (policy_data, args.data)

@@ -83,7 +83,7 @@ def main(args: ModelArguments, training: OneRecSFTConfig) -> dict:
     if trainer.is_world_process_zero():
         report |= score(recommender, splits["test"], output, training.seed)
         report["best_metric"], report["log"] = trainer.state.best_metric, trainer.state.log_history
-        (output / "metrics.json").write_text(json.dumps(report, indent=2))
+        (output / "metrics.json").write_text(json.dumps(report, indent=2), encoding="utf-8")
         print(json.dumps({name: value for name, value in report.items() if name != "log"}, indent=2))
     return report
 

@@ -8,10 +8,23 @@ import torch
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
-torch.set_num_threads(1)
+torch.set_num_threads(int(os.environ.get("ONEREC_TEST_THREADS", "1")))
 if torch.cuda.is_available():  # the tests of seeds and of resuming want the same bits
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(True, warn_only=True)
+
+if os.environ.get("ONEREC_TEST_UNALIGNED") == "1":  # what is loaded lies at other addresses than what was saved
+    from transformers import PreTrainedModel
+
+    from .numeric import unaligned
+
+    _from_pretrained = PreTrainedModel.from_pretrained.__func__
+
+    def _load_unaligned(cls, *args, **kwargs):
+        found = _from_pretrained(cls, *args, **kwargs)
+        return (unaligned(found[0]), found[1]) if isinstance(found, tuple) else unaligned(found)
+
+    PreTrainedModel.from_pretrained = classmethod(_load_unaligned)
 
 _SHARED = Path(os.environ.get("ONEREC_SHARED_DATA", Path(__file__).resolve().parents[2] / "shared" / "data"))
 

@@ -14,6 +14,7 @@ from transformers import (
 
 from onerec_hf import Catalogue, CatalogueLogitsProcessor, catalogue_generate
 
+from .numeric import assert_close
 from .tiny import SIZES, tiny_catalogue, tiny_context, tiny_model
 
 WORDS, OFFSETS, VOCABULARY = 20, [20, 28, 36], 44  # text tokens, then the codes: OpenOneRec's layout
@@ -87,7 +88,7 @@ def test_custom_generate_equals_scoring_every_item(name, normalize):
         expected, codes = log_prob_of_items(model, catalogue, *(inputs[key][user] for key in inputs), normalize)
         best = expected.topk(60)
         rows = slice(60 * user, 60 * user + 60)
-        torch.testing.assert_close(out.sequences_scores[rows] * 3, best.values, atol=1e-5, rtol=1e-5)
+        assert_close(out.sequences_scores[rows] * 3, best.values)
         assert torch.equal(out.sequences[rows, 6:] - torch.tensor(OFFSETS), codes[best.indices])
         assert torch.equal(out.sequences[rows, :6], inputs["input_ids"][user].expand(60, -1))
 
@@ -107,7 +108,7 @@ def test_custom_generate_and_processor_give_the_same_beams(name):
         max_new_tokens=3, do_sample=False, output_scores=True, return_dict_in_generate=True,
     )  # fmt: skip
     assert torch.equal(ours.sequences, theirs.sequences)
-    torch.testing.assert_close(ours.sequences_scores, theirs.sequences_scores, atol=1e-5, rtol=1e-5)
+    assert_close(ours.sequences_scores, theirs.sequences_scores)
 
 
 def test_processor_in_an_encoder_decoder():
@@ -130,7 +131,7 @@ def test_processor_in_an_encoder_decoder():
             log_probs = model(**one, decoder_input_ids=start).logits.log_softmax(-1)
         expected = log_probs.gather(2, targets.unsqueeze(2)).sum((1, 2)).topk(60)
         rows = slice(60 * user, 60 * user + 60)
-        torch.testing.assert_close(out.sequences_scores[rows] * 3, expected.values, atol=1e-5, rtol=1e-5)
+        assert_close(out.sequences_scores[rows] * 3, expected.values)
         assert torch.equal(out.sequences[rows, 1:], targets[expected.indices])
     with pytest.raises(ValueError, match="decoder-only model with position_ids"):
         model.generate(**inputs, custom_generate=catalogue_generate, catalogue=catalogue, level_offsets=OFFSETS)
@@ -148,7 +149,7 @@ def test_three_entries_of_our_own_model():
     loop = model.generate(**context, **beams, output_scores=True)  # transformers' loop with the processor
     for other in (custom, loop):
         assert torch.equal(plain.sequences, other.sequences)
-        torch.testing.assert_close(plain.sequences_scores, other.sequences_scores, atol=2e-5, rtol=0)
+        assert_close(plain.sequences_scores, other.sequences_scores)
 
 
 def test_fewer_items_than_beams():

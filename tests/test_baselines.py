@@ -16,6 +16,7 @@ from onerec_hf.baselines.softmax_loss import FullSoftmaxLoss
 from onerec_hf.evaluation import evaluate
 
 from .conftest import shared_data
+from .numeric import assert_close
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "recipes"))
 
@@ -150,7 +151,7 @@ def test_full_softmax_loss_equals_cross_entropy():
         (loss / 3).backward()
         results.append((loss.detach(), h.grad, w.grad))
     for ours, theirs in zip(*results):
-        torch.testing.assert_close(ours, theirs)
+        assert_close(ours, theirs)
 
 
 def cycles(num_users=60, num_items=12, seed=0):
@@ -236,7 +237,7 @@ def test_sasrec_validates_and_keeps_the_average_of_its_weights():
     for step, weight in enumerate(raw[1:], start=1):  # what the steps 1, 2, 3 left
         keep = min(0.25, (1 + step) / (10 + step))
         average = weight if average is None else keep * average + (1 - keep) * weight
-        torch.testing.assert_close(seen[step - 1], average)
+        assert_close(seen[step - 1], average)
     assert torch.equal(model.model.wte.weight, seen[3])
 
 

@@ -144,7 +144,7 @@ def test_a_new_version_beside_the_old_one():
         old.with_items(CODES[4:], [50, 10], POPULARITY[4:])
     with pytest.raises(ValueError, match="has popularity: give the new items theirs"):
         old.with_items(CODES[4:], [50, 60])
-    with pytest.raises(ValueError, match="catalogue are int64, the new ones <U1"):
+    with pytest.raises(ValueError, match="catalogue are integers, the new ones text: pass integers"):
         old.with_items(CODES[4:], ["a", "b"], POPULARITY[4:])
 
 

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from onerec_hf.data import EventFeature, OneRecCollator, category_codes
+from onerec_hf.data import EventFeature, OneRecCollator, category_codes, category_map
 
 # five items, two levels; item i has tokens (10 + i, 20 + i)
 TOKENS = np.stack([np.arange(10, 15), np.arange(20, 25)], axis=1)
@@ -63,9 +63,12 @@ def test_event_features():
 
 
 def test_category_codes_rank_by_frequency():
-    assert category_codes(["b", "a", "b", None, ""]).tolist() == [1, 2, 1, 0, 0]
-    assert category_codes([["x", "y"], [], ["z"], ["x"]]).tolist() == [1, 0, 2, 1]
-    assert category_codes(["a", "b", "b", "c"], max_size=2).tolist() == [0, 1, 1, 0]
+    known = category_map(["b", "a", "b", None, ""])
+    assert known == {"b": 1, "a": 2}
+    assert category_codes(["b", "a", "b", None, "", "new"], known).tolist() == [1, 2, 1, 0, 0, 0]
+    assert category_codes([["x", "y"], [], ["z"], ["x"]], category_map([["x"], ["x"], ["z"]])).tolist() == [1, 0, 2, 1]
+    assert category_map(["a", "b", "b", "c"], max_size=2) == {"b": 1}
+    assert category_map([3.0, np.nan, 3, np.int64(4)]) == {"3": 1, "4": 2}  # whole numbers of a column with a gap
 
 
 def test_errors_name_the_column():
@@ -78,3 +81,20 @@ def test_errors_name_the_column():
         OneRecCollator(TOKENS, item_features={"author": np.array([1, 2])})
     with pytest.raises(ValueError, match="max_history=0"):
         OneRecCollator(TOKENS, max_history=0)
+
+
+def test_infinite_and_huge_feedback_has_a_bucket():
+    """2^63 does not fit an integer; the cast made -2^63 of it."""
+    values = [float("inf"), 1e300, 2.0**63, 3.0, 0.0, -1.0, float("-inf"), float("nan")]
+    assert EventFeature("category", 5).encode(values).tolist() == [4, 4, 4, 4, 1, 0, 0, 0]
+    assert EventFeature("log", 24).encode(values).tolist() == [23, 23, 23, 3, 1, 0, 0, 0]
+    hour = 3_600_000
+    assert EventFeature("hour", 25).encode([float("inf"), 23 * hour, 25 * hour, float("nan")]).tolist() == [
+        0,
+        24,
+        2,
+        0,
+    ]
+    assert EventFeature("gap", 8).encode([0.0, 3.0, float("inf"), 5.0]).tolist() == [0, 3, 0, 0]
+    with pytest.raises(ValueError, match="of kind 'category' takes numbers"):
+        EventFeature("category", 5).encode(["a", "b"])

@@ -27,7 +27,18 @@ RULES = {
     ),
     "": (
         {"models", "data", "semantic_ids"},
-        {"torch", "transformers", "numpy", "huggingface_hub", "matplotlib", "jinja2", "safetensors", "tqdm"},
+        {
+            "torch",
+            "transformers",
+            "numpy",
+            "huggingface_hub",
+            "matplotlib",
+            "jinja2",
+            "safetensors",
+            "tqdm",
+            "datasets",
+            "pyarrow",
+        },
     ),
 }
 
@@ -144,3 +155,16 @@ def test_the_package_needs_torch_and_transformers_alone():
     )
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
     assert result.returncode == 0, result.stderr
+
+
+@pytest.mark.parametrize(
+    "path", [*FILES, *sorted((ROOT / "recipes").glob("*.py"))], ids=lambda path: str(path.relative_to(ROOT))
+)
+def test_text_files_say_their_encoding_and_lines_end_at_newlines(path):
+    """The default encoding is the machine's; `str.splitlines` ends a line inside a title that holds U+2028."""
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute):
+            assert node.func.attr != "splitlines", f"{path}:{node.lineno}: split at '\\n'"
+            if node.func.attr in ("read_text", "write_text"):
+                named = any(keyword.arg == "encoding" for keyword in node.keywords)
+                assert named, f"{path}:{node.lineno}: {node.func.attr} without encoding"

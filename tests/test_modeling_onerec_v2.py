@@ -6,6 +6,7 @@ from huggingface_hub.errors import StrictDataclassClassValidationError
 
 from onerec_hf import OneRecV2Config
 
+from .numeric import assert_close, assert_gradients_close
 from .tiny import tiny_catalogue, tiny_context, tiny_model
 
 SHARING = {
@@ -45,11 +46,9 @@ def test_all_targets_in_one_pass_equal_one_sample_per_target(overrides):
                 context_ids=batch["context_ids"][user : user + 1, : target + 1],
                 target_ids=batch["target_ids"][user : user + 1, target : target + 1],
             )
-            torch.testing.assert_close(
-                one.target_log_probs[0, 0], together.target_log_probs[user, target], atol=1e-5, rtol=0
-            )
+            assert_close(one.target_log_probs[0, 0], together.target_log_probs[user, target])
             alone.append(one.loss)
-    torch.testing.assert_close(torch.stack(alone).mean(), together.loss, atol=1e-5, rtol=0)
+    assert_close(torch.stack(alone).mean(), together.loss)
 
 
 def test_gradients_of_both_ways_agree():
@@ -66,8 +65,7 @@ def test_gradients_of_both_ways_agree():
             (
                 model(**one, target_ids=batch["target_ids"][user : user + 1, target : target + 1]).loss / count
             ).backward()
-    for name, parameter in model.named_parameters():
-        torch.testing.assert_close(parameter.grad, together[name], atol=1e-5, rtol=1e-4)
+    assert_gradients_close({name: p.grad for name, p in model.named_parameters()}, together)
 
 
 def test_a_target_does_not_see_itself_or_the_future():
@@ -78,7 +76,7 @@ def test_a_target_does_not_see_itself_or_the_future():
     changed = dict(batch, context_ids=batch["context_ids"].clone())
     changed["context_ids"][0, 4] = batch["context_ids"][2, 0]
     after = model(**changed).target_log_probs
-    torch.testing.assert_close(after[0, :4], before[0, :4])
+    assert_close(after[0, :4], before[0, :4])
     assert (after[0, 4:] != before[0, 4:]).any()
 
 
@@ -90,7 +88,7 @@ def test_sdpa_and_eager_agree(overrides):
     assert model.config._attn_implementation == "sdpa"
     sdpa = model(**batch).target_log_probs
     model.set_attn_implementation("eager")
-    torch.testing.assert_close(model(**batch).target_log_probs, sdpa, atol=1e-5, rtol=0)
+    assert_close(model(**batch).target_log_probs, sdpa)
 
 
 def test_gradient_checkpointing_changes_nothing():
@@ -102,8 +100,7 @@ def test_gradient_checkpointing_changes_nothing():
     model.zero_grad()
     model.gradient_checkpointing_enable()
     model(**batch).loss.backward()
-    for name, parameter in model.named_parameters():
-        torch.testing.assert_close(parameter.grad, plain[name], atol=1e-6, rtol=1e-5)
+    assert_gradients_close({name: p.grad for name, p in model.named_parameters()}, plain)
 
 
 def test_every_parameter_learns():
@@ -121,9 +118,9 @@ def test_logits_and_labels_give_the_loss_of_target_ids():
     ids = torch.nn.functional.pad(targets, (1, 0), value=1)
     out = model(input_ids=ids, labels=ids, **context)
     expected = model(target_ids=targets.unsqueeze(1), **context)
-    torch.testing.assert_close(out.loss, expected.loss)
+    assert_close(out.loss, expected.loss)
     log_probs = out.logits.log_softmax(-1)[:, :-1].gather(2, targets.unsqueeze(2)).squeeze(2)
-    torch.testing.assert_close(log_probs, expected.target_log_probs[:, 0], atol=1e-5, rtol=0)
+    assert_close(log_probs, expected.target_log_probs[:, 0])
 
 
 def test_a_cache_changes_nothing():
@@ -140,7 +137,7 @@ def test_a_cache_changes_nothing():
         out = model(input_ids=ids[:, i : i + 1], context_kv=kv, past_key_values=cache, use_cache=True)
         cache = out.past_key_values
         steps.append(out.logits)
-    torch.testing.assert_close(torch.cat(steps, dim=1), full, atol=1e-5, rtol=1e-5)
+    assert_close(torch.cat(steps, dim=1), full)
 
 
 def test_hidden_states_and_attentions_are_recorded():
@@ -169,7 +166,7 @@ def test_features_reach_the_output_and_are_demanded():
     changed = features.clone()
     changed[0, 2, 1] = 3
     assert (logits(changed, 0)[0] != logits(features, 0)[0]).any()
-    torch.testing.assert_close(logits(changed, 0)[1], logits(features, 0)[1])
+    assert_close(logits(changed, 0)[1], logits(features, 0)[1])
     assert (logits(features, 2) != logits(features, 0)).any()
     with pytest.raises(
         ValueError, match=r"context_features holds 0 features, the config names 2 \(\['action', 'author'\]\)"
@@ -263,7 +260,7 @@ def test_a_fixed_feature_is_given_looked_up_and_not_trained():
     tables.fill("item", vectors)
     first, second = tables(torch.tensor([[1, 0], [2, 7]]))
     assert first.shape == (2, 8)  # context_embed_dim
-    torch.testing.assert_close(second, torch.stack([torch.zeros(5), vectors[6]]))
+    assert_close(second, torch.stack([torch.zeros(5), vectors[6]]))
     batch = all_targets(catalogue, model)
     given = torch.ones(3, 6, 2, dtype=torch.long)
     assert [name for name, _ in tables.named_parameters()] == ["tables.0.weight"]

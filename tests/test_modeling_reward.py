@@ -14,6 +14,8 @@ from transformers import AutoConfig, AutoModel
 
 from onerec_hf import OneRecPScoreConfig, OneRecPScoreModel, OneRecSessionRewardConfig, OneRecSessionRewardModel
 
+from .numeric import assert_close
+
 SIZES = [8, 8, 8]
 TARGETS = ["swt", "ltr"]
 FEATURES = {
@@ -59,10 +61,6 @@ def inputs(batch=3, length=6, candidates=4, seed=1):
     }
 
 
-def same(a, b):
-    torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
-
-
 def differ(a, b):
     assert (a - b).abs().max() > 1e-3
 
@@ -79,9 +77,9 @@ def test_every_input_counts_and_padding_does_not(pair):
         first = changed[name][0].view(-1)[:1]  # of the first user
         first.copy_(change[name.split("_")[1]](first))
         assert (model(**changed).rewards - rewards)[0].abs().max() > 1e-6, name
-        same(model(**changed).rewards[1:], rewards[1:])  # other users are not touched
+        assert_close(model(**changed).rewards[1:], rewards[1:])  # other users are not touched
     filler = dict(batch, context_ids=torch.where(batch["context_mask"].unsqueeze(2), batch["context_ids"], 5))
-    same(model(**filler).rewards, rewards)
+    assert_close(model(**filler).rewards, rewards)
 
 
 @pytest.mark.parametrize("pair", MODELS)
@@ -92,7 +90,7 @@ def test_rows_of_a_user_share_the_context(pair):
     shared = batch | {name: many[name] for name in ITEM}
     repeated = {name: value.repeat_interleave(2, 0) for name, value in batch.items()}
     repeated |= {name: many[name] for name in ITEM}
-    same(model(**shared).rewards, model(**repeated).rewards)
+    assert_close(model(**shared).rewards, model(**repeated).rewards)
     with pytest.raises(ValueError, match="5 rows of item_ids cannot share 3 contexts"):
         model(**shared | {name: many[name][:5] for name in ITEM})
 
@@ -103,8 +101,8 @@ def test_p_score_judges_every_candidate_alone():
     together = model(**batch)
     for i in range(4):
         alone = model(**dict(batch, **{name: batch[name][:, i : i + 1] for name in ITEM}))
-        same(alone.rewards[:, 0], together.rewards[:, i])
-        same(alone.logits[:, 0], together.logits[:, i])
+        assert_close(alone.rewards[:, 0], together.rewards[:, i])
+        assert_close(alone.logits[:, 0], together.logits[:, i])
 
 
 @torch.no_grad()
@@ -118,9 +116,9 @@ def test_p_score_sees_the_behaviours_before_each_candidate_only():
             cut = {name: value[user : user + 1] for name, value in batch.items()}
             cut |= {name: cut[name][:, i : i + 1] for name in ITEM}
             cut["context_mask"] = cut["context_mask"] & (torch.arange(6) < positions[user, i])
-            same(model(**cut).rewards[0, 0], together[user, i])
+            assert_close(model(**cut).rewards[0, 0], together[user, i])
     right = {name: value.roll(3, 1) if name.startswith("context") else value for name, value in batch.items()}
-    same(model(**right).rewards[1], model(**batch).rewards[1])
+    assert_close(model(**right).rewards[1], model(**batch).rewards[1])
 
 
 @torch.no_grad()
@@ -129,11 +127,11 @@ def test_a_session_is_more_than_its_items():
     rewards = model(**batch).logits
     order = torch.tensor([2, 0, 3, 1])
     shuffled = dict(batch, **{name: batch[name][:, order] for name in ITEM})
-    same(model(**shuffled).logits, rewards)  # a sum over items that attend to each other knows no order
+    assert_close(model(**shuffled).logits, rewards)  # a sum over items that attend to each other knows no order
     # padding items have no part in the sum nor in the attention
     padded = {name: torch.cat([batch[name], batch[name][:, :2]], 1) for name in ITEM}
     mask = torch.tensor([[True] * 4 + [False] * 2] * 3)
-    same(model(**(batch | padded), item_mask=mask).logits, rewards)
+    assert_close(model(**(batch | padded), item_mask=mask).logits, rewards)
     differ(model(**(batch | padded)).logits, rewards)
     # without the self-attention the session would be a sum of independent parts
     states = []
@@ -162,7 +160,7 @@ def test_loss_of_the_session_model():
     ltr = (bce(x[0][1], 1.0) + bce(x[2][1], 0.0)) / 2
     assert output.loss.item() == pytest.approx(swt + 0.5 * ltr, rel=1e-5)
     probability = output.logits.sigmoid()
-    same(output.rewards, 2 * probability[:, 0] + 3 * probability[:, 1])
+    assert_close(output.rewards, 2 * probability[:, 0] + 3 * probability[:, 1])
 
 
 def test_loss_of_the_p_score():
@@ -225,7 +223,7 @@ def test_eager_and_sdpa_agree_and_half_precision_runs(pair):
     model, batch = tiny(*pair), inputs()
     rewards = model(**batch).rewards
     model.set_attn_implementation("eager")
-    same(model(**batch).rewards, rewards)
+    assert_close(model(**batch).rewards, rewards)
     half = model.bfloat16()(**batch).rewards
     assert half.isfinite().all()
 
@@ -256,7 +254,7 @@ def test_saved_and_loaded_with_and_without_the_package(pair, tmp_path):
     assert config.targets == TARGETS and config.target_weights == [1.0, 0.25]
     loaded = AutoModel.from_pretrained(tmp_path / "model")
     assert type(loaded) is pair[1]
-    assert torch.equal(loaded(**batch).rewards, rewards)
+    assert_close(loaded(**batch).rewards, rewards)
     env = dict(os.environ, HF_HUB_OFFLINE="1", HF_MODULES_CACHE=str(tmp_path / "modules"))
     env.pop("PYTHONPATH", None)
     command = [sys.executable, "-c", WITHOUT_PACKAGE, str(tmp_path / "model"), str(tmp_path / "batch.safetensors")]

@@ -13,6 +13,7 @@ from torch.nn.parallel import DistributedDataParallel
 from onerec_hf import balance_experts
 from onerec_hf.models.moe import Experts, Router, SparseMoE
 
+from .numeric import assert_close
 from .tiny import tiny_catalogue, tiny_context, tiny_model
 
 
@@ -78,12 +79,12 @@ def test_experts_equal_a_plain_loop(implementation, shared):
     states = torch.randn(7, 8, requires_grad=True)
     expected = plain_moe(moe, states)
     found = moe(states.view(1, 7, 8)).view(7, 8)
-    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
+    assert_close(found, expected)
     weight = torch.randn(7, 8)
     ours = torch.autograd.grad((found * weight).sum(), [states, *moe.parameters()], retain_graph=True)
     plain = torch.autograd.grad((expected * weight).sum(), [states, *moe.parameters()])
     for one, other in zip(ours, plain):
-        torch.testing.assert_close(one, other, atol=1e-4, rtol=1e-4)
+        assert_close(one, other)
 
 
 def test_an_expert_without_tokens():

@@ -12,6 +12,7 @@ from onerec_hf.baselines import FDSA, TIGER, BERT4Rec, ItemKNN, attribute_codes
 from onerec_hf.baselines.training import windows
 from onerec_hf.evaluation import evaluate
 
+from .numeric import assert_close
 from .test_baselines import cycles, next_in_cycle
 
 TINY = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
@@ -193,11 +194,11 @@ def test_bert4rec_scores_are_the_models_own_logits():
     input_ids = torch.tensor([[1, 2, 3, 12]])
     logits = model.model(input_ids=input_ids).logits
     hidden, items = model._score_vectors(model._hidden(input_ids))
-    torch.testing.assert_close(hidden @ items.T, logits[..., :12])
+    assert_close(hidden @ items.T, logits[..., :12])
     labels = torch.tensor([[-100, 4, -100, 5]])
     loss, count = model._softmax_loss({"input_ids": input_ids, "labels": labels})
     expected = torch.nn.functional.cross_entropy(logits[0, [1, 3], :12], torch.tensor([4, 5]), reduction="sum")
-    torch.testing.assert_close(loss, expected)
+    assert_close(loss, expected)
     assert count == 2
 
 
@@ -218,7 +219,7 @@ def test_fdsa_reads_attributes_and_nothing_beside_them():
     assert before.isfinite().all()  # item 11 has no attribute
     with torch.no_grad():
         model.model.attributes.weight[0] += 1.0  # the pad
-    torch.testing.assert_close(model.model(torch.tensor([[0, 1, 11]])), before)
+    assert_close(model.model(torch.tensor([[0, 1, 11]])), before)
     with torch.no_grad():
         model.model.attributes.weight[2] += 1.0  # attribute 1 of item 1
     after = model.model(torch.tensor([[0, 1, 11]]))
@@ -237,7 +238,7 @@ def test_tiger_spells_users_and_items():
     assert batch["attention_mask"].tolist() == [[1] * 7, [1] * 4 + [0] * 3]
     assert batch["labels"].tolist() == [[2, 7, 9], [3, 7, 10]]
     loss, count = model._loss(batch)
-    torch.testing.assert_close(loss / count, model.model(**batch).loss)
+    assert_close(loss / count, model.model(**batch).loss)
 
 
 @pytest.mark.parametrize("causal", [False, True])
@@ -278,9 +279,9 @@ def test_tiger_with_causal_items_trains_all_targets_of_a_history_as_if_each_were
             back = torch.tensor([4] + [end - 1 - item for item in range(end) for _ in range(3)])  # 4: the user token
             mask = model.model.item_distance.weight[back].T[None, :, None].expand(-1, -1, 3, -1)
             alone += 3 * model.model(encoder_outputs=(states,), attention_mask=mask, labels=labels).loss
-    torch.testing.assert_close(total, alone)
+    assert_close(total, alone)
     short, long = (model._encode(model._encoder_inputs([7], [items])) for items in ([0], [0, 11]))
-    torch.testing.assert_close(long[:, :4], short)
+    assert_close(long[:, :4], short)
 
 
 @pytest.mark.parametrize("causal", [False, True])

@@ -121,7 +121,7 @@ def test_the_commands_run_as_printed(desk, hub, monkeypatch):
     card = ModelCard(repository.branches["main"]["README.md"].decode())
     for words in ("| mymodel | 0.", "| sasrec | 0.", "Iterative Preference Alignment", 'repo = "org/mymodel"'):
         assert words in card.text, words
-    served = datasets.Dataset.from_parquet(str(desk / "outputs" / "recommended" / "part-00000.parquet"))
+    served = datasets.Dataset.from_parquet(str(desk / "outputs" / "recommended" / "part-00000-of-00001.parquet"))
     asked = datasets.Dataset.from_parquet(str(desk / "histories.parquet"))
     assert served["user_id"][:] == asked["user_id"][:] and len(served) > 40
     known = set(AutoTokenizer.from_pretrained(desk / "outputs" / "mymodel").catalogue.item_ids.tolist())

@@ -1,5 +1,6 @@
 """Histories of item ids in, item ids out: filters, features, new items, files, and what a new user gets wrong."""
 
+import datetime
 import os
 import subprocess
 import sys
@@ -26,7 +27,7 @@ def tokens_of(catalogue, model):
     return catalogue.semantic_ids.numpy() + np.array(model.config.level_offsets)
 
 
-def recommender_of(architecture="v2", catalogue=None, num_beams=20, quantizer=None, **features):
+def recommender_of(architecture="v2", catalogue=None, num_beams=20, quantizer=None, metadata=None, **features):
     catalogue = catalogue or tiny_catalogue()
     sizes = {"context_features": {}, "user_features": {}}
     if features:
@@ -39,7 +40,7 @@ def recommender_of(architecture="v2", catalogue=None, num_beams=20, quantizer=No
         collator = PathwayCollator(tokens, positive={"is_like": 1}, lifelong="lifelong", **lengths, **features)
     else:
         collator = {"onerec": SessionCollator}.get(architecture, OneRecCollator)(tokens, 50, **features)
-    metadata = {int(item): {"title": f"item {item}"} for item in catalogue.item_ids}
+    metadata = metadata or {int(item): {"title": f"item {item}"} for item in catalogue.item_ids}
     return Recommender(ItemRanker(model, collator, num_beams), metadata, quantizer)
 
 
@@ -116,6 +117,95 @@ def test_features_known_and_unknown():
         recommender.recommend(HISTORIES, users={"age": [1]})
 
 
+def test_what_is_given_per_user_stays_with_the_user(tmp_path):
+    """At once, one by one and in batches of two: the same items for each user, whatever comes with the history."""
+    features = {
+        "event_features": {"play_time_ms": EventFeature("log", 24)},
+        "user_features": {"age": np.array([0, 3])},
+    }
+    recommender = recommender_of(**features)
+    recommender.save_pretrained(tmp_path)
+    recommend = pipeline("onerec-recommendation", model=str(tmp_path), num_beams=20)
+    histories, n = [[1000 + i] for i in range(5)], 5
+    given = {
+        "events": {"play_time_ms": [[10**i] for i in range(n)]},
+        "users": {"age": [0, 1, 2, 3, 0]},
+        "allow": [list(range(1000 + i, 1030 + i)) for i in range(n)],
+        "deny": [[1010 + i] for i in range(n)],
+    }
+    whole = recommend(histories, k=3, **given)
+    assert [[item["item_id"] for item in row] for row in whole] == ids(recommender.recommend(histories, k=3, **given))
+    for size in (1, 2, 3):
+        parts = recommend(histories, k=3, batch_size=size, **given)
+        assert [[item["item_id"] for item in row] for row in parts] == [
+            [item["item_id"] for item in row] for row in whole
+        ]
+    for name, values in given.items():
+        short = {name: {key: column[:4] for key, column in values.items()} if isinstance(values, dict) else values[:4]}
+        for call in (recommend, recommender.recommend):
+            with pytest.raises(ValueError, match=f"{name}.* has 4 values for 5 users"):
+                call(histories, k=3, **short)
+
+
+def test_values_of_user_features_are_saved_with_the_repository(tmp_path):
+    known = {"city": {"Wuhan": 1, "Beijing": 2}}
+    features = {"user_features": {"city": np.array([1, 2, 0])}, "user_categories": known}
+    recommender_of(**features).save_pretrained(tmp_path)
+    recommender = Recommender.from_pretrained(tmp_path, num_beams=20)
+    collator = recommender.ranker.collator
+    assert collator.user_categories_of({"city": ["Beijing", "Paris", None, "Wuhan"]}, 4)["city"].tolist() == [
+        2,
+        0,
+        0,
+        1,
+    ]
+    scores = [
+        recommender.recommend([[1000]], users={"city": [city]})[0][0].score for city in ("Beijing", "Wuhan", "Paris")
+    ]
+    assert len(set(scores)) == 3 and recommender.recommend([[1000]])[0][0].score == scores[2]
+    numbers = recommender_of(user_features={"age": np.array([0, 3])})
+    for value in (7, -1, "F", 1.5):
+        with pytest.raises(
+            ValueError, match=r"users\['age'\] holds .*: the categories 0 \(unknown\) to 3 are allowed"
+        ):
+            numbers.recommend([[1000]], users={"age": [value]})
+    rows = [{"user": user, "history": [0]} for user in (1, -1, 2)]
+    assert numbers.ranker.collator.context(rows)["user_features"].tolist() == [[3], [0], [0]]
+
+
+@pytest.mark.parametrize("character", ["\u2028", "\u2029", "\x85", "\x0b", "\x0c", "\x1c", "\n", "\r"])
+def test_any_character_of_a_title_survives(character, tmp_path):
+    recommender = recommender_of(metadata={item: {"title": f"Hand{character}cream"} for item in range(1000, 1065)})
+    recommender.save_pretrained(tmp_path)
+    assert Recommender.from_pretrained(tmp_path).metadata == recommender.metadata
+
+
+def test_metadata_that_json_can_and_cannot_hold(tmp_path):
+    released = {
+        "released": datetime.date(2020, 1, 2),
+        "price": np.float32(1.5),
+        "score_": float("nan"),
+        "tags": np.array(["a"]),
+    }
+    recommender = recommender_of(metadata={np.int64(1000): released})
+    recommender.save_pretrained(tmp_path)
+    found = Recommender.from_pretrained(tmp_path).metadata
+    assert found == {1000: {"released": "2020-01-02", "price": 1.5, "score_": None, "tags": ["a"]}}
+    with pytest.raises(ValueError, match=r"metadata 'bytes' of item 1000 is b'x' \(bytes\), which JSON cannot hold"):
+        recommender_of(metadata={1000: {"bytes": b"x"}})
+    for name in ("item_id", "score"):
+        with pytest.raises(ValueError, match=rf"columns \['{name}'\] are fields of a recommendation already"):
+            recommender_of(metadata={1000: {name: 1}})
+
+
+def test_the_search_does_not_change_the_mode_of_the_model():
+    recommender = recommender_of()
+    recommender.model.train()
+    with pytest.raises(ValueError, match=r"in training mode, with dropout: call `model[.]eval"):
+        recommender.recommend(HISTORIES)
+    assert recommender.model.training
+
+
 @pytest.mark.parametrize("architecture", ["onerec", "v1", "v2"])
 def test_round_trip(architecture, tmp_path):
     features = {
@@ -176,6 +266,7 @@ def test_the_pipeline_is_the_same(tmp_path):
     assert recommend(HISTORIES, k=4, exclude_seen=True) == expected
     assert recommend(HISTORIES, k=4, exclude_seen=True, batch_size=2) == expected
     assert recommend(HISTORIES[0], k=4, exclude_seen=True) == expected[0]
+    assert recommend(iter(HISTORIES), k=4, exclude_seen=True, batch_size=2) == expected
     with pytest.raises(KeyError, match="not in the catalogue"):
         recommend([5])
 
@@ -193,9 +284,9 @@ def test_what_a_new_user_gets_wrong():
             recommender.recommend(flat)
     with pytest.raises(ValueError, match="unknown_items='drop': allowed are 'error' and 'ignore'"):
         recommender.recommend(HISTORIES, unknown_items="drop")
-    with pytest.raises(KeyError, match="are integers, given were float64"):
+    with pytest.raises(KeyError, match="the first is nan"):
         recommender.recommend([[1000, float("nan")]])
-    with pytest.raises(ValueError, match="2 lists for 3 users"):
+    with pytest.raises(ValueError, match="deny has 2 values for 3 users"):
         recommender.recommend(HISTORIES, deny=[[1000], [1001]])
     assert len(recommender.recommend([[1001]], k=10**6)[0]) == 65  # k larger than the catalogue
     assert recommender.recommend([[1001] * 10_000]) == recommender.recommend([[1001] * 50])  # longer than the model
@@ -221,9 +312,42 @@ def test_nothing_is_recommended_into_a_wrong_folder(tmp_path, monkeypatch):
     with pytest.raises(FileExistsError, match=str(tmp_path / "out")):
         recommender.recommend_dataset(rows, tmp_path / "out")
     (tmp_path / "earlier").mkdir()
-    (tmp_path / "earlier" / "part-00001.parquet").touch()
-    with pytest.raises(ValueError, match=r"holds \['part-00001.parquet'\] of a run on more processes"):
+    (tmp_path / "earlier" / "part-00001-of-00004.parquet").touch()
+    with pytest.raises(ValueError, match=r"holds \['part-00001-of-00004.parquet'\] of an earlier run"):
         recommender.recommend_dataset(rows, tmp_path / "earlier")
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "part-00001-of-00002.parquet").touch()  # of another process of this run, which started first
+    (tmp_path / "other" / "part-00000-of-00002.parquet").touch()  # this process's own: of an earlier run
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ValueError, match=r"holds \['part-00000-of-00002.parquet'\] of an earlier run"):
+        recommender.recommend_dataset(rows, tmp_path / "other")
+    monkeypatch.undo()
+    for column in ("item_ids", "scores"):
+        monkeypatch.setattr(recommender, "recommend", lambda *args, **kwargs: pytest.fail("it began to work"))
+        with pytest.raises(ValueError, match=rf"columns \['{column}'\], which the result is written to"):
+            recommender.recommend_dataset(rows.add_column(column, [1]), tmp_path / "new")
+    with pytest.raises(ValueError, match=r"column 'user' holds Value.*a list of item ids per row is needed"):
+        recommender.recommend_dataset(rows.add_column("user", [1]), tmp_path / "new", column="user")
+
+
+def test_fewer_rows_than_processes_and_a_second_run(tmp_path, monkeypatch):
+    recommender = recommender_of()
+    rows = datasets.Dataset.from_dict({"user": [7, 8], "history": [[1000], [1001]]})
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    for rank in range(4):
+        monkeypatch.setenv("RANK", str(rank))
+        path = recommender.recommend_dataset(rows, tmp_path, 3)
+        assert path.name == f"part-{rank:05d}-of-00004.parquet"
+    back = datasets.load_dataset(
+        "parquet", data_files=f"{tmp_path}/*.parquet", split="train", cache_dir=tmp_path / "cache"
+    )
+    assert back["user"][:] == [7, 8] and back["item_ids"][:] == ids(recommender.recommend(rows["history"][:], 3))
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    monkeypatch.setenv("RANK", "0")
+    with pytest.raises(ValueError, match="of an earlier run"):
+        recommender.recommend_dataset(rows, tmp_path, 3)
+    recommender.recommend_dataset(rows, tmp_path, 3, overwrite=True)
+    assert [part.name for part in tmp_path.glob("*.parquet")] == ["part-00000-of-00001.parquet"]
 
 
 def test_no_collator_no_model_no_recommender(tmp_path):
@@ -253,7 +377,7 @@ def test_every_row_of_a_dataset_once(world, tmp_path):
         )
         assert run.returncode == 0, run.stderr
     parts = sorted((tmp_path / "out").iterdir())
-    assert [part.name for part in parts] == [f"part-{rank:05d}.parquet" for rank in range(world)]
+    assert [part.name for part in parts] == [f"part-{rank:05d}-of-{world:05d}.parquet" for rank in range(world)]
     found = datasets.concatenate_datasets([datasets.Dataset.from_parquet(str(part)) for part in parts])
     assert found["user"][:] == list(range(7))
     expected = Recommender.from_pretrained(tmp_path / "repo", 20).recommend(rows["history"][:], 3)

@@ -7,6 +7,7 @@ import torch
 
 from onerec_hf import Catalogue, ContextKV, OneRecV2Config, beam_search
 
+from .numeric import assert_close
 from .tiny import tiny_catalogue, tiny_context, tiny_model
 
 # seven semantic IDs; level 1 code 2 has one leaf only, so it is used up after one item
@@ -74,7 +75,7 @@ def test_equals_brute_force(length, subset):
         expected = brute_force(model, context_kv.key_states[0][user], items, length)
         real = found.scores[user].isfinite()
         assert int(real.sum()) == len(expected)
-        torch.testing.assert_close(found.scores[user][real], torch.tensor([score for score, _ in expected]))
+        assert_close(found.scores[user][real], torch.tensor([score for score, _ in expected]))
         sessions = [tuple(tuple(item) for item in session) for session in found.semantic_ids[user][real].tolist()]
         assert sessions == [session for _, session in expected]
         assert (found.semantic_ids[user][~real] == -1).all() and (found.leaves[user][~real] == -1).all()
@@ -100,7 +101,7 @@ def test_a_pruned_search_equals_a_pruned_search_in_plain_python():
         kept = sorted(scored, reverse=True)[:beams]
     found = beam_search(model, catalogue, context_kv, beams, num_items=length)
     assert found.semantic_ids[0].flatten(1).tolist() == [list(codes) for _, codes in kept]
-    torch.testing.assert_close(found.scores[0], torch.tensor([score for score, _ in kept]))
+    assert_close(found.scores[0], torch.tensor([score for score, _ in kept]))
 
 
 def test_no_session_is_longer_than_the_catalogue():

@@ -10,7 +10,7 @@ from .embeddings import (
     load_embeddings,
     text_embeddings,
 )
-from .features import EventFeature, category_codes, reaches
+from .features import EventFeature, category_codes, category_map, reaches
 from .interactions import Interactions, load_interactions
 from .item_alignment import ItemAlignment, item_contrastive_loss
 from .item_pairs import behaviour_pairs, item_to_item_pairs, swing_neighbors, user_to_item_pairs
@@ -39,6 +39,7 @@ __all__ = [
     "arrow_dataset",
     "behaviour_pairs",
     "category_codes",
+    "category_map",
     "check_item_embeddings",
     "collaborative_embeddings",
     "compress_lifelong",

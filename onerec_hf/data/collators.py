@@ -4,13 +4,13 @@ OneRec-V2, section 2.2 (arXiv:2508.20900): an item's keys and values depend on t
 OneRec (arXiv:2502.18965) and its Technical Report (arXiv:2506.13695) encode the context bidirectionally: one context, one session.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import torch
 
-from .features import EventFeature
+from .features import EventFeature, category_codes
 
 
 class OneRecCollator:
@@ -27,7 +27,10 @@ class OneRecCollator:
         max_history (`int`): Items of context; older ones are dropped.
         event_features (`dict[str, EventFeature]`, *optional*): List columns of the rows that become context features.
         item_features (`dict[str, np.ndarray]`, *optional*): Categories of shape (N,), looked up for every context item.
-        user_features (`dict[str, np.ndarray]`, *optional*): Categories of shape (U,), looked up by `user`.
+        user_features (`dict[str, np.ndarray]`, *optional*): Categories of shape (U,), looked up by `user`; a `user` that is no row
+            of them, -1 or a new one, is unknown: 0.
+        user_categories (`dict[str, dict[str, int]]`, *optional*): [`category_map`] of each of them. Saved with the model, so that
+            whoever serves it gives the values and not their numbers.
         pad_token_id (`int`, defaults to 0).
 
     Batches hold `context_ids` (B, T, L), `context_mask` (B, T), `target_ids` (B, n, L), `target_positions` (B, n) and, where
@@ -41,6 +44,7 @@ class OneRecCollator:
         event_features: Mapping[str, EventFeature] | None = None,
         item_features: Mapping[str, np.ndarray] | None = None,
         user_features: Mapping[str, np.ndarray] | None = None,
+        user_categories: Mapping[str, Mapping[str, int]] | None = None,
         pad_token_id: int = 0,
     ):
         if max_history < 1:
@@ -66,6 +70,11 @@ class OneRecCollator:
         # `context_features` and `user_features` of the model config: sorted by name, as the config is
         self.context_feature_sizes = dict(sorted(sizes.items()))
         self.user_feature_sizes = {name: int(values.max()) + 1 for name, values in sorted(self.user_features.items())}
+        self.user_categories = {name: dict(known) for name, known in (user_categories or {}).items()}
+        if surplus := sorted(set(self.user_categories) - set(self.user_features)):
+            raise ValueError(
+                f"user_categories of {surplus}, which are no user features; there are {sorted(self.user_features)}."
+            )
 
     def __call__(self, rows: list[dict]) -> dict[str, torch.Tensor]:
         if "targets" in rows[0]:
@@ -143,9 +152,43 @@ class OneRecCollator:
         """`user_features` (B, F_u), if configured."""
         if not self.user_features:
             return {}
-        users = np.array([row["user"] for row in rows])
-        features = [self.user_features[name][users] for name in self.user_feature_sizes]
+        users = np.array([row["user"] for row in rows], dtype=np.int64)
+        features = []
+        for name in self.user_feature_sizes:
+            table = self.user_features[name]
+            known = (users >= 0) & (users < len(table))
+            features.append(np.where(known, table[np.where(known, users, 0)], 0))
         return {"user_features": torch.from_numpy(np.stack(features, axis=1))}
+
+    def user_categories_of(self, users: Mapping[str, Sequence], n: int) -> dict[str, np.ndarray]:
+        """
+        Categories (n,) of every user feature, from values that are given when a model is served.
+
+        Args:
+            users: Feature -> one value for each of the n users: as in training where `user_categories` knows the feature, else a
+                category. What is left out is unknown, 0.
+
+        Raises:
+            ValueError: A feature that the model does not have, or a category outside 0 to size - 1.
+        """
+        sizes = self.user_feature_sizes
+        if wrong := sorted(set(users) - set(sizes)):
+            raise ValueError(
+                f"users[{wrong[0]!r}]: the model takes {sorted(sizes)}, one value for each of the {n} users."
+            )
+        found = {}
+        for name, size in sizes.items():
+            values = users.get(name, [None] * n)
+            if name in self.user_categories:
+                found[name] = category_codes(values, self.user_categories[name])
+                continue
+            codes = np.array([0 if value is None else value for value in values])
+            if codes.dtype.kind not in "iu" or not ((codes >= 0) & (codes < size)).all():
+                raise ValueError(
+                    f"users[{name!r}] holds {list(values)!r}: the categories 0 (unknown) to {size - 1} are allowed."
+                )
+            found[name] = codes.astype(np.int64)
+        return found
 
 
 class SessionCollator(OneRecCollator):

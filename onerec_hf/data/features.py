@@ -4,8 +4,9 @@ OneRec Technical Report, section 2.2.1 (play time, duration, label, author, tag,
 always stands for "unknown", in every feature.
 """
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
@@ -18,7 +19,7 @@ class EventFeature(NamedTuple):
         kind: `"category"`: small whole numbers, value v becomes v + 1. `"log"`: non-negative amounts (ms, counts) in buckets that
             double. `"gap"`: the time since the user's previous event, as `"log"`; meant for `timestamp`. `"hour"`: hour of the day
             (UTC) of a time in ms.
-        size: Number of values, 0 ("unknown") included; larger values share the last one.
+        size: Number of values, 0 ("unknown") included; larger values, infinity among them, share the last one.
     """
 
     kind: Literal["category", "log", "gap", "hour"]
@@ -26,46 +27,68 @@ class EventFeature(NamedTuple):
 
     def encode(self, values: np.ndarray) -> np.ndarray:
         """Values of one user in time order, shape (T,) -> categories (T,), int64, 0 to `size - 1`; NaN and negatives give 0."""
-        values = np.asarray(values, dtype=np.float64)
+        try:
+            values = np.asarray(values, dtype=np.float64)
+        except (ValueError, TypeError) as error:
+            raise ValueError(
+                f"an event feature of kind {self.kind!r} takes numbers, got {np.asarray(values).dtype} ({error}): number the "
+                "values, from 0 on."
+            ) from error
+        if self.kind in ("gap", "hour"):  # an infinite time has no hour and no distance
+            values = np.where(np.isfinite(values), values, np.nan)
         if self.kind == "gap":
             values = np.concatenate([[np.nan], np.diff(values)])[: len(values)]
         known = ~np.isnan(values) & (values >= 0)
         values = np.where(known, values, 0)
         if self.kind == "category":
-            codes = values.astype(np.int64) + 1
+            codes = values
         elif self.kind == "hour":
-            codes = (values // 3_600_000 % 24).astype(np.int64) + 1
+            codes = values // 3_600_000 % 24
         elif self.kind in ("log", "gap"):
-            codes = np.log2(values + 1).astype(np.int64) + 1
+            codes = np.log2(values + 1)
         else:
             raise ValueError(
                 f"kind={self.kind!r} of an event feature: allowed are 'category', 'log', 'gap' and 'hour'."
             )
-        return np.where(known, codes.clip(max=self.size - 1), 0)
+        # clipped before the cast: what does not fit 64 bits would become -2^63
+        return np.where(known, codes.clip(max=self.size - 2).astype(np.int64) + 1, 0)
 
 
-def category_codes(values: Sequence, max_size: int | None = None) -> np.ndarray:
+def category_map(values: Sequence, max_size: int | None = None) -> dict[str, int]:
     """
-    Categories of arbitrary values (strings, ids; of a list per row the first entry counts): the most frequent value is 1.
+    Categories 1, 2, ... of arbitrary values (strings, ids; of a list per row the first entry counts), the most frequent one first.
 
     Args:
-        values: One value, None or list per row.
-        max_size: Number of categories, 0 included; rarer values share 0.
+        values: One value, None or list per row; their text is what is told apart.
+        max_size: Number of categories, 0 included; rarer values are left out.
 
     Returns:
-        `np.ndarray` of shape (rows,), int64; None, NaN and empty lists give 0.
+        `dict`: text of the value -> category. None, NaN and empty lists have none.
     """
-    flat = [value[0] if isinstance(value, (list, tuple, np.ndarray)) and len(value) else value for value in values]
-    missing = [v is None or v != v or (isinstance(v, (list, np.ndarray)) and not len(v)) for v in flat]
-    text = np.array(["" if gone else str(value) for value, gone in zip(flat, missing)])
-    names, inverse, counts = np.unique(text, return_inverse=True, return_counts=True)
-    counts = np.where(names == "", -1, counts)
-    rank = np.empty(len(names), dtype=np.int64)
-    rank[np.argsort(-counts, kind="stable")] = np.arange(1, len(names) + 1)
-    rank[names == ""] = 0
-    if max_size is not None:
-        rank[rank >= max_size] = 0
-    return rank[inverse]
+    counts = Counter(text for text in map(_text, values) if text is not None)
+    names = sorted(counts, key=lambda name: (-counts[name], name))
+    return {name: place for place, name in enumerate(names[: None if max_size is None else max_size - 1], start=1)}
+
+
+def category_codes(values: Sequence, categories: Mapping[str, int]) -> np.ndarray:
+    """
+    Values as categories of a [`category_map`].
+
+    Returns:
+        `np.ndarray` of shape (rows,), int64; None, NaN, empty lists and values that the map does not have give 0.
+    """
+    texts = map(_text, values)
+    return np.array([0 if text is None else categories.get(text, 0) for text in texts], dtype=np.int64)
+
+
+def _text(value: Any) -> str | None:
+    if isinstance(value, (list, tuple, np.ndarray)):
+        value = value[0] if len(value) else None
+    if value is None or value != value or value == "":
+        return None
+    if isinstance(value, (float, np.floating)) and float(value).is_integer():
+        value = int(value)  # of a column of whole numbers with a gap: 3.0 is the 3 of another table
+    return str(value)
 
 
 def reaches(columns: Mapping[str, Sequence | np.ndarray], thresholds: Mapping[str, float]) -> np.ndarray:

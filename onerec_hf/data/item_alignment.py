@@ -163,12 +163,12 @@ class ItemAlignment(nn.Module):
     def save_pretrained(self, folder: str | Path) -> None:
         """Writes `item_alignment.json` and `item_alignment.safetensors`; the folder may be a model's."""
         Path(folder).mkdir(parents=True, exist_ok=True)
-        (Path(folder) / CONFIG_NAME).write_text(json.dumps(self.settings, indent=2) + "\n")
+        (Path(folder) / CONFIG_NAME).write_text(json.dumps(self.settings, indent=2) + "\n", encoding="utf-8")
         save_file({name: value.contiguous() for name, value in self.state_dict().items()}, Path(folder) / WEIGHTS_NAME)
 
     @classmethod
     def from_pretrained(cls, folder: str | Path) -> "ItemAlignment":
         """Reads what `save_pretrained` wrote into a local folder."""
-        self = cls(**json.loads((Path(folder) / CONFIG_NAME).read_text()))
+        self = cls(**json.loads((Path(folder) / CONFIG_NAME).read_text(encoding="utf-8")))
         self.load_state_dict(load_file(Path(folder) / WEIGHTS_NAME))
         return self.eval()

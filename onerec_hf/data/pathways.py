@@ -29,8 +29,8 @@ class PathwayCollator(SessionCollator):
         lifelong (`"lifelong"` or `"history"`, defaults to `"lifelong"`): The list column of the lifelong pathway:
             [`compress_lifelong`]'s (its event columns are `lifelong_play_time_ms`, ...), or the history as it is, for logs in which
             no user has more than `lifelong_length` events.
-        event_features, item_features, user_features, pad_token_id: As [`OneRecCollator`]. A `"gap"` is the time since the user's
-            previous event in the column the pathway is cut from, positive or not.
+        event_features, item_features, user_features, user_categories, pad_token_id: As [`OneRecCollator`]. A `"gap"` is the time
+            since the user's previous event in the column the pathway is cut from, positive or not.
 
     Batches hold `context_ids` (B, T, L), `context_mask` (B, T) and, where configured, `context_features` (B, T, F), in which the
     pathways stand side by side, each padded to its length and oldest first; `user_features` (B, F_u), the static pathway; and
@@ -49,6 +49,7 @@ class PathwayCollator(SessionCollator):
         event_features: Mapping[str, EventFeature] | None = None,
         item_features: Mapping[str, np.ndarray] | None = None,
         user_features: Mapping[str, np.ndarray] | None = None,
+        user_categories: Mapping[str, Mapping[str, int]] | None = None,
         pad_token_id: int = 0,
     ):
         super().__init__(
@@ -56,6 +57,7 @@ class PathwayCollator(SessionCollator):
             event_features=event_features,
             item_features=item_features,
             user_features=user_features,
+            user_categories=user_categories,
             pad_token_id=pad_token_id,
         )
         if lifelong not in ("lifelong", "history"):

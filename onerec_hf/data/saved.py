@@ -22,7 +22,8 @@ _CLASSES = {cls.__name__: cls for cls in (OneRecCollator, SessionCollator, Pathw
 def save_collator(collator: OneRecCollator, folder: str | os.PathLike) -> None:
     """Writes `collator_config.json`, and `collator.safetensors` with the categories of the items where there are any.
 
-    The users' categories stay behind: they belong to the rows of a training set, not to the users that a model is served for.
+    The rows of the users stay behind: they are those of a training set, not of the users that a model is served for. Which category
+    each value of a user feature became is saved.
     """
     config = {
         "collator_class": type(collator).__name__,
@@ -30,9 +31,10 @@ def save_collator(collator: OneRecCollator, folder: str | os.PathLike) -> None:
         "event_features": {name: list(feature) for name, feature in collator.event_features.items()},
         "item_features": sorted(collator.item_features),
         "user_features": collator.user_feature_sizes,
+        "user_categories": collator.user_categories,
     }
     Path(folder).mkdir(parents=True, exist_ok=True)
-    (Path(folder) / CONFIG_NAME).write_text(json.dumps(config, indent=2) + "\n")
+    (Path(folder) / CONFIG_NAME).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     if collator.item_features:
         save_file(
             {name: v.astype(np.int64) for name, v in collator.item_features.items()}, Path(folder) / WEIGHTS_NAME
@@ -53,7 +55,7 @@ def load_collator(repo: str | os.PathLike, item_token_ids: np.ndarray, **hub_kwa
     """
     path = cached_file(str(repo), CONFIG_NAME, **hub_kwargs)
     try:
-        config = json.loads(Path(str(path)).read_text())
+        config = json.loads(Path(str(path)).read_text(encoding="utf-8"))
     except json.JSONDecodeError as error:
         raise ValueError(f"{path} cannot be read ({error}): it is cut off. Save or download it again.") from error
     name = config.pop("collator_class")

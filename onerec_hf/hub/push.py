@@ -54,7 +54,7 @@ def _missing(folder: Path, files: list[str]) -> list[str]:
         problems.append("README.md, the card: `model_card(...).save(folder / 'README.md')`, or recipes/publish.py")
     if "adapter_config.json" in files:
         wanted = {"adapter_model.safetensors": _SAVE_MODEL}
-        base = json.loads((folder / "adapter_config.json").read_text()).get("base_model_name_or_path")
+        base = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8")).get("base_model_name_or_path")
         if not base or Path(base).exists() or not re.fullmatch(r"[\w.-]+/[\w.-]+", base):
             problems.append(
                 f"the base model of adapter_config.json is {base!r}, which only this machine knows: push the base model, and "
@@ -62,7 +62,7 @@ def _missing(folder: Path, files: list[str]) -> list[str]:
             )
     else:
         wanted = dict.fromkeys(_weight_files(folder), _SAVE_MODEL)
-        config = json.loads((folder / "config.json").read_text())
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         if any(name.endswith("ForCausalLM") for name in config.get("architectures") or []):
             wanted |= {"generation_config.json": _SAVE_MODEL}
     reward = "config.json" in files and "generation_config.json" not in wanted
@@ -76,7 +76,7 @@ def _weight_files(folder: Path) -> list[str]:
     index = folder / "model.safetensors.index.json"
     if not index.is_file():
         return ["model.safetensors"]
-    return sorted(set(json.loads(index.read_text())["weight_map"].values()))
+    return sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
 
 
 def _code_files(folder: Path) -> dict[str, str]:
@@ -85,7 +85,7 @@ def _code_files(folder: Path) -> dict[str, str]:
     for name, what in (("config.json", _SAVE_MODEL), ("tokenizer_config.json", _SAVE_TOKENIZER)):
         if not (folder / name).is_file():
             continue
-        auto_map = json.loads((folder / name).read_text()).get("auto_map") or {}
+        auto_map = json.loads((folder / name).read_text(encoding="utf-8")).get("auto_map") or {}
         if not auto_map:
             found[f"auto_map in {name}"] = f"{what}, after `import onerec_hf`"
         # "module.Class", or a list of such and None
@@ -96,7 +96,9 @@ def _code_files(folder: Path) -> dict[str, str]:
             if module not in found:
                 found[module] = f"{what}, which copies the code"
                 if (folder / module).is_file():
-                    pending += re.findall(r"^\s*from \.(\w+) import", (folder / module).read_text(), re.MULTILINE)
+                    pending += re.findall(
+                        r"^\s*from \.(\w+) import", (folder / module).read_text(encoding="utf-8"), re.MULTILINE
+                    )
     return found
 
 
@@ -109,7 +111,7 @@ def _damaged(folder: Path, files: list[str]) -> list[str]:
                 with safe_open(folder / name, framework="np"):
                     pass
             elif name.endswith(".json"):
-                json.loads((folder / name).read_text())
+                json.loads((folder / name).read_text(encoding="utf-8"))
         except (SafetensorError, ValueError) as error:
             problems.append(f"{name} cannot be read ({error}): save it again")
     return problems

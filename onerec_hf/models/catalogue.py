@@ -7,6 +7,7 @@ semantic IDs).
 import hashlib
 import os
 from collections.abc import Sequence
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -15,6 +16,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from transformers.utils.hub import cached_file
 
+from .item_ids import id_array, is_text, positions
 from .prefix_index import PrefixIndex
 
 CATALOGUE_NAME = "catalogue.safetensors"
@@ -30,12 +32,13 @@ class Catalogue(PrefixIndex):
     Args:
         semantic_ids (array or tensor of shape (N, L)): Code of every item on every level, 0 to `codebook_sizes[l] - 1`.
         codebook_sizes (`list[int]`): Codes per level.
-        item_ids (array of shape (N,), *optional*): The ids by which the outside knows the items, integers or strings, all
-            different. Defaults to 0..N-1.
+        item_ids (array of shape (N,), *optional*): The ids by which the outside knows the items, integers of 64 bits or strings,
+            all different. Defaults to 0..N-1.
         popularity (array of shape (N,), *optional*): Larger is more popular; orders the items that share a semantic ID.
 
     Raises:
-        ValueError: On shapes that do not fit, codes outside their codebook, repeated item ids, or an empty catalogue.
+        ValueError: On shapes that do not fit, codes outside their codebook, repeated item ids, ids that are neither integers nor
+            strings, or an empty catalogue.
     """
 
     def __init__(
@@ -47,11 +50,9 @@ class Catalogue(PrefixIndex):
     ):
         self.codebook_sizes = [int(size) for size in codebook_sizes]
         self.semantic_ids = self._checked(torch.as_tensor(np.asarray(semantic_ids)))  # (N, L)
-        self.item_ids = np.arange(self.num_items) if item_ids is None else np.asarray(item_ids)
+        self.item_ids = np.arange(self.num_items) if item_ids is None else id_array(item_ids)
         if self.item_ids.shape != (self.num_items,):
             raise ValueError(f"item_ids has shape {self.item_ids.shape}, semantic_ids has {self.num_items} rows.")
-        if self.item_ids.dtype.kind not in "iuU":
-            self.item_ids = self.item_ids.astype(str)
         self._sorted_item_ids: tuple[np.ndarray, np.ndarray] | None = None  # built on the first look-up
         if item_ids is not None and self._number_of_ids() < self.num_items:
             raise ValueError("item_ids are not all different: an id names one item. Remove the repeated rows.")
@@ -61,7 +62,7 @@ class Catalogue(PrefixIndex):
         self._index_items()
 
     def _number_of_ids(self) -> int:
-        if self.item_ids.dtype.kind == "U":  # sorting strings is slow
+        if is_text(self.item_ids):  # sorting strings is slow
             return len(set(self.item_ids.tolist()))
         ordered = np.sort(self.item_ids)
         return 1 + int((ordered[1:] != ordered[:-1]).sum())
@@ -150,11 +151,10 @@ class Catalogue(PrefixIndex):
                 f"this catalogue has {'no ' * (self.popularity is None)}popularity: give the new items "
                 f"{'none' if self.popularity is None else 'theirs'}, the items of one semantic ID are ordered by it."
             )
-        item_ids = np.asarray(item_ids)
-        if (item_ids.dtype.kind in "iu") != (self.item_ids.dtype.kind in "iu"):
-            raise ValueError(
-                f"the item ids of this catalogue are {self.item_ids.dtype}, the new ones {item_ids.dtype}."
-            )
+        item_ids = id_array(item_ids)
+        if is_text(item_ids) != is_text(self.item_ids):
+            own, new = ("text" if is_text(ids) else "integers" for ids in (self.item_ids, item_ids))
+            raise ValueError(f"the item ids of this catalogue are {own}, the new ones {new}: pass {own}.")
         semantic_ids = self._checked(torch.as_tensor(np.asarray(semantic_ids)))
         return Catalogue(
             torch.cat([self.semantic_ids.cpu(), semantic_ids]),
@@ -163,38 +163,39 @@ class Catalogue(PrefixIndex):
             None if popularity is None else np.concatenate([self.popularity, popularity]),
         ).to(self.device)
 
-    def index_of(self, item_ids: ArrayLike) -> np.ndarray:
+    def index_of(self, item_ids: Any, unknown: Literal["error", "ignore"] = "error") -> np.ndarray:
         """
-        Item indices of original item ids.
+        Item indices of original item ids: the one test of whether the catalogue has an item.
 
         Args:
-            item_ids (array of any shape): Ids as given at construction.
+            item_ids (array or list of any shape): Ids as given at construction. An id of another kind is unknown: `"1"` where the
+                ids are integers, None, a fraction, a number beyond 64 bits.
+            unknown: `"error"` raises for ids that the catalogue does not have, `"ignore"` gives -1 for them.
 
         Returns:
             `np.ndarray` int64 of the same shape.
 
         Raises:
-            KeyError: Naming how many ids are unknown, and the first of them.
+            KeyError: Naming how many ids are unknown, and the first of them. ValueError: Lists of unequal length.
         """
+        if unknown not in ("error", "ignore"):
+            raise ValueError(f"unknown={unknown!r}: allowed are 'error' and 'ignore'.")
         if self._sorted_item_ids is None:
             order = np.argsort(self.item_ids, kind="stable")
             self._sorted_item_ids = (self.item_ids[order], order)
         known, order = self._sorted_item_ids
-        wanted = np.asarray(item_ids)
-        if wanted.size == 0:
-            return np.zeros(wanted.shape, dtype=np.int64)
-        if known.dtype.kind == "U" and wanted.dtype.kind != "U":
-            wanted = wanted.astype(str)
-        if known.dtype.kind != "U" and wanted.dtype.kind not in "iu":
-            raise KeyError(f"the item ids of this catalogue are integers, given were {wanted.dtype} values.")
-        place = np.searchsorted(known, wanted).clip(max=len(known) - 1)
-        unknown = known[place] != wanted
-        if unknown.any():
+        found = positions(known, order, item_ids)
+        if unknown == "error" and (absent := found < 0).any():
+            values = np.array(item_ids, dtype=object) if isinstance(item_ids, (list, tuple)) else np.asarray(item_ids)
+            first = values[absent].flat[0]
+            first = first.item() if isinstance(first, np.generic) else first
+            own = "text" if is_text(self.item_ids) else "integers"
+            kind = "" if isinstance(first, str) == is_text(self.item_ids) else f", and the catalogue's ids are {own}"
             raise KeyError(
-                f"{int(unknown.sum())} of {wanted.size} item ids are not in the catalogue of {self.num_items} items; the "
-                f"first is {wanted[unknown].flat[0].item()!r}. Remove them from the histories, or add the items first."
+                f"{int(absent.sum())} of {found.size} item ids are not in the catalogue of {self.num_items} items; the first is "
+                f"{first!r}{kind}. Remove them from the histories, or add the items first."
             )
-        return order[place]
+        return found
 
     def items_of(self, leaves: torch.Tensor, k: int, allowed: torch.Tensor | None = None) -> torch.Tensor:
         """
@@ -258,8 +259,7 @@ class Catalogue(PrefixIndex):
         """What tells catalogues of equal sizes apart: 16 hexadecimal digits of the item ids and semantic IDs, in their order."""
         digest = hashlib.sha256(repr((self.codebook_sizes, self.num_items)).encode())
         digest.update(self.semantic_ids.cpu().to(torch.int32).numpy().tobytes())
-        text = self.item_ids.dtype.kind == "U"
-        digest.update("\n".join(self.item_ids).encode() if text else self.item_ids.astype(np.int64).tobytes())
+        digest.update("\n".join(self.item_ids).encode() if is_text(self.item_ids) else self.item_ids.tobytes())
         return digest.hexdigest()[:16]
 
     def save_pretrained(self, save_directory: str | os.PathLike) -> None:
@@ -271,12 +271,12 @@ class Catalogue(PrefixIndex):
         }
         if self.popularity is not None:
             tensors["popularity"] = torch.from_numpy(self.popularity)
-        if self.item_ids.dtype.kind == "U":
+        if is_text(self.item_ids):
             encoded = [str(item).encode() for item in self.item_ids.tolist()]
             tensors["item_id_ends"] = torch.tensor([len(item) for item in encoded]).cumsum(0)
             tensors["item_id_bytes"] = torch.from_numpy(np.frombuffer(b"".join(encoded), dtype=np.uint8).copy())
         else:
-            tensors["item_ids"] = torch.from_numpy(self.item_ids.astype(np.int64))
+            tensors["item_ids"] = torch.from_numpy(self.item_ids)
         save_file(tensors, os.path.join(save_directory, CATALOGUE_NAME), metadata={"format": "pt"})
 
     @classmethod

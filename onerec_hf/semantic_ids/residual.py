@@ -186,7 +186,7 @@ class ResidualKMeans:
             "num_full_iterations": self.num_full_iterations,
             "seed": self.seed,
         }
-        (folder / CONFIG_NAME).write_text(json.dumps(config, indent=2) + "\n")
+        (folder / CONFIG_NAME).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
         save_file({"codebooks": codebooks.cpu().contiguous()}, folder / WEIGHTS_NAME)
 
     @classmethod
@@ -198,7 +198,7 @@ class ResidualKMeans:
                 f"No {CONFIG_NAME} in {folder}: give the local folder that `save_pretrained` wrote "
                 "(download a Hub repository first, with `huggingface_hub.snapshot_download`)."
             )
-        config = json.loads(path.read_text())
+        config = json.loads(path.read_text(encoding="utf-8"))
         if config.pop("quantizer_type") != "residual_kmeans":
             raise ValueError(f"{path} describes another quantizer than residual k-means.")
         embedding_dim = config.pop("embedding_dim")

@@ -194,14 +194,14 @@ class RQVAE:
             "reset_dead_codes": self.reset_dead_codes,
             "seed": self.seed,
         }
-        (folder / CONFIG_NAME).write_text(json.dumps(config, indent=2) + "\n")
+        (folder / CONFIG_NAME).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
         tensors = {name: value.cpu().contiguous() for name, value in network.state_dict().items()}
         save_file(tensors | {"codebooks": self.latent._fitted().cpu().contiguous()}, folder / WEIGHTS_NAME)
 
     @classmethod
     def from_pretrained(cls, folder: str | os.PathLike) -> "RQVAE":
         """Reads what `save_pretrained` wrote into a local folder; the weights come on the CPU."""
-        config = json.loads((Path(folder) / CONFIG_NAME).read_text())
+        config = json.loads((Path(folder) / CONFIG_NAME).read_text(encoding="utf-8"))
         if (kind := config.pop("quantizer_type")) != "rqvae":
             raise ValueError(
                 f"{CONFIG_NAME} in {folder} describes a {kind} quantizer, not an RQ-VAE: `load_quantizer`."
@@ -247,7 +247,7 @@ def load_quantizer(folder: str | os.PathLike) -> ResidualKMeans | RQVAE:
     if not path.is_file():
         return ResidualKMeans.from_pretrained(folder)  # says what is missing
     try:
-        kind = json.loads(path.read_text())["quantizer_type"]
+        kind = json.loads(path.read_text(encoding="utf-8"))["quantizer_type"]
         if kind in kinds:
             return kinds[kind].from_pretrained(folder)
     except (SafetensorError, json.JSONDecodeError) as error:

@@ -15,7 +15,7 @@ def save_rows(rows: list[dict], folder: Path, metadata: dict) -> None:
     unfinished = folder.with_name(folder.name + ".unfinished")
     shutil.rmtree(unfinished, ignore_errors=True)
     datasets.Dataset.from_list(rows).save_to_disk(str(unfinished))
-    (unfinished / _METADATA).write_text(json.dumps(metadata, indent=2))
+    (unfinished / _METADATA).write_text(json.dumps(metadata, indent=2), encoding="utf-8")
     shutil.rmtree(folder, ignore_errors=True)
     os.replace(unfinished, folder)
 
@@ -32,7 +32,7 @@ def load_rows(folder: Path, metadata: dict) -> datasets.Dataset:
             f"the run continues inside an iteration, but its pairs are not at {folder}: keep them beside the checkpoints, or "
             "resume from a checkpoint at the end of an iteration."
         )
-    found = json.loads((folder / _METADATA).read_text())
+    found = json.loads((folder / _METADATA).read_text(encoding="utf-8"))
     if different := sorted(name for name in metadata if found.get(name) != metadata[name]):
         raise ValueError(
             f"the pairs in {folder} were made with other settings: "

@@ -1,0 +1,114 @@
+"""Ids by which the outside knows items: whole numbers or text, and nothing that turns one into the other on the way.
+
+An id is a name. `1` and `"1"` are two names, `"007"` is not `7`, and what numpy would cast to fit is refused or unknown.
+"""
+
+from typing import Any
+
+import numpy as np
+
+_INT64 = np.iinfo(np.int64)
+_WHOLE_FLOATS = 2**53  # from here on neighbouring whole numbers are the same float
+
+
+def is_text(ids: np.ndarray) -> bool:
+    """Whether the ids of a catalogue are text; they are int64 otherwise."""
+    return ids.dtype.kind == "U"
+
+
+def id_array(ids: Any, name: str = "item_ids") -> np.ndarray:
+    """
+    Ids as one array: int64, or text.
+
+    Args:
+        ids: Array, tensor, Series or list, of any shape. Whole floats up to 2^53 (integers that met a missing value on their way)
+            become integers.
+        name: What they are called, for errors.
+
+    Raises:
+        ValueError: For integers beyond 64 bits, other floats, booleans, missing values, text beside numbers, and lists of unequal
+            length.
+    """
+    array = _as_array(ids, name)
+    if array.dtype.kind == "U" or array.dtype == np.int64:
+        return array
+    if array.dtype.kind == "i":
+        return array.astype(np.int64)
+    if array.dtype.kind == "u" and (array.size == 0 or array.max() <= _INT64.max):
+        return array.astype(np.int64)
+    flat = array.ravel().tolist()
+    if all(isinstance(value, str) for value in flat):
+        return np.array(flat, dtype=str).reshape(array.shape)
+    numbers = [_whole(value) for value in flat]
+    if None in numbers:
+        first = flat[numbers.index(None)]
+        raise ValueError(
+            f"{name} hold {first!r} ({type(first).__name__}): ids are whole numbers of 64 bits, or text, all of one kind. Pass "
+            "them as text (strings)."
+        )
+    return np.array(numbers, dtype=np.int64).reshape(array.shape)
+
+
+def positions(known: np.ndarray, order: np.ndarray, ids: Any) -> np.ndarray:
+    """
+    Places of ids among the known ones; the one test of membership.
+
+    Args:
+        known (`np.ndarray` of shape (N,)): Sorted ids, int64 or text.
+        order (`np.ndarray` of shape (N,)): What to return for each of them.
+        ids: Of any shape. An id of another kind (text among numbers, null, a fraction, more than 64 bits) is not known.
+
+    Returns:
+        `np.ndarray` int64 of the same shape, -1 where an id is not known.
+    """
+    array = _as_array(ids, "ids")
+    if array.dtype.kind == known.dtype.kind or (array.dtype.kind == "i" and not is_text(known)):
+        wanted, fits = array, np.ones(array.shape, dtype=bool)
+    else:
+        flat: list = array.ravel().tolist()
+        of_kind: list = [
+            (value if isinstance(value, str) else None) if is_text(known) else _whole(value) for value in flat
+        ]
+        fits = np.array([value is not None for value in of_kind], dtype=bool).reshape(array.shape)
+        filler = known[0].item()
+        filled = [filler if value is None else value for value in of_kind]
+        wanted = np.array(filled, dtype=str if is_text(known) else np.int64).reshape(array.shape)
+    if not wanted.size:
+        return np.zeros(wanted.shape, dtype=np.int64)
+    place = np.searchsorted(known, wanted).clip(max=len(known) - 1)
+    return np.where(fits & (known[place] == wanted), order[place], -1)
+
+
+def _as_array(ids: Any, name: str) -> np.ndarray:
+    if isinstance(ids, (list, tuple, set, frozenset)):
+        values = list(ids)
+        if {type(value) for value in values} <= {
+            int
+        }:  # numpy would make text of numbers beside text, and floats of large ones
+            try:
+                return np.array(values, dtype=np.int64)
+            except OverflowError:
+                pass
+        try:
+            array = np.array(values, dtype=object)
+        except ValueError:
+            array = np.array([None])
+        if array.size and isinstance(array.flat[0], (list, tuple, np.ndarray)):
+            raise ValueError(f"{name} are lists of unequal length: pass one list of ids at a time.")
+        return array
+    array = np.asarray(ids)
+    return array if array.dtype.kind in "iufbOU" else array.astype(object)
+
+
+def _whole(value: Any) -> int | None:
+    """The value as an integer of 64 bits, None for anything else."""
+    if isinstance(value, (bool, np.bool_)):
+        return None
+    if isinstance(value, (float, np.floating)):
+        return int(value) if float(value).is_integer() and abs(value) <= _WHOLE_FLOATS else None
+    if isinstance(value, (int, np.integer)):
+        return int(value) if _INT64.min <= int(value) <= _INT64.max else None
+    return None
+
+
+__all__ = ["id_array", "is_text", "positions"]

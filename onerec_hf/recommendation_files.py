@@ -1,0 +1,103 @@
+"""What is read and written beside a recommender: the metadata of items, and the recommendations of a data set."""
+
+import datetime
+import json
+import math
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import datasets
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet
+
+from .models.item_ids import id_array
+
+METADATA_NAME = "items.jsonl"
+
+
+def item_metadata(rows: Mapping) -> dict:
+    """Item ids as Python's own numbers or strings, and values that JSON can hold; raises for others."""
+    if not rows:
+        return {}
+    ids = id_array(list(rows), "the item ids of the metadata").tolist()
+    if taken := sorted({"item_id", "score"} & set().union(*rows.values())):
+        raise ValueError(
+            f"metadata columns {taken} are fields of a recommendation already: rename them, or leave them out."
+        )
+    return {
+        item: {name: _json_value(value, item, name) for name, value in row.items()}
+        for item, row in zip(ids, rows.values())
+    }
+
+
+def _json_value(value: Any, item: Any, name: str) -> Any:
+    if isinstance(value, np.generic):
+        value = value.item()
+    if isinstance(value, (datetime.date, datetime.datetime, datetime.time)):
+        return value.isoformat()
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    if value is None or isinstance(value, (str, int, float)):
+        return value
+    if isinstance(value, (list, tuple, np.ndarray)):
+        return [_json_value(each, item, name) for each in value]
+    if isinstance(value, Mapping):
+        return {str(key): _json_value(each, item, name) for key, each in value.items()}
+    raise ValueError(
+        f"metadata {name!r} of item {item!r} is {value!r} ({type(value).__name__}), which JSON cannot hold: pass numbers, text or "
+        "dates, or leave the column out."
+    )
+
+
+def save_metadata(metadata: Mapping, folder: str | os.PathLike) -> None:
+    """Writes `items.jsonl`, one item a line."""
+    lines = [json.dumps({"item_id": item, **row}, ensure_ascii=False) for item, row in metadata.items()]
+    (Path(folder) / METADATA_NAME).write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+def load_metadata(path: str | os.PathLike) -> dict:
+    """Reads `items.jsonl`; a line ends at "\\n" alone, since a title may hold U+2028 and others that `splitlines` ends one at."""
+    lines = Path(path).read_text(encoding="utf-8").split("\n")
+    rows = [json.loads(line) for line in lines if line.strip()]
+    return {row.pop("item_id"): row for row in rows}
+
+
+def check_dataset(dataset: Any, column: str, path: Path, overwrite: bool) -> None:
+    """All that can be wrong with a data set and a folder, before hours of work."""
+    if column not in dataset.column_names:
+        raise ValueError(f"the dataset has no column {column!r}; it has {dataset.column_names}.")
+    if taken := sorted({"item_ids", "scores"} & set(dataset.column_names)):
+        raise ValueError(f"the dataset has columns {taken}, which the result is written to: rename or remove them.")
+    if not isinstance(dataset.features[column], (datasets.List, datasets.LargeList)):
+        raise ValueError(f"column {column!r} holds {dataset.features[column]}: a list of item ids per row is needed.")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if not os.access(path.parent, os.W_OK):
+        raise PermissionError(f"{path.parent} cannot be written: choose another folder.")
+    # processes of one run start at different times, so the parts of the others may be there; they say of which run they are
+    run = path.name.partition("-of-")[2]
+    parts = sorted(path.parent.glob("part-*.parquet"))
+    earlier = [part for part in parts if part == path or part.name.partition("-of-")[2] != run]
+    if earlier and not overwrite:
+        raise ValueError(
+            f"{path.parent} holds {[part.name for part in earlier]} of an earlier run: remove them, choose another folder, or "
+            "pass overwrite=True."
+        )
+    for part in earlier:
+        part.unlink(missing_ok=True)
+
+
+def write_part(path: Path, rows: datasets.Dataset, item_ids: list[list], scores: list[list], text_ids: bool) -> None:
+    """The rows with their recommendations as parquet; the types do not depend on whether there are rows."""
+    table = rows.with_format("arrow")[:]
+    kind = pa.large_string() if text_ids else pa.int64()
+    table = table.append_column("item_ids", pa.array(item_ids, pa.list_(kind)))
+    table = table.append_column("scores", pa.array(scores, pa.list_(pa.float64())))
+    partial = path.with_suffix(".partial")
+    table = table.replace_schema_metadata()
+    with pyarrow.parquet.ParquetWriter(partial, table.schema) as writer:
+        if len(table):  # an empty row group is a file that `datasets` refuses to read
+            writer.write_table(table)
+    partial.replace(path)
