@@ -15,7 +15,6 @@ import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import datasets
 from model_arguments import load_policy, training_rows
 from peft import LoraConfig
 from reward_arguments import reward_function
@@ -23,7 +22,7 @@ from sft import score
 from transformers import AutoTokenizer, set_seed
 from trl import TrlParser
 
-from onerec_hf.data import load_splits
+from onerec_hf.data import arrow_dataset, load_splits, read_table
 from onerec_hf.evaluation import evaluate
 from onerec_hf.trainers import IPAConfig, IPATrainer
 
@@ -68,7 +67,7 @@ def main(args: DPOArguments, training: IPAConfig) -> dict:
         processing_class=tokenizer,
         generation_metrics=generation_metrics,
         reward=reward,
-        pairs=datasets.load_from_disk(args.pairs) if args.pairs else None,
+        pairs=arrow_dataset(read_table(args.pairs)) if args.pairs else None,
         peft_config=LoraConfig(r=args.lora_r, task_type="CAUSAL_LM") if args.lora_r else None,
     )
     start = time.perf_counter()
