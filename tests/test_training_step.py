@@ -112,7 +112,17 @@ os._exit(0)
 
 def test_two_processes_make_the_step_of_one(tmp_path):
     (tmp_path / "run.py").write_text(PROCESS)
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "0"]
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--nproc_per_node",
+        "2",
+        "--rdzv_backend",
+        "c10d",
+        "--rdzv_endpoint",
+        "localhost:0",
+    ]
     env = dict(os.environ, ACCELERATE_USE_CPU="true", PYTHONPATH=str(ROOT))
     run = subprocess.run(
         [*command, str(tmp_path / "run.py"), str(tmp_path)], env=env, cwd=ROOT, capture_output=True, text=True

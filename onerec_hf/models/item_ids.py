@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-_INT64 = np.iinfo(np.int64)
+_INT64_MAX = np.iinfo(np.int64).max
 _WHOLE_FLOATS = 2**53  # from here on neighbouring whole numbers are the same float
 
 
@@ -34,7 +34,7 @@ def id_array(ids: Any, name: str = "item_ids") -> np.ndarray:
         return array
     if array.dtype.kind == "i":
         return array.astype(np.int64)
-    if array.dtype.kind == "u" and (array.size == 0 or array.max() <= _INT64.max):
+    if array.dtype.kind == "u" and (array.size == 0 or array.max() <= _INT64_MAX):
         return array.astype(np.int64)
     flat = array.ravel().tolist()
     if all(isinstance(value, str) for value in flat):
@@ -107,7 +107,8 @@ def _whole(value: Any) -> int | None:
     if isinstance(value, (float, np.floating)):
         return int(value) if float(value).is_integer() and abs(value) <= _WHOLE_FLOATS else None
     if isinstance(value, (int, np.integer)):
-        return number if _INT64.min <= (number := int(value)) <= _INT64.max else None
+        number = int(value)
+        return number if -(2**63) <= number < 2**63 else None
     return None
 
 

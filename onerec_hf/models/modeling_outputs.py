@@ -1,6 +1,7 @@
 """What the models with a head return."""
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from transformers.modeling_outputs import ModelOutput
@@ -28,7 +29,7 @@ class SemanticIdCausalLMOutput(ModelOutput):
     router_logits: tuple[torch.Tensor, ...] | None = None
 
 
-def recorded(outputs: ModelOutput) -> dict[str, tuple[torch.Tensor, ...] | None]:
+def recorded(outputs: ModelOutput) -> dict[str, Any]:
     """What a base model was asked to record, under the names of [`SemanticIdCausalLMOutput`]."""
     names = ("hidden_states", "attentions", "cross_attentions", "router_logits")
     return {name: outputs.get(name) for name in names}

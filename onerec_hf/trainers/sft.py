@@ -113,9 +113,8 @@ class OneRecSFTTrainer(RepositoryMixin):
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> tuple[list, Any]:
         """The batches of the next optimizer step, and what their summed losses are divided by, in all processes together."""
         batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
-        return batches, self._of_all_processes(
-            sum(self._loss_items(batch) for batch in batches), device
-        ) if batches else None
+        counts = [self._loss_items(batch) for batch in batches]
+        return batches, self._of_all_processes(torch.stack(counts).sum(), device) if counts else None
 
     def _of_all_processes(self, count: torch.Tensor, device: torch.device) -> torch.Tensor:
         count = count.to(device)
@@ -140,13 +139,14 @@ class OneRecSFTTrainer(RepositoryMixin):
             self._eval_loss += torch.stack([loss.double() * count, count.double()])
         return loss, *rest
 
-    def evaluation_loop(self, *args, metric_key_prefix: str = "eval", **kwargs) -> EvalLoopOutput:
+    def evaluation_loop(self, *args, **kwargs) -> EvalLoopOutput:
         """As `Trainer`'s, whose loss is a mean of the batches' means; this one is a mean over targets, as in training."""
         self._eval_loss.zero_()
-        output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
+        output = super().evaluation_loop(*args, **kwargs)
         total, count = self.accelerator.reduce(self._eval_loss, "sum").tolist()
-        if count and f"{metric_key_prefix}_loss" in output.metrics:
-            output.metrics[f"{metric_key_prefix}_loss"] = total / count
+        for name in output.metrics:
+            if count and name.endswith("_loss"):
+                output.metrics[name] = total / count
         return output
 
     # ---- evaluation and the moving average ------------------------------------------------------------------------------
