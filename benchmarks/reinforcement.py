@@ -149,7 +149,7 @@ def gradients(output: Path, seed: int, steps: int = 100) -> dict:
     reward = true_reward(world, data, model.catalogue)
 
     def centred(**columns):
-        """-1 to 1 around the group's mean, for GBPO, which does not normalise; GRPO and ECPO get the same advantages."""
+        """The advantages themselves, by the name of the function: as they are, for each of the losses."""
         rewards = torch.tensor(reward(**columns)).view(-1, group)
         rewards = (rewards - rewards.mean(1, keepdim=True)) / rewards.std(1, correction=0, keepdim=True).clamp(
             min=1e-6
@@ -188,7 +188,7 @@ def gradients(output: Path, seed: int, steps: int = 100) -> dict:
 
 
 def learned_reward(output: Path, data: Path, policy, group: int, seed: int):
-    """A P-Score of watch time, from the log before each user's held-out views; centred in the group, for GBPO."""
+    """A P-Score of watch time, from the log before each user's held-out views."""
     users = datasets.Dataset.from_parquet(str(data / "users.parquet"))["user_id"][:]
     log = pd.read_parquet(output / "impressions.parquet")
     log = log[log.user_id.isin(users) & log.video_id.isin(policy.catalogue.item_ids)]
@@ -201,14 +201,7 @@ def learned_reward(output: Path, data: Path, policy, group: int, seed: int):
     tokens = policy.catalogue.semantic_ids.numpy() + np.array(policy.config.level_offsets)
     setting = SimpleNamespace(seed=seed, log=log, item_token_ids=tokens, validation_time=held_out)
     model, collator, _ = ipa.train_reward(setting, epochs=3)
-    score = reward_of_model(model, collator, policy, group)
-
-    def reward_model(**columns):
-        rewards = torch.tensor(score(**columns)).view(-1, group)
-        spread = rewards.std(1, correction=0, keepdim=True).clamp(min=1e-6)
-        return ((rewards - rewards.mean(1, keepdim=True)) / spread).flatten().tolist()
-
-    return reward_model
+    return reward_of_model(model, collator, policy, group)
 
 
 def ab(output: Path, seed: int, steps: int = 200) -> dict:

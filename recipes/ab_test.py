@@ -121,19 +121,9 @@ def plot(lifts: dict, daily: dict, path: Path) -> None:
 
 
 def main(
-    a: str,
-    b: str,
-    log: str,
-    output: str,
-    world: str = "{}",
-    num_days: int = 7,
-    seeds=(0,),
-    num_beams: int = 50,
-    keep_logs: bool = False,
+    a: str, b: str, log: str, output: str, world: str = "{}", num_days=7, seeds=(0,), num_beams=50, keep_logs=False
 ):
     """Runs the test; returns what it writes to `ab_test.json`."""
-    folder = Path(output)
-    folder.mkdir(parents=True, exist_ok=True)
     impressions = read_table(log).to_pandas()
     users = np.unique(impressions.user_id[impressions.long_view == 1]).tolist()
     servers = {
@@ -141,6 +131,15 @@ def main(
         for name, path in (("control", a), ("treatment", b))
     }
     world = ShortVideoWorld(**json.loads(world))
+    first, second = (set(server.model.catalogue.item_ids.tolist()) for server in servers.values())
+    if first != second:
+        only = f"{len(first - second)} items are in the first alone, {len(second - first)} in the second alone"
+        raise ValueError(f"{a} and {b} do not serve the same items: {only}. Train both on data of the same items.")
+    if strange := first - set(range(world.num_items)):
+        what = f"{len(strange)} items of {a} and {b} are no videos of the world of {world.num_items}, such as {min(strange)!r}"
+        raise ValueError(f"{what}: give in --world the world whose log they were trained on.")
+    folder = Path(output)
+    folder.mkdir(parents=True, exist_ok=True)
     totals, daily, lifts = compare(world, impressions, servers, num_days, list(seeds), folder if keep_logs else None)
     text = table(totals, lifts, num_days, len(seeds))
     plot(lifts, daily, folder / "ab_test.png")

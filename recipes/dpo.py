@@ -22,9 +22,9 @@ from sft import score
 from transformers import AutoTokenizer, set_seed
 from trl import TrlParser
 
-from onerec_hf.data import arrow_dataset, load_splits, read_table
+from onerec_hf.data import load_splits
 from onerec_hf.evaluation import evaluate
-from onerec_hf.trainers import IPAConfig, IPATrainer
+from onerec_hf.trainers import IPAConfig, IPATrainer, load_pairs
 
 
 @dataclass
@@ -49,6 +49,7 @@ def main(args: DPOArguments, training: IPAConfig) -> dict:
     tokenizer = AutoTokenizer.from_pretrained(args.policy)
     recommender = load_policy(args.policy, args.data, args.num_beams)
     model, ranker = recommender.model, recommender.ranker
+    train = training_rows(splits["train"], model.config, ranker.collator.max_history)
     validation = splits["validation"]
     sample = validation.shuffle(seed=0).select(range(min(args.eval_users or len(validation), len(validation))))
 
@@ -62,12 +63,12 @@ def main(args: DPOArguments, training: IPAConfig) -> dict:
         model,
         training,
         data_collator=ranker.collator,
-        train_dataset=training_rows(splits["train"], model.config, ranker.collator.max_history).with_format("numpy"),
+        train_dataset=train.with_format("numpy"),
         eval_dataset=validation.with_format("numpy"),
         processing_class=tokenizer,
         generation_metrics=generation_metrics,
         reward=reward,
-        pairs=arrow_dataset(read_table(args.pairs)) if args.pairs else None,
+        pairs=load_pairs(args.pairs, len(train), model.catalogue) if args.pairs else None,
         peft_config=LoraConfig(r=args.lora_r, task_type="CAUSAL_LM") if args.lora_r else None,
     )
     start = time.perf_counter()

@@ -104,7 +104,7 @@ def make_rewards(args: RLArguments, policy, token_ids: np.ndarray, num_generatio
 
     def hit_reward(targets, completion_ids, **columns):
         own = [token_ids[list(items)].tolist() for items in targets]
-        return HitReward("targets")(completion_ids=completion_ids, targets=own)
+        return HitReward("targets", policy.catalogue)(completion_ids=completion_ids, targets=own)
 
     known = {"hit": lambda: hit_reward}
     known["model"] = lambda: reward_function(args.reward, args.reward_data, policy, args.data, num_generations)

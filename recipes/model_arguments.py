@@ -12,7 +12,7 @@ import yaml
 from safetensors.torch import load_file
 from transformers import AutoConfig, PreTrainedConfig
 
-import onerec_hf  # noqa: F401  registers the models
+from onerec_hf import Catalogue  # and registers the models
 from onerec_hf.data import (
     EventFeature,
     OneRecCollator,
@@ -22,6 +22,7 @@ from onerec_hf.data import (
     category_map,
     target_rows,
 )
+from onerec_hf.models.catalogue import CATALOGUE_NAME
 from onerec_hf.recommender import ItemRanker, Recommender
 from onerec_hf.semantic_ids import load_quantizer
 
@@ -151,9 +152,22 @@ def serve(ranker: ItemRanker, args: ModelArguments) -> Recommender:
     return Recommender(ranker, metadata, load_quantizer(Path(args.data) / "tokenizer"))
 
 
+def check_same_items(folder: str, catalogue: Catalogue, data: str) -> None:
+    """Raises a ValueError unless a data folder is of a model's items: its rows hold numbers, which any model takes for its own."""
+    path = Path(data) / "tokenizer"
+    if not (path / CATALOGUE_NAME).is_file():
+        raise ValueError(f"{data} has no tokenizer/{CATALOGUE_NAME}: give the folder that recipes/prepare.py wrote.")
+    if difference := catalogue.difference(Catalogue.from_pretrained(path)):
+        raise ValueError(
+            f"{folder} (a model) and {data} (a data folder) do not belong together: {difference}. Give the data folder that the "
+            "model was trained on, or train the model again on this one."
+        )
+
+
 def load_policy(folder: str, data: str, num_beams: int) -> Recommender:
     """A trained model with all that lies beside it, and the categories of the data folder's users, which are in no repository."""
     recommender = Recommender.from_pretrained(folder, num_beams)
+    check_same_items(folder, recommender.model.catalogue, data)
     collator = recommender.ranker.collator
     if sizes := collator.user_feature_sizes:
         users = datasets.Dataset.from_parquet(str(Path(data) / "users.parquet"))

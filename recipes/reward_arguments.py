@@ -6,7 +6,7 @@ from pathlib import Path
 
 import datasets
 import numpy as np
-from model_arguments import mapping
+from model_arguments import check_same_items, mapping
 from transformers import AutoModel, AutoTokenizer
 
 from onerec_hf.data import (
@@ -124,6 +124,7 @@ def load_reward(folder: str, data: str | None, policy_data: str) -> tuple:
             f"{policy_data} and {args.data} hold other users: prepare both from one log, with the same k_core."
         )
     tokenizer = AutoTokenizer.from_pretrained(folder)  # with the catalogue it was trained with
+    check_same_items(folder, tokenizer.catalogue, args.data)
     collator = make_collator(args, tokenizer, load_splits(args.data))
     return AutoModel.from_pretrained(folder).eval(), collator, tokenizer.catalogue
 

@@ -13,7 +13,7 @@ from onerec_hf import (
     OneRecSessionRewardConfig,
     OneRecSessionRewardModel,
 )
-from onerec_hf.data import OneRecCollator
+from onerec_hf.data import EventFeature, OneRecCollator
 from onerec_hf.rewards import CandidateCollator, reward_of_model
 from onerec_hf.trainers.pair_mining import mine_pairs
 
@@ -25,6 +25,7 @@ class Candidates(OneRecCollator):
     """A reward model's collator; the hour of the request and the item's parity are features of every candidate."""
 
     item_feature_sizes = {"hour": 24, "parity": 3}
+    request_features = {"hour": EventFeature("category", 24)}
 
     def candidates(self, rows):
         hour = [row.get("target_hour", [0] * len(row["targets"])) for row in rows]
@@ -83,8 +84,32 @@ def test_dead_beams_and_shared_semantic_ids():
     reward = reward_of_model(Judge(), own, policy, 4, catalogue=policy.catalogue)
     codes = shared.semantic_ids[:3].long() + torch.tensor(policy.config.level_offsets)
     completions = [*codes.tolist(), [0, 0, 0]]
-    assert len(reward(completion_ids=completions, user=[0] * 4, history=[[0, 1, 2]] * 4)) == 4
+    found = reward(completion_ids=completions, user=[0] * 4, history=[[0, 1, 2]] * 4)
     assert seen[0].tolist() == [2, 2, 1, 1]  # items 3, 1, 2, and 0 in place of none
+    assert found[3] is None and None not in found[:3]  # it is not scored as item 0
+
+
+def test_candidates_that_are_no_items_are_never_chosen_or_rejected():
+    """A search that leaves the catalogue; the reward model would like its illegal candidates best and least."""
+    policy, collator, rows = world("v2", num_rows=2)
+    legal, offset = collator.item_token_ids[:3], torch.tensor(policy.config.level_offsets)
+    taken = {tuple(ids) for ids in collator.item_token_ids.tolist()}
+    free = [ids for ids in (torch.cartesian_prod(*[torch.arange(8)] * 3) + offset).tolist() if tuple(ids) not in taken]
+    found = torch.tensor([free[-1], *legal.tolist(), free[0]])
+    found = torch.nn.functional.pad(found, (1, 0), value=policy.config.bos_token_id)
+    policy.generate = lambda **inputs: found.repeat(2, 1)
+
+    class Judge(torch.nn.Module):
+        config, device = policy.config, torch.device("cpu")
+
+        def forward(self, item_ids, item_features, **context):
+            return SimpleNamespace(rewards=torch.tensor([9.0, 2.0, 3.0, 1.0, -9.0]).repeat(2))
+
+    reward = reward_of_model(Judge(), Candidates(collator.item_token_ids), policy, 5)
+    pairs, sums = mine_pairs(policy, list(rows), [0, 1], collator, reward, 5)
+    assert [(pair["chosen_reward"], pair["rejected_reward"]) for pair in pairs] == [(3.0, [1.0])] * 2
+    assert pairs[0]["chosen"] == legal[1].tolist() and pairs[0]["rejected"] == legal[2].tolist()
+    assert sums["reward"] == 2 * 2.0 and sums["rewarded"] == 2
 
 
 def test_a_reward_model_of_another_catalogue_is_refused():
@@ -108,17 +133,33 @@ def test_a_reward_model_of_another_catalogue_is_refused():
 
 def test_a_training_row_becomes_the_request_it_was_generated_for():
     policy, collator, _ = world("v2")
-    seen = []
+    contexts, judged = [], []
 
     class Spy(Candidates):
         def context(self, rows):
-            seen.extend(rows)
+            contexts.extend(rows)
             return super().context(rows)
 
+        def candidates(self, rows):
+            judged.extend(rows)
+            return super().candidates(rows)
+
     row = {"user": 3, "history": [4, 5, 6], "timestamp": [10, 20, 30], "is_like": np.array([0, 1, 0]), "length": 3}
-    collate = CandidateCollator(Spy(collator.item_token_ids), policy.catalogue)
-    collate([row | {"completion_ids": [collator.item_token_ids[7].tolist()] * 3}])
-    assert seen[0]["history"] == [4, 5] and seen[0]["timestamp"] == [10, 20] and seen[0]["session_start"] == 30
-    assert (
-        seen[0]["target_is_like"].tolist() == [0] and seen[0]["target_timestamp"] == [30] and "targets" not in seen[0]
-    )
+    row |= {
+        "hour": [7, 8, 9],
+        "friends": [1, 2, 3],
+        "embedding": np.zeros(3),
+        "target_ids": [5, 6, 7],
+    }  # three by chance
+    spy = Spy(collator.item_token_ids, event_features={"is_like": EventFeature("category", 3)})
+    collate = CandidateCollator(spy, policy.catalogue)
+    collate([row | {"completion_ids": [collator.item_token_ids[7].tolist()] * 2}])
+    seen = contexts[0]
+    assert seen["history"] == [4, 5] and seen["timestamp"] == [10, 20] and seen["session_start"] == 30
+    assert seen["is_like"].tolist() == [0, 1] and seen["target_is_like"].tolist() == [0] and "targets" not in seen
+    assert seen["hour"] == [7, 8] and judged[1]["target_hour"] == [9] and judged[1]["targets"] == [7]
+    for row_seen in (seen, judged[0]):  # what the collator does not name stays as it is
+        assert row_seen["friends"] == [1, 2, 3] and row_seen["target_ids"] == [5, 6, 7]
+        assert len(row_seen["embedding"]) == 3 and "target_friends" not in row_seen
+    with pytest.raises(ValueError, match=r"columns \{'hour': 2\} do not run parallel to the history of 3 items"):
+        collate([row | {"hour": [1, 2], "completion_ids": [[4, 12, 20]]}])

@@ -185,3 +185,15 @@ def test_the_fingerprint_is_of_items_and_semantic_ids():
         Catalogue(codes[:2], sizes, [5, 6]),
     ]
     assert len({fingerprint, *(other.fingerprint() for other in others)}) == 7
+
+
+def test_in_what_two_catalogues_differ():
+    codes, ids = [[0, 0], [1, 3], [3, 2]], np.array([5, 7, 9])
+    own = Catalogue(codes, [4, 4], ids)
+    assert own.difference(Catalogue(codes, [4, 4], ids, popularity=[1, 2, 3])) is None
+    assert "2 items are in the first alone, 1 in the second alone" in own.difference(
+        Catalogue(codes[:2], [4, 4], [9, 11])
+    )
+    assert "the same items in another order" in own.difference(Catalogue(codes[::-1], [4, 4], ids[::-1].copy()))
+    assert "have other semantic IDs" in own.difference(Catalogue(codes[::-1], [4, 4], ids))
+    assert "3 items are in the first alone" in own.difference(Catalogue(codes, [4, 4], ids.astype(str)))

@@ -5,13 +5,15 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import datasets
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from onerec_hf.rewards import FormatReward, is_legal
+from onerec_hf.data import OneRecCollator
+from onerec_hf.rewards import FormatReward, is_legal, reward_of_model
 from onerec_hf.trainers import OneRecGRPOConfig, OneRecGRPOTrainer
 from onerec_hf.trainers.grpo_batches import EndlessBatches, pad_logged
 from onerec_hf.trainers.grpo_rollouts import rollout
@@ -139,10 +141,9 @@ def test_one_training_step_moves_the_weights_by_the_closed_form(loss_type, tmp_p
                 u for u in range(USERS) if torch.equal(trainer.collator.pool["context_ids"][u], own["context_ids"][0])
             )
             rewards = torch.tensor(reward(chunk["rows"][user, :, 1:].tolist(), [number] * G))
-            if loss_type == "ecpo" and rewards.unique().numel() > 1:
-                rewards = (rewards - rewards.mean()) / rewards.std(correction=0)
-            elif loss_type == "ecpo":
-                rewards = torch.zeros(G)
+            rewards = (
+                (rewards - rewards.mean()) / rewards.std(correction=0) if len(rewards.unique()) > 1 else 0 * rewards
+            )
             torch.testing.assert_close(chunk["advantages"][user], rewards, rtol=1e-4, atol=1e-5)
             for g in range(G):
                 log_probs = brute_log_probs(before, own, chunk["rows"][user, g])
@@ -289,7 +290,8 @@ def test_rewards_stay_with_their_sample(tmp_path):
         return [float(len(seen) - len(completion_ids) + i) for i in range(len(completion_ids))]
 
     record.needs_sample_log_probs = True
-    trainer = make(tmp_path, reward_funcs=record, loss_type="gbpo", gradient_accumulation_steps=4)
+    settings = {"unnormalized_rewards": ["record"], "gradient_accumulation_steps": 4}
+    trainer = make(tmp_path, reward_funcs=record, **settings)
     trainer.train()
     pool, groups = trainer.collator.pool["context_ids"], 0
     assert [user for user, *_ in seen[::G]] == [user for user, *_ in seen[1::G]] and len(
@@ -345,6 +347,69 @@ def test_format_reward_is_added_after_the_normalisation_and_illegal_samples_with
     assert log["zero_advantage"] == pytest.approx((chunk["advantages"] == 0).float().mean().item())
 
 
+class Judge(torch.nn.Module):
+    """A P-Score: one positive number per candidate, of what is no item as well."""
+
+    config, device = tiny_model().config, torch.device("cpu")
+
+    def forward(self, item_ids, **context):
+        return SimpleNamespace(rewards=0.5 + 0.4 * item_ids.float().sum((1, 2)).sin())
+
+
+@pytest.mark.parametrize("loss_type", ["grpo", "ecpo", "gbpo"])
+@pytest.mark.parametrize("with_format", [False, True])
+def test_a_reward_model_compares_items_alone_with_either_sign(loss_type, with_format, tmp_path):
+    """Unconstrained rollouts: an illegal one is no item 0, and a reward without negatives does not only praise."""
+    catalogue, model = tiny_catalogue(), tiny_model(tiny_catalogue())
+    own = OneRecCollator(catalogue.semantic_ids.numpy() + torch.tensor(model.config.level_offsets).numpy())
+    own.candidates = lambda rows: {"item_ids": own.pad_targets([row["targets"] for row in rows])}
+    score = reward_of_model(Judge(), own, model, 16)
+    rows = users().map(lambda row: {"history": [row["user"], 9]})
+    functions = [score, FormatReward(catalogue, 16, 5)] if with_format else [score]
+    sizes = {"num_generations": 16, "per_device_train_batch_size": 64, "rollout": "unconstrained"}
+    trainer = make(tmp_path, model, functions, rows=rows, loss_type=loss_type, **sizes)
+    trainer.train()
+    chunk, signs = trainer._buffered_inputs[0], set()
+    for group, advantages in zip(chunk["rows"], chunk["advantages"]):
+        legal = is_legal(group[:, 1:].tolist(), catalogue)
+        assert (advantages[~legal] == 0).all() and 0 < (~legal).sum()
+        items = own.item_token_ids.tolist()
+        number = [items.index(ids) for ids in group[legal, 1:].tolist()]
+        scores = 0.5 + 0.4 * torch.tensor(own.item_token_ids[number]).float().sum(1).sin()
+        wanted = (scores - scores.mean()) / scores.std(correction=0) if len(scores.unique()) > 1 else 0 * scores
+        given = advantages[legal] - wanted  # what the format reward adds
+        assert all(min(abs(x), abs(x - with_format)) < 1e-4 for x in given.tolist())
+        signs |= set(wanted.sign().tolist())
+    assert {1.0, -1.0} <= signs
+    assert math.isfinite(trainer.state.log_history[0]["loss"])
+
+
+def test_a_group_without_any_reward_has_advantage_zero(tmp_path):
+    """The first user's rewards are all None: neither NaN, nor a step from them."""
+
+    def some(completion_ids, user, **columns):
+        return [None if u == user[0] else r for u, r in zip(user, reward(completion_ids, user))]
+
+    trainer = make(tmp_path, reward_funcs=some)
+    trainer.train()
+    advantages = trainer._buffered_inputs[0]["advantages"]
+    assert (advantages == 0).all(1).tolist().count(True) == 1 and advantages.isfinite().all()
+    trainer = make(tmp_path / "none", reward_funcs=lambda completion_ids, **columns: [None] * len(completion_ids))
+    before = [parameter.detach().clone() for parameter in trainer.policy.parameters()]
+    trainer.train()
+    assert trainer.state.log_history[0]["zero_advantage"] == 1 and trainer.state.log_history[0]["loss"] == 0
+    assert all(torch.equal(old, new) for old, new in zip(before, trainer.policy.parameters()))
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_rewards_that_are_no_numbers_stop_the_run(value, tmp_path):
+    def broken(completion_ids, **columns):
+        return [0.0, value] * (len(completion_ids) // 2)
+
+    with pytest.raises(ValueError, match=f"'broken' returned {value} for completion 1"):
+        make(tmp_path, reward_funcs=broken).train()
+
+
 # ---- logged exposures --------------------------------------------------------------------------------------------------
 
 
@@ -385,6 +450,25 @@ def test_logged_exposures_with_and_without_logged_probabilities(loss_type, tmp_p
     for old, new, gradient in zip(before.parameters(), trainer.model.parameters(), gradients):
         torch.testing.assert_close(new, old - 1e-2 * gradient, rtol=1e-4, atol=1e-6)
     assert "rollout_seconds" not in trainer.state.log_history[0]
+
+
+def test_rollouts_and_logged_exposures_may_have_losses_of_their_own(tmp_path):
+    """Old policies far from the new one: each part is what a run with that loss alone has."""
+    logged = logged_rows()
+    settings = {"logged_weight": 0.5, "logged_batch_size": 2, "trainer": {"logged_dataset": logged}, "max_steps": 2}
+    settings |= {"sign_norm_steps": 0, "steps_per_generation": 2, "learning_rate": 1.0}
+    logs = {}
+    for name, own in {
+        "ecpo": {"loss_type": "ecpo"},
+        "gbpo": {"loss_type": "gbpo"},
+        "both": {"loss_type": "ecpo", "logged_loss_type": "gbpo"},
+    }.items():
+        trainer = make(tmp_path / name, **settings | {"learning_rate": 0.0}, **own)
+        trainer.train()
+        logs[name] = trainer.state.log_history[0]
+    assert logs["both"]["loss/logged"] == pytest.approx(logs["gbpo"]["loss/logged"], abs=1e-6)
+    assert logs["both"]["loss/on_policy"] == pytest.approx(logs["ecpo"]["loss/on_policy"], abs=1e-6)
+    assert abs(logs["ecpo"]["loss/logged"] - logs["gbpo"]["loss/logged"]) > 1e-2
 
 
 def test_pad_logged():
@@ -536,6 +620,12 @@ def test_the_catalogue_is_demanded(tmp_path):
         ({"logged_weight": 1.0, "max_steps": -1}, "set max_steps"),
         ({"logged_weight": 0.5}, "logged_dataset is not given"),
         ({"delta": 0.0}, "delta=0.0"),
+        ({"logged_loss_type": "dapo", "logged_weight": 0.5}, "allowed are None, grpo, ecpo, gbpo"),
+        ({"logged_loss_type": "gbpo"}, "logged_loss_type='gbpo' with logged_weight=0"),
+        (
+            {"unnormalized_rewards": ["p_score"]},
+            r"unnormalized_rewards=\['p_score'\]: the reward functions are \['reward'\]",
+        ),
     ],
 )
 def test_settings_that_make_no_sense(settings, message, tmp_path):

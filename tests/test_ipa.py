@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from onerec_hf import Catalogue, OneRecV2ForCausalLM
 from onerec_hf.data import OneRecCollator, PathwayCollator, SessionCollator
 from onerec_hf.trainers import IPAConfig, IPATrainer
-from onerec_hf.trainers.pair_files import load_rows, save_rows
+from onerec_hf.trainers.pair_files import load_pairs, load_rows, save_rows
 from onerec_hf.trainers.pair_mining import choose_pairs, completion_log_probs, context_inputs, mine_pairs
 from onerec_hf.trainers.seed_divergence import sample_candidates, seed_log_ratios
 
@@ -497,6 +497,7 @@ def test_bad_pairs(tmp_path):
     model, collator, rows = world("v2")
     one, two = collator.item_token_ids[:2].tolist()
     good = {"row": 1, "chosen": one, "rejected": two}
+    nobody = next([4, 12, code] for code in range(20, 28) if [4, 12, code] not in collator.item_token_ids.tolist())
 
     def trainer(*pairs, **settings):
         table = datasets.Dataset.from_list(list(pairs))
@@ -511,11 +512,36 @@ def test_bad_pairs(tmp_path):
         r"has \[2\] token ids": [good | {"chosen": one[:2]}],
         "from another tokenizer": [good | {"chosen": one[::-1]}],
         "no \\['rejected'\\]": [{"row": 1, "chosen": one}],
+        "1 of 2 pairs hold codes that no item of Catalogue": [good, {"row": 2, "chosen": one, "rejected": nobody}],
     }.items():
         with pytest.raises(ValueError, match=match):
             trainer(*pairs)
     with pytest.raises(ValueError, match=r"`rejected` has \[3\] token ids in some pairs: expected 6"):
         trainer(good, loss_type="sdpo", num_rejected=2)
+
+
+def test_pairs_of_another_run_are_compared_with_this_one(tmp_path):
+    model, collator, rows = world("v2")
+    args = config(tmp_path, max_steps=1)
+    IPATrainer(model, args, data_collator=collator, train_dataset=rows, reward=token_reward).train()
+    mined, catalogue = tmp_path / "pairs" / "iteration_000", model.catalogue
+    assert json.loads((mined / "pairs.json").read_text())["catalogue_fingerprint"] == catalogue.fingerprint()
+    assert len(load_pairs(mined, 8, catalogue)) == 8
+    moved = Catalogue(catalogue.semantic_ids.flip(0), SIZES, catalogue.item_ids)
+    renamed = Catalogue(catalogue.semantic_ids, SIZES)
+    for other in (moved, renamed):
+        with pytest.raises(ValueError, match=rf"catalogue_fingerprint='{catalogue.fingerprint()}', here '"):
+            load_pairs(mined, 8, other)
+    with pytest.raises(ValueError, match="num_rows=8, here 9"):
+        load_pairs(mined, 9, catalogue)
+    token_ids = collator.item_token_ids[:2].tolist()
+    own = datasets.Dataset.from_list([{"row": 1, "chosen": token_ids[0], "rejected": token_ids[1]}])
+    own.save_to_disk(str(tmp_path / "own"))
+    warned = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("onerec_hf.trainers.pair_files.logger.warning", warned.append)
+        assert load_pairs(tmp_path / "own", 8, catalogue)["row"][:] == [1] and load_pairs(mined, 8, catalogue)
+    assert len(warned) == 1 and "`row` counts the 8 training rows" in warned[0]
 
 
 # ---- bad input --------------------------------------------------------------------------------------------------------

@@ -1,5 +1,8 @@
 """recipes/dpo.py as a person runs it, with the reward model that recipes/reward.py trained."""
 
+import json
+import shutil
+
 import datasets
 import numpy as np
 import pytest
@@ -7,10 +10,11 @@ import torch
 from huggingface_hub import ModelCard
 from transformers import AutoModel, AutoTokenizer
 
-from onerec_hf import OneRecV2Config, OneRecV2ForCausalLM
+from onerec_hf import Catalogue, OneRecV2Config, OneRecV2ForCausalLM
 from onerec_hf.data import OneRecCollator
 from onerec_hf.recommender import ItemRanker, Recommender
 from onerec_hf.semantic_ids import load_quantizer
+from onerec_hf.trainers.pair_files import save_rows
 
 from .test_recipe_reward import DAY, data, trained  # noqa: F401  fixtures
 
@@ -76,6 +80,75 @@ def test_data_folders_of_two_logs_are_refused(data, trained, policy, tmp_path): 
     datasets.Dataset.from_dict({"user_id": [1, 2]}).to_parquet(str(tmp_path / "users.parquet"))
     with pytest.raises(ValueError, match="hold other users: prepare both from one log"):
         align(data, policy, tmp_path / "ipa", "--reward", str(trained[0]), "--reward_data", str(tmp_path))
+
+
+CHANGES = {  # of the same size, so nothing else notices
+    "1 items are in the first alone, 1 in the second alone": lambda codes, ids: (codes, np.r_[ids[:-1], 10**6]),
+    "the same items in another order": lambda codes, ids: (codes, ids[::-1].copy()),
+    "their items are the same and have other semantic IDs": lambda codes, ids: (codes.flip(0), ids),
+}
+
+
+def with_other_items(folder, output, change):
+    """A copy of a data folder (its tokenizer) or of a model, whose catalogue means other items."""
+    shutil.copytree(folder, output)
+    path = output / "tokenizer" if (output / "tokenizer").is_dir() else output
+    old = Catalogue.from_pretrained(path)
+    codes, ids = CHANGES[change](old.semantic_ids, old.item_ids)
+    new = Catalogue(codes, old.codebook_sizes, ids, old.popularity)
+    new.save_pretrained(path)
+    if (path / "config.json").exists():
+        text = (path / "config.json").read_text()
+        (path / "config.json").write_text(text.replace(old.fingerprint(), new.fingerprint()))
+    return output
+
+
+def reinforce(data, policy, folder, *arguments):  # noqa: F811
+    import grpo
+    from trl import TrlParser
+
+    from onerec_hf.trainers import OneRecGRPOConfig
+
+    argv = ["--data", str(data), "--policy", str(policy), "--output_dir", str(folder), "--max_steps", "1"]
+    argv += ["--num_generations", "8", "--per_device_train_batch_size", "32", "--use_cpu", "true", *arguments]
+    return grpo.main(*TrlParser((grpo.RLArguments, OneRecGRPOConfig)).parse_args_and_config(argv))
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_data_folder_of_other_items_is_refused(change, data, trained, policy, tmp_path):  # noqa: F811
+    other = with_other_items(data, tmp_path / "other", change)
+    for run in (align, reinforce):
+        with pytest.raises(ValueError, match=change) as error:
+            run(other, policy, tmp_path / "out")
+        assert str(other) in str(error.value) and str(policy) in str(error.value)
+        with pytest.raises(ValueError, match=change) as error:  # the reward model with the features of other items
+            arguments = ["--reward", str(trained[0]), "--reward_data", str(other)]
+            run(data, policy, tmp_path / "out", *arguments, *(["--rewards", "model"] if run is reinforce else []))
+        assert str(other) in str(error.value) and str(trained[0]) in str(error.value)
+    with pytest.raises(
+        ValueError, match=f"the pairs in {tmp_path / 'pairs'} do not fit this run: catalogue_fingerprint"
+    ):
+        changed = with_other_items(policy, tmp_path / "changed", change)
+        pair = {"row": 0, "chosen": [4, 20, 36], "rejected": [5, 20, 36]}
+        metadata = {"catalogue_fingerprint": Catalogue.from_pretrained(changed).fingerprint()}
+        save_rows([pair], tmp_path / "pairs", metadata)
+        align(data, policy, tmp_path / "out", "--pairs", str(tmp_path / "pairs"))
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_ab_test_of_other_items_or_of_another_world_is_refused(data, policy, tmp_path):  # noqa: F811
+    import ab_test
+
+    log = str(data.parent / "log.parquet")
+    world = json.dumps({"num_users": 120, "num_items": 80, "num_days": 10, "mean_events": 30, "seed": 3})
+    other = with_other_items(policy, tmp_path / "other", next(iter(CHANGES)))
+    with pytest.raises(
+        ValueError, match="do not serve the same items: 1 items are in the first alone, 1 in the second"
+    ):
+        ab_test.main(str(policy), str(other), log, str(tmp_path / "ab"), world)
+    with pytest.raises(ValueError, match=r"no videos of the world of 80, such as 1000000: give in --world"):
+        ab_test.main(str(other), str(other), log, str(tmp_path / "ab"), world)
+    assert not (tmp_path / "ab").exists()
 
 
 def test_reinforcement_learning_with_a_reward_model_and_an_adapter(data, trained, policy, tmp_path):  # noqa: F811

@@ -19,6 +19,7 @@ from onerec_hf.rewards import (
     completion_leaves,
     duration_aware_advantages,
     duration_buckets,
+    finite_or_none,
     is_legal,
     play_time_percentiles,
     select_for_format,
@@ -225,10 +226,49 @@ def test_model_reward_sees_each_sample_once_with_its_own_columns():
         reward(completion_ids=ids, **columns)
 
 
+def test_a_hit_in_a_session_and_what_is_no_item():
+    session, broken = [BOS, *ITEM[0], BOS, *ITEM[3], 2], [BOS, *ITEM[3], BOS, 4, 11]
+    columns = {"completion_ids": [session, session, broken, ITEM[3][:1], []], "target_ids": [[ITEM[3]]] * 5}
+    columns["target_ids"][1] = [ITEM[1]]
+    assert HitReward()(**columns) == [1.0, 0.0, 1.0, 0.0, 0.0]
+    assert HitReward(catalogue=CATALOGUE)(**columns) == [1.0, 0.0, None, None, None]
+    assert HitReward()(completion_ids=[[], [0, 0]], target_ids=[[], []]) == [0.0, 0.0]  # nothing is no hit on nothing
+
+
 def test_model_reward_refuses_nan():
     reward = ModelReward(lambda ids: torch.tensor([[1.0, math.nan]]), lambda rows: {"ids": rows}, num_generations=2)
     with pytest.raises(ValueError, match="returned nan for completion 1"):
         reward(completion_ids=[ITEM[0], ITEM[1]], user=[0, 0])
+    infinite = ModelReward(lambda ids: torch.tensor([[-math.inf, 1.0]]), lambda rows: {"ids": rows}, num_generations=2)
+    with pytest.raises(ValueError, match="returned -inf for completion 0"):
+        infinite(completion_ids=[ITEM[0], ITEM[1]], user=[0, 0])
+    assert reward(completion_ids=[], user=[]) == []
+
+
+def test_a_reward_model_has_no_say_on_what_is_no_item():
+    """Whatever it returns there, which is not even looked at."""
+    scores = torch.tensor([[0.5, 0.9], [math.nan, 0.25], [math.inf, 0.9]])
+    completions = [ITEM[1], [4, 11], [5], ITEM[3], [], [BOS, *ITEM[1], BOS, 4, 9]]
+    reward = ModelReward(lambda ids: scores, lambda rows: {"ids": rows}, num_generations=2, catalogue=CATALOGUE)
+    assert reward(completion_ids=completions, user=[0, 0, 1, 1, 2, 2]) == [0.5, None, None, 0.25, None, None]
+    completions[2] = ITEM[0]
+    with pytest.raises(ValueError, match="returned nan for completion 2"):
+        reward(completion_ids=completions, user=[0, 0, 1, 1, 2, 2])
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, torch.tensor(-math.inf)])
+def test_rewards_that_are_no_numbers_are_refused(value):
+    reward = FormatReward(CATALOGUE, num_generations=1, num_samples=1)
+    assert finite_or_none(reward)(completion_ids=[ITEM[1]]) == [1.0]
+    assert finite_or_none(reward).__name__ == "format_reward" and not finite_or_none(reward).needs_sample_log_probs
+    with pytest.raises(ValueError, match=r"'mine' returned .* for completion 2: rewards must be finite, or None"):
+        finite_or_none(constant([1.0, None, value], "mine"))(completion_ids=[[], [], []])
+
+    async def later(completion_ids, **columns):
+        return [math.nan]
+
+    module = torch.nn.Linear(1, 1)
+    assert [finite_or_none(f) for f in (later, module, "org/reward")] == [later, module, "org/reward"]
 
 
 def constant(values, name="constant"):
@@ -245,8 +285,10 @@ def test_industrial_reward_above_the_quota():
     rewards = constant([1.0, 2.0, 4.0, 8.0])
     above = IndustrialReward(rewards, CATALOGUE, tagged, quota=0.49, factor=0.25)
     assert above(completion_ids=completions) == [0.25, 2.0, 1.0, 8.0]
-    at_quota = IndustrialReward(rewards, CATALOGUE, tagged, quota=0.5, factor=0.25)
+    # two of the three completions that are items: what is no item is no content, so it does not dilute the class
+    at_quota = IndustrialReward(rewards, CATALOGUE, tagged, quota=2 / 3, factor=0.25)
     assert at_quota(completion_ids=completions) == [1.0, 2.0, 4.0, 8.0]
+    assert above(completion_ids=[[4, 11]] * 4) == [1.0, 2.0, 4.0, 8.0]
     with pytest.raises(ValueError, match="1 rewards are negative"):
         IndustrialReward(constant([-1.0, 0, 0, 0]), CATALOGUE, tagged, 0.1, 0.5)(completion_ids=completions)
 

@@ -262,6 +262,19 @@ class Catalogue(PrefixIndex):
         digest.update("\n".join(self.item_ids).encode() if is_text(self.item_ids) else self.item_ids.tobytes())
         return digest.hexdigest()[:16]
 
+    def difference(self, other: "Catalogue") -> str | None:
+        """In what two catalogues are not the same, in words: item ids, their order or semantic IDs. `None` where they are equal."""
+        if self.fingerprint() == other.fingerprint():
+            return None
+        own, theirs = set(self.item_ids.tolist()), set(other.item_ids.tolist())
+        if own != theirs:
+            what = f"{len(own - theirs)} items are in the first alone, {len(theirs - own)} in the second alone"
+        elif self.item_ids.tolist() != other.item_ids.tolist():
+            what = "they have the same items in another order"
+        else:
+            what = "their items are the same and have other semantic IDs"
+        return f"the first has {self}, the second {other}; {what}"
+
     def save_pretrained(self, save_directory: str | os.PathLike) -> None:
         """Write `catalogue.safetensors` into the folder (made if it does not exist)."""
         os.makedirs(save_directory, exist_ok=True)

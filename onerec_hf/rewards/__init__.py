@@ -1,14 +1,14 @@
 """Rewards: duration-aware shaping of play times, and reward functions with TRL's signature."""
 
-from .candidates import CandidateCollator, reward_of_model
+from .candidates import CandidateCollator, ModelReward, reward_of_model
 from .duration import duration_aware_advantages, duration_buckets, play_time_percentiles
 from .functions import (
     FormatReward,
     HitReward,
     IndustrialReward,
-    ModelReward,
     WeightedSum,
     completion_leaves,
+    finite_or_none,
     is_legal,
     select_for_format,
 )
@@ -23,6 +23,7 @@ __all__ = [
     "completion_leaves",
     "duration_aware_advantages",
     "duration_buckets",
+    "finite_or_none",
     "is_legal",
     "play_time_percentiles",
     "reward_of_model",

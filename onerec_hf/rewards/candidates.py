@@ -4,20 +4,100 @@ OneRec, reward model (arXiv:2502.18965, eq. 5 to 7); OneRec Technical Report, P-
 completions of a sample, m items of a completion.
 """
 
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 
 from ..models.catalogue import Catalogue
-from .functions import ModelReward, completion_leaves
+from .functions import completion_leaves, is_legal, num_groups, own_column
+
+
+class ModelReward:
+    r"""
+    The score of any reward model or function.
+
+    Args:
+        score (`Callable`): Called as `score(**collate(rows))` without gradients; returns (B, G) or (B * G,) scores, or an object
+            with such `rewards` (as our reward models do).
+        collate (`Callable[[list[dict]], dict]`): Tensors from B rows, one per **sample**: its own columns, and `completion_ids`,
+            the list of its G completions. So the context is encoded once for all completions of a sample.
+        num_generations (`int`): G, completions per sample, adjacent.
+        sample_column (`str`, defaults to `"user"`): A column that tells samples apart; it must be one value inside a group.
+        batch_size (`int`, defaults to 64): Samples per call of `score`.
+        catalogue (`Catalogue`, *optional*): The policy's. Then a completion that spells no item, or a session with one that does
+            not exist, has no reward (`None`), whatever `score` says of it.
+
+    Raises:
+        ValueError: When the groups are not the samples', or a score is NaN or infinite; the message names the first row.
+    """
+
+    def __init__(
+        self,
+        score: Callable,
+        collate: Callable,
+        num_generations: int,
+        sample_column: str = "user",
+        batch_size: int = 64,
+        catalogue: Catalogue | None = None,
+    ):
+        self.score, self.collate, self.num_generations = score, collate, num_generations
+        self.sample_column, self.batch_size, self.catalogue = sample_column, batch_size, catalogue
+        self.__name__ = "reward_model"
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        prompts: Sequence | None = None,
+        completions: Sequence | None = None,
+        completion_ids: Sequence[Sequence[int]] = (),
+        **columns,
+    ) -> Sequence[float | None]:
+        size, total = self.num_generations, len(completion_ids)
+        if not total:
+            return []
+        starts = range(0, num_groups(total, size) * size, size)
+        samples = own_column(columns, self.sample_column, total)
+        if mixed := [start for start in starts if any(samples[start] != other for other in samples[start:][:size])]:
+            raise ValueError(
+                f"completions {mixed[0]} to {mixed[0] + size - 1} belong to different samples (column {self.sample_column!r}): "
+                f"num_generations={size} is not the trainer's."
+            )
+        own = {
+            name: values for name, values in columns.items() if isinstance(values, Sequence) and len(values) == total
+        }
+        rows = [
+            {name: values[start] for name, values in own.items()} | {"completion_ids": completion_ids[start:][:size]}
+            for start in starts
+        ]
+        rewards = torch.cat([self._score(rows[i : i + self.batch_size]) for i in range(0, len(rows), self.batch_size)])
+        if len(rewards) != total:
+            raise ValueError(f"the reward model returned {len(rewards)} scores for {total} completions.")
+        judged = torch.ones(total, dtype=torch.bool)
+        if self.catalogue is not None:
+            judged = is_legal(completion_ids, self.catalogue)
+        if len(wrong := (judged & ~rewards.isfinite().cpu()).nonzero()):
+            row = int(wrong[0])
+            raise ValueError(
+                f"the reward model returned {rewards[row].item()} for completion {row}: check its inputs."
+            )
+        return [reward if real else None for reward, real in zip(rewards.tolist(), judged.tolist())]
+
+    def _score(self, rows: list[dict]) -> torch.Tensor:
+        found = self.score(**self.collate(rows))
+        return (found.rewards if hasattr(found, "rewards") else found).float().reshape(-1)
 
 
 class CandidateCollator:
     r"""
     Makes a reward model's inputs from samples with `completion_ids`: the `collate` of [`ModelReward`].
 
-    A semantic ID that several items share counts as its most popular one. Completions that are no items get item 0 and a score that
-    means nothing.
+    A semantic ID that several items share counts as its most popular one. Item 0 stands in the tensors for what is no item;
+    [`ModelReward`] with the catalogue gives such a completion no reward.
+
+    A row without `targets` is taken as the request it was generated for: the last item of its history comes next, so the history
+    ends before it, and its time and scenario are the request's. Which columns run parallel to the history is the collator's to
+    say: `timestamp`, its `event_features` and its `request_features`. All others stay as they are.
 
     Args:
         collator: The reward model's own: `context(rows)`, the context tensors, and `candidates(rows)`, the tensors of the items in
@@ -28,6 +108,7 @@ class CandidateCollator:
 
     def __init__(self, collator: Any, catalogue: Catalogue, device: torch.device | None = None):
         self.collator, self.catalogue, self.device = collator, catalogue, device
+        self._request_columns = [f"target_{name}" for name in getattr(collator, "request_features", ())]
 
     def __call__(self, rows: list[dict]) -> dict[str, torch.Tensor]:
         completions = [ids for row in rows for ids in row["completion_ids"]]
@@ -35,7 +116,7 @@ class CandidateCollator:
         items = self.catalogue.items_of(leaves.to(self.catalogue.device).unsqueeze(1), 1)[:, 0].clamp(min=0).cpu()
         order = owner.argsort(stable=True)
         items = items[order].split(owner.bincount(minlength=len(completions)).tolist())
-        requests = [_request(row) for row in rows]
+        requests = [self._request(row) for row in rows]
         samples = [request for request in requests for _ in request["completion_ids"]]
         judged = [self._candidate(request, candidate.tolist()) for request, candidate in zip(samples, items)]
         batch = self.collator.context(requests) | self.collator.candidates(judged)
@@ -43,25 +124,20 @@ class CandidateCollator:
 
     def _candidate(self, row: dict, items: list[int]) -> dict:
         """The row with other items in its request, whose own columns (scenario, hour) are the same for all of them."""
-        request = {name: [*values[:1]] * len(items) for name, values in row.items() if name.startswith("target_")}
-        return row | request | {"targets": items}
+        names = [name for name in self._request_columns if name in row]
+        return row | {name: [*row[name][:1]] * len(items) for name in names} | {"targets": items}
 
-
-def _request(row: dict) -> dict:
-    """
-    A training row without targets as the request it was generated for: the last item of the history comes next, so its time and
-    scenario are the request's, and the history ends before it.
-    """
-    if "targets" in row:
-        return row
-    length = len(row["history"])
-    events = {
-        name: v for name, v in row.items() if hasattr(v, "__len__") and not isinstance(v, str) and len(v) == length
-    }
-    events.pop("completion_ids", None)
-    row = row | {name: values[:-1] for name, values in events.items()}
-    row |= {f"target_{name}": values[-1:] for name, values in events.items() if name != "history"}
-    return row | ({"session_start": events["timestamp"][-1]} if "timestamp" in events else {})
+    def _request(self, row: dict) -> dict:
+        """A row that the policy saw as the request it was generated for."""
+        if "targets" in row:
+            return row
+        parallel = {"timestamp", *self.collator.event_features, *getattr(self.collator, "request_features", ())}
+        events = {name: row[name] for name in sorted(parallel) if name in row}
+        if wrong := {name: len(values) for name, values in events.items() if len(values) != len(row["history"])}:
+            raise ValueError(f"columns {wrong} do not run parallel to the history of {len(row['history'])} items.")
+        row = row | {name: values[:-1] for name, values in events.items()} | {"history": row["history"][:-1]}
+        row |= {f"target_{name}": values[-1:] for name, values in events.items()}
+        return row | ({"session_start": events["timestamp"][-1]} if len(events.get("timestamp", ())) else {})
 
 
 def _score(reward_model, batch: dict[str, torch.Tensor]) -> torch.Tensor:
@@ -81,7 +157,7 @@ def reward_of_model(
     batch_size: int = 64,
 ) -> ModelReward:
     """
-    A reward model as a reward function for the policy's completions.
+    A reward model as a reward function for the policy's completions; `None` for a completion that is no item.
 
     Args:
         reward_model: Any module that takes the tensors of `collator` and returns an object with `rewards`, one for each completion,
@@ -110,7 +186,8 @@ def reward_of_model(
         )
     reward_model.eval()
     collate = CandidateCollator(collator, own, reward_model.device)
-    return ModelReward(lambda **batch: _score(reward_model, batch), collate, num_generations, batch_size=batch_size)
+    score = lambda **batch: _score(reward_model, batch)  # noqa: E731
+    return ModelReward(score, collate, num_generations, batch_size=batch_size, catalogue=own)
 
 
-__all__ = ["CandidateCollator", "reward_of_model"]
+__all__ = ["CandidateCollator", "ModelReward", "reward_of_model"]

@@ -6,6 +6,9 @@ sample: completion i is judged by entry i of the columns, never by looking its h
 Legend: R completions, G completions of one sample (adjacent rows), L levels, C tokens of a completion.
 """
 
+import functools
+import inspect
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Literal
 
@@ -118,7 +121,7 @@ class FormatReward:
         sample_log_probs: Sequence | None = None,
         **columns,
     ) -> Sequence[float | None]:
-        groups = _num_groups(len(completion_ids), self.num_generations)
+        groups = num_groups(len(completion_ids), self.num_generations)
         log_probs = None
         if self.selection == "top":
             if sample_log_probs is None:
@@ -131,15 +134,17 @@ class FormatReward:
 
 class HitReward:
     r"""
-    1.0 where the completion is a target of **its own** sample, else 0.0.
+    1.0 where the completion holds a target of **its own** sample, else 0.0.
 
     Args:
         column (`str`, defaults to `"target_ids"`): Column with each sample's targets: the L tokens of one item, or a list of such
-            lists, of which any counts. Special tokens in the completion are skipped.
+            lists, of which any counts. Special tokens in the completion are skipped; of a session any item counts.
+        catalogue (`Catalogue`, *optional*): Then a completion that spells no item, or a session with one that does not exist, has
+            no reward (`None`) instead of 0.0, which a trainer would punish beside a hit.
     """
 
-    def __init__(self, column: str = "target_ids"):
-        self.column, self.__name__ = column, "hit_reward"
+    def __init__(self, column: str = "target_ids", catalogue: Catalogue | None = None):
+        self.column, self.catalogue, self.__name__ = column, catalogue, "hit_reward"
 
     def __call__(
         self,
@@ -148,80 +153,20 @@ class HitReward:
         completion_ids: Sequence[Sequence[int]] = (),
         **columns,
     ) -> Sequence[float | None]:
-        targets = _own_column(columns, self.column, len(completion_ids))
+        targets = own_column(columns, self.column, len(completion_ids))
         rewards = []
         for ids, target in zip(completion_ids, targets):
-            found = [token for token in ids if token >= NUM_SPECIAL_TOKENS]
-            accepted = target if len(target) and hasattr(target[0], "__len__") else [target]
-            rewards.append(float(any(found == list(item) for item in accepted)))
-        return rewards
-
-
-class ModelReward:
-    r"""
-    The score of any reward model or function.
-
-    Args:
-        score (`Callable`): Called as `score(**collate(rows))` without gradients; returns (B, G) or (B * G,) scores, or an object
-            with such `rewards` (as our reward models do).
-        collate (`Callable[[list[dict]], dict]`): Tensors from B rows, one per **sample**: its own columns, and `completion_ids`,
-            the list of its G completions. So the context is encoded once for all completions of a sample.
-        num_generations (`int`): G, completions per sample, adjacent.
-        sample_column (`str`, defaults to `"user"`): A column that tells samples apart; it must be one value inside a group.
-        batch_size (`int`, defaults to 64): Samples per call of `score`.
-
-    Raises:
-        ValueError: When the groups are not the samples', or a score is NaN or infinite; the message names the first row.
-    """
-
-    def __init__(
-        self,
-        score: Callable,
-        collate: Callable,
-        num_generations: int,
-        sample_column: str = "user",
-        batch_size: int = 64,
-    ):
-        self.score, self.collate, self.num_generations = score, collate, num_generations
-        self.sample_column, self.batch_size = sample_column, batch_size
-        self.__name__ = "reward_model"
-
-    @torch.no_grad()
-    def __call__(
-        self,
-        prompts: Sequence | None = None,
-        completions: Sequence | None = None,
-        completion_ids: Sequence[Sequence[int]] = (),
-        **columns,
-    ) -> Sequence[float | None]:
-        size, total = self.num_generations, len(completion_ids)
-        starts = range(0, _num_groups(total, size) * size, size)
-        samples = _own_column(columns, self.sample_column, total)
-        if mixed := [start for start in starts if any(samples[start] != other for other in samples[start:][:size])]:
-            raise ValueError(
-                f"completions {mixed[0]} to {mixed[0] + size - 1} belong to different samples (column {self.sample_column!r}): "
-                f"num_generations={size} is not the trainer's."
+            several = len(target) and hasattr(target[0], "__len__")
+            wanted = {tuple(item) for item in (target if several else [target]) if len(item)}
+            codes, size = [token for token in ids if token >= NUM_SPECIAL_TOKENS], len(next(iter(wanted), (0,)))
+            items = (
+                {tuple(codes[i : i + size]) for i in range(0, len(codes), size)} if len(codes) % size == 0 else set()
             )
-        own = {
-            name: values for name, values in columns.items() if isinstance(values, Sequence) and len(values) == total
-        }
-        rows = [
-            {name: values[start] for name, values in own.items()} | {"completion_ids": completion_ids[start:][:size]}
-            for start in starts
-        ]
-        rewards = torch.cat([self._score(rows[i : i + self.batch_size]) for i in range(0, len(rows), self.batch_size)])
-        if len(rewards) != total:
-            raise ValueError(f"the reward model returned {len(rewards)} scores for {total} completions.")
-        if not bool(rewards.isfinite().all()):
-            row = int((~rewards.isfinite()).nonzero()[0])
-            raise ValueError(
-                f"the reward model returned {rewards[row].item()} for completion {row}: check its inputs."
-            )
-        return rewards.tolist()
-
-    def _score(self, rows: list[dict]) -> torch.Tensor:
-        found = self.score(**self.collate(rows))
-        return (found.rewards if hasattr(found, "rewards") else found).float().reshape(-1)
+            rewards.append(float(bool(items & wanted)))
+        if self.catalogue is None:
+            return rewards
+        legal = is_legal(completion_ids, self.catalogue).tolist()
+        return [reward if good else None for reward, good in zip(rewards, legal)]
 
 
 class IndustrialReward:
@@ -229,8 +174,8 @@ class IndustrialReward:
     Another reward, scaled down for a class of items while that class takes more than its quota: r' = alpha r (Technical Report,
     industrial reward; the values of quota and factor are not in the paper).
 
-    The share is counted over the completions of one call, a rollout batch; a session belongs to the class when one of its items
-    does.
+    The share is counted over the completions of one call, a rollout batch, that spell an item; a session belongs to the class
+    when one of its items does.
 
     Args:
         reward: The reward function to scale; its rewards must be 0 or more, since scaling a negative one would be a prize.
@@ -269,8 +214,8 @@ class IndustrialReward:
             )
         leaves, owner = completion_leaves(completion_ids, self.catalogue)
         hits = (leaves >= 0) & self.tagged_leaf[leaves.clamp(min=0)]
-        tagged = owner[hits].bincount(minlength=len(completion_ids)) > 0
-        if tagged.float().mean() <= self.quota:
+        tagged, real = (owner[mask].bincount(minlength=len(completion_ids)) > 0 for mask in (hits, leaves >= 0))
+        if tagged.sum() <= self.quota * real.sum():
             return rewards
         return [self.factor * r if r is not None and hit else r for r, hit in zip(rewards, tagged.tolist())]
 
@@ -312,13 +257,42 @@ class WeightedSum:
         return total
 
 
-def _num_groups(rows: int, group_size: int) -> int:
+def finite_or_none(function: RewardFunction) -> RewardFunction:
+    """
+    A reward function that refuses what is no number: TRL would take NaN for "no reward", which is `None`, and one infinite reward
+    makes every advantage of its group NaN. Reward modules, names of models and asynchronous functions come back as they are.
+
+    Raises:
+        ValueError: On a call, naming the function and the first such completion.
+    """
+    if not callable(function) or isinstance(function, torch.nn.Module):
+        return function
+    if inspect.iscoroutinefunction(function) or inspect.iscoroutinefunction(type(function).__call__):
+        return function
+
+    @functools.wraps(function)
+    def checked(*args, **kwargs):
+        rewards = function(*args, **kwargs)
+        for place, reward in enumerate(rewards):
+            if reward is not None and not math.isfinite(reward):
+                raise ValueError(
+                    f"the reward function {getattr(function, '__name__', function)!r} returned {reward} for completion {place}: "
+                    "rewards must be finite, or None for a completion that shall have none."
+                )
+        return rewards
+
+    return checked
+
+
+def num_groups(rows: int, group_size: int) -> int:
+    """How many groups `rows` completions are."""
     if rows % group_size:
         raise ValueError(f"{rows} completions are no whole groups of num_generations={group_size}.")
     return rows // group_size
 
 
-def _own_column(columns: Mapping[str, Sequence], name: str, rows: int) -> Sequence:
+def own_column(columns: Mapping[str, Sequence], name: str, rows: int) -> Sequence:
+    """A column of the samples, one value per completion."""
     if name not in columns:
         raise ValueError(f"the samples have no column {name!r}; they have {sorted(columns)}. Keep it in the data set.")
     if len(columns[name]) != rows:
@@ -332,9 +306,9 @@ __all__ = [
     "FormatReward",
     "HitReward",
     "IndustrialReward",
-    "ModelReward",
     "WeightedSum",
     "completion_leaves",
+    "finite_or_none",
     "is_legal",
     "select_for_format",
 ]

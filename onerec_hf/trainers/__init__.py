@@ -8,6 +8,7 @@ from .grpo import OneRecGRPOTrainer
 from .grpo_config import OneRecGRPOConfig
 from .ipa import IPATrainer
 from .ipa_config import IPAConfig
+from .pair_files import load_pairs
 from .repository import RepositoryMixin
 from .sft import OneRecSFTConfig, OneRecSFTTrainer
 
@@ -27,5 +28,6 @@ __all__ = [
     "OneRecSFTTrainer",
     "RepositoryMixin",
     "feedback_exposures",
+    "load_pairs",
     "rejection_sample",
 ]

@@ -16,12 +16,12 @@ from transformers.trainer_utils import TrainOutput
 from trl import GRPOTrainer
 
 from ..models import SemanticIdTokenizer
-from ..rewards import completion_leaves
+from ..rewards import finite_or_none
 from .balance import ExpertBalanceCallback
 from .grpo_batches import EndlessBatches, pad_logged
 from .grpo_config import OneRecGRPOConfig
-from .grpo_rollouts import RolloutCheckpoint, rollout
-from .policy_losses import behaviour_log_probs, group_advantages, policy_loss, policy_loss_metrics
+from .grpo_rollouts import RolloutCheckpoint, rollout, rollout_metrics
+from .policy_losses import behaviour_log_probs, policy_loss, policy_loss_metrics, reward_advantages
 from .repository import RepositoryMixin
 
 _CONTEXT = "context/"  # prefix of a context's tensors among the rollouts of TRL's buffer
@@ -37,8 +37,8 @@ class OneRecGRPOTrainer(RepositoryMixin, GRPOTrainer):
     Args:
         model: A OneRec model with a catalogue, or the folder of one.
         reward_funcs: TRL's reward functions, as in `onerec_hf.rewards`. `None` for a candidate: no reward of this function; where
-            no function has one, the advantage is 0 and the candidate has no part in the group's mean. May be left out with
-            `logged_weight=1`.
+            no function has one, the advantage is 0 and the candidate has no part in the group's mean. NaN and infinite rewards are
+            refused. May be left out with `logged_weight=1`.
         args ([`OneRecGRPOConfig`]).
         train_dataset, eval_dataset (`datasets.Dataset`): One row per user, whatever `data_collator.context` and the reward
             functions read; with a column `targets` (item indices) the share of groups that hold a target is logged.
@@ -87,6 +87,9 @@ class OneRecGRPOTrainer(RepositoryMixin, GRPOTrainer):
                 raise ValueError(f"{name} is {'' if rows is not None else 'not '}given, but its weight is {weight}.")
         if args.logged_weight == 1:
             train_dataset, reward_funcs = logged_dataset, reward_funcs or [_no_reward]
+        if reward_funcs is not None:
+            functions = reward_funcs if isinstance(reward_funcs, list) else [reward_funcs]
+            reward_funcs = [finite_or_none(function) for function in functions]
         if processing_class is None and not isinstance(model, str):
             processing_class = SemanticIdTokenizer(codebook_sizes=model.config.codebook_sizes)
         self.collator: Any = data_collator
@@ -115,7 +118,10 @@ class OneRecGRPOTrainer(RepositoryMixin, GRPOTrainer):
             self.add_callback(self.expert_balance)
 
     def _check_policy(self):
-        policy = self.policy
+        policy, names = self.policy, self.reward_func_names
+        unknown = sorted({*self.args.unnormalized_rewards} - {*names, "format_reward"})
+        if unknown and self.args.logged_weight < 1:
+            raise ValueError(f"unnormalized_rewards={unknown}: the reward functions are {names}. Name some of these.")
         if policy.catalogue is None:
             raise ValueError(
                 f"{type(policy).__name__} has no catalogue: set `model.catalogue`, or load it from a folder."
@@ -138,11 +144,12 @@ class OneRecGRPOTrainer(RepositoryMixin, GRPOTrainer):
         return self.num_generations if self.model.training else self.num_generations_eval
 
     def record(self, metrics: dict[str, float | torch.Tensor]) -> None:
-        """Adds numbers to the next log, each the mean over the processes."""
+        """Adds numbers to the next log, each the mean over the processes that have it (NaN: it has none)."""
         values = torch.stack(
             [torch.as_tensor(value, device=self.accelerator.device).float() for value in metrics.values()]
         )
-        for name, value in zip(metrics, self.accelerator.reduce(values, "mean").tolist()):
+        means = self.accelerator.gather(values.unsqueeze(0)).nanmean(0)
+        for name, value in zip(metrics, means.tolist()):
             self._metrics["train" if self.model.training else "eval"][name].append(value)
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> TrainOutput:
@@ -179,25 +186,13 @@ class OneRecGRPOTrainer(RepositoryMixin, GRPOTrainer):
 
     def _calculate_rewards(self, inputs, prompts, completions, completion_ids_list):
         rewards = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)  # of all processes
-        raw = self.args.unnormalized_rewards if self.args.loss_type != "gbpo" else self.reward_func_names
-        added = torch.tensor([name in raw for name in self.reward_func_names], device=rewards.device)
+        raw = [name in self.args.unnormalized_rewards for name in self.reward_func_names]
         weighted = rewards * self.reward_weights.to(rewards.device)
-        normalised = weighted[:, ~added]
-        normalised = normalised.nansum(1).masked_fill(normalised.isnan().all(1), torch.nan)
-        advantages = group_advantages(normalised.view(-1, self.group_size)).flatten() + weighted[:, added].nansum(1)
+        advantages = reward_advantages(weighted, self.group_size, torch.tensor(raw, device=rewards.device))
         first = self.accelerator.process_index * len(prompts)
         self._advantages = advantages[first : first + len(prompts)]
-        catalogue, group = self.policy.catalogue, self.group_size
-        leaves, owner = completion_leaves(completion_ids_list, catalogue)
-        illegal = owner[leaves < 0].unique()
-        metrics = {"legality": 1 - len(illegal) / len(prompts), "zero_advantage": (advantages == 0).float().mean()}
-        if "targets" in inputs[0]:
-            hits = 0
-            for place, row in enumerate(inputs[::group]):
-                wanted = catalogue.leaves_of(catalogue.semantic_ids[torch.as_tensor(row["targets"]).long()].long())
-                hits += bool(torch.isin(leaves[owner // group == place], wanted.cpu()).any())
-            metrics["hit_rate"] = hits * group / len(inputs)
-        self.record(metrics)
+        found = rollout_metrics(completion_ids_list, inputs, self.policy.catalogue, self.group_size)
+        self.record(found | {"zero_advantage": (advantages == 0).float().mean()})
         return rewards
 
     # ---- log-probabilities ---------------------------------------------------------------------------------------------
@@ -274,7 +269,7 @@ class OneRecGRPOTrainer(RepositoryMixin, GRPOTrainer):
         log_probs, hidden = self.row_log_probs(model, context, rows)
         old = inputs.get("old_per_token_logps")
         old = log_probs.detach() if old is None else old.flatten(0, 1)
-        per_code = self._policy_loss(log_probs, old, advantages.unsqueeze(1), mask, metrics)
+        per_code = self._policy_loss(self.args.loss_type, log_probs, old, advantages.unsqueeze(1), mask, metrics)
         if self.beta:
             gap = inputs["ref_per_token_logps"].flatten(0, 1) - log_probs
             kl = gap.exp() - gap - 1
@@ -293,16 +288,18 @@ class OneRecGRPOTrainer(RepositoryMixin, GRPOTrainer):
         advantages, logged = (x.to(log_probs.device) for x in pad_logged(rows, tuple(log_probs.shape)))
         old = behaviour_log_probs(log_probs, logged)
         mask = (advantages != 0).unsqueeze(2).expand(log_probs.shape)
-        per_sample = self._policy_loss(log_probs, old, advantages.unsqueeze(2), mask, metrics).mean(2)  # (B, n)
+        loss_type = self.args.logged_loss_type or self.args.loss_type
+        per_code = self._policy_loss(loss_type, log_probs, old, advantages.unsqueeze(2), mask, metrics)
+        per_sample = per_code.mean(2)  # (B, n)
         kept = advantages != 0
         count = kept.sum().clamp(min=1)
         metrics["loss/logged"] = per_sample.detach()[kept].sum() / count
         return torch.where(kept, per_sample, 0.0).flatten(), advantages.flatten(), count
 
-    def _policy_loss(self, log_probs, old, advantages, mask, metrics):
+    def _policy_loss(self, loss_type, log_probs, old, advantages, mask, metrics):
         """Loss of each code, shape of `log_probs`; `advantages` broadcast to it, `mask` says which codes the log counts."""
         settings: dict[str, Any] = {
-            "loss_type": self.args.loss_type,
+            "loss_type": loss_type,
             "epsilon": self.args.epsilon,
             "delta": self.args.delta,
         }

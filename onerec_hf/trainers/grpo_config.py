@@ -26,8 +26,10 @@ class OneRecGRPOConfig(GRPOConfig):
     Neither paper reports a weight, a learning rate of RL or (for feedback samples) a group size.
 
     Args:
-        loss_type: `"ecpo"` (Technical Report, default), `"gbpo"` (OneRec-V2) or `"grpo"`. GRPO and ECPO normalise the rewards of a
-            group to advantages; GBPO takes rewards as advantages, as they are.
+        loss_type: `"ecpo"` (Technical Report, default), `"gbpo"` (OneRec-V2) or `"grpo"`. With each of them the rewards of a group
+            are normalised to advantages, so that the worse half of a group is negative: what is used as it is, is a property of a
+            reward (`unnormalized_rewards`, the advantages of `logged_dataset`) and not of the loss.
+        logged_loss_type (`str`, *optional*): Of logged exposures, where it shall be another one than `loss_type` of rollouts.
         epsilon: Clip range of GRPO and ECPO; not in the paper, 0.2 is customary.
         delta (`float`, defaults to 0.1): ECPO's early clip: no ratio is above 1 + epsilon + delta (the paper's value). TRL's option
             of the same name is another rule, which drops such samples.
@@ -38,7 +40,8 @@ class OneRecGRPOConfig(GRPOConfig):
         temperature: Of the sampling alone. Ratios, entropy and KL are those of the policy as it serves, at temperature 1.
         steps_per_generation: Parameters of the rollouts are refreshed after so many micro-batches (times `num_iterations`); the
             default is every optimizer step. The Technical Report pushes parameters every 1000 steps.
-        unnormalized_rewards: Names of reward functions whose values are advantages already: added after the normalisation.
+        unnormalized_rewards: Names of reward functions whose values are advantages already: added after the normalisation. A reward
+            that is never negative, as a P-Score, would only ever raise probabilities so.
         logged_weight (`float`, defaults to 0): Share of logged exposures in the policy loss, 0 to 1; 1 does no rollouts.
         logged_batch_size (`int`, defaults to 32): Rows of `logged_dataset` per micro-batch and process.
         rl_weight, sft_weight (`float`, default to 1 and 0): Weights of the two losses.
@@ -52,6 +55,9 @@ class OneRecGRPOConfig(GRPOConfig):
     """
 
     loss_type: str = field(default="ecpo", metadata={"help": f"One of {', '.join(LOSS_TYPES)}."})
+    logged_loss_type: str | None = field(
+        default=None, metadata={"help": "Loss of logged exposures; default that of the rollouts."}
+    )
     delta: float = field(default=0.1, metadata={"help": "ECPO's early clip; the paper's value."})
     rollout: str = field(default="beam", metadata={"help": f"One of {', '.join(ROLLOUTS)}."})
     unnormalized_rewards: list[str] = field(
@@ -74,9 +80,15 @@ class OneRecGRPOConfig(GRPOConfig):
         defaults = {entry.name: entry.default for entry in dataclasses.fields(GRPOConfig)}
         if changed := [name for name in _NOT_READ if getattr(self, name) != defaults[name]]:
             raise ValueError(f"{changed}: OneRecGRPOTrainer does not read these fields of GRPOConfig; leave them out.")
-        for name, allowed in (("loss_type", LOSS_TYPES), ("rollout", ROLLOUTS)):
+        allowed_values = {"loss_type": LOSS_TYPES, "logged_loss_type": (None, *LOSS_TYPES), "rollout": ROLLOUTS}
+        for name, allowed in allowed_values.items():
             if getattr(self, name) not in allowed:
-                raise ValueError(f"{name}={getattr(self, name)!r}: allowed are {', '.join(allowed)}.")
+                raise ValueError(f"{name}={getattr(self, name)!r}: allowed are {', '.join(map(str, allowed))}.")
+        if self.logged_loss_type is not None and self.logged_weight == 0:
+            raise ValueError(
+                f"logged_loss_type={self.logged_loss_type!r} with logged_weight=0: nothing logged is trained on. Leave it out, or "
+                "give a weight and logged_dataset."
+            )
         if not 0 <= self.logged_weight <= 1:
             raise ValueError(
                 f"logged_weight={self.logged_weight}: a share between 0 (on-policy) and 1 (logged alone)."

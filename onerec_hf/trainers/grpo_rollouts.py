@@ -14,6 +14,9 @@ from transformers import TrainerCallback
 from transformers.trainer_utils import get_last_checkpoint
 from trl.models import unwrap_model_for_generation
 
+from ..models import Catalogue
+from ..rewards import completion_leaves
+
 
 def rollout(prompts: list[int], trainer: Any) -> dict[str, list]:
     """TRL's `rollout_func`: G candidates of each user of `trainer.context`, adjacent rows, from the current policy."""
@@ -41,6 +44,21 @@ def rollout(prompts: list[int], trainer: Any) -> dict[str, list]:
             result["sample_log_probs"] = trainer.row_log_probs(policy, trainer.context, rows)[0].sum(1).tolist()
     trainer.record({"rollout_seconds": time.perf_counter() - start})
     return result
+
+
+def rollout_metrics(
+    completion_ids: list[list[int]], rows: list[dict], catalogue: Catalogue, group_size: int
+) -> dict[str, float]:
+    """`legality` of candidates, a row each, and where the rows have `targets`, `hit_rate`: groups in which one is a true target."""
+    leaves, owner = completion_leaves(completion_ids, catalogue)
+    metrics = {"legality": 1 - len(owner[leaves < 0].unique()) / len(rows)}
+    if "targets" in rows[0]:
+        hits = 0
+        for place, row in enumerate(rows[::group_size]):
+            wanted = catalogue.leaves_of(catalogue.semantic_ids[torch.as_tensor(row["targets"]).long()].long())
+            hits += bool(torch.isin(leaves[owner // group_size == place], wanted.cpu()).any())
+        metrics["hit_rate"] = hits * group_size / len(rows)
+    return metrics
 
 
 class RolloutCheckpoint(TrainerCallback):
@@ -87,4 +105,4 @@ class RolloutCheckpoint(TrainerCallback):
         self.trainer._buffered_inputs = chunks if tensors else None
 
 
-__all__ = ["RolloutCheckpoint", "rollout"]
+__all__ = ["RolloutCheckpoint", "rollout", "rollout_metrics"]

@@ -65,6 +65,7 @@ class IPATrainer(OneRecSFTTrainer):
         reward (`RewardFunction`, *optional*): See [`mine_pairs`]; for a reward model: `reward_of_model`.
         pairs (`datasets.Dataset`, *optional*): Given pairs instead of `reward`, such as logged ones: `row` (of `train_dataset`),
             `chosen` (m * L token ids), `rejected` (n * m * L). They serve every epoch, the reference is the seed model: plain DPO.
+            [`load_pairs`] reads those of another run and compares its items and rows with this one's.
         peft_config (`PeftConfig`, *optional*): Trains an adapter.
         kwargs: As [`OneRecSFTTrainer`].
     """
@@ -148,7 +149,8 @@ class IPATrainer(OneRecSFTTrainer):
         names = (
             ("dpo_ratio", "num_candidates", "num_rejected", "seed") if self.reward is not None else ("num_rejected",)
         )
-        return {"num_rows": len(self.rows)} | {name: getattr(self.args, name) for name in names}
+        of = {"num_rows": len(self.rows), "catalogue_fingerprint": self._policy().catalogue.fingerprint()}
+        return of | {name: getattr(self.args, name) for name in names}
 
     def _use(self, pairs: datasets.Dataset) -> None:
         """The pairs as tensors, and which of them each row has."""
@@ -193,8 +195,10 @@ class IPATrainer(OneRecSFTTrainer):
         pairs = sorted(gather_object(pairs), key=lambda pair: pair["row"])
         sums = gather_object([sums])
         total = {name: sum(part[name] for part in sums) for name in sums[0]}
-        names = {"tied": "tied", "few": "few", "hits": "hit_rate", "reward": "reward_candidates"}
+        names = {"tied": "tied", "few": "few", "hits": "hit_rate"}
         logs = {f"ipa/{new}": total[name] / total["users"] for name, new in names.items()} | {"ipa/pairs": len(pairs)}
+        if total["rewarded"]:
+            logs["ipa/reward_candidates"] = total["reward"] / total["rewarded"]
         if pairs:
             logs["ipa/reward_chosen"] = sum(pair["chosen_reward"] for pair in pairs) / len(pairs)
             rejected = [sum(pair["rejected_reward"]) / len(pair["rejected_reward"]) for pair in pairs]

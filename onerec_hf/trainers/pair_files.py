@@ -6,6 +6,11 @@ import shutil
 from pathlib import Path
 
 import datasets
+from transformers.utils import logging
+
+from ..models import Catalogue
+
+logger = logging.get_logger(__name__)
 
 _METADATA = "pairs.json"
 
@@ -42,4 +47,35 @@ def load_rows(folder: Path, metadata: dict) -> datasets.Dataset:
     return datasets.load_from_disk(str(folder))
 
 
-__all__ = ["load_rows", "save_rows"]
+def load_pairs(folder: str | os.PathLike, num_rows: int, catalogue: Catalogue) -> datasets.Dataset:
+    """
+    Pairs that somebody brings, for [`IPATrainer`]: a folder that another run of it left (`pairs/iteration_000`), or a `datasets`
+    set of one's own, which says nothing of where it comes from; then a warning says what is assumed.
+
+    Args:
+        num_rows (`int`): Rows of the training set, which the column `row` of the pairs counts.
+        catalogue (`Catalogue`): The policy's.
+
+    Raises:
+        ValueError: When the pairs were mined with other items, or for another training set.
+    """
+    path, known = Path(folder) / _METADATA, {}
+    if path.is_file():
+        known = json.loads(path.read_text())
+    own = {"catalogue_fingerprint": catalogue.fingerprint(), "num_rows": num_rows}
+    if different := sorted(name for name in own if known.get(name, own[name]) != own[name]):
+        raise ValueError(
+            f"the pairs in {folder} do not fit this run: "
+            + ", ".join(f"{name}={known[name]!r}, here {own[name]!r}" for name in different)
+            + ". Their token ids and row numbers would mean other items and other users. Take the policy and the data folder they "
+            "were mined with, or mine new ones with a reward."
+        )
+    if absent := sorted(own.keys() - known.keys()):
+        logger.warning(
+            f"{folder} does not say of which items and rows its pairs are ({_METADATA} has no {', '.join(absent)}). Assumed is: "
+            f"`row` counts the {num_rows} training rows of this run from 0, and token ids are those of {catalogue}."
+        )
+    return datasets.load_from_disk(str(folder))
+
+
+__all__ = ["load_pairs", "load_rows", "save_rows"]

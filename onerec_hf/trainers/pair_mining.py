@@ -9,7 +9,7 @@ from typing import Any
 import datasets
 import torch
 
-from ..rewards.functions import RewardFunction
+from ..rewards.functions import RewardFunction, completion_leaves
 
 
 def context_inputs(batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -101,12 +101,12 @@ def mine_pairs(
     Returns:
         The pairs, `row`, `chosen` (m * L token ids), `rejected` (n * m * L), `ref_chosen_logps`, `ref_rejected_logps` (n),
         `chosen_reward`, `rejected_reward` (n); and sums over rows: `users`, `tied`, `few`, `hits` (a candidate holds a true next
-        item) and `reward` (mean over a user's candidates).
+        item), `reward` (mean over a user's candidates that have one) and `rewarded` (users with such a candidate).
 
     Raises:
         ValueError: A reward that is NaN or infinite, or another number of rewards than candidates.
     """
-    pairs, sums = [], dict.fromkeys(("users", "tied", "few", "hits", "reward"), 0.0)
+    pairs, sums = [], dict.fromkeys(("users", "tied", "few", "hits", "reward", "rewarded"), 0.0)
     for start in range(0, len(rows), batch_size):
         part, ids = rows[start : start + batch_size], row_ids[start : start + batch_size]
         batch = {name: value.to(model.device) for name, value in collator(part).items()}
@@ -118,7 +118,8 @@ def mine_pairs(
         sums["tied"] += tied.sum().item()
         sums["few"] += few.sum().item()
         sums["hits"] += _hits(token_ids, batch, model.config.pad_token_id).sum().item()
-        sums["reward"] += rewards.nanmean(1).nan_to_num().sum().item()
+        sums["reward"] += rewards.nanmean(1).nansum().item()
+        sums["rewarded"] += (~rewards.isnan()).any(1).sum().item()
         keep = (~tied & ~few).nonzero()[:, 0]
         if not len(keep):
             continue
@@ -180,7 +181,7 @@ def _hits(token_ids, batch, pad_token_id) -> torch.Tensor:
 def check_pairs(pairs: datasets.Dataset, num_rows: int, model: Any, num_rejected: int) -> None:
     """
     Raises a ValueError unless pairs that somebody brought fit the data set and the model: columns, one pair per row, `num_rejected`
-    whole candidates each, existing codes, and chosen different from rejected.
+    whole candidates each, of existing items, and chosen different from rejected.
     """
     if missing := {"row", "chosen", "rejected"} - set(pairs.column_names):
         raise ValueError(f"the pairs have no {sorted(missing)}, only {pairs.column_names}.")
@@ -201,6 +202,12 @@ def check_pairs(pairs: datasets.Dataset, num_rows: int, model: Any, num_rejected
     if bool(((both < first) | (both >= first + torch.tensor(model.config.codebook_sizes))).any()):
         raise ValueError(
             "the pairs hold token ids that are no codes of their level: they come from another tokenizer."
+        )
+    leaves, owner = completion_leaves(both.flatten(0, 1).flatten(1).tolist(), model.catalogue)
+    if strange := len((owner[leaves < 0] // both.shape[1]).unique()):
+        raise ValueError(
+            f"{strange} of {len(rows)} pairs hold codes that no item of {model.catalogue} has: they come from other semantic IDs, "
+            "or are no items. Make them with the policy's tokenizer, of existing items."
         )
     if same := int((chosen == rejected).flatten(2).all(2).any(1).sum()):
         raise ValueError(f"{same} of {len(rows)} pairs have chosen equal to rejected: leave them out.")

@@ -31,6 +31,23 @@ def group_advantages(rewards_BG: torch.Tensor) -> torch.Tensor:
     return torch.where(equal, 0.0, centred / std.masked_fill(equal, 1.0))
 
 
+def reward_advantages(rewards: torch.Tensor, group_size: int, unnormalized: torch.Tensor) -> torch.Tensor:
+    """
+    Advantages of completions from the weighted rewards of several functions: the sum of those to be normalised, over the group, and
+    the others added to it as they are.
+
+    Args:
+        rewards (`torch.Tensor` of shape (R, F)): NaN where a function gives no reward. The G completions of a user are adjacent.
+        unnormalized (`torch.BoolTensor` of shape (F,)): Functions whose rewards are advantages already.
+
+    Returns:
+        `torch.Tensor` of shape (R,); 0 where no function gave a reward.
+    """
+    compared = rewards[:, ~unnormalized]
+    compared = compared.nansum(1).masked_fill(compared.isnan().all(1), torch.nan)
+    return group_advantages(compared.view(-1, group_size)).flatten() + rewards[:, unnormalized].nansum(1)
+
+
 def log_complement(log_probs: torch.Tensor) -> torch.Tensor:
     """log(1 - p) from log p <= 0, accurate at both ends (Maechler 2012): -inf at p = 1, -p for tiny p."""
     log_probs = log_probs.clamp(max=0.0)
@@ -168,4 +185,5 @@ __all__ = [
     "log_complement",
     "policy_loss",
     "policy_loss_metrics",
+    "reward_advantages",
 ]
