@@ -486,12 +486,6 @@ def two_steps(folder, batch_size):
     return trainer
 
 
-def test_resume_without_rollouts_says_so(tmp_path):
-    (tmp_path / "checkpoint-3").mkdir()
-    with pytest.raises(FileNotFoundError, match=r"rollouts-0\.safetensors"):
-        make(tmp_path).train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
-
-
 def test_lora_trains_adapters_alone_with_the_base_as_reference(tmp_path):
     from peft import LoraConfig
 

@@ -9,6 +9,7 @@ from .grpo_config import OneRecGRPOConfig
 from .ipa import IPATrainer
 from .ipa_config import IPAConfig
 from .repository import RepositoryMixin
+from .resume import ResumableTrainer
 from .sft import OneRecSFTConfig, OneRecSFTTrainer
 
 # What a `LoraConfig` without `target_modules` adapts. OneRec-V2's `item_proj` makes the keys and values of its context.
@@ -26,6 +27,7 @@ __all__ = [
     "OneRecSFTConfig",
     "OneRecSFTTrainer",
     "RepositoryMixin",
+    "ResumableTrainer",
     "feedback_exposures",
     "rejection_sample",
 ]

@@ -29,6 +29,7 @@ class OneRecSFTConfig(TrainingArguments):
         remove_unused_columns: Off: the collator reads the columns of the split itself.
         label_names: `target_ids`, so that evaluation has a loss.
         train_sampling_strategy: Batches of users with histories of similar length; reads the column `length` where there is one.
+            The order of an epoch is a function of the seed: a run that resumes inside it goes on with the same batches.
         hub_strategy: `"end"`: one commit of the finished model; the checkpoints before it would be no complete repositories.
         metric_for_best_model: Model choice on validation; any key that `generation_metrics` returns, or `"loss"`.
         weight_average_decay: Keeps an exponential moving average of the trained weights (Polyak averaging), with this decay per
@@ -69,7 +70,6 @@ class OneRecSFTTrainer(RepositoryMixin):
     def __init__(self, *args, generation_metrics: Callable | None = None, **kwargs):
         super().__init__(*args, **kwargs)
         self.generation_metrics = generation_metrics
-        self.expert_balance = None
         config = self.accelerator.unwrap_model(self.model).config
         if config.num_experts:
             self.expert_balance = ExpertBalanceCallback(config.router_bias_update_rate)
@@ -115,6 +115,9 @@ class OneRecSFTTrainer(RepositoryMixin):
         if self.args.weight_average_decay is not None:
             self._average = {name: weight.detach().clone() for name, weight in self._trained().items()}
             _copy(load_file(Path(resume_from_checkpoint) / RAW_WEIGHTS_NAME), self._trained())
+
+    def _resume_settings(self):
+        return super()._resume_settings() | {"weight_average_decay": self.args.weight_average_decay}
 
     def _trained(self) -> dict[str, torch.nn.Parameter]:
         model = self.accelerator.unwrap_model(self.model)
