@@ -87,11 +87,11 @@ def rows_of(count: int, targets: bool = False) -> datasets.Dataset:
     return datasets.Dataset.from_list(rows)
 
 
-def make_trainer(name: str, folder: Path, num_processes: int) -> Any:
-    """24 steps in a few epochs; GRPO stops inside one."""
+def make_trainer(name: str, folder: Path, num_processes: int, **settings: Any) -> Any:
+    """24 steps in a few epochs; GRPO stops inside one. `settings` replace the training arguments."""
     model, collator = world()
     rows = rows_of(12 * num_processes)
-    common = COMMON | {"per_device_train_batch_size": 2, "num_train_epochs": 4}
+    common = COMMON | {"per_device_train_batch_size": 2, "num_train_epochs": 4} | settings
     if name.startswith("SFT"):
         decay = 0.9 if name != "SFT" else None
         args = OneRecSFTConfig(str(folder), weight_average_decay=decay, **common)
@@ -99,7 +99,11 @@ def make_trainer(name: str, folder: Path, num_processes: int) -> Any:
     if name == "IPA":
         args = IPAConfig(str(folder), dpo_ratio=0.5, num_candidates=8, kl_users=4, disable_dropout=False, **common)
         return IPATrainer(model, args, data_collator=collator, train_dataset=rows, reward=noisy_reward)
-    common |= {"per_device_train_batch_size": 2 * GROUP, "num_generations": GROUP, "max_steps": 23}
+    common |= {
+        "per_device_train_batch_size": 2 * GROUP,
+        "num_generations": GROUP,
+        "max_steps": settings.get("max_steps", 23),
+    }
     common |= {"rollout": "sample", "steps_per_generation": 2, "num_iterations": 2, "disable_dropout": False}
     args = OneRecGRPOConfig(
         str(folder), logged_weight=0.5, logged_batch_size=3, sft_weight=0.5, sft_batch_size=3, **common
@@ -117,7 +121,7 @@ def make_trainer(name: str, folder: Path, num_processes: int) -> Any:
     )
 
 
-def train(name: str, folder: Path, rank: int, num_processes: int, port: int) -> None:
+def train(name: str, folder: Path, rank: int, num_processes: int, port: int, settings: dict[str, Any]) -> None:
     """What a forked process does: it starts or resumes, and leaves what is compared."""
     if num_processes > 1:
         os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(num_processes)}
@@ -125,7 +129,7 @@ def train(name: str, folder: Path, rank: int, num_processes: int, port: int) -> 
     os.environ["ACCELERATE_USE_CPU"] = "true"
     AcceleratorState._reset_state(reset_partial_state=True)
     torch.manual_seed(0)
-    trainer = make_trainer(name, folder, num_processes)
+    trainer = make_trainer(name, folder, num_processes, **settings)
     trainer.train(resume_from_checkpoint="true" if newest_complete(folder) else None)
     weights = trainer.accelerator.unwrap_model(trainer.model).state_dict()
     timed = ("runtime", "per_second", "seconds", "step_time")
@@ -154,12 +158,12 @@ def _child(name: str, folder: Path, rank: int, *arguments) -> None:
 class Run:
     """The processes of one run, forked; all of them die at once, as a machine does."""
 
-    def __init__(self, name: str, folder: Path, num_processes: int):
+    def __init__(self, name: str, folder: Path, num_processes: int, **settings: Any):
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
         fork = multiprocessing.get_context("fork")
-        arguments = [(name, folder, rank, num_processes, port) for rank in range(num_processes)]
+        arguments = [(name, folder, rank, num_processes, port, settings) for rank in range(num_processes)]
         self.processes = [fork.Process(target=_child, args=values) for values in arguments]
         for process in self.processes:
             process.start()

@@ -513,6 +513,20 @@ def test_kl_to_the_folder_the_policy_came_from(tmp_path):
     assert first["kl"] == pytest.approx(0, abs=1e-6) and second["kl"] > 1e-6
 
 
+def test_a_reference_that_follows_the_policy_is_resumed(tmp_path):
+    tiny_model(tiny_catalogue()).save_pretrained(tmp_path / "sft")
+
+    def run(resume):
+        model = type(tiny_model(tiny_catalogue())).from_pretrained(tmp_path / "sft")
+        settings = {"sync_ref_model": True, "ref_model_sync_steps": 2, "save_strategy": "steps", "save_steps": 3}
+        trainer = make(tmp_path / "rl", model=model, beta=0.5, max_steps=6, rollout="beam", **settings)
+        trainer.train(resume_from_checkpoint=resume)
+        return [record["kl"] for record in trainer.state.log_history if "kl" in record]
+
+    unbroken = run(None)
+    assert len(unbroken) == 6 and run(str(tmp_path / "rl" / "checkpoint-3")) == unbroken
+
+
 def test_the_catalogue_is_demanded(tmp_path):
     model = tiny_model(tiny_catalogue())
     model.catalogue = None
