@@ -34,7 +34,8 @@ def why_incomplete(checkpoint: str | Path) -> str | None:
     if not checkpoint.is_dir():
         return "there is no such folder"
     if not (checkpoint / MANIFEST_NAME).is_file():
-        written = "another trainer wrote it" if (checkpoint / STATE_NAME).is_file() else "the run stopped in its midst"
+        stopped = "the run stopped while it was written"
+        written = "another trainer or save_only_model=True" if (checkpoint / STATE_NAME).is_file() else stopped
         return f"{MANIFEST_NAME} is missing ({written})"
     try:
         files = json.loads((checkpoint / MANIFEST_NAME).read_text())["files"]
