@@ -59,8 +59,8 @@ GROUP = 4
 
 
 def noisy_reward(completion_ids: list[list[int]], **columns: Any) -> list[float]:
-    """Draws from numpy's global generator: what a resumed run must draw again."""
-    return [sum(ids) % 7 + float(np.random.rand()) for ids in completion_ids]  # noqa: NPY002
+    """Draws from torch's and numpy's global generators: what a resumed run must draw again."""
+    return [sum(ids) % 7 + float(torch.rand(()) + np.random.rand()) for ids in completion_ids]  # noqa: NPY002
 
 
 def world() -> tuple[OneRecV2ForCausalLM, OneRecCollator]:

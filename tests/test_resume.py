@@ -5,7 +5,7 @@ import shutil
 
 import pytest
 import torch
-from transformers import TrainerState
+from transformers import TrainerState, trainer_pt_utils
 from transformers.utils import logging
 
 from benchmarks.survival import TRAINERS, Run, differences, make_trainer, survive
@@ -75,6 +75,16 @@ def test_resumed_equals_unbroken(name, processes, tmp_path):
             if int(checkpoint.name.partition("-")[2]) > step:
                 shutil.rmtree(checkpoint)
         assert differences(expected, forked(name, broken, processes, **KEPT)) == [], step
+
+
+@pytest.mark.parametrize("strategy", ["random", "batch_rebalance"])
+def test_every_order_of_the_rows_is_resumed(strategy, tmp_path):
+    if strategy == "batch_rebalance" and not hasattr(trainer_pt_utils, "BatchRebalanceSampler"):
+        pytest.skip("this transformers does not know it")
+    settings = KEPT | {"train_sampling_strategy": strategy, "max_steps": 10}
+    expected = forked("SFT", tmp_path, 2, **settings)
+    shutil.rmtree(tmp_path / "checkpoint-10")
+    assert differences(expected, forked("SFT", tmp_path, 2, **settings)) == []
 
 
 @pytest.mark.parametrize(("name", "processes"), [("SFT, averaged weights", 1), ("IPA", 1), ("GRPO", 2)])

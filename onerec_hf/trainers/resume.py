@@ -69,6 +69,7 @@ class ResumableTrainer(Trainer):
     """
 
     resumed_from: Path | None = None
+    _order: Any = None  # the sampler of the training rows
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> TrainOutput:
         """
@@ -193,10 +194,12 @@ class ResumableTrainer(Trainer):
     # ---- the same rows in the same order -------------------------------------------------------------------------------
 
     def _get_train_sampler(self, *args, **kwargs):
-        sampler = super()._get_train_sampler(*args, **kwargs)
-        return _EpochSampler(sampler, self) if hasattr(sampler, "generator") else sampler
+        self._order = super()._get_train_sampler(*args, **kwargs)
+        return _EpochSampler(self._order, self) if hasattr(self._order, "generator") else self._order
 
     def _run_epoch(self, *args, **kwargs):
+        if hasattr(self._order, "set_epoch"):  # transformers does not reach it after a resume inside an epoch
+            self._order.set_epoch(int(self.state.epoch or 0))
         if self.state.global_step < self.state.max_steps:
             return super()._run_epoch(*args, **kwargs)
         self.control.should_training_stop = True  # killed after the last step; transformers would train one more
