@@ -69,7 +69,7 @@ def world() -> tuple[OneRecV2ForCausalLM, OneRecCollator]:
     grid = torch.cartesian_prod(*(torch.arange(size) for size in SIZES))
     catalogue = Catalogue(grid[torch.randperm(len(grid))[:ITEMS]], SIZES)
     shape = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
-    shape |= {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 12}
+    shape |= {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 12, "first_dense_layers": 0}
     model = OneRecV2ForCausalLM(OneRecV2Config(codebook_sizes=SIZES, context_embed_dim=8, dropout=0.1, **shape))
     model.catalogue = catalogue
     token_ids = catalogue.semantic_ids.long() + torch.tensor(model.config.level_offsets)
