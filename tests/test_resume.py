@@ -219,6 +219,16 @@ def test_going_back_sets_newer_checkpoints_aside(stopped, warnings):
     assert (stopped / "checkpoint-4").is_dir()
 
 
+def test_ipa_takes_its_pairs_to_another_folder(tmp_path):
+    expected = train("IPA", tmp_path / "one", max_steps=10, **KEPT).model.state_dict()
+    again = train("IPA", tmp_path / "two", str(tmp_path / "one" / "checkpoint-9"), max_steps=10)
+    assert differences(expected, again.model.state_dict()) == []
+    pairs = tmp_path / "two" / "pairs"
+    assert sorted(path.name for path in pairs.iterdir()) == ["iteration_001", "seed_samples"]
+    shutil.rmtree(tmp_path / "one")
+    assert train("IPA", tmp_path / "two", "true", max_steps=11).state.global_step == 11
+
+
 @pytest.mark.parametrize("name", ["SFT", "GRPO"])
 def test_older_checkpoints_go_when_the_new_one_is_complete(name, tmp_path, monkeypatch):
     write, seen = TrainerState.save_to_json, []

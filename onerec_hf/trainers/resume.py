@@ -127,8 +127,8 @@ class ResumableTrainer(Trainer):
                 logger.warning(f"{checkpoint} is skipped: {why}.")
         raise ValueError(
             f"resume_from_checkpoint=true, but output_dir={folder!r} holds no complete checkpoint"
-            + (f" ({'; '.join(skipped)})" if skipped else "")
-            + ". Leave resume_from_checkpoint out to start a new run."
+            + (f" ({'; '.join(skipped)}). Delete these and l" if skipped else ". L")
+            + "eave resume_from_checkpoint out to start a new run."
         )
 
     def _check_settings(self, checkpoint: Path) -> None:
