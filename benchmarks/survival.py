@@ -257,13 +257,17 @@ def survive(name: str, num_processes: int, kills: int, folder: Path, seed: int =
         number += 1
         broken, done = folder / f"broken-{number}", 0
         broken.mkdir()
+        known: set[tuple[Path, int]] = set()
         while True:
             run = Run(name, broken, num_processes)
             left = min(3, kills - result["kills"] + done) - done
             if left and strike(run, broken, moments, result["kills"] % 2 == 1, draw):
                 done, result["kills"] = done + 1, result["kills"] + 1
-                incomplete = [path for path in checkpoints_of(broken) if why_incomplete(path)]
-                result["in a write"] += bool(incomplete)
+                incomplete = {
+                    (path, path.stat().st_mtime_ns) for path in checkpoints_of(broken) if why_incomplete(path)
+                }
+                result["in a write"] += bool(incomplete - known)  # not those that an earlier kill left
+                known = incomplete
                 newest = newest_complete(broken)
                 resumed[int(newest.name.rpartition("-")[2]) if newest else 0] += 1
                 continue
