@@ -11,6 +11,7 @@ bootstrap intervals against the best baseline, which is chosen on validation; re
 
 import json
 import runpy
+import shutil
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,11 +20,11 @@ import datasets
 import numpy as np
 import yaml
 from matplotlib.figure import Figure
-from transformers.trainer_utils import get_last_checkpoint
 from trl import TrlParser
 
 from onerec_hf.data import load_splits
 from onerec_hf.evaluation import frequency_strata, paired_bootstrap, recall_by_frequency
+from onerec_hf.trainers.resume import checkpoints_of, why_incomplete
 
 METRICS = ("recall@5", "recall@10", "recall@20", "ndcg@10")
 KINDS = {"test": "predictions", "test_exclude_seen": "predictions_exclude_seen"}
@@ -56,8 +57,10 @@ def run(args: LeaderboardArguments, entry: dict, folder: Path, seed: int) -> Non
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "metrics.json").unlink(missing_ok=True)
     done.write_text(json.dumps(command), encoding="utf-8")
-    if same and (checkpoint := get_last_checkpoint(str(folder))):
-        argv += ["--resume_from_checkpoint", checkpoint]
+    for checkpoint in [] if same else checkpoints_of(folder):  # of other arguments
+        shutil.rmtree(checkpoint)
+    if not all(map(why_incomplete, checkpoints_of(folder))):
+        argv += ["--resume_from_checkpoint", "true"]
     print(f"-> {folder}: {' '.join(command)}", flush=True)
     sys.argv = [entry["recipe"], *argv, output, str(folder)]
     runpy.run_path(str(Path(__file__).parent / entry["recipe"]), run_name="__main__")
@@ -72,9 +75,7 @@ def collect(folders: list[Path], test: datasets.Dataset, counts: np.ndarray, str
     for kind, name in KINDS.items():
         tables = [datasets.Dataset.from_parquet(str(folder / f"{name}.parquet")) for folder in folders]
         if any(table["user"] != test["user"] for table in tables):
-            raise ValueError(
-                f"{folders[0].parent} was run on other test users than --dataset has: delete that folder."
-            )
+            raise ValueError(f"{folders[0].parent} was run on other test users than --dataset has: delete it.")
         values = {metric: [report[kind][metric] for report in reports] for metric in METRICS}
         result[kind] = {m: (float(np.mean(v)), float(np.std(v, ddof=1)) if v[1:] else None) for m, v in values.items()}
         result[f"users_{kind}"] = np.mean([table["recall@10"] for table in tables], axis=0)

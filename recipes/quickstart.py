@@ -8,6 +8,7 @@ The numbers belong to a simulated world and say nothing about real users.
 
 import argparse
 import json
+import shutil
 from pathlib import Path
 
 import baseline
@@ -67,6 +68,8 @@ def main(output: Path, num_users: int = 2000, num_items: int = 2000, epochs: flo
     np.save(output / "content.npy", world.content_embeddings[interactions.item_ids])
     loaded.embeddings = str(output / "content.npy")
     prepare.main(loaded)
+    for checkpoint in folder.glob("checkpoint-*"):  # of an earlier quickstart
+        shutil.rmtree(checkpoint)
     reports = {}
     training = OneRecSFTConfig(
         output_dir=str(folder),

@@ -19,13 +19,14 @@ import datasets
 import numpy as np
 from model_arguments import mapping
 from reward_arguments import ARGUMENTS_NAME, RewardArguments, make_collator
-from transformers import AutoModel, AutoTokenizer, Trainer, TrainingArguments, set_seed
+from transformers import AutoModel, AutoTokenizer, TrainingArguments, set_seed
 from trl import TrlParser
 
 from onerec_hf import OneRecPScoreConfig, OneRecSessionRewardConfig
 from onerec_hf.data import load_splits
 from onerec_hf.evaluation import feedback_report
 from onerec_hf.hub import push_to_hub, reward_card
+from onerec_hf.trainers import ResumableTrainer
 
 
 def report(args: RewardArguments, prediction, split: datasets.Dataset) -> tuple[dict, datasets.Dataset]:
@@ -67,7 +68,9 @@ def main(args: RewardArguments, training: TrainingArguments) -> dict:
     splits = splits.remove_columns(unread).with_format("numpy")
     begin = collator.boundaries[args.warm_up - 1] if args.warm_up else -np.inf
     train = splits["train"].select(np.flatnonzero(np.array(splits["train"]["session_start"]) >= begin))
-    trainer = Trainer(AutoModel.from_config(config), training, collator, train, splits["validation"], tokenizer)
+    trainer = ResumableTrainer(
+        AutoModel.from_config(config), training, collator, train, splits["validation"], tokenizer
+    )
     trainer.train(resume_from_checkpoint=training.resume_from_checkpoint)
     trainer.save_model()
     output = Path(training.output_dir)

@@ -570,12 +570,6 @@ def two_steps(folder, batch_size):
     return trainer
 
 
-def test_resume_without_rollouts_says_so(tmp_path):
-    (tmp_path / "checkpoint-3").mkdir()
-    with pytest.raises(FileNotFoundError, match=r"rollouts-0\.safetensors"):
-        make(tmp_path).train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
-
-
 def test_lora_trains_adapters_alone_with_the_base_as_reference(tmp_path):
     from peft import LoraConfig
 
@@ -601,6 +595,20 @@ def test_kl_to_the_folder_the_policy_came_from(tmp_path):
     trainer.train()
     first, second = trainer.state.log_history[:2]
     assert first["kl"] == pytest.approx(0, abs=1e-6) and second["kl"] > 1e-6
+
+
+def test_a_reference_that_follows_the_policy_is_resumed(tmp_path):
+    tiny_model(tiny_catalogue()).save_pretrained(tmp_path / "sft")
+
+    def run(resume):
+        model = type(tiny_model(tiny_catalogue())).from_pretrained(tmp_path / "sft")
+        settings = {"sync_ref_model": True, "ref_model_sync_steps": 2, "save_strategy": "steps", "save_steps": 3}
+        trainer = make(tmp_path / "rl", model=model, beta=0.5, max_steps=6, rollout="beam", **settings)
+        trainer.train(resume_from_checkpoint=resume)
+        return [record["kl"] for record in trainer.state.log_history if "kl" in record]
+
+    unbroken = run(None)
+    assert len(unbroken) == 6 and run(str(tmp_path / "rl" / "checkpoint-3")) == unbroken
 
 
 def test_the_catalogue_is_demanded(tmp_path):

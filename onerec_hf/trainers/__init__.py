@@ -10,6 +10,7 @@ from .ipa import IPATrainer
 from .ipa_config import IPAConfig
 from .pair_files import load_pairs
 from .repository import RepositoryMixin
+from .resume import ResumableTrainer
 from .sft import OneRecSFTConfig, OneRecSFTTrainer
 
 # What a `LoraConfig` without `target_modules` adapts. OneRec-V2's `item_proj` makes the keys and values of its context.
@@ -27,6 +28,7 @@ __all__ = [
     "OneRecSFTConfig",
     "OneRecSFTTrainer",
     "RepositoryMixin",
+    "ResumableTrainer",
     "feedback_exposures",
     "load_pairs",
     "rejection_sample",

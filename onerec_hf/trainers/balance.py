@@ -20,16 +20,16 @@ class ExpertBalanceCallback(TrainerCallback):
 
     def __init__(self, rate: float):
         self.rate = rate
-        self._violations: list[dict[str, float]] = []
+        self.since_last_log: list[dict[str, float]] = []
 
     def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs) -> None:
         rate = 0.0 if hasattr(model, "peft_config") else self.rate
         if violations := balance_experts(model, rate):
-            self._violations.append(violations)
+            self.since_last_log.append(violations)
 
     def logs(self) -> dict[str, float]:
         """Mean over the steps since the last call of the largest load over the mean load: the worst block's, and every block's."""
-        steps, self._violations = self._violations, []
+        steps, self.since_last_log = self.since_last_log, []
         if not steps:
             return {}
         blocks = {name.removeprefix("module."): sum(s[name] for s in steps) / len(steps) for name in steps[0]}

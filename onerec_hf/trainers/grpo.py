@@ -12,7 +12,6 @@ import datasets
 import torch
 import torch.nn.functional as F
 from torch.nn.utils import get_total_norm
-from transformers.trainer_utils import TrainOutput
 from trl import GRPOTrainer
 
 from ..models import SemanticIdTokenizer
@@ -20,7 +19,7 @@ from ..rewards import finite_or_none
 from .balance import ExpertBalanceCallback
 from .grpo_batches import EndlessBatches, pad_logged
 from .grpo_config import OneRecGRPOConfig
-from .grpo_rollouts import RolloutCheckpoint, rollout, rollout_metrics
+from .grpo_rollouts import load_rollouts, rollout, rollout_metrics, save_rollouts
 from .policy_losses import behaviour_log_probs, policy_loss, policy_loss_metrics, reward_advantages
 from .repository import RepositoryMixin
 
@@ -110,9 +109,6 @@ class OneRecGRPOTrainer(RepositoryMixin, GRPOTrainer):
         place = (args.seed, self.accelerator.process_index, self.accelerator.num_processes)
         self.logged = logged_dataset and EndlessBatches(logged_dataset, args.logged_batch_size, *place)
         self.supervised = sft_dataset and EndlessBatches(sft_dataset, args.sft_batch_size, *place)
-        self.rollout_checkpoint = RolloutCheckpoint(self)
-        self.add_callback(self.rollout_checkpoint)
-        self.expert_balance = None
         if self.policy.config.num_experts:
             self.expert_balance = ExpertBalanceCallback(self.policy.config.router_bias_update_rate)
             self.add_callback(self.expert_balance)
@@ -152,14 +148,21 @@ class OneRecGRPOTrainer(RepositoryMixin, GRPOTrainer):
         for name, value in zip(metrics, means.tolist()):
             self._metrics["train" if self.model.training else "eval"][name].append(value)
 
-    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> TrainOutput:
-        self.rollout_checkpoint.restore(resume_from_checkpoint)
-        return super().train(resume_from_checkpoint, *args, **kwargs)
-
     def log(self, logs: dict[str, float], *args, **kwargs) -> None:
         if self.expert_balance is not None and "loss" in logs:
             logs |= self.expert_balance.logs()
         super().log(logs, *args, **kwargs)
+
+    # ---- resuming ------------------------------------------------------------------------------------------------------
+
+    def _progress(self, folder):
+        save_rollouts(self, folder)
+        return super()._progress(folder) | {"metrics": self._metrics["train"]}
+
+    def _restore_progress(self, progress, folder):
+        super()._restore_progress(progress, folder)
+        load_rollouts(self, folder)
+        self._metrics["train"].update(progress["metrics"])
 
     # ---- rollouts ------------------------------------------------------------------------------------------------------
 

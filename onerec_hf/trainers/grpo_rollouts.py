@@ -4,18 +4,18 @@ OneRec Technical Report, RL (arXiv:2506.13695): beam search on the current polic
 R = B * G rows, C tokens of a completion.
 """
 
-import os
 import time
+from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import TrainerCallback
-from transformers.trainer_utils import get_last_checkpoint
 from trl.models import unwrap_model_for_generation
 
 from ..models import Catalogue
 from ..rewards import completion_leaves
+
+REFERENCE_NAME = "reference.safetensors"
 
 
 def rollout(prompts: list[int], trainer: Any) -> dict[str, list]:
@@ -61,48 +61,59 @@ def rollout_metrics(
     return metrics
 
 
-class RolloutCheckpoint(TrainerCallback):
+def save_rollouts(trainer: Any, folder: Path) -> None:
     """
-    Writes the rollouts that are still to be trained on into every checkpoint, and reads them back.
+    Writes the rollouts of this process that are still to be trained on into a checkpoint.
 
     Without them a run that stops between two generations would go on with new rollouts of a newer policy: other numbers than
     those of the unbroken run.
     """
-
-    def __init__(self, trainer: Any):
-        self.trainer = trainer
-
-    def on_save(self, args: Any, state: Any, control: Any, **kwargs) -> None:
-        trainer, folder = self.trainer, os.path.join(args.output_dir, f"checkpoint-{state.global_step}")
-        tensors = {"step": torch.tensor(trainer._step)}
-        if trainer._step % (args.steps_per_generation * trainer.num_iterations):  # some are left
-            for i, chunk in enumerate(trainer._buffered_inputs):
-                tensors |= {f"{i}:{name}": tensor.contiguous().clone() for name, tensor in chunk.items()}
-        os.makedirs(folder, exist_ok=True)
-        save_file(tensors, os.path.join(folder, self._name))
-
-    @property
-    def _name(self) -> str:
-        return f"rollouts-{self.trainer.accelerator.process_index}.safetensors"
-
-    def restore(self, checkpoint: str | bool | None) -> None:
-        """Reads the rollouts of a checkpoint folder (`True`: the last one of the output folder)."""
-        if checkpoint is True:
-            checkpoint = get_last_checkpoint(self.trainer.args.output_dir)
-        if not checkpoint:
-            return
-        path = os.path.join(str(checkpoint), self._name)
-        if not os.path.isfile(path):
-            raise FileNotFoundError(
-                f"{path} is absent: the checkpoint is of another trainer or number of processes. Start a new run from its weights."
-            )
-        tensors = load_file(path, device=str(self.trainer.accelerator.device))
-        self.trainer._step = int(tensors.pop("step"))
-        chunks: list[dict] = [{} for _ in range(self.trainer.args.steps_per_generation)]
-        for name, tensor in tensors.items():
-            place, _, name = name.partition(":")
-            chunks[int(place)][name] = tensor
-        self.trainer._buffered_inputs = chunks if tensors else None
+    args = trainer.args
+    tensors = {"step": torch.tensor(trainer._step)}
+    for name, generator in _generators(trainer).items():
+        tensors[f"generator:{name}"] = generator.get_state()
+    if trainer._step % (args.steps_per_generation * trainer.num_iterations):  # some are left
+        for i, chunk in enumerate(trainer._buffered_inputs):
+            tensors |= {f"{i}:{name}": tensor.contiguous().clone() for name, tensor in chunk.items()}
+    save_file(tensors, folder / _file_name(trainer))
+    if args.sync_ref_model and args.should_save:
+        save_file(_reference(trainer), folder / REFERENCE_NAME)
 
 
-__all__ = ["RolloutCheckpoint", "rollout", "rollout_metrics"]
+def load_rollouts(trainer: Any, folder: Path) -> None:
+    """Reads what [`save_rollouts`] wrote."""
+    tensors = load_file(folder / _file_name(trainer))
+    trainer._step = int(tensors.pop("step"))
+    for name, generator in _generators(trainer).items():
+        generator.set_state(tensors.pop(f"generator:{name}"))
+    chunks: list[dict] = [{} for _ in range(trainer.args.steps_per_generation)]
+    for name, tensor in tensors.items():
+        place, _, name = name.partition(":")
+        chunks[int(place)][name] = tensor.to(
+            trainer.accelerator.device
+        )  # safetensors reads no "cpu:0", a process's device
+    trainer._buffered_inputs = chunks if tensors else None
+    if trainer.args.sync_ref_model:
+        synced = load_file(folder / REFERENCE_NAME)
+        for name, tensor in _reference(trainer).items():
+            tensor.copy_(synced[name])
+
+
+def _file_name(trainer: Any) -> str:
+    return f"rollouts-{trainer.accelerator.process_index}.safetensors"
+
+
+def _generators(trainer: Any) -> dict[str, torch.Generator]:
+    """Of the reward functions that draw from one of their own."""
+    found = {getattr(f, "__name__", type(f).__name__): getattr(f, "generator", None) for f in trainer.reward_funcs}
+    return {name: generator for name, generator in found.items() if isinstance(generator, torch.Generator)}
+
+
+def _reference(trainer: Any) -> dict[str, torch.Tensor]:
+    """The weights of a reference model that follows the policy (`sync_ref_model`)."""
+    return {
+        name: weight.data for name, weight in trainer.accelerator.unwrap_model(trainer.ref_model).named_parameters()
+    }
+
+
+__all__ = ["load_rollouts", "rollout", "rollout_metrics", "save_rollouts"]

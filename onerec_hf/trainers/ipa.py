@@ -25,7 +25,7 @@ from trl.trainer.utils import disable_dropout_in_model
 from ..rewards.functions import RewardFunction
 from .ipa_config import IPAConfig
 from .pair_files import load_rows, save_rows
-from .pair_mining import add_reference, check_pairs, completion_log_probs, context_inputs, mine_pairs
+from .pair_mining import add_reference, check_pairs, completion_log_probs, context_inputs, mine_pairs, seeded
 from .seed_divergence import draw_samples, seed_log_ratios
 from .sft import OneRecSFTTrainer
 
@@ -42,7 +42,8 @@ class IPATrainer(OneRecSFTTrainer):
     preference losses over its number of rows: the mean over samples of Algorithm 2.
 
     Pairs lie in `output_dir/pairs/iteration_000`, ... as `datasets` sets (see [`mine_pairs`]), each complete or absent. A run that
-    resumes inside an iteration goes on with its pairs; one that resumes between iterations mines anew, from the same weights.
+    resumes inside an iteration goes on with its pairs; one that resumes between iterations mines anew, from the same weights. What
+    draws random numbers while mining, such as a reward of yours, draws the same ones again.
 
     Under PEFT (LoRA) the base is frozen and the reference is M_t all the same: in the first iteration the model without adapter.
 
@@ -128,22 +129,38 @@ class IPATrainer(OneRecSFTTrainer):
         epoch = self.state.epoch or 0.0
         iteration, inside = int(epoch), epoch > int(epoch)
         number = 0 if self.reward is None else iteration
-        folder = Path(self.args.output_dir) / "pairs" / f"iteration_{number:03d}"
+        name = f"iteration_{number:03d}"
         metadata = {"iteration": number, **self._settings()}
         if inside or (self.reward is None and iteration):
-            self._use(load_rows(folder, metadata))
+            self._use(self._stored(name, metadata))
             return
-        found, logs = self._mine(iteration) if self.reward is not None else (self._with_reference(), {})
+        with seeded(self.args.seed + iteration):
+            found, logs = self._mine(iteration) if self.reward is not None else (self._with_reference(), {})
         if not found:
             raise ValueError(
                 f"iteration {iteration}: none of the users drawn has a pair ({logs['ipa/tied']:.0%} have equal rewards for all "
                 f"candidates, {logs['ipa/few']:.0%} too few candidates). Check the reward, or raise num_candidates or dpo_ratio."
             )
         if self.is_world_process_zero():
-            save_rows(found, folder, metadata | {"logs": logs})
+            save_rows(found, self._pairs_folder / name, metadata | {"logs": logs})
         self.accelerator.wait_for_everyone()
         self._use(datasets.Dataset.from_list(found))
         self.log(logs | self._kl_to_seed())
+
+    @property
+    def _pairs_folder(self) -> Path:
+        return Path(self.args.output_dir) / "pairs"
+
+    def _stored(self, name: str, metadata: dict) -> datasets.Dataset:
+        """What this run, or the one that it resumes, saved as `pairs/<name>`."""
+        source = self._pairs_folder
+        if self.resumed_from is not None:
+            source = self.resumed_from.parent / "pairs"
+        rows = load_rows(source / name, metadata)
+        self.accelerator.wait_for_everyone()
+        if self.is_world_process_zero() and source.resolve() != self._pairs_folder.resolve():
+            save_rows(list(rows), self._pairs_folder / name, metadata)  # to be there when this run is resumed
+        return rows
 
     def _settings(self) -> dict:
         names = (
@@ -221,21 +238,21 @@ class IPATrainer(OneRecSFTTrainer):
             return add_reference(policy, self.given_pairs, self.rows, self.collator, self.args.mining_batch_size)
 
     def _kl_to_seed(self) -> dict[str, float]:
-        args, folder = self.args, Path(self.args.output_dir) / "pairs" / "seed_samples"
+        args, name = self.args, "seed_samples"
         if not args.kl_users:
             return {}
         mine = slice(args.process_index, None, args.world_size)
         settings = {"kl_users": args.kl_users, "num_rows": len(self.rows), "seed": args.seed}
         with self._evaluating() as policy:
             if self._seed_samples is None and self.state.global_step:
-                self._seed_samples = list(load_rows(folder, settings))
+                self._seed_samples = list(self._stored(name, settings))
             elif self._seed_samples is None:
                 drawn = self._draw_rows(min(args.kl_users, len(self.rows)), stream=-1)[mine]
                 generator = torch.Generator(args.device).manual_seed(args.seed + args.process_index)
                 samples = draw_samples(policy, self.rows, drawn, self.collator, generator, args.mining_batch_size)
                 self._seed_samples = sorted(gather_object(samples), key=lambda sample: sample["row"])
                 if self.is_world_process_zero():
-                    save_rows(self._seed_samples, folder, settings)
+                    save_rows(self._seed_samples, self._pairs_folder / name, settings)
             samples = self._seed_samples[mine]
             ratios = seed_log_ratios(policy, self.rows, samples, self.collator, args.mining_batch_size)
         return {"ipa/kl_to_seed": sum(gather_object([ratios.sum().item()])) / len(self._seed_samples)}
@@ -297,6 +314,13 @@ class IPATrainer(OneRecSFTTrainer):
     def _add(self, name: str, values: torch.Tensor) -> None:
         values = values.detach().double()
         self._sums[METRICS.index(name)] += torch.stack([values.sum(), values.new_tensor(values.numel())])
+
+    def _progress(self, folder):
+        return super()._progress(folder) | {"sums": self._sums.tolist()}
+
+    def _restore_progress(self, progress, folder):
+        super()._restore_progress(progress, folder)
+        self._sums.copy_(torch.tensor(progress["sums"], dtype=torch.float64))
 
     def log(self, logs: dict[str, float], *args, **kwargs) -> None:
         if "loss" in logs:

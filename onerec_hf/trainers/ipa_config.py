@@ -23,7 +23,7 @@ class IPAConfig(OneRecSFTConfig):
     The paper gives N = 128 and r_DPO = 1% and neither beta, lambda, T, N_sample nor the hyper-parameters of any other loss.
 
     Args:
-        train_sampling_strategy: Random, as in Algorithm 2; an order by length is another one after a resume inside an epoch.
+        train_sampling_strategy: Random, as in Algorithm 2.
         ddp_broadcast_buffers: Off: a process whose batch has no pair runs one forward pass less, so passes must not wait for each
             other. The only buffers, router biases, are equal everywhere without it.
         dpo_ratio (`float`, defaults to 0.01): r_DPO, the share of the rows that get a pair, drawn anew in every iteration.

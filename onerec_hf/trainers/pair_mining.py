@@ -3,11 +3,15 @@
 Legend: B users, N candidates of a user, n rejected ones, m items of a candidate (1, or a session), L levels.
 """
 
-from collections.abc import Callable
+import random
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import datasets
+import numpy as np
 import torch
+from transformers import set_seed
 
 from ..rewards.functions import RewardFunction, completion_leaves
 
@@ -239,6 +243,19 @@ def add_reference(model: Any, pairs: datasets.Dataset, rows: Any, collator: Any,
     ]
 
 
+@contextmanager
+def seeded(seed: int) -> Iterator[None]:
+    """Random numbers inside are a function of `seed`; outside they go on as if nothing had been drawn."""
+    python, numpy = random.getstate(), np.random.get_state()  # noqa: NPY002  # the global state is what rewards may draw from
+    with torch.random.fork_rng():
+        set_seed(seed)
+        try:
+            yield
+        finally:
+            random.setstate(python)
+            np.random.set_state(numpy)  # noqa: NPY002
+
+
 __all__ = [
     "add_reference",
     "candidate_log_probs",
@@ -248,4 +265,5 @@ __all__ = [
     "context_inputs",
     "generate_candidates",
     "mine_pairs",
+    "seeded",
 ]

@@ -16,12 +16,14 @@ from .._version import __version__
 from ..data import OneRecCollator
 from ..evaluation import prediction_entropy
 from ..hub import model_card, plot_prediction_entropy, plot_training_curve, push_to_hub
+from .balance import ExpertBalanceCallback
 from .finite import StopAtNonFinite
+from .resume import ResumableTrainer
 
 logger = logging.get_logger(__name__)
 
 
-class RepositoryMixin(StopAtNonFinite):
+class RepositoryMixin(StopAtNonFinite, ResumableTrainer):
     """
     To be named before `Trainer` (or a trainer of TRL) among the bases. A trainer may set:
 
@@ -32,6 +34,7 @@ class RepositoryMixin(StopAtNonFinite):
     _card_method = ""
     _card_settings: tuple[str, ...] = ()
     _card_papers: tuple[str, ...] = ()
+    expert_balance: ExpertBalanceCallback | None = None
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
@@ -104,6 +107,15 @@ class RepositoryMixin(StopAtNonFinite):
             commit_message=commit_message or "End of training",
             token=token or self.args.hub_token,
         )
+
+    def _progress(self, folder):
+        loads = self.expert_balance.since_last_log if self.expert_balance else []
+        return super()._progress(folder) | {"expert_loads": loads}
+
+    def _restore_progress(self, progress, folder):
+        super()._restore_progress(progress, folder)
+        if self.expert_balance:
+            self.expert_balance.since_last_log = progress["expert_loads"]
 
     def _last_evaluation(self) -> dict[str, float]:
         """The latest validation metrics of generation, `recall@10` and the like."""

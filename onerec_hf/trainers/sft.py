@@ -51,6 +51,7 @@ class OneRecSFTConfig(TrainingArguments):
         remove_unused_columns: Off: the collator reads the columns of the split itself.
         label_names: `target_ids`, so that evaluation has a loss.
         train_sampling_strategy: Batches of users with histories of similar length; reads the column `length` where there is one.
+            The order of an epoch is a function of the seed: a run that resumes inside it goes on with the same batches.
         hub_strategy: `"end"`: one commit of the finished model; the checkpoints before it would be no complete repositories.
         metric_for_best_model: Model choice on validation; any key that `generation_metrics` returns, or `"loss"`.
         weight_average_decay: Keeps an exponential moving average of the trained weights (Polyak averaging), with this decay per
@@ -94,7 +95,6 @@ class OneRecSFTTrainer(RepositoryMixin):
         self.generation_metrics = generation_metrics
         self.model_accepts_loss_kwargs = True  # what `get_batch_samples` counts
         self._eval_loss = torch.zeros(2, dtype=torch.float64, device=self.args.device)  # sum and count
-        self.expert_balance = None
         config = self.accelerator.unwrap_model(self.model).config
         if config.num_experts:
             self.expert_balance = ExpertBalanceCallback(config.router_bias_update_rate)
@@ -187,6 +187,9 @@ class OneRecSFTTrainer(RepositoryMixin):
         if self.args.weight_average_decay is not None:
             self._average = {name: weight.detach().clone() for name, weight in self._trained().items()}
             _copy(load_file(Path(resume_from_checkpoint) / RAW_WEIGHTS_NAME), self._trained())
+
+    def _resume_settings(self):
+        return super()._resume_settings() | {"weight_average_decay": self.args.weight_average_decay}
 
     def _trained(self) -> dict[str, torch.nn.Parameter]:
         model = self.accelerator.unwrap_model(self.model)

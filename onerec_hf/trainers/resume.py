@@ -1,0 +1,244 @@
+"""Checkpoints that a killed run goes on from as if it had never stopped: complete or skipped, of the same run or refused."""
+
+import json
+import os
+import re
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.utils.data import Sampler
+from transformers import Trainer
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput
+from transformers.utils import logging
+
+logger = logging.get_logger(__name__)
+
+MANIFEST_NAME = "resume.json"
+STATE_NAME = "trainer_state.json"  # transformers writes it last
+_WORDS = {"true": True, "latest": True, "false": None, "none": None, "": None}  # what a command line can say
+
+
+def checkpoints_of(folder: str | Path) -> list[Path]:
+    """The folders `checkpoint-<step>` of an output folder, by step, complete or not."""
+    found = [path for path in Path(folder).glob(f"{PREFIX_CHECKPOINT_DIR}-*") if path.is_dir()]
+    found = [path for path in found if re.fullmatch(rf"{PREFIX_CHECKPOINT_DIR}-\d+", path.name)]
+    return sorted(found, key=_step)
+
+
+def why_incomplete(checkpoint: str | Path) -> str | None:
+    """What a checkpoint of [`ResumableTrainer`] lacks, in words; None where it is complete."""
+    checkpoint = Path(checkpoint)
+    if not checkpoint.is_dir():
+        return "there is no such folder"
+    if not (checkpoint / MANIFEST_NAME).is_file():
+        stopped = "the run stopped while it was written"
+        written = "another trainer or save_only_model=True" if (checkpoint / STATE_NAME).is_file() else stopped
+        return f"{MANIFEST_NAME} is missing ({written})"
+    try:
+        files = json.loads((checkpoint / MANIFEST_NAME).read_text())["files"]
+    except ValueError:
+        return f"{MANIFEST_NAME} is cut off"
+    for name, size in files.items():
+        if not (checkpoint / name).is_file():
+            return f"{name} is missing"
+        if (found := (checkpoint / name).stat().st_size) != size:
+            return f"{name} has {found} bytes instead of {size}"
+    try:
+        json.loads((checkpoint / STATE_NAME).read_text())
+    except FileNotFoundError:
+        return f"{STATE_NAME} is missing"
+    except ValueError:
+        return f"{STATE_NAME} is cut off"
+    return None
+
+
+class ResumableTrainer(Trainer):
+    r"""
+    `Trainer` whose killed runs go on bit for bit, on the same machine with the same settings. To be named before a trainer of TRL
+    among the bases.
+
+    A checkpoint counts as complete when all its files have the sizes that `resume.json` lists and `trainer_state.json`, which is
+    written last, can be read. Older checkpoints are deleted (`save_total_limit`) only after that. The order of the rows is a
+    function of the seed and the epoch, whatever `train_sampling_strategy` says.
+
+    A subclass adds to the checkpoint by overriding `_resume_settings` (must be equal in both runs), `_progress` (of each process)
+    and `_restore_progress`.
+    """
+
+    resumed_from: Path | None = None
+    _order: Any = None  # the sampler of the training rows
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> TrainOutput:
+        """
+        As `Trainer.train`.
+
+        Args:
+            resume_from_checkpoint (`str` or `bool`, *optional*): `True`, `"true"` or `"latest"`: the newest complete checkpoint of
+                `output_dir`; a checkpoint that was cut off is skipped with a warning. A path: that checkpoint. `None`, `False` or
+                `"false"`: a new run.
+
+        Raises:
+            ValueError: Before the first step: no complete checkpoint; one of other semantic IDs, rows or number of processes; a new
+                run into a folder that holds the checkpoints of another.
+        """
+        if isinstance(resume_from_checkpoint, str):
+            resume_from_checkpoint = _WORDS.get(resume_from_checkpoint.lower(), resume_from_checkpoint)
+        self.resumed_from = self._find_checkpoint(resume_from_checkpoint)
+        if self.resumed_from is not None:
+            self._check_settings(self.resumed_from)
+            if self.is_world_process_zero():
+                logger.warning(f"Training goes on from {self.resumed_from}.")
+        self.accelerator.wait_for_everyone()  # all have looked before anything is moved or written
+        if self.resumed_from is not None and self.args.should_save:
+            _set_newer_aside(self.resumed_from, Path(self.args.output_dir))
+        checkpoint = None if self.resumed_from is None else str(self.resumed_from)
+        return super().train(checkpoint, *args, **kwargs)
+
+    # ---- choosing a checkpoint -----------------------------------------------------------------------------------------
+
+    def _find_checkpoint(self, resume: str | bool | None) -> Path | None:
+        folder = self.args.output_dir
+        found = checkpoints_of(folder)
+        if not resume:
+            if finished := [path for path in found if (path / STATE_NAME).is_file()]:
+                raise ValueError(
+                    f"output_dir={folder!r} holds {finished[-1].name} of an earlier run, and a new run would mix with it. Go on "
+                    "with that run (resume_from_checkpoint=true), choose another output_dir, or delete its checkpoints."
+                )
+            return None
+        if resume is not True:
+            checkpoint = Path(resume)
+            if why := why_incomplete(checkpoint):
+                raise ValueError(
+                    f"resume_from_checkpoint={str(resume)!r} is no complete checkpoint: {why}. Nothing was trained. "
+                    "resume_from_checkpoint=true takes the newest complete checkpoint of output_dir."
+                )
+            return checkpoint
+        skipped = []
+        for checkpoint in reversed(found):
+            why = why_incomplete(checkpoint)
+            if why is None:
+                return checkpoint
+            skipped.append(f"{checkpoint.name}: {why}")
+            if self.is_world_process_zero():
+                logger.warning(f"{checkpoint} is skipped: {why}.")
+        raise ValueError(
+            f"resume_from_checkpoint=true, but output_dir={folder!r} holds no complete checkpoint"
+            + (f" ({'; '.join(skipped)}). Delete these and l" if skipped else ". L")
+            + "eave resume_from_checkpoint out to start a new run."
+        )
+
+    def _check_settings(self, checkpoint: Path) -> None:
+        written = json.loads((checkpoint / MANIFEST_NAME).read_text())["settings"]
+        now = self._resume_settings()
+        if different := [name for name in now if written.get(name) != now[name]]:
+            raise ValueError(
+                f"{checkpoint} belongs to another run: "
+                + "; ".join(f"{name} {written.get(name)!r} there, {now[name]!r} here" for name in different)
+                + ". Resume with what that run had, or start a new one from its weights. Nothing was trained."
+            )
+
+    def _resume_settings(self) -> dict[str, str | int | float | bool | None]:
+        """What must be the same in the run that resumes, under the names of the message; JSON."""
+        model = self.accelerator.unwrap_model(self.model)
+        model = model.get_base_model() if hasattr(model, "peft_config") else model
+        catalogue = getattr(model, "catalogue", None) or getattr(self.processing_class, "catalogue", None)
+        return {
+            "fingerprint of the semantic IDs": None if catalogue is None else catalogue.fingerprint(),
+            "number of processes": self.args.world_size,
+            "number of training rows": len(self.train_dataset) if hasattr(self.train_dataset, "__len__") else None,
+        }
+
+    # ---- writing and reading it ----------------------------------------------------------------------------------------
+
+    def _save_checkpoint(self, *args, **kwargs):
+        folder = Path(self.args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+        if self.args.should_save and folder.is_dir():  # half-written by a run that was killed
+            (folder / STATE_NAME).unlink(missing_ok=True)
+            shutil.rmtree(folder)
+        self.accelerator.wait_for_everyone()
+        super()._save_checkpoint(*args, **kwargs)
+
+    def _save_rng_state(self, output_dir: str) -> None:
+        """The last call of every process before the main one writes `trainer_state.json` and deletes older checkpoints."""
+        super()._save_rng_state(output_dir)
+        folder = Path(output_dir)
+        (folder / self._progress_name).write_text(json.dumps(self._progress(folder)))
+        self.accelerator.wait_for_everyone()
+        if self.args.should_save:
+            files = {str(p.relative_to(folder)): p.stat().st_size for p in sorted(folder.rglob("*")) if p.is_file()}
+            manifest = {"settings": self._resume_settings(), "files": files}
+            (folder / MANIFEST_NAME).write_text(json.dumps(manifest, indent=2))
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        super()._load_rng_state(checkpoint)
+        if checkpoint is not None:
+            folder = Path(checkpoint)
+            self._restore_progress(json.loads((folder / self._progress_name).read_text()), folder)
+
+    @property
+    def _progress_name(self) -> str:
+        return f"progress-{self.args.process_index}.json"
+
+    def _progress(self, folder: Path) -> dict[str, Any]:
+        """What this process has gathered since the last log, as JSON; tensors may go to files of `folder`."""
+        return {"loss": self._tr_loss.item(), "last_logged_step": self._globalstep_last_logged}
+
+    def _restore_progress(self, progress: dict[str, Any], folder: Path) -> None:
+        self._tr_loss.fill_(progress["loss"])
+        self._globalstep_last_logged = progress["last_logged_step"]
+
+    # ---- the same rows in the same order -------------------------------------------------------------------------------
+
+    def _get_train_sampler(self, *args, **kwargs):
+        self._order = super()._get_train_sampler(*args, **kwargs)
+        return _EpochSampler(self._order, self) if hasattr(self._order, "generator") else self._order
+
+    def _run_epoch(self, *args, **kwargs):
+        if hasattr(self._order, "set_epoch"):  # transformers does not reach it after a resume inside an epoch
+            self._order.set_epoch(int(self.state.epoch or 0))
+        if self.state.global_step < self.state.max_steps:
+            return super()._run_epoch(*args, **kwargs)
+        self.control.should_training_stop = True  # killed after the last step; transformers would train one more
+
+
+class _EpochSampler(Sampler):
+    """
+    The sampler's rows in an order that is a function of the seed and the epoch, the same in all processes.
+
+    transformers' draw from the global generator (by length), TRL's and accelerate's count the epochs since the process started.
+    """
+
+    def __init__(self, sampler: Any, trainer: Trainer):
+        self.sampler, self.trainer = sampler, trainer
+        self.sampler.generator = torch.Generator()
+
+    def __len__(self) -> int:
+        return len(self.sampler)
+
+    def __iter__(self) -> Iterator[int]:
+        args, epoch = self.trainer.args, int(self.trainer.state.epoch or 0)
+        self.sampler.generator.manual_seed((args.seed if args.data_seed is None else args.data_seed) + epoch)
+        return iter(self.sampler)
+
+
+def _step(checkpoint: Path) -> int:
+    return int(checkpoint.name.rpartition("-")[2])
+
+
+def _set_newer_aside(checkpoint: Path, folder: Path) -> None:
+    """Renames the checkpoints after the one that a run goes back to: they would pass for its own."""
+    if checkpoint.resolve().parent != folder.resolve() or not re.search(r"-\d+$", checkpoint.name):
+        return
+    for newer in checkpoints_of(folder):
+        if _step(newer) > _step(checkpoint) and (newer / STATE_NAME).is_file():
+            aside = newer.with_name(f"unused-{newer.name}")
+            shutil.rmtree(aside, ignore_errors=True)
+            os.rename(newer, aside)
+            logger.warning(f"{newer} is newer than the checkpoint that training goes on from: it is now {aside.name}.")
+
+
+__all__ = ["MANIFEST_NAME", "ResumableTrainer", "checkpoints_of", "why_incomplete"]

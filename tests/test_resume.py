@@ -1,0 +1,248 @@
+"""Runs that were killed go on as the unbroken one; checkpoints that are cut off, or of another run, are skipped or refused."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from transformers import TrainerState, trainer_pt_utils
+from transformers.utils import logging
+
+from benchmarks.survival import TRAINERS, Run, differences, make_trainer, survive
+from onerec_hf import Catalogue
+from onerec_hf.trainers.resume import checkpoints_of, why_incomplete
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning"),
+    pytest.mark.skipif(
+        torch.cuda.is_available(), reason="CUDA cannot be forked: hide the GPU (CUDA_VISIBLE_DEVICES=)"
+    ),
+]
+KEPT = {"save_total_limit": None}
+
+
+def train(name, folder, resume=None, change=None, **settings):
+    """One of the benchmark's trainers, in this process; `change` may edit it before it trains."""
+    torch.manual_seed(0)
+    trainer = make_trainer(name, folder, 1, **settings)
+    if change is not None:
+        change(trainer)
+    trainer.train(resume_from_checkpoint=resume)
+    return trainer
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """A run of SFT that stopped after 6 steps, with checkpoints 3 and 6."""
+    folder = tmp_path_factory.mktemp("finished")
+    train("SFT", folder, max_steps=6)
+    return folder
+
+
+@pytest.fixture
+def stopped(finished, tmp_path):
+    return shutil.copytree(finished, tmp_path / "run")
+
+
+@pytest.fixture
+def warnings(monkeypatch):
+    found = []
+    monkeypatch.setattr(logging.get_logger("onerec_hf.trainers.resume"), "warning", found.append)
+    return found
+
+
+# ---- the same numbers ----------------------------------------------------------------------------------------------------
+
+
+def forked(name, folder, processes, **settings):
+    folder.mkdir(exist_ok=True)
+    run = Run(name, folder, processes, **settings)
+    run.wait()
+    assert not run.failed, (folder / "output-0.txt").read_text()[-3000:]
+    return [torch.load(folder / f"end-{rank}.pt") for rank in range(processes)]
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+@pytest.mark.parametrize("name", TRAINERS)
+def test_resumed_equals_unbroken(name, processes, tmp_path):
+    """From inside the second epoch, between two logs (9 of GRPO: with rollouts left); from the start of one; from the last step."""
+    expected = forked(name, tmp_path / "unbroken", processes, **KEPT)
+    last = len(expected[0]["log"])
+    assert last > 4 and any("expert_load_max" in record for record in expected[0]["log"])
+    for step in [9, 12, 23 if name == "GRPO" else 24]:
+        broken = shutil.copytree(tmp_path / "unbroken", tmp_path / f"from-{step}")
+        for checkpoint in checkpoints_of(broken):
+            if int(checkpoint.name.partition("-")[2]) > step:
+                shutil.rmtree(checkpoint)
+        assert differences(expected, forked(name, broken, processes, **KEPT)) == [], step
+
+
+@pytest.mark.parametrize("strategy", ["random", "batch_rebalance"])
+def test_every_order_of_the_rows_is_resumed(strategy, tmp_path):
+    if strategy == "batch_rebalance" and not hasattr(trainer_pt_utils, "BatchRebalanceSampler"):
+        pytest.skip("this transformers does not know it")
+    settings = KEPT | {"train_sampling_strategy": strategy, "max_steps": 10}
+    expected = forked("SFT", tmp_path, 2, **settings)
+    shutil.rmtree(tmp_path / "checkpoint-10")
+    assert differences(expected, forked("SFT", tmp_path, 2, **settings)) == []
+
+
+@pytest.mark.parametrize(("name", "processes"), [("SFT, averaged weights", 1), ("IPA", 1), ("GRPO", 2)])
+def test_killed_runs_survive(name, processes, tmp_path):
+    found = survive(name, processes, 2, tmp_path)
+    assert found["kills"] == 2 and found["different"] == 0
+
+
+def test_the_comparison_sees_what_differs():
+    one = {"weights": {"a": torch.zeros(2)}, "log": [{"loss": 1.0, "nan": float("nan")}]}
+    assert differences(one, {"weights": {"a": torch.zeros(2)}, "log": [{"loss": 1.0, "nan": float("nan")}]}) == []
+    assert differences(one, {"weights": {"a": torch.tensor([0, 1e-30])}, "log": one["log"]}) == ["/weights/a"]
+    assert differences(one, one | {"log": [{"loss": 1.0 + 1e-15, "nan": float("nan")}]}) == ["/log/0/loss"]
+    assert differences(one, one | {"log": []}) == ["/log"]
+
+
+def test_the_last_step_is_not_trained_twice(tmp_path):
+    """Step 4 of 6 of an epoch: transformers would train a fifth."""
+    expected = train("SFT", tmp_path, max_steps=4).model.state_dict()
+    trainer = train("SFT", tmp_path, "true", max_steps=4)
+    assert trainer.state.global_step == 4 and differences(expected, trainer.model.state_dict()) == []
+
+
+# ---- which checkpoint ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("resume", ["true", "True", "latest", True])
+def test_true_is_the_newest_checkpoint(resume, stopped, warnings):
+    trainer = train("SFT", stopped, resume, max_steps=7)
+    assert trainer.resumed_from == stopped / "checkpoint-6" and trainer.state.global_step == 7
+    assert warnings == [f"Training goes on from {stopped / 'checkpoint-6'}."]
+
+
+@pytest.mark.parametrize("resume", ["false", "False", "none", "", None, False])
+def test_false_is_a_new_run(resume, tmp_path):
+    assert train("SFT", tmp_path, resume, max_steps=1).resumed_from is None
+
+
+def cut(path):
+    path.write_bytes(path.read_bytes()[:-2])
+
+
+DAMAGES = {
+    "trainer_state.json is missing": lambda folder: (folder / "trainer_state.json").unlink(),
+    "trainer_state.json is cut off": lambda folder: cut(folder / "trainer_state.json"),
+    "optimizer.pt is missing": lambda folder: (folder / "optimizer.pt").unlink(),
+    "scheduler.pt is missing": lambda folder: (folder / "scheduler.pt").unlink(),
+    "rng_state.pth is missing": lambda folder: (folder / "rng_state.pth").unlink(),
+    "progress-0.json is missing": lambda folder: (folder / "progress-0.json").unlink(),
+    "model.safetensors has": lambda folder: cut(folder / "model.safetensors"),
+    "resume.json is cut off": lambda folder: (folder / "resume.json").write_text('{"files": {'),
+    "resume.json is missing": lambda folder: (folder / "resume.json").unlink(),
+}
+
+
+@pytest.mark.parametrize("why", DAMAGES)
+def test_what_is_cut_off_is_skipped_or_refused(why, stopped, warnings):
+    DAMAGES[why](stopped / "checkpoint-6")
+    with pytest.raises(ValueError, match=rf"checkpoint-6' is no complete checkpoint: {why}"):
+        train("SFT", stopped, str(stopped / "checkpoint-6"), max_steps=6)
+    assert train("SFT", stopped, "true", max_steps=6).resumed_from == stopped / "checkpoint-3"
+    assert warnings[0].startswith(f"{stopped / 'checkpoint-6'} is skipped: {why}")
+    assert warnings[1] == f"Training goes on from {stopped / 'checkpoint-3'}."
+    assert why_incomplete(stopped / "checkpoint-6") is None  # written again
+
+
+def test_nothing_to_resume_from(stopped, tmp_path):
+    with pytest.raises(ValueError, match=r"holds no complete checkpoint\. Leave resume_from_checkpoint out"):
+        train("SFT", tmp_path / "empty", "true")
+    with pytest.raises(ValueError, match="true2' is no complete checkpoint: there is no such folder"):
+        train("SFT", tmp_path / "empty", "true2")
+    for checkpoint in checkpoints_of(stopped):
+        (checkpoint / "optimizer.pt").unlink()
+    with pytest.raises(ValueError, match=r"\(checkpoint-6: optimizer\.pt is missing; checkpoint-3: optimizer"):
+        train("SFT", stopped, "true")
+
+
+# ---- of the same run -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["SFT", "IPA", "GRPO"])
+def test_other_semantic_ids_are_refused(name, tmp_path):
+    """Of the same sizes: every tensor fits."""
+    known = []
+
+    def swap(trainer):
+        old = trainer.model.catalogue
+        known.append(old.fingerprint())
+        trainer.model.catalogue = Catalogue(old.semantic_ids.flip(0), old.codebook_sizes)
+        known.append(trainer.model.catalogue.fingerprint())
+
+    train(name, tmp_path, max_steps=3)
+    with pytest.raises(ValueError, match="belongs to another run: fingerprint of the semantic IDs") as error:
+        train(name, tmp_path, "true", swap)
+    assert known[-2] != known[-1] and f"{known[-2]!r} there, {known[-1]!r} here" in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("setting", "value", "message"),
+    [
+        ("number of processes", 2, "number of processes 2 there, 1 here"),
+        ("number of training rows", 5, "number of training rows 5 there, 12 here"),
+        ("weight_average_decay", 0.9, "weight_average_decay 0.9 there, None here"),
+    ],
+)
+def test_other_settings_are_refused(setting, value, message, stopped):
+    path = stopped / "checkpoint-6" / "resume.json"
+    manifest = json.loads(path.read_text())
+    manifest["settings"][setting] = value
+    path.write_text(json.dumps(manifest))
+    with pytest.raises(ValueError, match=message):
+        train("SFT", stopped, "true")
+
+
+def test_a_new_run_does_not_mix_with_another(stopped):
+    with pytest.raises(ValueError, match=r"holds checkpoint-6 of an earlier run, .*resume_from_checkpoint=true"):
+        train("SFT", stopped, max_steps=3)
+    for checkpoint in checkpoints_of(stopped):
+        (checkpoint / "trainer_state.json").unlink()  # a run that was killed in its first write may start anew
+    train("SFT", stopped, max_steps=3)
+    assert why_incomplete(stopped / "checkpoint-3") is None
+
+
+def test_going_back_sets_newer_checkpoints_aside(stopped, warnings):
+    train("SFT", stopped, str(stopped / "checkpoint-3"), max_steps=4)
+    assert [path.name for path in checkpoints_of(stopped)] == ["checkpoint-3", "checkpoint-4"]
+    assert why_incomplete(stopped / "unused-checkpoint-6") is None
+    assert "checkpoint-6 is newer than the checkpoint that training goes on from" in warnings[1]
+    other = shutil.copytree(stopped / "checkpoint-3", stopped.parent / "other" / "checkpoint-3")
+    shutil.rmtree(stopped / "unused-checkpoint-6")
+    train("SFT", stopped, str(other), max_steps=4)
+    assert (stopped / "checkpoint-4").is_dir()
+
+
+def test_ipa_takes_its_pairs_to_another_folder(tmp_path):
+    expected = train("IPA", tmp_path / "one", max_steps=10, **KEPT).model.state_dict()
+    again = train("IPA", tmp_path / "two", str(tmp_path / "one" / "checkpoint-9"), max_steps=10)
+    assert differences(expected, again.model.state_dict()) == []
+    pairs = tmp_path / "two" / "pairs"
+    assert sorted(path.name for path in pairs.iterdir()) == ["iteration_001", "seed_samples"]
+    shutil.rmtree(tmp_path / "one")
+    assert train("IPA", tmp_path / "two", "true", max_steps=11).state.global_step == 11
+
+
+@pytest.mark.parametrize("name", ["SFT", "GRPO"])
+def test_older_checkpoints_go_when_the_new_one_is_complete(name, tmp_path, monkeypatch):
+    write, seen = TrainerState.save_to_json, []
+
+    def killed(state, path):
+        seen.append([why_incomplete(checkpoint) for checkpoint in checkpoints_of(tmp_path)])
+        if state.global_step == 6:
+            raise KeyboardInterrupt
+        write(state, path)
+
+    monkeypatch.setattr(TrainerState, "save_to_json", killed)
+    with pytest.raises(KeyboardInterrupt):
+        train(name, tmp_path, save_total_limit=1)
+    assert seen == [["trainer_state.json is missing"], [None, "trainer_state.json is missing"]]
+    monkeypatch.setattr(TrainerState, "save_to_json", write)
+    assert train(name, tmp_path, "true", max_steps=6, save_total_limit=1).resumed_from == tmp_path / "checkpoint-3"
+    assert [path.name for path in checkpoints_of(tmp_path)] == ["checkpoint-6"]
