@@ -19,12 +19,15 @@ from pathlib import Path
 from typing import Any, Literal
 
 import datasets
+from checks import check_keywords, check_output, check_splits
+from ending import earlier_results, some, write_metrics
 from model_arguments import mapping
 from trl import TrlParser
 
 from onerec_hf import Catalogue
 from onerec_hf import data as logs
 from onerec_hf.baselines import FDSA, TIGER, BERT4Rec, CoOccurrence, ItemKNN, Popularity, SASRec, attribute_codes
+from onerec_hf.baselines.training import train_baseline
 from onerec_hf.evaluation import evaluate
 
 COUNTERS = {"popularity": Popularity, "cooccurrence": CoOccurrence, "itemknn": ItemKNN}
@@ -103,14 +106,17 @@ def make(args: BaselineArguments, num_items: int, items: Any, settings: dict):
             raise ValueError(
                 "fdsa reads item attributes: name columns of the item table, --attributes brand category."
             )
+        columns = getattr(items, "column_names", None) or list(items)
+        if absent := [name for name in args.attributes if name not in columns]:
+            raise ValueError(f"attributes={absent}: the item table has no such column; it has {columns}.")
         return FDSA(attribute_codes(*(items[name] for name in args.attributes)), **settings)
     return {"sasrec": SASRec, "bert4rec": BERT4Rec}[args.name](num_items, **settings)
 
 
 def fit(args: BaselineArguments, model, splits: datasets.DatasetDict, num_items: int, settings: dict) -> None:
     """Keeps the epoch with the best validation ndcg@10, seen items allowed: nothing is assumed about repeats."""
-    validation, train = splits["validation"], splits["train"]
-    sample = validation.shuffle(seed=0).select(range(min(args.eval_users or len(validation), len(validation))))
+    train = splits["train"]
+    sample = some(splits["validation"].shuffle(seed=0), args.eval_users, "eval_users")
 
     def validate(model) -> float:
         return evaluate(model, sample, num_items=num_items, ks=(10,), progress=False).metrics["ndcg@10"]
@@ -122,6 +128,7 @@ def fit(args: BaselineArguments, model, splits: datasets.DatasetDict, num_items:
 def main(args: BaselineArguments) -> dict:
     """Runs the recipe; returns what it writes to `metrics.json`."""
     output = Path(args.output)
+    check_output(args.output)
     output.mkdir(parents=True, exist_ok=True)
     splits, num_items, items = load_splits(args)
     settings, fit_settings = mapping(args.model), mapping(args.fit)
@@ -129,16 +136,19 @@ def main(args: BaselineArguments) -> dict:
         splits = sequences(splits, mapping(args.watched))
     elif mapping(args.watched):
         raise ValueError(f"watched={args.watched}: only rows of sessions have columns to choose behaviours by.")
-    test = splits["test"].select(range(min(args.test_users or len(splits["test"]), len(splits["test"]))))
+    check_splits(splits)
+    test = some(splits["test"], args.test_users, "test_users")
     report = {"arguments": asdict(args), "num_items": num_items}
     start = time.perf_counter()
     model = make(args, num_items, items, settings)
+    check_keywords("fit", fit_settings, *([] if args.name in COUNTERS else [model.fit, train_baseline]))
     if args.name in COUNTERS:
-        if fit_settings:
-            raise ValueError(f"{args.name} counts: its settings go to --model, --fit takes none; got {fit_settings}.")
         model.fit(splits["train"]["history"])
     else:
         fit(args, model, splits, num_items, fit_settings)
+    for file in earlier_results(output):  # they would be taken for those of the new model
+        file.unlink()
+    if args.name not in COUNTERS:
         model.save_pretrained(output / "model")
         validated = [record for record in model.training_log if "validation" in record]
         report["best_epoch"] = max(validated, key=lambda record: record["validation"])["epoch"]
@@ -151,7 +161,7 @@ def main(args: BaselineArguments) -> dict:
         result = evaluate(model, test, num_items=num_items, exclude_seen=exclude_seen, seed=args.seed)
         result.save(output / f"{name}.parquet")
         report["test_exclude_seen" if exclude_seen else "test"] = result.to_dict()
-    (output / "metrics.json").write_text(json.dumps(report, indent=2), encoding="utf-8")
+    write_metrics(output, report)
     return report
 
 
