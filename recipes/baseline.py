@@ -63,12 +63,7 @@ def load_splits(args: BaselineArguments) -> tuple[datasets.DatasetDict, int, Any
         splits = logs.load_splits(args.data)
         items = datasets.Dataset.from_parquet(str(Path(args.data) / "items.parquet"))
         return splits, len(items), items
-    loaders = {
-        "amazon": logs.load_amazon,
-        "kuairand": logs.load_kuairand,
-        "kuairand_like_hate": logs.load_kuairand_like_hate,
-    }
-    interactions = loaders[args.layout](args.data)
+    interactions = getattr(logs, f"load_{args.layout}")(args.data)
     return logs.leave_last_out(interactions), interactions.num_items, interactions.items
 
 
@@ -125,23 +120,28 @@ def fit(args: BaselineArguments, model, splits: datasets.DatasetDict, num_items:
     model.fit(train["history"], **users, **({"validate": validate, "seed": args.seed} | settings))
 
 
-def main(args: BaselineArguments) -> dict:
-    """Runs the recipe; returns what it writes to `metrics.json`."""
-    output = Path(args.output)
+def check(args: BaselineArguments) -> tuple:
+    """All that can be said before it is trained; returns splits, number of items, the baseline and the settings of its fit."""
     check_output(args.output)
-    output.mkdir(parents=True, exist_ok=True)
     splits, num_items, items = load_splits(args)
-    settings, fit_settings = mapping(args.model), mapping(args.fit)
+    settings = mapping(args.fit)
     if "targets" in splits["train"].column_names:
         splits = sequences(splits, mapping(args.watched))
     elif mapping(args.watched):
         raise ValueError(f"watched={args.watched}: only rows of sessions have columns to choose behaviours by.")
     check_splits(splits)
-    test = some(splits["test"], args.test_users, "test_users")
+    model = make(args, num_items, items, mapping(args.model))
+    check_keywords("fit", settings, *([] if args.name in COUNTERS else [model.fit, train_baseline]))
+    return splits, num_items, model, settings
+
+
+def main(args: BaselineArguments) -> dict:
+    """Runs the recipe; returns what it writes to `metrics.json`."""
+    splits, num_items, model, fit_settings = check(args)
+    test, output = some(splits["test"], args.test_users, "test_users"), Path(args.output)
+    output.mkdir(parents=True, exist_ok=True)
     report = {"arguments": asdict(args), "num_items": num_items}
     start = time.perf_counter()
-    model = make(args, num_items, items, settings)
-    check_keywords("fit", fit_settings, *([] if args.name in COUNTERS else [model.fit, train_baseline]))
     if args.name in COUNTERS:
         model.fit(splits["train"]["history"])
     else:

@@ -18,6 +18,7 @@ from transformers.utils import logging
 
 from onerec_hf import Catalogue
 from onerec_hf.data import EventFeature
+from onerec_hf.evaluation import evaluate
 from onerec_hf.recommender import Recommender
 
 logger = logging.get_logger(__name__)
@@ -89,12 +90,22 @@ def refuse_unknown(settings: dict, config_class: type[PreTrainedConfig]) -> None
         raise ValueError(f"model={unknown}: {config_class.__name__} does not know that; it has {sorted(known)}.")
 
 
+def unique_names(title: str, folders: list[Path]) -> list[str]:
+    """A name for each folder that no other system has: its own, with as many folders above it as that takes."""
+    paths = [folder.absolute().parts for folder in folders]
+    names = []
+    for i, parts in enumerate(paths):
+        others = [path for j, path in enumerate(paths) if j != i]
+        ends = ((n, "/".join(parts[-n:])) for n in range(1, len(parts) + 1))
+        free = (end for n, end in ends if end != title and all("/".join(path[-n:]) != end for path in others))
+        names.append(next(free, str(folders[i].absolute())))
+    return names
+
+
 def check_keywords(argument: str, settings: dict, *functions: Callable) -> None:
     """Refuses settings that none of the functions takes by name, before the first of them is called."""
-    parameters = {name: each for function in functions for name, each in signature(function).parameters.items()}
-    known = sorted(
-        name for name, each in parameters.items() if each.kind in (each.KEYWORD_ONLY, each.POSITIONAL_OR_KEYWORD)
-    )
+    parameters = [each for function in functions for each in signature(function).parameters.values()]
+    known = sorted({each.name for each in parameters if each.kind is each.KEYWORD_ONLY})
     if unknown := [name for name in settings if name not in known]:
         raise ValueError(f"{argument}={unknown} is not known; allowed are {known or 'none here'}.")
 
@@ -106,6 +117,15 @@ def event_features(given: dict) -> dict[str, EventFeature]:
             raise ValueError(f'event feature {name!r} is {feature!r}: give a kind and a size, such as ["log", 24].')
         EventFeature(*feature).encode(np.zeros(1))  # refuses an unknown kind
     return {name: EventFeature(*feature) for name, feature in given.items()}
+
+
+def check_beams(num_beams: int) -> None:
+    """Refuses a search that is narrower than the lists of the test metrics."""
+    longest = max(signature(evaluate).parameters["ks"].default)
+    if num_beams < longest:
+        raise ValueError(
+            f"num_beams={num_beams}: the test metrics need lists of {longest} items, so at least {longest}."
+        )
 
 
 def check_splits(splits: Mapping[str, datasets.Dataset]) -> None:

@@ -14,7 +14,7 @@ import time
 from dataclasses import dataclass, field
 
 import datasets
-from checks import check_training, rehearse
+from checks import check_beams, check_training, rehearse
 from ending import VALIDATION_METRICS, finish, generation_metrics, some
 from model_arguments import load_policy, training_rows
 from peft import LoraConfig
@@ -44,6 +44,7 @@ class DPOArguments:
 def main(args: DPOArguments, training: IPAConfig) -> dict:
     """Runs the recipe; returns what it writes to `metrics.json`."""
     check_training(training, VALIDATION_METRICS)
+    check_beams(args.num_beams)
     set_seed(training.seed)
     splits = load_splits(args.data)
     tokenizer = AutoTokenizer.from_pretrained(args.policy)

@@ -20,7 +20,7 @@ from typing import Literal
 import datasets
 import numpy as np
 import pandas as pd
-from checks import check_training, rehearse
+from checks import check_beams, check_training, rehearse
 from ending import finish, some
 from model_arguments import load_policy, mapping, training_rows
 from peft import LoraConfig
@@ -124,6 +124,7 @@ def main(args: RLArguments, training: OneRecGRPOConfig, reward_funcs: list | Non
     if training.logged_weight == 1 and args.reward:
         raise ValueError(f"reward={args.reward!r} would score nothing: logged_weight=1 leaves no rollouts. Lower it.")
     check_training(training)
+    check_beams(args.num_beams)
     set_seed(training.seed)
     recommender = load_policy(args.policy, args.data, args.num_beams)
     model, collator, catalogue = recommender.model, recommender.ranker.collator, recommender.model.catalogue

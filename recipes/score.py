@@ -9,7 +9,7 @@ import json
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from checks import check_catalogue, check_output, check_splits
+from checks import check_beams, check_catalogue, check_output, check_splits
 from ending import score, some, write_metrics
 from model_arguments import load_policy
 from trl import TrlParser
@@ -30,6 +30,7 @@ class ScoreArguments:
 def main(args: ScoreArguments) -> dict:
     """Runs the recipe; returns what it writes to `metrics.json`."""
     output = Path(args.model)
+    check_beams(args.num_beams)
     check_catalogue(output, args.data)
     check_output(args.model, replaces=False)
     splits = load_splits(args.data)

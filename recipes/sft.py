@@ -12,7 +12,7 @@ the predictions of every test user.
 import time
 from pathlib import Path
 
-from checks import check_training, rehearse
+from checks import check_beams, check_training, rehearse
 from ending import VALIDATION_METRICS, finish, generation_metrics, serve
 from model_arguments import ITEM_VECTORS, ModelArguments, item_vectors, make_collator, make_config, training_rows
 from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
@@ -23,14 +23,20 @@ from onerec_hf.recommender import ItemRanker
 from onerec_hf.trainers import OneRecSFTConfig, OneRecSFTTrainer
 
 
-def main(args: ModelArguments, training: OneRecSFTConfig) -> dict:
-    """Runs the recipe; returns what it writes to `metrics.json`."""
+def check(args: ModelArguments, training: OneRecSFTConfig) -> tuple:
+    """All that can be said of the arguments before there is a model; returns splits, tokenizer, collator and config."""
     check_training(training, VALIDATION_METRICS)
-    set_seed(training.seed)
+    check_beams(args.num_beams)
     splits = load_splits(args.data)
     tokenizer = AutoTokenizer.from_pretrained(Path(args.data) / "tokenizer")
     collator = make_collator(args, tokenizer)
-    config = make_config(args, tokenizer, collator)
+    return splits, tokenizer, collator, make_config(args, tokenizer, collator)
+
+
+def main(args: ModelArguments, training: OneRecSFTConfig) -> dict:
+    """Runs the recipe; returns what it writes to `metrics.json`."""
+    splits, tokenizer, collator, config = check(args, training)
+    set_seed(training.seed)
     model = AutoModelForCausalLM.from_config(config)
     model.catalogue = tokenizer.catalogue
     if args.item_vectors:
