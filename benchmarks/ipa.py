@@ -75,9 +75,11 @@ class Setting:
         self.catalogue = Catalogue(codes, [32] * 3, self.log.item_ids)
         self.item_token_ids = codes.numpy() + np.array([4, 36, 68])
         self.collator = OneRecCollator(self.item_token_ids, max_history=20)
-        # the time of each user's last and next-to-last long view: test and validation events
-        self.test_time = {u: self.views.timestamp[end - 1] for u, end in enumerate(self.views.user_offsets[1:])}
-        self.validation_time = np.array([self.views.timestamp[max(end - 2, 0)] for end in self.views.user_offsets[1:]])
+        # the time of each user's last and next-to-last long view: test and validation events, where there are so many
+        end, count = self.views.user_offsets[1:], np.diff(self.views.user_offsets)
+        self.test_time = {u: self.views.timestamp[end[u] - 1] for u in np.flatnonzero(count).tolist()}
+        before = self.views.timestamp[np.maximum(end - 2, 0)]
+        self.validation_time = np.where(count >= 2, before, np.inf)
 
     def true_watch_time(self, users, items) -> np.ndarray:
         """Expected seconds (B, k) of showing each user the items (B, k) at the time of the test event."""

@@ -24,7 +24,8 @@ import quickstart as recipe  # noqa: E402
 def table(marker: str, *labels: str) -> dict[str, tuple[dict[str, float], dict[str, float]]]:
     """
     Rows of the table between `<!-- marker -->` and `<!-- /marker -->` of docs/results.md: (seen items kept, masked) per row. Each
-    of `labels` is the beginning of the first cell of one row, and of no other. `0.0760 ±0.0007 / 0.0844 ±0.0008` reads as .0760 and .0844.
+    of `labels` is the beginning of the first cell of one row and of no other. `0.0760 ±0.0007 / 0.0844 ±0.0008` reads as .0760 and
+    .0844.
     """
     text = (ROOT / "docs" / "results.md").read_text(encoding="utf-8")
     block = text.partition(f"<!-- {marker} -->")[2].partition(f"<!-- /{marker} -->")[0]

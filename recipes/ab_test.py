@@ -16,6 +16,7 @@ import numpy as np
 import pandas as pd
 import torch
 
+from onerec_hf.data import read_table
 from onerec_hf.evaluation import bootstrap_lift
 from onerec_hf.recommender import ItemRanker, Recommender
 from onerec_hf.simulator import ShortVideoWorld, serve, user_totals
@@ -133,7 +134,7 @@ def main(
     """Runs the test; returns what it writes to `ab_test.json`."""
     folder = Path(output)
     folder.mkdir(parents=True, exist_ok=True)
-    impressions = pd.read_parquet(log)
+    impressions = read_table(log).to_pandas()
     users = np.unique(impressions.user_id[impressions.long_view == 1]).tolist()
     servers = {
         name: Server(Recommender.from_pretrained(path, num_beams).ranker, users)

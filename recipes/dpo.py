@@ -13,7 +13,6 @@ work on the command line and in the YAML file; `--lora_r 8` trains an adapter an
 import time
 from dataclasses import dataclass, field
 
-import datasets
 from checks import check_beams, check_training, rehearse
 from ending import VALIDATION_METRICS, finish, generation_metrics, some
 from model_arguments import load_policy, training_rows
@@ -22,7 +21,7 @@ from reward_arguments import reward_function
 from transformers import AutoTokenizer, set_seed
 from trl import TrlParser
 
-from onerec_hf.data import load_splits
+from onerec_hf.data import arrow_dataset, load_splits, read_table
 from onerec_hf.trainers import IPAConfig, IPATrainer
 
 
@@ -64,7 +63,7 @@ def main(args: DPOArguments, training: IPAConfig) -> dict:
         processing_class=tokenizer,
         generation_metrics=generation_metrics(ranker, splits["validation"], args.eval_users),
         reward=reward,
-        pairs=datasets.load_from_disk(args.pairs) if args.pairs else None,
+        pairs=arrow_dataset(read_table(args.pairs)) if args.pairs else None,
         peft_config=LoraConfig(r=args.lora_r, task_type="CAUSAL_LM") if args.lora_r else None,
     )
     rehearse(recommender, train, splits)

@@ -19,7 +19,6 @@ from typing import Literal
 
 import datasets
 import numpy as np
-import pandas as pd
 from checks import check_beams, check_training, rehearse
 from ending import finish, some
 from model_arguments import load_policy, mapping, training_rows
@@ -28,7 +27,7 @@ from reward_arguments import reward_function
 from transformers import AutoTokenizer, set_seed
 from trl import TrlParser
 
-from onerec_hf.data import load_interactions, load_splits, target_rows
+from onerec_hf.data import load_interactions, load_splits, read_table, target_rows
 from onerec_hf.rewards import FormatReward, HitReward
 from onerec_hf.trainers import OneRecGRPOConfig, OneRecGRPOTrainer, feedback_exposures, rejection_sample
 
@@ -48,11 +47,11 @@ class RLArguments:
     )
     reward_data: str | None = field(default=None, metadata={"help": "Its data folder, where that has moved."})
     format_samples: int = field(default=5, metadata={"help": "K of the format reward."})
-    exposures: str | None = field(default=None, metadata={"help": "Table of all impressions, for logged feedback."})
-    columns: str = field(default="{}", metadata={"help": "Our names to yours in it, for user_id, item_id, timestamp."})
-    watched: str = field(
-        default='{"long_view": 1}', metadata={"help": "What fills histories: columns and thresholds."}
+    exposures: str | None = field(
+        default=None, metadata={"help": "Table of all impressions (parquet, CSV, JSONL, ...)."}
     )
+    columns: str = field(default="{}", metadata={"help": "Our names to yours in it, for user_id, item_id, timestamp."})
+    watched: str = field(default='{"long_view": 1}', metadata={"help": "What fills histories: columns, thresholds."})
     request: str | None = field(default="request_id", metadata={"help": "Impressions of a request share a context."})
     start: float | None = field(default=None, metadata={"help": "Train on impressions from this time on."})
     end: float | None = field(default=None, metadata={"help": "And before this one: the start of the validation."})
@@ -66,36 +65,33 @@ class RLArguments:
 
 
 def load_exposures(args: RLArguments, catalogue, collator) -> datasets.Dataset:
-    """Requests with duration-aware advantages."""
-    table = pd.read_parquet(args.exposures)
-    watched, levels = mapping(args.watched), catalogue.num_levels
-    names = [name for name in (f"log_prob_{level + 1}" for level in range(levels)) if name in table]
-    table[names] = table[names].fillna(1.0)
-    features = [name for name in collator.event_features if name in table]
-    kept = dict.fromkeys([*watched, *features, "play_time_ms", "duration_ms", "is_hate"])
-    kept |= {args.request: None} if args.request else {}
-    log = load_interactions(table, columns=mapping(args.columns), feedback=[*kept, *names])
+    """Requests with duration-aware advantages; `user` is -1 for users that the data folder does not have."""
+    columns, watched, levels = mapping(args.columns), mapping(args.watched), catalogue.num_levels
+    ids = ["user_id", "item_id", *([args.request] if args.request else [])]
+    table = read_table(args.exposures, ids=[columns.get(name, name) for name in ids])
+    names = [name for name in (f"log_prob_{level + 1}" for level in range(levels)) if name in table.column_names]
+    for name in names:
+        values = table[name].to_numpy().astype(float)
+        table = table.set_column(table.column_names.index(name), name, [np.where(np.isnan(values), 1.0, values)])
+    features = dict.fromkeys([*collator.event_features, *collator.settings.get("positive", ())])
+    features.pop("timestamp", None)  # every row has it
+    kept = dict.fromkeys([*watched, *features, "play_time_ms", "duration_ms", "is_hate", *ids[2:]])
+    log = load_interactions(table, columns=columns, feedback=[*kept, *names])
     if args.end is not None:
         log = log.where(log.timestamp < args.end)
-    log_probs = None
-    if names:
-        log_probs = np.stack([log.feedback.pop(name) for name in names], axis=1)
-        log_probs = np.where(log_probs > 0, np.nan, log_probs)
-    users = datasets.Dataset.from_parquet(str(Path(args.data) / "users.parquet"))["user_id"]
-    new = np.setdiff1d(log.user_ids, users)
+    log_probs = np.stack([log.feedback.pop(name) for name in names], axis=1) if names else None
     rows = feedback_exposures(
         log,
         catalogue,
         positive=watched,
         request=args.request,
         start=args.start,
-        log_probs=log_probs,
-        user_ids=[*users, *new.tolist()],
+        log_probs=None if log_probs is None else np.where(log_probs > 0, np.nan, log_probs),
+        user_ids=read_table(Path(args.data) / "users.parquet")["user_id"].to_numpy(),
         max_history=collator.max_history,
         ties=args.ties,
     )
-    read = {"user", "history", "timestamp", "targets", "advantage", "play_time", "log_probs", *collator.event_features}
-    read |= set(collator.settings.get("positive", ()))
+    read = {"user", "history", "timestamp", "targets", "advantage", "play_time", "log_probs", *features}
     return rows.select_columns([name for name in rows.column_names if name in read])  # the rest would only cost time
 
 

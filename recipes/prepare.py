@@ -12,15 +12,14 @@ from the training split alone.
 """
 
 import json
-from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Literal
 
 import datasets
 import numpy as np
 import torch
 from model_arguments import mapping, model_path
+from prepare_arguments import PrepareArguments, check_arguments, check_items, session_config
 from safetensors.numpy import save_file
 from trl import TrlParser
 
@@ -29,54 +28,16 @@ from onerec_hf import data as logs
 from onerec_hf.semantic_ids import RQVAE, ResidualKMeans, plot_codebook_usage, quality_report, resolve_collisions
 
 
-@dataclass
-class PrepareArguments:
-    source: str = field(metadata={"help": "parquet, CSV or JSONL file, folder of a public layout, or Hub data set."})
-    output: str = field(metadata={"help": "Folder to write."})
-    layout: Literal["logs", "amazon", "kuairand", "kuairand_like_hate"] = "logs"
-    shown_before: bool = field(
-        default=False, metadata={"help": "kuairand: put what users were shown before the log into their histories."}
-    )
-    columns: str = field(default="{}", metadata={"help": "Our names to yours, for user_id, item_id, timestamp."})
-    feedback: list[str] = field(
-        default_factory=list, metadata={"help": "Event columns to keep (play_time_ms, is_like)."}
-    )
-    items: str | None = field(default=None, metadata={"help": "Item table (text, category, ...), same file kinds."})
-    users: str | None = field(default=None, metadata={"help": "User table, same file kinds."})
-    k_core: int = 0
-    watched: str = field(
-        default="{}", metadata={"help": 'What makes histories and targets, columns and thresholds: {"long_view": 1}.'}
-    )
-    validation_start: float | None = field(
-        default=None, metadata={"help": "Split by time from here on; otherwise leave last out."}
-    )
-    test_start: float | None = None
-    sessions: str | None = field(
-        default=None,
-        metadata={"help": "Rows of high-quality sessions: arguments of SessionConfig, YAML mapping or JSON."},
-    )
-    embeddings: str | None = field(default=None, metadata={"help": ".npy or .safetensors with one row per item."})
-    text_model: str | None = field(default=None, metadata={"help": "Encoder: Hub name, folder, package:NAME/FOLDER."})
-    text_fields: list[str] = field(default_factory=list)
-    collaborative_dim: int = field(default=128, metadata={"help": "Width of the co-occurrence embedding; 0 for none."})
-    quantizer: Literal["residual_kmeans", "rqvae"] = "residual_kmeans"
-    align: bool = field(default=False, metadata={"help": "Adapt text embeddings to Swing and co-click pairs."})
-    caption_model: str | None = field(
-        default=None,
-        metadata={"help": "Causal model that must tell text_fields from what align makes; new: a small one."},
-    )
-    num_levels: int = 3
-    codebook_size: int = 256
-    balanced: bool = field(default=True, metadata={"help": "Clusters of equal size; residual_kmeans alone."})
-    collisions: Literal["extra_level", "next_free", "keep"] = "next_free"
-    seed: int = 0
-
-
 def load(args: PrepareArguments) -> logs.Interactions:
     """Interactions of any layout, k-core filtered."""
     if args.layout == "logs":
         interactions = logs.load_interactions(
-            args.source, columns=mapping(args.columns), feedback=args.feedback, items=args.items, users=args.users
+            args.source,
+            columns=mapping(args.columns),
+            feedback=args.feedback,
+            items=args.items,
+            users=args.users,
+            **mapping(args.load_options),
         )
     else:
         settings = {"history": True} if args.shown_before else {}
@@ -86,18 +47,26 @@ def load(args: PrepareArguments) -> logs.Interactions:
 
 def split(args: PrepareArguments, interactions: logs.Interactions) -> tuple[datasets.DatasetDict, datasets.Dataset]:
     """The splits, and the training events that embeddings and popularity may learn from, one row per user."""
-    watched = mapping(args.watched)
-    if args.sessions is not None:
-        config = logs.SessionConfig(**({"watched": watched} if watched else {}) | mapping(args.sessions))
+    if config := session_config(args):
         splits = logs.session_splits(interactions, config, args.validation_start, args.test_start)
         return splits, logs.training_events(interactions, config, splits, args.validation_start)
-    if watched:
+    if watched := mapping(args.watched):
         interactions = interactions.where(logs.reaches(interactions.feedback, watched))
     if args.validation_start is None:
         splits = logs.leave_last_out(interactions)
     else:
         splits = logs.global_time_split(interactions, args.validation_start, args.test_start, min_history=1)
+    if empty := [name for name, rows in splits.items() if not len(rows)]:
+        raise ValueError(
+            f"no rows in {empty}: no user has enough events, 2 for a test row and 3 for a validation row."
+        )
     return splits, splits["train"]
+
+
+def table_of(interactions: logs.Interactions, name: str) -> datasets.Dataset:
+    """What items.parquet (`name="item"`) or users.parquet will hold: a row per index, ids and features."""
+    features = {column: list(values) for column, values in getattr(interactions, f"{name}s").items()}
+    return datasets.Dataset.from_dict({f"{name}_id": getattr(interactions, f"{name}_ids"), **features})
 
 
 def embed(args: PrepareArguments, interactions: logs.Interactions, train: datasets.Dataset) -> np.ndarray:
@@ -117,25 +86,23 @@ def embed(args: PrepareArguments, interactions: logs.Interactions, train: datase
         pairs = logs.behaviour_pairs(histories, interactions.num_items, seed=args.seed)
         alignment.fit(content, np.concatenate(pairs), captions=captions).save_pretrained(f"{args.output}/tokenizer")
         parts = [alignment.embed(content)]
-    elif args.caption_model:
-        raise ValueError(f"caption_model {args.caption_model!r} is part of the alignment: set align, too.")
     if args.collaborative_dim:
         parts.append(
             logs.collaborative_embeddings(train, interactions.num_items, args.collaborative_dim, seed=args.seed)
         )
-    if not parts:
-        raise ValueError("no embedding: give --embeddings, --text_model with --text_fields, or --collaborative_dim.")
     return logs.concat_embeddings(*parts)
 
 
 def main(args: PrepareArguments) -> dict:
     """Runs the recipe; returns the quality report of the semantic IDs."""
+    check_arguments(args)
     output = Path(args.output)
-    output.mkdir(parents=True, exist_ok=True)
     interactions = load(args)
     splits, train = split(args, interactions)
+    check_items(args, interactions)
     for name, rows in splits.items():
         splits[name] = rows.add_column("length", [len(history) for history in rows["history"]])
+    tables = {name: table_of(interactions, name) for name in ("item", "user")}
     embeddings = embed(args, interactions, train)
     quantizer_class = RQVAE if args.quantizer == "rqvae" else partial(ResidualKMeans, balanced=args.balanced)
     quantizer = quantizer_class(args.num_levels, args.codebook_size, seed=args.seed)
@@ -152,12 +119,8 @@ def main(args: PrepareArguments) -> dict:
     quantizer.save_pretrained(output / "tokenizer")
     splits.save_to_disk(output / "splits")
     save_file({"item_embeddings": embeddings}, output / "item_embeddings.safetensors")
-    for name, ids, table in (
-        ("item", interactions.item_ids, interactions.items),
-        ("user", interactions.user_ids, interactions.users),
-    ):
-        columns = {f"{name}_id": ids, **{column: list(values) for column, values in table.items()}}
-        datasets.Dataset.from_dict(columns).to_parquet(output / f"{name}s.parquet")
+    for name, table in tables.items():
+        table.to_parquet(output / f"{name}s.parquet")
     (output / "semantic_ids.json").write_text(json.dumps(report, indent=2), encoding="utf-8")
     plot_codebook_usage(codes[:, : args.num_levels], args.codebook_size, output / "codebook_usage.png")
     counts = ", ".join(f"{len(rows)} {name} rows" for name, rows in splits.items())

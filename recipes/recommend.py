@@ -13,13 +13,16 @@ import datasets
 from trl import TrlParser
 
 import onerec_hf  # noqa: F401  registers the models
+from onerec_hf.data import arrow_dataset, read_table
 from onerec_hf.recommender import Recommender
 
 
 @dataclass
 class RecommendArguments:
     repo: str = field(metadata={"help": "Folder or Hub repository of a trained model."})
-    dataset: str = field(metadata={"help": "parquet or JSONL file, folder of datasets.save_to_disk, or Hub data set."})
+    dataset: str = field(
+        metadata={"help": "parquet or JSONL file, folder of parquet or of datasets.save_to_disk, or Hub data set."}
+    )
     output: str = field(metadata={"help": "Folder to write."})
     column: str = "history"
     split: str = field(default="train", metadata={"help": "Of a Hub data set or a saved DatasetDict."})
@@ -34,14 +37,7 @@ class RecommendArguments:
 
 def load(args: RecommendArguments) -> datasets.Dataset:
     """The rows, of any kind of source."""
-    path = Path(args.dataset)
-    if path.is_dir():
-        rows = datasets.load_from_disk(str(path))
-        return rows[args.split] if isinstance(rows, datasets.DatasetDict) else rows
-    if path.suffix in (".parquet", ".json", ".jsonl"):
-        kind = "parquet" if path.suffix == ".parquet" else "json"
-        return datasets.load_dataset(kind, data_files=str(path), split="train")
-    return datasets.load_dataset(args.dataset, split=args.split)
+    return arrow_dataset(read_table(args.dataset, args.split))
 
 
 def main(args: RecommendArguments) -> Path:

@@ -1,7 +1,7 @@
 """Loading, k-core and splits against literal values and brute force; every kind of bad input; the real data sets."""
 
-import json
 import logging
+from decimal import Decimal
 
 import datasets
 import numpy as np
@@ -11,6 +11,8 @@ import pytest
 
 from onerec_hf.data import (
     Interactions,
+    SessionConfig,
+    compress_lifelong,
     global_time_split,
     k_core,
     leave_last_out,
@@ -18,8 +20,11 @@ from onerec_hf.data import (
     load_interactions,
     load_kuairand,
     load_kuairand_like_hate,
+    session_splits,
     target_rows,
+    training_events,
 )
+from onerec_hf.data.tables import match_ids
 
 from .conftest import shared_data
 
@@ -68,19 +73,29 @@ def test_log_is_indexed_by_sorted_ids_and_sorted_by_user_and_time():
 
 
 @pytest.mark.parametrize(
-    "kind", ["parquet", "folder", "csv", "jsonl", "dataset", "shuffled dataset", "pandas", "arrow", "hub"]
+    "kind",
+    [
+        *("parquet", "folder", "csv", "csv.gz", "tsv", "jsonl", "jsonl.gz", "save_to_disk", "saved dict"),
+        *("dataset", "shuffled dataset", "pandas", "arrow", "hub"),
+    ],
 )
 def test_all_sources_give_the_same_interactions(kind, tmp_path, monkeypatch):
-    frame = pd.DataFrame(LOG)
+    frame, settings = pd.DataFrame(LOG), {}
     if kind in ("parquet", "folder"):
         source = tmp_path if kind == "folder" else tmp_path / "log.parquet"
         frame.to_parquet(tmp_path / "log.parquet")
-    elif kind == "csv":
-        source = str(tmp_path / "log.csv")
-        frame.to_csv(source, index=False)
-    elif kind == "jsonl":
-        source = tmp_path / "log.jsonl"
-        source.write_text("\n".join(json.dumps(row) for row in frame.to_dict("records")))
+    elif kind in ("csv", "csv.gz", "tsv"):
+        source = str(tmp_path / f"log.{kind}")
+        frame.to_csv(source, index=False, sep="\t" if kind == "tsv" else ",")
+    elif kind in ("jsonl", "jsonl.gz"):
+        source = tmp_path / f"log.{kind}"
+        frame.to_json(source, orient="records", lines=True)
+    elif kind == "save_to_disk":
+        source = tmp_path
+        datasets.Dataset.from_dict(LOG).select([5, 4, 3, 2, 1, 0]).save_to_disk(str(source))
+    elif kind == "saved dict":
+        source, settings = str(tmp_path), {"split": "test"}
+        datasets.DatasetDict(test=datasets.Dataset.from_dict(LOG)).save_to_disk(source)
     elif kind == "dataset":
         source = datasets.Dataset.from_dict(LOG)
     elif kind == "shuffled dataset":  # an indices mapping over the table
@@ -95,7 +110,7 @@ def test_all_sources_give_the_same_interactions(kind, tmp_path, monkeypatch):
         monkeypatch.setattr(
             datasets, "load_dataset", lambda *args, **kw: calls.append((args, kw)) or datasets.Dataset.from_dict(LOG)
         )
-    x = load(source)
+    x = load(source, **settings)
     assert x.item_index.tolist() == [0, 1, 2, 2, 0, 1]
     assert x.item_ids.tolist() == ["a", "b", "c"] and x.user_ids.tolist() == [3, 5, 7]
     if kind == "hub":
@@ -112,6 +127,25 @@ def test_items_table_defines_the_item_indices_and_users_follow_the_log():
     np.testing.assert_array_equal(x.users["age"], [30, np.nan, 70])
 
 
+def test_a_mapped_column_wins_over_one_that_bears_our_name(caplog):
+    log = {
+        "uid": [10, 10, 20],
+        "vid": [1, 2, 3],
+        "ts": [1, 2, 3],
+        "item_id": [7, 7, 7],
+        "like": [1, 0, 1],
+        "is_like": [0, 0, 0],
+    }
+    items = {"vid": [1, 2, 3], "item_id": [3, 2, 1], "title": ["one", "two", "three"]}
+    users = {"uid": [10, 20], "user_id": [20, 10], "age": [33, 44]}
+    x = load(log, items=items, users=users)
+    assert x.item_ids.tolist() == [1, 2, 3] and x.items == {"title": ["one", "two", "three"]}
+    assert x.users["age"].tolist() == [33, 44] and x.feedback["is_like"].tolist() == [1, 0, 1]
+    assert "items: left out its own columns ['item_id']" in warnings_of(caplog)
+    x = load(log, items=items, items_columns={"item_id": "vid", "other": "item_id"})
+    assert x.items["other"].tolist() == [3, 2, 1]
+
+
 def test_feedback_keeps_its_type_and_may_be_text_or_boolean():
     log = LOG | {
         "like": np.array(LOG["like"], dtype=np.int8),
@@ -124,6 +158,116 @@ def test_feedback_keeps_its_type_and_may_be_text_or_boolean():
     features = leave_last_out(x)["train"].features
     assert features["is_like"] == datasets.List(datasets.Value("int8"))
     assert features["page"].feature.dtype == "string" and features["ok"].feature.dtype == "bool"
+
+
+@pytest.mark.parametrize(
+    ("text", "ids"),
+    [
+        ("007,7,12", ["007", "12", "7"]),
+        ("7,12,-3", [-3, 7, 12]),
+        ("7.0,8.0,9.0", ["7.0", "8.0", "9.0"]),
+        ("9223372036854775808,7,8", ["7", "8", "9223372036854775808"]),
+        ("9223372036854775807,7,8", [7, 8, 9223372036854775807]),
+        ("true,false,2024-01-01", ["2024-01-01", "false", "true"]),
+        ("a,NA,null", ["NA", "a", "null"]),  # names like any other, beside other text
+    ],
+)
+def test_ids_of_a_csv_file_are_names(text, ids, tmp_path):
+    path = tmp_path / "log.csv"
+    path.write_text(
+        "\ufeffuser_id,item_id,timestamp\n" + "".join(f"u,{i},1\n" for i in text.split(",")), encoding="utf-8"
+    )
+    assert load_interactions(path).item_ids.tolist() == ids
+
+
+@pytest.mark.parametrize(
+    ("ids", "expected"),
+    [
+        (np.array([7, 8], dtype=np.uint8), [7, 8]),
+        (np.array([7, 2**63 - 1], dtype=np.uint64), [7, 2**63 - 1]),
+        ([Decimal(7), Decimal("12345678901234567")], [7, 12345678901234567]),
+        ([7.0, 2.0**53], [7, 2**53]),
+        (pd.Categorical(["b", "a"]), ["a", "b"]),
+        (pd.Categorical([8, 7]), [7, 8]),
+        (np.array(["07", "7"], dtype=object), ["07", "7"]),
+        ([7, 2**63], "item_id .*cannot become int64.*pass the ids as text"),
+        ([2**64, 1], "cannot read the DataFrame"),
+        ([7.0, 2.0**53 + 2], r"9007199254740994\.0 is no whole number up to 2\^53; pass the ids as text"),
+        ([7.0, np.inf], "inf is no whole number"),
+        ([Decimal("7.5"), Decimal(7)], "not whole"),
+        ([True, False], "item_id must hold integers or strings, got bool"),
+        (["a", ""], r"null \(empty\).*\{'item_id': 1\}, of 2 rows, the first one in row 2"),
+        ([" \t", "a"], r"\{'item_id': 1\}, of 2 rows, the first one in row 1"),
+        ([None, None], r"\{'item_id': 2\}"),
+        ([7, "a"], "cannot read the DataFrame.*item_id"),
+    ],
+)
+def test_ids_of_any_kind_keep_their_value_or_are_refused(ids, expected):
+    log = pd.DataFrame({"user_id": ["u", "u"], "item_id": ids, "timestamp": [1, 2]})
+    if isinstance(expected, list):
+        assert load_interactions(log).item_ids.tolist() == expected
+    else:
+        with pytest.raises((ValueError, TypeError), match=expected):
+            load_interactions(log)
+
+
+@pytest.mark.parametrize(
+    ("log_ids", "table_ids", "expected"),
+    [
+        ([7, 8], ["8", "7", "9"], [8, 7, 9]),
+        (["7", "8"], [8, 7, 9], ["8", "7", "9"]),
+        ([7, 8], ["8", "7", "A9"], ["8", "7", "A9"]),
+        ([7, 8], [8.0, 7.0], [8, 7]),
+    ],
+)
+def test_the_same_id_may_be_an_integer_here_and_text_there(log_ids, table_ids, expected):
+    log = {"user_id": log_ids, "item_id": log_ids, "timestamp": [1, 2]}
+    titles = [f"title {int(i) if i != 'A9' else i}" for i in table_ids]
+    x = load_interactions(
+        log, items={"item_id": table_ids, "title": titles}, users={"user_id": table_ids, "age": titles}
+    )
+    assert x.item_ids.tolist() == expected
+    assert [f"title {x.item_ids[i]}" for i in x.item_index] == [x.items["title"][i] for i in x.item_index]
+    assert [f"title {i}" for i in x.user_ids] == x.users["age"]
+
+
+def test_another_spelling_is_another_id(tmp_path):
+    log = {"user_id": [1, 1], "item_id": [7, 8], "timestamp": [1, 2]}
+    (tmp_path / "items.csv").write_text("item_id,title\n007,Bond\n8,Eight\n")
+    with pytest.raises(ValueError, match=r"1 of 2 events .* that items lacks, such as \['7'\]"):
+        load_interactions(log, items=tmp_path / "items.csv")
+    (tmp_path / "items.csv").write_text("item_id,title\n007,Bond\n008,Eight\n")
+    with pytest.raises(
+        TypeError, match="item_id is int64 in the log, such as 7, and large_string in items, such as '007'"
+    ):
+        load_interactions(log, items=tmp_path / "items.csv")
+    assert match_ids(np.array([7, 8]), np.array(["8", "007", "7"])).tolist() == [2, 0]
+    assert match_ids(np.array(["item1", "item10"]), np.array(["item1"])).tolist() == [0, -1]
+
+
+@pytest.mark.parametrize(
+    "stamps",
+    [
+        ["2024-01-01T00:00:00.000300", "2024-01-01T00:00:00.000100", "2024-01-01T00:00:00.001000"],
+        pd.to_datetime(["2024-01-01", "2024-01-01", "2024-01-01"]) + pd.to_timedelta([3, 1, 10], "ns"),
+        pd.to_datetime(["1960-01-01", "1960-01-01", "1960-01-01"]).as_unit("us") + pd.to_timedelta([3, 1, 10], "us"),
+    ],
+    ids=["text", "ns", "us"],
+)
+def test_events_are_sorted_by_more_than_their_milliseconds(stamps, caplog):
+    log = pd.DataFrame({"user_id": 1, "item_id": [1, 1, 2], "timestamp": stamps})
+    x = load_interactions(log.assign(n=[2, 1, 3]), feedback=["n"])
+    assert x.feedback["n"].tolist() == [1, 2, 3] and x.timestamp.dtype == np.int64
+    assert len(load_interactions(log, drop_duplicates=True)) == 3 and not warnings_of(caplog)
+
+
+def test_times_beyond_nanoseconds_and_before_1970():
+    log = {"user_id": [1, 1], "item_id": [1, 2], "timestamp": ["9999-12-31", "1969-12-31T23:59:59.9995"]}
+    assert load_interactions(log).timestamp.tolist() == [-1, 253402214400000]
+    log["timestamp"] = [Decimal(1700000000123456789), Decimal(1700000000123456788)]  # one number as floats
+    assert load_interactions(log).timestamp.tolist() == [1700000000123456788, 1700000000123456789]
+    with pytest.raises(ValueError, match=r"timestamp .*does not fit into 64 bits"):
+        load_interactions(log | {"timestamp": np.array([1, 2**63], dtype=np.uint64)})
 
 
 @pytest.mark.parametrize(
@@ -170,6 +314,9 @@ def test_unknown_column_lists_the_columns_and_guesses():
         load(LOG, items={"id": ["a", "b", "c"]})
     with pytest.raises(ValueError, match=r"columns names \['is_like'\].*feedback"):
         load(LOG, feedback=[])
+    for name in ("user", "item_id", "length", "session_start", "advantage", "play_time", "log_probs", "lifelong_like"):
+        with pytest.raises(ValueError, match=rf"may not be named \['{name}'\].*columns=\{{'my_{name}': '{name}'"):
+            load("no such file", feedback=[name])
     with pytest.raises(ValueError, match=r"\['item_id'\] to None"):
         load(LOG, columns=COLUMNS | {"item_id": None})
 
@@ -183,6 +330,12 @@ def test_nulls_raise_with_counts_or_are_dropped(caplog):
     assert "dropped 3 of 6 rows" in warnings_of(caplog)
     with pytest.raises(ValueError, match="no rows are left"):
         load(frame.assign(ts=np.nan), drop_nulls=True)
+    infinite = pd.DataFrame(LOG).assign(ts=[1, 2, 3, np.inf, 5, 6], like=[1, 0, -np.inf, 1, 1, 0])
+    with pytest.raises(
+        ValueError, match=r"infinite values per column: \{'timestamp': 1, 'is_like': 1\}, of 6 rows, .*row 3"
+    ):
+        load(infinite)
+    assert len(load(infinite, drop_nulls=True)) == 4
 
 
 @pytest.mark.parametrize(
@@ -219,12 +372,30 @@ def test_ids_that_a_joined_table_lacks_or_repeats(caplog):
 def test_sources_that_cannot_be_read(tmp_path):
     (tmp_path / "empty.csv").touch()
     (tmp_path / "log.xlsx").touch()
-    (tmp_path / "header.csv").write_text("uid,vid,ts,like\n")
     for name, error in [("empty.csv", ValueError), ("log.xlsx", ValueError), ("no.csv", FileNotFoundError)]:
         with pytest.raises(error, match=name):
             load(tmp_path / name)
-    with pytest.raises(ValueError, match=r"header.csv has no rows.*'uid'"):
-        load(tmp_path / "header.csv")
+    datasets.DatasetDict(test=datasets.Dataset.from_dict(LOG)).save_to_disk(str(tmp_path / "saved"))
+    (tmp_path / "nothing").mkdir()
+    for name, content, match in [
+        ("header.csv", b"uid,vid,ts,like\n", r"header.csv has no rows.*'uid'"),
+        ("short.csv", b"uid,vid,ts,like\n1,a,1,0\n1,b,2\n", "short.csv: .*Row #3: Expected 4 columns, got 3"),
+        ("twice.csv", b"uid,vid,vid,ts,like\n1,a,b,1,0\n", r"more than one column named \['vid'\]"),
+        ("latin.csv", "uid,vid,ts,like\n1,\u00e9,1,0\n".encode("latin-1"), "latin.csv.*UTF8"),
+        ("note.csv", "uid,vid,ts,like,x\n1,a,1,0,\u00e9\n".encode("latin-1"), r"note.csv: .*\['x'\] are not UTF-8"),
+        ("mixed.jsonl", b'{"uid": 1}\n{"uid": "a"}\n', "mixed.jsonl: .*uid.* changed from number to string in row 1"),
+        ("array.json", b'[{"uid": 1}]', "array.json: .*Each line must be one object"),
+        ("not.parquet", b"uid,vid", "not.parquet: "),
+        ("not.csv.gz", b"uid,vid", "cannot read .*not.csv.gz: "),
+        ("nothing", None, "nothing holds no parquet file"),
+        ("saved", None, r"saved has no split 'train'; it has \['test'\]"),
+    ]:
+        if content is not None:
+            (tmp_path / name).write_bytes(content)
+        with pytest.raises(ValueError, match=match):
+            load(tmp_path / name)
+    with pytest.raises(FileNotFoundError, match="no/such/log is no file or folder here and no data set on the Hub"):
+        load("no/such/log")
     with pytest.raises(TypeError, match="one split"):
         load(datasets.DatasetDict(train=datasets.Dataset.from_dict(LOG)))
 
@@ -245,6 +416,8 @@ def test_container_rejects_what_does_not_fit():
         ({"user_index": np.array([1, 1, 0])}, "sorted by user"),
         ({"feedback": {"like": np.array([1])}}, "like has 1 values, expected 3, one per event"),
         ({"feedback": {"history": np.zeros(3)}}, r"may not be named \['history'\]"),
+        ({"feedback": {"target_like": np.zeros(3)}}, r"may not be named \['target_like'\]"),
+        ({"timestamp": np.array([1, np.inf, 0])}, "1 NaN or infinite"),
         ({"items": {"title": ["a"]}}, "one per item"),
         ({"users": {"age": [1]}}, "one per user"),
     ]:
@@ -308,6 +481,58 @@ def rows_per_user(x, split):
         events = list(zip(row["timestamp"], items, row["play"]))
         result[int(x.user_ids[row["user"]])] = (events, x.item_ids[row.get("targets", [])].tolist())
     return result
+
+
+def test_users_without_events_have_no_row(caplog):
+    """Those that `where` leaves nothing of: the event after their place belongs to the next user, or to nobody."""
+    log = {"user_id": [1, 1, 1, 2, 3, 3, 4], "item_id": [10, 11, 12, 20, 30, 31, 40], "timestamp": range(7)}
+    x = load_interactions(log)
+    splits = leave_last_out(x.where(np.array([1, 1, 1, 0, 1, 1, 0], dtype=bool)))
+    assert splits["train"]["user"][:] == [0, 2] and splits["train"]["history"][:] == [[0], [4]]
+    assert splits["test"]["user"][:] == [0, 2] and splits["test"]["history"][:] == [[0, 1], [4]]
+    assert "the 2 without events no row at all" in warnings_of(caplog)
+    nothing = x.where(np.zeros(7, dtype=bool))
+    with pytest.raises(ValueError, match="no events to split"):
+        leave_last_out(nothing)
+    with pytest.raises(ValueError, match="no events to split"):
+        global_time_split(nothing, 1, 2)
+    for mask in (np.array([1, 1, 0, 0, 1, 1, 0]), np.ones(3, dtype=bool)):  # 0 and 1 are rows to numpy
+        with pytest.raises(ValueError, match=r"a bool mask of shape \(7,\), got"):
+            x.where(mask)
+
+
+def rows_of_all_splits(x):
+    """Every function that makes rows of events, by name."""
+    splits = leave_last_out(x)
+    rows = {f"leave_last_out {name}": split for name, split in splits.items()}
+    rows["target_rows"] = target_rows(splits["train"], 3)
+    rows |= {f"global_time_split {name}": split for name, split in global_time_split(x, 100, 150).items()}
+    everything = {"watched": None, "min_watched": 0, "min_watch_time_ms": 0, "min_interactions": 0, "interactions": {}}
+    for way in ({"max_gap": 5}, {"request": "request"}):
+        config = SessionConfig(**everything, **way)
+        sessions = session_splits(x, config)
+        rows |= {f"session_splits {name}": split for name, split in sessions.items()}
+        rows["training_events"] = training_events(x, config, sessions)
+        rows["compress_lifelong"] = compress_lifelong(sessions["test"], np.eye(x.num_items), averaged=["timestamp"])
+    return rows
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_no_row_holds_an_event_of_another_user(seed):
+    """Each user has his own items, so an item says whose event it is."""
+    rng = np.random.default_rng(seed)
+    log = random_log(seed, users=25)
+    log["item_id"] += 1000 * log["user_id"]
+    log["request"] = log["timestamp"] // 20
+    x = load_interactions(log, feedback=["request"])
+    gone = rng.random(25) < 0.3
+    gone[[0, 24]] = True
+    x = x.where((rng.random(len(x)) < 0.6) & ~gone[x.user_index])
+    for name, rows in rows_of_all_splits(x).items():
+        assert len(rows), name
+        for row in rows:
+            items = [*row["history"], *row.get("targets", []), *row.get("lifelong", [])]
+            assert set(x.item_ids[items] // 1000) <= {x.user_ids[row["user"]]}, name
 
 
 def test_leave_last_out_against_brute_force():

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from onerec_hf import Catalogue
-from onerec_hf.data import Interactions
+from onerec_hf.data import Interactions, SessionConfig, session_index
 from onerec_hf.trainers import feedback_exposures, rejection_sample
 
 # request, item, play ms, duration ms, long_view, hate; user 0 then user 1
@@ -68,6 +68,50 @@ def test_logged_probabilities_and_user_numbers_go_with_their_events(catalogue):
     assert [row["user"] for row in rows] == [2] * 6 + [1] * 2
     assert [row["log_probs"] for row in rows] == [[list(log_probs[i])] for i in (0, 1, 2, 4, 5, 6, 7, 8)]
     assert rows[1]["history"] == [3]  # each exposure is a request of its own, the one before is past
+
+
+@pytest.mark.parametrize(
+    "request_id",
+    [
+        [1, 1, 2, 1, 2, 3, 3, 1, 3],
+        np.array([1, 1, 2, 1, 2, 3, 3, 1, 3], dtype=np.uint64) + np.uint64(2**63),  # equal as float64
+        np.array(list("aabab") + list("ccac")),
+    ],
+    ids=["int64", "uint64", "text"],
+)
+def test_a_request_is_what_one_user_got_for_one_id(catalogue, request_id):
+    """Whatever kind the ids are, and however the rows of requests lie among each other."""
+    x = interactions()
+    x.feedback["request_id"] = np.asarray(request_id)
+    rows = feedback_exposures(x, catalogue, positive={"long_view": 1})
+    place = {0: 3, 1: 2, 2: 1, 3: 0}
+    assert [row["targets"] for row in rows] == [[place[i] for i in t] for t in ([0, 1], [2, 0], [3, 1], [2], [1])]
+    assert [row["history"] for row in rows] == [[], [3], [3, 1], [], [1]]  # before the request's first exposure
+    assert [row["play_time"] for row in rows] == [19000, 5500, 9600, 4000, 6000]
+    assert "request_id" not in rows.column_names
+    sessions = session_index(x, SessionConfig(request="request_id"))
+    assert sessions.tolist() == [0, 0, 1, 0, 1, 2, 2, 3, 4]
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_rows_hold_events_of_their_user_before_their_request(seed):
+    rng = np.random.default_rng(seed)
+    user = np.sort(rng.integers(0, 12, 200))
+    feedback = {name: rng.integers(0, 2, 200) for name in ("long_view", "is_hate")}
+    feedback |= {name: rng.integers(1, 9, 200) * 1000 for name in ("play_time_ms", "duration_ms")}
+    feedback["request_id"] = rng.integers(0, 5, 200)
+    x = Interactions(
+        user, np.arange(200), np.arange(200), np.arange(12), np.arange(200), feedback
+    )  # item i is event i
+    x = x.where((rng.random(200) < 0.7) & ~np.isin(user, [0, 4, 11]))
+    rows = feedback_exposures(
+        x, Catalogue([[i // 20, i % 20] for i in range(200)], [10, 20]), positive={"long_view": 1}
+    )
+    for row in rows:
+        request = (user == row["user"]) & (feedback["request_id"] == feedback["request_id"][row["targets"][0]])
+        assert row["targets"] == [i for i in np.flatnonzero(request) if i in x.item_index]
+        before = (user == row["user"]) & (np.arange(200) < row["targets"][0]) & (feedback["long_view"] == 1)
+        assert row["history"] == [i for i in np.flatnonzero(before) if i in x.item_index]
 
 
 def test_errors_name_what_is_missing(catalogue):

@@ -55,6 +55,8 @@ def test_what_cannot_be_a_target_is_named():
         session_labels({"play_time_ms": np.ones((1, 2))}, ["swt"], session_cap_ms=0)
     with pytest.raises(ValueError, match="reduce='max'"):
         session_labels(LOG, ["ltr"], reduce="max")
+    with pytest.raises(ValueError, match="column 'is_like' holds <U3, not numbers"):
+        event_labels({"is_like": np.array(["yes", "no"])}, ["ltr"])
 
 
 def test_the_view_rule_is_kuairands_own():

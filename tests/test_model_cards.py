@@ -256,12 +256,12 @@ def test_numbers_are_read_from_the_results_page(write, tmp_path, monkeypatch):
     )
     monkeypatch.setattr(write, "ROOT", tmp_path)
     assert write.table("a", "SASRec") == {"SASRec": ({"recall@5": 0.0495}, {"recall@5": 0.0604})}
-    with pytest.raises(ValueError, match="no rows of .* begin with 'OneRec'"):
+    with pytest.raises(ValueError, match=r"no rows of .* begin with 'OneRec'"):
         write.table("a", "OneRec")
     page = (tmp_path / "docs" / "results.md").read_text(encoding="utf-8")
     row = "| SASRec, one negative | 3 | 0.03 / 0.04 | 1 minute |\n<!-- /a -->"
     (tmp_path / "docs" / "results.md").write_text(page.replace("<!-- /a -->", row), encoding="utf-8")
-    with pytest.raises(ValueError, match="2 rows of .* begin with 'SASRec', one must"):  # which of the two is it?
+    with pytest.raises(ValueError, match=r"2 rows of .* begin with 'SASRec', one must"):  # which of the two is it?
         write.table("a", "SASRec")
     with pytest.raises(ValueError, match="no table between"):
         write.table("b", "OneRec")

@@ -153,12 +153,25 @@ def test_outputs_are_recorded(catalogue, architecture):
     model, context, targets = prepared(catalogue, architecture)
     model.set_attn_implementation("eager")
     ids = rows_of(targets, model)[:3]
-    out = model.model(ids, **context, output_hidden_states=True, output_attentions=True, output_router_logits=True)
+    routers = {"onerec": 4, "v1": 6, "v2": 0, "v2_moe": 2}[architecture]  # V1 with those of the encoder
+    asked = {"output_hidden_states": True, "output_attentions": True}
+    asked |= {"output_router_logits": True} if routers else {}
+    out = model.model(ids, **context, **asked)
     assert len(out.hidden_states) == 5 and out.hidden_states[0].shape == (*ids.shape, 32)
     assert [a.shape for a in out.attentions] == [(3, 4, ids.shape[1], ids.shape[1])] * 4
     assert len(out.cross_attentions) == 4
-    routers = {"onerec": 4, "v1": 6, "v2": 0, "v2_moe": 2}[architecture]  # V1 with those of the encoder
     assert len(out.get("router_logits") or ()) == routers
+    for inputs in ({"input_ids": ids}, {"target_ids": targets}):
+        head = model(**inputs, **context, **asked)
+        assert len(head.hidden_states) == 5 and len(head.attentions) == len(head.cross_attentions) == 4
+        assert len(head.router_logits or ()) == routers
+        assert all(logits.shape[1] == 4 for logits in head.router_logits or ())
+    if not routers:
+        with pytest.raises(ValueError, match="no block of this model is a mixture"):
+            model(input_ids=ids, **context, output_router_logits=True)
+    model.set_attn_implementation("sdpa")
+    with pytest.raises(ValueError, match="gives no attention weights"):
+        model(input_ids=ids, **context, output_attentions=True)
 
 
 @every_architecture
@@ -235,8 +248,10 @@ def test_initialisation(catalogue, architecture):
 
 @every_architecture
 def test_no_graph_breaks(catalogue, architecture):
+    """`_can_compile_fullgraph` says so; with the default implementation of the experts, where there are any."""
     model, context, targets = prepared(catalogue, architecture)
-    model.set_experts_implementation("grouped_mm")  # the loop over experts reads indices back
+    assert model._can_compile_fullgraph and model.model._can_compile_fullgraph
+    assert model.config._experts_implementation == ("grouped_mm" if model.config.num_experts else "eager")
     eager = model(target_ids=targets, **context)
     compiled = torch.compile(model.forward, backend="eager", fullgraph=True)
     assert_close(compiled(target_ids=targets, **context).loss, eager.loss)

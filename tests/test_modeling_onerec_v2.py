@@ -258,7 +258,7 @@ def test_a_fixed_feature_is_given_looked_up_and_not_trained():
     )
     tables = model.model.context_processor.embed_features
     tables.fill("item", vectors)
-    first, second = tables(torch.tensor([[1, 0], [2, 7]]))
+    first, second = tables(torch.tensor([[1, 0], [2, 7]]), (2,))
     assert first.shape == (2, 8)  # context_embed_dim
     assert_close(second, torch.stack([torch.zeros(5), vectors[6]]))
     batch = all_targets(catalogue, model)

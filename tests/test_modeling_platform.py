@@ -8,7 +8,6 @@ With tests/test_modeling_common.py this covers what transformers asks of every m
   context; attention kernels are reached through sdpa;
 * left padding of `input_ids`: every row has the same length, BOS and codes; the context is what is padded, and is tested;
 * feed-forward chunking, problem types, image, audio and text sub-models, backbones: there are none;
-* tensor parallel plans: optional in transformers, not written for models of this size;
 * prompt lookup, assisted, contrastive and group beam decoding, chunked prefill: they shorten long generations, these are of
   three tokens; contrastive and group search have left transformers for hub repositories;
 * `generate(inputs_embeds=...)`, continuing from a cache, quantised caches: a prompt is one BOS token and a cache three positions;
@@ -18,6 +17,7 @@ With tests/test_modeling_common.py this covers what transformers asks of every m
 
 import copy
 import os
+import re
 import socket
 
 import peft
@@ -28,7 +28,9 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 from torch.export import Dim
 from transformers import AutoModel, AutoModelForCausalLM
+from transformers.distributed import DistributedConfig
 
+import onerec_hf.trainers  # noqa: F401  # registers the default target modules of LoRA
 from onerec_hf import ContextKV
 
 from .numeric import assert_close, assert_gradients_close
@@ -340,6 +342,56 @@ def test_fsdp2():
     multiprocessing.spawn(_shard_on_one_rank, (port,), nprocs=2)
 
 
+@pytest.mark.parametrize("kind", ["tp", "ep"])
+def test_every_rule_of_a_parallel_plan_names_something(kind):
+    """A rule with a slip of the pen splits nothing, and nobody says so."""
+    for architecture in ("onerec", "v1", "v2_moe"):
+        gated = {"gated_mlp": True, "num_shared_experts": 1}
+        # one block dense, one with experts, in encoder and decoder
+        model = tiny_model(architecture=architecture, num_hidden_layers=2, first_dense_layers=1, **gated).model
+        names = {
+            re.sub(r"\.\d+", ".*", name) for name, _ in (*model.named_modules(), *model.named_parameters()) if name
+        }
+        names |= {name.removesuffix(".weight") for name in names}
+        missing = set(getattr(model.config, f"base_model_{kind}_plan")) - names
+        # the encoder of OneRec is dense
+        assert all("context_processor" in rule and "experts" in rule for rule in missing), missing
+        assert not missing or architecture == "onerec"
+        assert getattr(model, f"{kind}_plan").items() >= getattr(model.config, f"base_model_{kind}_plan").items()
+
+
+def _split_on_one_rank(rank, port, folder):
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "RANK": str(rank), "LOCAL_RANK": str(rank)}
+    os.environ |= {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group("gloo", rank=rank, world_size=2)
+    items = tiny_catalogue()
+    for architecture in ("onerec", "v1", "v2_moe"):
+        plain = tiny_model(items, architecture=architecture)
+        context, targets = tiny_context(items, plain), targets_of(items, plain)
+        expected = plain(target_ids=targets, **context).target_log_probs
+        for settings in ({"tp_size": 2}, {"tp_size": 2, "ep_size": 2}):
+            model = AutoModel.from_pretrained(folder / architecture, distributed_config=DistributedConfig(**settings))
+            weight = model.model.layers[-1].mlp.experts.down_proj
+            assert weight.to_local().numel() * 2 == weight.numel()
+            torch.testing.assert_close(
+                model(target_ids=targets, **context).target_log_probs, expected, atol=1e-4, rtol=1e-4
+            )
+            assert torch.equal(model.generate(**context, num_beams=4), plain.generate(**context, num_beams=4))
+    torch.distributed.barrier()
+    os._exit(0)
+
+
+def test_tensor_and_expert_parallel(tmp_path):
+    """Two processes, each with half of the heads and of the experts, score and generate as the whole model."""
+    for architecture in ("onerec", "v1", "v2_moe"):
+        tiny_model(tiny_catalogue(), architecture=architecture).save_pretrained(tmp_path / architecture)
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    multiprocessing.spawn(_split_on_one_rank, (port, tmp_path), nprocs=2)
+
+
 # ---- LoRA --------------------------------------------------------------------------------------------------------------
 
 PROJECTIONS = ["q_proj", "k_proj", "v_proj", "o_proj", "item_proj", "code_proj"]
@@ -386,3 +438,14 @@ def test_lora_with_checkpointing(catalogue, architecture):
     adapted = peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False))
     adapted.train()(target_ids=targets, **context).loss.backward()
     assert all(p.grad.abs().sum() > 0 for p in adapted.parameters() if p.requires_grad)
+
+
+@every_architecture
+def test_lora_without_target_modules(catalogue, architecture):
+    """`import onerec_hf.trainers` says what a `LoraConfig` without `target_modules` adapts: queries, keys, values, outputs."""
+    model, context, targets = prepared(catalogue, architecture)
+    adapted = peft.get_peft_model(model, peft.LoraConfig(r=2, init_lora_weights=False))
+    adapted.train()(target_ids=targets, **context).loss.backward()
+    trained = {name: parameter for name, parameter in adapted.named_parameters() if parameter.requires_grad}
+    assert {"q_proj", "k_proj", "v_proj", "o_proj"} <= {name.split(".lora_")[0].rsplit(".", 1)[-1] for name in trained}
+    assert all(parameter.grad.abs().sum() > 0 for parameter in trained.values())

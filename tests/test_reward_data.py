@@ -28,6 +28,8 @@ def test_quantile_codes_hold_equally_many_rows():
     assert (np.diff(codes[np.argsort(values)]) >= 0).all()
     assert len(set(quantile_codes(np.array([7.0, 7, 7, 7]), 4).tolist())) == 1  # equal values stay together
     assert quantile_codes(np.array([NAN, NAN]), 4).tolist() == [0, 0]
+    infinite = np.array([np.inf, 1.0, 2.0, 3.0, -np.inf, NAN, np.inf, np.inf])
+    assert quantile_codes(infinite, 3).tolist() == [3, 1, 2, 3, 1, 0, 3, 3]  # thirds of 1, 2, 3
 
 
 def test_past_rates_equal_plain_python_and_never_look_ahead():
@@ -52,6 +54,9 @@ def test_past_rates_equal_plain_python_and_never_look_ahead():
     assert (past_rates(time, index, future, 6, boundaries, smoothing=3.0)[0][:4] == rates[:4]).all()
     with pytest.raises(ValueError, match="smoothing=0"):
         past_rates(time, index, labels, 6, boundaries, smoothing=0)
+    for unknown in (-1, 6):  # it would be counted as another one's
+        with pytest.raises(ValueError, match=r"index must lie in 0\.\.5"):
+            past_rates(time, np.where(np.arange(len(index)) == 3, unknown, index), labels, 6, boundaries)
 
 
 def log():

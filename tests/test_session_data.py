@@ -295,8 +295,10 @@ def test_bad_logs_and_boundaries():
     x.feedback["is_click"][3] = np.nan
     with pytest.raises(ValueError, match=r"1 of 500 values of 'is_click' are NaN \(SessionConfig.watched\)"):
         session_splits(x, config)
-    x = load_interactions(log | {"target_score": log["is_click"]}, feedback=[*FEEDBACK, "target_score"])
     with pytest.raises(ValueError, match=r"may not be named \['target_score'\]"):
+        load_interactions(log | {"target_score": log["is_click"]}, feedback=[*FEEDBACK, "target_score"])
+    x = load_interactions(log | {"is_click": ["yes"] * 500}, feedback=FEEDBACK)
+    with pytest.raises(ValueError, match=r"'is_click' holds <U3, not numbers; SessionConfig.watched compares"):
         session_splits(x, config)
     x = load_interactions(log, feedback=FEEDBACK)
     for boundaries, match in [

@@ -23,7 +23,8 @@ from .reward_collator import RewardCollator
 from .saved import load_collator, save_collator
 from .session_splits import session_splits, training_events
 from .sessions import SessionConfig, session_criteria, session_index
-from .splits import global_time_split, k_core, leave_last_out, load_splits, target_rows
+from .splits import arrow_dataset, global_time_split, k_core, leave_last_out, load_splits, target_rows
+from .tables import match_ids, read_table
 
 __all__ = [
     "CaptionDecoder",
@@ -35,6 +36,7 @@ __all__ = [
     "RewardCollator",
     "SessionCollator",
     "SessionConfig",
+    "arrow_dataset",
     "behaviour_pairs",
     "category_codes",
     "category_map",
@@ -57,11 +59,13 @@ __all__ = [
     "load_kuairand",
     "load_kuairand_like_hate",
     "load_splits",
+    "match_ids",
     "past_rates",
     "period_of",
     "quantile_codes",
     "rate_numbers",
     "reaches",
+    "read_table",
     "save_collator",
     "session_criteria",
     "session_index",

@@ -3,7 +3,7 @@
 Time order inside a user is the order of the timestamps; equal timestamps keep the row order of the source.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -17,6 +17,7 @@ from .tables import (
     id_array,
     index_ids,
     numpy_values,
+    one_kind,
     read_table,
     select_columns,
     timestamp_array,
@@ -25,7 +26,12 @@ from .tables import (
 
 logger = logging.get_logger(__name__)
 
-SPLIT_COLUMNS = ("user", "history", "targets", "timestamp")
+# columns that the rows of splits, sessions, pathways and exposures have of their own
+RESERVED_FEEDBACK = (
+    *("user_id", "item_id", "user", "history", "targets", "timestamp", "length", "session_start"),
+    *("lifelong", "advantage", "play_time", "log_probs"),
+)
+RESERVED_PREFIXES = ("target_", "lifelong_")
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -64,8 +70,7 @@ class Interactions:
         _check_lengths(self.feedback, len(self), "event")
         _check_lengths(self.items, self.num_items, "item")
         _check_lengths(self.users, self.num_users, "user")
-        if reserved := sorted(set(self.feedback) & set(SPLIT_COLUMNS)):
-            raise ValueError(f"feedback may not be named {reserved}: these are columns of the splits; rename it")
+        _check_feedback_names(self.feedback)
         for name, index, size in (
             ("user_index", self.user_index, self.num_users),
             ("item_index", self.item_index, self.num_items),
@@ -76,6 +81,8 @@ class Interactions:
                 raise ValueError(f"{name} must lie in 0..{size - 1}, got {index.min()}..{index.max()}")
         if self.timestamp.dtype not in (np.int64, np.float64):
             raise ValueError(f"timestamp must be int64 or float64, got {self.timestamp.dtype}")
+        if not np.isfinite(self.timestamp).all():
+            raise ValueError(f"timestamp holds {(~np.isfinite(self.timestamp)).sum()} NaN or infinite values")
         if not _is_sorted(self.user_index, self.timestamp):
             raise ValueError("events must be sorted by user, then by timestamp; load_interactions() sorts them")
 
@@ -89,7 +96,17 @@ class Interactions:
         )
 
     def where(self, rows: np.ndarray) -> "Interactions":
-        """Some of the events, chosen by a bool mask of shape (M,), of the same users and items."""
+        """Some of the events, chosen by a bool mask of shape (M,), of the same users and items.
+
+        Raises:
+            ValueError: anything but such a mask, such as a column of 0 and 1, which numpy would read as row numbers.
+        """
+        rows = np.asarray(rows)
+        if rows.dtype != bool or rows.shape != (len(self),):
+            raise ValueError(
+                f"where() takes a bool mask of shape ({len(self)},), got {rows.dtype} of shape {rows.shape}; compare the column, "
+                "such as feedback['is_like'] == 1"
+            )
         return replace(
             self,
             user_index=self.user_index[rows],
@@ -110,6 +127,14 @@ class Interactions:
     def user_offsets(self) -> np.ndarray:
         """`np.ndarray` of shape (U + 1,): the events of user u are rows `user_offsets[u]:user_offsets[u + 1]`."""
         return np.concatenate([[0], np.cumsum(np.bincount(self.user_index, minlength=self.num_users))])
+
+
+def _check_feedback_names(names: Iterable[str]) -> None:
+    if reserved := sorted(name for name in names if name in RESERVED_FEEDBACK or name.startswith(RESERVED_PREFIXES)):
+        raise ValueError(
+            f"feedback may not be named {reserved}: rows of splits have columns of these names; choose another name and "
+            f"map it to the column, such as columns={{'my_{reserved[0]}': {reserved[0]!r}}}"
+        )
 
 
 def _check_lengths(columns: Mapping[str, Any], expected: int, per: str) -> None:
@@ -140,44 +165,56 @@ def load_interactions(
     """Reads an interaction log, one row per event, and joins item and user features by id.
 
     Args:
-        source: a `.parquet`, `.csv`, `.jsonl` or `.json` (one object a line) file, a folder of parquet files, a
-            `datasets.Dataset`, a pandas `DataFrame`, a `pyarrow.Table`, a dict of arrays, or the name of a data set
-            on the Hub (of which `split` is read).
+        source: a `.parquet`, `.csv`, `.tsv`, `.jsonl` or `.json` file (one object a line; text files also as `.gz`), a folder
+            of parquet files or of `datasets.save_to_disk`, a `datasets.Dataset`, a pandas `DataFrame`, a `pyarrow.Table`, a
+            dict of arrays, or the name of a data set on the Hub. Of a Hub data set and of a saved `DatasetDict`, `split` is
+            read.
         columns: our name -> column of the source, for `user_id`, `item_id`, `timestamp` and the names in `feedback`;
             a name that is left out is itself the column. `{"timestamp": None}`: the rows are in time order, and the
             timestamps become 0, 1, 2, ... inside each user.
         feedback: event features to carry, by our name: numbers, booleans or strings, in the type of the source.
         items: table of item features (same kinds as `source`). Its rows, in their order, **become** the item
             indices, items without events included. Without it, the item indices are the ids of the log, sorted.
-        items_columns: as `columns`, for `items`; columns that are not named keep their name. Default: the `item_id`
-            of `columns`.
+        items_columns: as `columns`, for `items`; columns that are not named keep their name, unless another one is mapped
+            to it: then they are left out with a warning. Default: the `item_id` of `columns`.
         users, users_columns: the same for users. Users without events are left out: user indices are always the ids
             of the log, sorted.
-        split: split of a Hub data set.
-        drop_nulls: drop events with null or NaN (counted in a warning) in place of raising.
+        split: split of a Hub data set or of a saved `DatasetDict`.
+        drop_nulls: drop events with null, NaN or infinite values (counted in a warning) in place of raising.
         drop_duplicates: drop the repeats of events that are equal in user, item, timestamp and all feedback. By
             default they are counted in a warning and kept.
         drop_unknown: drop events of items (users) that `items` (`users`) does not have, in place of raising.
 
-    Timestamps are integers, floats, dates, or ISO 8601 strings; the last two become milliseconds since 1970 UTC (no
-    zone: UTC). Unsorted logs are sorted; equal timestamps of a user keep their row order and are counted in a warning.
+    Ids are names: integers that fit 64 bits, or text, blank text being null. In a CSV file they are integers only if every
+    one of the column is written as an integer is (`7`, not `007`); so is feedback named `..._id`, such as `request_id`. The
+    same id may be an integer in one table and text in the other: 7 and '7' are equal, '007' is another id; the type is the
+    log's, if the ids of the table can have it.
+
+    Timestamps are integers, floats, dates, or ISO 8601 strings; the last two become milliseconds since 1970 UTC (no zone:
+    UTC), after they have been sorted in their full precision. Unsorted logs are sorted; equal timestamps of a user keep
+    their row order and are counted in a warning.
 
     Returns:
         [`Interactions`]
 
     Raises:
-        ValueError: a missing column, no rows, nulls, timestamps that are neither numbers nor ISO strings, ids that
-            the joined table lacks or has twice.
+        ValueError: a missing column, no rows, nulls, infinite values, timestamps that are neither numbers nor ISO strings,
+            ids that are not whole or do not fit 64 bits, ids that the joined table lacks or has twice, or feedback with a
+            name that rows of splits need.
         TypeError: a source or a column of an unknown kind.
         FileNotFoundError: a path that does not exist.
     """
+    _check_feedback_names(feedback)
     names: dict[str, str | None] = {name: name for name in ("user_id", "item_id", "timestamp", *feedback)}
     if unused := sorted(set(columns or {}) - set(names)):
         raise ValueError(f"columns names {unused}; allowed are {list(names)} (add event features to feedback=[...])")
     names |= columns or {}
     if unnamed := [name for name, column in names.items() if column is None and name != "timestamp"]:
         raise ValueError(f"columns maps {unnamed} to None; only the timestamp may be left out")
-    log = select_columns(read_table(source, split), {k: v for k, v in names.items() if v is not None}, "columns")
+    table = read_table(source, split, ids=[str(names[name]) for name in names if name.endswith("_id")])
+    log = select_columns(table, {k: v for k, v in names.items() if v is not None}, "columns")
+    for i, name in enumerate(("user_id", "item_id")):
+        log = log.set_column(i, name, id_array(log[name], name))
     log = without_nulls(log, drop_nulls)
     tables = {}
     for table_name, id_name, table_source, table_columns in (
@@ -189,21 +226,21 @@ def load_interactions(
             tables[table_name] = _feature_table(table_source, table_name, id_name, renamed, split)
             log = _known_only(log, id_name, table_name, tables[table_name], drop_unknown)
 
-    user_ids, user_index = index_ids(id_array(log["user_id"], "user_id"))
-    item_ids, item_index = index_ids(id_array(log["item_id"], "item_id"))
+    user_ids, user_index = index_ids(log["user_id"].combine_chunks())
+    item_ids, item_index = index_ids(log["item_id"].combine_chunks())
     if items is not None:
         position = pc.index_in(item_ids, value_set=tables["items"]["item_id"]).to_numpy()
         item_ids, item_index = tables["items"]["item_id"], position[item_index].astype(np.int64)
     if users is not None:
         rows = pc.index_in(user_ids, value_set=tables["users"]["user_id"])
         tables["users"] = {name: column.take(rows) for name, column in tables["users"].items()}
-    timestamp = None if names["timestamp"] is None else timestamp_array(log["timestamp"])
+    timestamp, units = (None, 1) if names["timestamp"] is None else timestamp_array(log["timestamp"])
     values = {name: numpy_values(log[name], name) for name in feedback}
     user_index, item_index, timestamp, values = _sort(user_index, item_index, timestamp, values, drop_duplicates)
     return Interactions(
         user_index=user_index,
         item_index=item_index,
-        timestamp=timestamp,
+        timestamp=timestamp // units if units > 1 else timestamp,
         user_ids=_numpy_ids(user_ids),
         item_ids=_numpy_ids(item_ids),
         feedback=values,
@@ -217,12 +254,18 @@ def _numpy_ids(ids: pa.Array) -> np.ndarray:
 
 
 def _feature_table(source: Any, table_name: str, id_name: str, renamed: Mapping[str, str], split: str) -> dict:
-    table = read_table(source, split)
-    names = dict(renamed) | {name: name for name in table.column_names if name not in renamed.values()}
+    table = read_table(source, split, ids=[renamed[id_name]])
+    rest = [name for name in table.column_names if name not in renamed.values()]
+    if hidden := [name for name in rest if name in renamed]:
+        logger.warning(
+            f"{table_name}: left out its own columns {hidden}, because other columns are mapped to these names: "
+            f"{dict(renamed)}; to keep one, map a new name to it in {table_name}_columns"
+        )
+    names = dict(renamed) | {name: name for name in rest if name not in renamed}
     columns = dict(zip(names, select_columns(table, names, f"{table_name}_columns").columns))
-    if nulls := columns[id_name].null_count:
-        raise ValueError(f"{table_name}: {nulls} of {table.num_rows} values of {id_name} are null; remove these rows")
     columns[id_name] = ids = id_array(columns[id_name], f"{id_name} of {table_name}")
+    if nulls := ids.null_count:
+        raise ValueError(f"{table_name}: {nulls} of {len(ids)} values of {id_name} are null; remove these rows")
     if repeats := len(ids) - pc.count_distinct(ids).as_py():
         raise ValueError(
             f"{table_name}: {repeats} of {len(ids)} rows repeat an earlier {id_name}; keep one row per id"
@@ -231,13 +274,18 @@ def _feature_table(source: Any, table_name: str, id_name: str, renamed: Mapping[
 
 
 def _known_only(log: pa.Table, id_name: str, table_name: str, table: dict, drop: bool) -> pa.Table:
-    """Events whose id the joined table has; others raise, or are dropped (logged)."""
-    ids = id_array(log[id_name], id_name)
-    if ids.type != table[id_name].type:
-        raise TypeError(f"{id_name} is {ids.type} in the log and {table[id_name].type} in {table_name}; use one type")
+    """Events whose id the joined table has; others raise, or are dropped (logged). Both get ids of one type."""
+    own, other = log[id_name].combine_chunks(), table[id_name]
+    ids, table[id_name] = one_kind(own, other)
+    log = log.set_column(log.column_names.index(id_name), id_name, ids)
     known = pc.is_in(ids, value_set=table[id_name])
     if not (unknown := len(ids) - known.true_count):
         return log
+    if unknown == len(ids) and own.type != other.type:
+        raise TypeError(
+            f"{id_name} is {own.type} in the log, such as {own[0].as_py()!r}, and {other.type} in {table_name}, such as "
+            f"{other[0].as_py()!r}, and no id is in both; use one type and one spelling"
+        )
     absent = pc.unique(ids.filter(pc.invert(known)))
     found = f"{unknown} of {len(ids)} events have one of {len(absent)} {id_name} values that {table_name} lacks"
     if not drop or unknown == len(ids):

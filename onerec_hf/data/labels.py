@@ -53,7 +53,7 @@ def event_labels(
         `np.ndarray` of shape (..., targets), float32, in [0, 1] or NaN.
 
     Raises:
-        ValueError: On a missing column, a column that is not 0/1, or `swt` without its cap; the message names it.
+        ValueError: On a missing column, a column that is not 0/1 or not numbers, or `swt` without its cap; the message names it.
     """
     columns = [_event_label(feedback, target, view_ms, long_view_ms, watch_cap_ms) for target in targets]
     return np.stack(columns, axis=-1).astype(np.float32)
@@ -115,7 +115,10 @@ def _known(feedback: Mapping[str, np.ndarray], column: str) -> np.ndarray:
     """The column as float64, NaN where it is unknown."""
     if column not in feedback:
         raise ValueError(f"the log has no column {column!r}; it has {sorted(feedback)}, and targets are {TARGETS}.")
-    values = np.asarray(feedback[column], dtype=np.float64)
+    values = np.asarray(feedback[column])
+    if values.dtype.kind not in "biuf":
+        raise ValueError(f"column {column!r} holds {values.dtype}, not numbers; a target needs 0/1 or a time.")
+    values = values.astype(np.float64)
     return np.where(values < 0, np.nan, values)
 
 

@@ -38,11 +38,17 @@ def past_rates(
         `rates` and `counts`, both `np.ndarray` of shape (P + 1, size), float32. Row p holds what is known from events before
         boundary p - 1, row 0 nothing at all. Rates are log-odds of (sum + s mean) / (count + s) minus those of the mean, so 0 is
         "as all others, or unknown"; counts are log(1 + count).
+
+    Raises:
+        ValueError: an index outside 0 to `size - 1`, or `smoothing` that is not above 0.
     """
     if smoothing <= 0:
         raise ValueError(f"smoothing={smoothing}: above 0, or an item with one event has a rate of 0 or 1.")
+    index = np.asarray(index)
+    if len(index) and not 0 <= index.min() <= index.max() < size:
+        raise ValueError(f"index must lie in 0..{size - 1}, got {index.min()}..{index.max()}: leave unknown ones out.")
     known = ~np.isnan(labels)
-    index, labels = np.asarray(index)[known], np.asarray(labels, dtype=np.float64)[known]
+    index, labels = index[known], np.asarray(labels, dtype=np.float64)[known]
     # an event of period q is known from period q + 1 on
     period = period_of(np.asarray(time)[known], boundaries) + 1
     cells, shape = period * size + index, (len(boundaries) + 2, size)
@@ -61,16 +67,16 @@ def quantile_codes(values: np.ndarray, num_buckets: int) -> np.ndarray:
     Numbers (lengths, sizes, dates) as categories of nearly equally many rows.
 
     Args:
-        values (`np.ndarray` of shape (rows,)): NaN is unknown.
+        values (`np.ndarray` of shape (rows,)): NaN is unknown; infinite ones are in the first or the last bucket.
 
     Returns:
         `np.ndarray` of shape (rows,), int64: 1 to `num_buckets` in order of value, fewer where many values are equal; 0 for NaN.
     """
     values = np.asarray(values, dtype=np.float64)
-    known = ~np.isnan(values)
+    finite = values[np.isfinite(values)]
     shares = np.arange(1, num_buckets) / num_buckets
-    edges = np.unique(np.quantile(values[known], shares)) if known.any() else np.zeros(0)
-    return np.where(known, np.searchsorted(edges, values, side="right") + 1, 0)
+    edges = np.unique(np.quantile(finite, shares)) if len(finite) else np.zeros(0)
+    return np.where(~np.isnan(values), np.searchsorted(edges, values, side="right") + 1, 0)
 
 
 def rate_numbers(

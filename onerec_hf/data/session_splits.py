@@ -45,10 +45,8 @@ def session_splits(
 
     Raises:
         ValueError: columns of `config` that are absent or hold NaN, no session that meets the criteria, a split without rows,
-            boundaries that are not in order, or a feedback column with a name that the rows need.
+            or boundaries that are not in order.
     """
-    if reserved := [name for name in interactions.feedback if name == "session_start" or name.startswith("target")]:
-        raise ValueError(f"feedback may not be named {reserved}: rows of sessions have such columns; rename it.")
     session = session_index(interactions, config)
     kept = high_quality(interactions, session, config)
     order = np.argsort(session, kind="stable")  # events by session, then time

@@ -101,7 +101,7 @@ class SessionConfig:
 
 
 def _checked(interactions: Interactions, argument: str, names: Mapping[str, float] | list[str]) -> Mapping:
-    """The event columns, or an error if one of `names` is absent or holds NaN."""
+    """The event columns, or an error if one of `names` is absent, holds NaN, or text where numbers are needed."""
     feedback = {"timestamp": interactions.timestamp, **interactions.feedback}
     for name in names:
         if name not in feedback:
@@ -110,6 +110,10 @@ def _checked(interactions: Interactions, argument: str, names: Mapping[str, floa
                 f"Load it with feedback=[...], or give {argument} other columns."
             )
         values = feedback[name]
+        if values.dtype.kind not in "biuf" and argument != "request":
+            raise ValueError(
+                f"event column {name!r} holds {values.dtype}, not numbers; SessionConfig.{argument} compares it with numbers."
+            )
         if values.dtype.kind == "f" and (unknown := int(np.isnan(values).sum())):
             raise ValueError(
                 f"{unknown} of {len(values)} values of {name!r} are NaN (SessionConfig.{argument}): fill them in (-1 is unknown), "

@@ -16,7 +16,8 @@ logger = logging.get_logger(__name__)
 
 
 def load_splits(folder: str | Path) -> datasets.DatasetDict:
-    """The splits of a data folder.
+    """The splits of a data folder, memory-mapped. What `filter`, `sort` and the like make of them goes into memory, never into
+    the folder, so that it may be read-only or shared by several runs.
 
     Raises:
         FileNotFoundError: the folder has none.
@@ -27,7 +28,10 @@ def load_splits(folder: str | Path) -> datasets.DatasetDict:
             f"{folder} is no data folder: {path} is not there. Make it with `recipes/prepare.py --source LOG --output {folder}`, "
             "or name the one that you made."
         )
-    return datasets.load_from_disk(str(path))
+    # a table that names no file has no folder for caches either
+    return datasets.DatasetDict(
+        {name: arrow_dataset(rows.data.table) for name, rows in datasets.load_from_disk(str(path)).items()}
+    )
 
 
 def k_core(interactions: Interactions, k: int) -> Interactions:
@@ -75,7 +79,8 @@ def leave_last_out(interactions: Interactions) -> datasets.DatasetDict:
     """The last event of each user is the test target, the one before it the validation target, the rest is training.
 
     A user with two events has no validation row (the first event is training, the second the test target); a user
-    with one event has a training row only. Both are counted in a warning.
+    with one event has a training row only; a user whose events [`Interactions.where`] all left out has no row. All are
+    counted in a warning.
 
     Returns:
         `datasets.DatasetDict` with `train`, `validation`, `test`, one row per user, sorted by user:
@@ -85,19 +90,24 @@ def leave_last_out(interactions: Interactions) -> datasets.DatasetDict:
           test: what precedes the test target, the validation target included.
         - `timestamp` and one column per `feedback`: parallel to `history`.
         - `targets` (`List(int32)`, validation and test only): the one target item.
+
+    Raises:
+        ValueError: no events.
     """
+    _check_events(interactions)
     first, end = interactions.user_offsets[:-1], interactions.user_offsets[1:]
     count = end - first
-    if short := (count < 3).sum():
+    one, two, three = count >= 1, count >= 2, count >= 3
+    if not three.all():
         logger.warning(
-            f"{short} of {len(count)} users have fewer than 3 events: they have no validation row, and the "
-            f"{(count < 2).sum()} with one event no test row; k_core(interactions, 3) removes them"
+            f"{(~three).sum()} of {len(count)} users have fewer than 3 events: they have no validation row, the "
+            f"{(one & ~two).sum()} with one event no test row, the {(~one).sum()} without events no row at all; "
+            "k_core(interactions, 3) removes them"
         )
     users = np.arange(len(count))
-    train_end = np.where(count >= 3, end - 2, np.maximum(end - 1, first + 1))
-    two, three = count >= 2, count >= 3
+    train_end = np.where(three, end - 2, np.maximum(end - 1, first + 1))
     return datasets.DatasetDict(
-        train=user_rows(interactions, users, first, train_end),
+        train=user_rows(interactions, users[one], first[one], train_end[one]),
         validation=user_rows(interactions, users[three], first[three], end[three] - 2, end[three] - 1),
         test=user_rows(interactions, users[two], first[two], end[two] - 1, end[two]),
     )
@@ -127,6 +137,7 @@ def global_time_split(
         raise ValueError(
             f"validation_start ({validation_start}) must lie before test_start ({test_start}): give both."
         )
+    _check_events(interactions)
     first, end = interactions.user_offsets[:-1], interactions.user_offsets[1:]
     validation_first = first + _count_before(interactions, validation_start)
     test_first = first + _count_before(interactions, test_start)
@@ -185,6 +196,11 @@ def target_rows(train: datasets.Dataset, max_history: int) -> datasets.Dataset:
     return arrow_dataset(columns)
 
 
+def _check_events(interactions: Interactions) -> None:
+    if not len(interactions):
+        raise ValueError(f"{interactions!r} has no events to split; if where() chose them, choose more")
+
+
 def _count_before(interactions: Interactions, time: float) -> np.ndarray:
     before = interactions.user_index[interactions.timestamp < time]
     return np.bincount(before, minlength=interactions.num_users)
@@ -211,11 +227,13 @@ def user_rows(
     return arrow_dataset(columns)
 
 
-def arrow_dataset(columns: dict[str, pa.Array]) -> datasets.Dataset:
-    """A `datasets.Dataset` of Arrow columns, in memory."""
-    table = pa.table(columns)
-    features = datasets.Features.from_arrow_schema(table.schema)
-    return datasets.Dataset(datasets.table.InMemoryTable(table), info=datasets.DatasetInfo(features=features))
+def arrow_dataset(columns: dict[str, pa.Array] | pa.Table) -> datasets.Dataset:
+    """A `datasets.Dataset` of Arrow columns, without files: nothing is cached on disk."""
+    table = columns if isinstance(columns, pa.Table) else pa.table(columns)
+    info = datasets.DatasetInfo(features=datasets.Features.from_arrow_schema(table.schema))
+    # the fingerprint is for caches; by default it is a hash of the whole table
+    fingerprint = datasets.fingerprint.generate_random_fingerprint()
+    return datasets.Dataset(datasets.table.InMemoryTable(table), info=info, fingerprint=fingerprint)
 
 
 def ranges(first: np.ndarray, stop: np.ndarray) -> tuple[np.ndarray, pa.Array]:

@@ -1,7 +1,7 @@
 """Reading logs and feature tables from files, data sets and data frames as checked Arrow columns."""
 
 import difflib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,50 +17,141 @@ from transformers.utils import logging
 
 logger = logging.get_logger(__name__)
 
-FILE_READERS = {
-    ".parquet": pyarrow.parquet.read_table,
-    ".csv": pyarrow.csv.read_csv,
-    ".jsonl": pyarrow.json.read_json,
-    ".json": pyarrow.json.read_json,
-}
+COMPRESSED = (".gz", ".bz2")  # Arrow unpacks these by itself
+# what Arrow takes for a missing value in a CSV column of numbers
+_CSV_NULLS = pa.array(pyarrow.csv.ConvertOptions().null_values)
 
 
-def read_table(source: Any, split: str = "train") -> pa.Table:
-    """Reads any source that [`load_interactions`] takes (see there) as a `pyarrow.Table`."""
-    if isinstance(source, pa.Table):
-        table = source
-    elif isinstance(source, datasets.Dataset):
-        table = source.with_format("arrow")[:]
-    elif isinstance(source, (str, Path)):
-        table = _read_path_or_hub(source, split)
-    elif isinstance(source, Mapping) and not isinstance(source, datasets.DatasetDict):
-        table = pa.table({name: pa.array(values, from_pandas=True) for name, values in source.items()})
-    elif isinstance(source, pd.DataFrame):
-        table = pa.Table.from_pandas(source, preserve_index=False)
-    else:
-        raise TypeError(
-            f"cannot read a table from {type(source).__name__}; pass a path, a Hub data set name, a "
-            "datasets.Dataset (of a DatasetDict, one split), a pandas DataFrame, a pyarrow.Table or a dict of arrays"
+def read_table(source: Any, split: str = "train", ids: Sequence[str] = ()) -> pa.Table:
+    """Reads any source that [`load_interactions`] takes (see there) as a `pyarrow.Table`.
+
+    Args:
+        split: which one of a Hub data set, or of a `DatasetDict` saved to disk.
+        ids: columns of a CSV file that hold ids. They are read as text, and become integers only where no spelling is
+            lost: `7`, but not `007`. All other kinds of sources say themselves what their columns are.
+
+    Raises:
+        ValueError: no rows, two columns of one name, or a file that cannot be read; the message says where.
+        TypeError: a source of an unknown kind.
+        FileNotFoundError: a path that does not exist.
+    """
+    where = str(source) if isinstance(source, (str, Path)) else f"the {type(source).__name__}"
+    try:
+        table = _read(source, split, ids)
+    except (pa.ArrowException, OverflowError) as error:
+        hint = (
+            ""
+            if isinstance(source, (str, Path))
+            else "; each column needs values of one type, and as many as the others"
         )
+        raise ValueError(f"cannot read {where}: {error}{hint}") from error
+    if repeated := sorted({name for name in table.column_names if table.column_names.count(name) > 1}):
+        raise ValueError(f"{where} has more than one column named {repeated}; rename all but one")
     if table.num_rows == 0:
-        where = source if isinstance(source, (str, Path)) else f"the {type(source).__name__}"
         raise ValueError(f"{where} has no rows; its columns are {table.column_names}")
     return table
 
 
-def _read_path_or_hub(source: str | Path, split: str) -> pa.Table:
+def _read(source: Any, split: str, ids: Sequence[str]) -> pa.Table:
+    if isinstance(source, pa.Table):
+        return source
+    if isinstance(source, datasets.Dataset):
+        return source.with_format("arrow")[:]
+    if isinstance(source, (str, Path)):
+        return _read_path_or_hub(source, split, ids)
+    if isinstance(source, Mapping) and not isinstance(source, datasets.DatasetDict):
+        return pa.table({name: pa.array(values, from_pandas=True) for name, values in source.items()})
+    if isinstance(source, pd.DataFrame):
+        return pa.Table.from_pandas(source, preserve_index=False)
+    raise TypeError(
+        f"cannot read a table from {type(source).__name__}; pass a path, a Hub data set name, a "
+        "datasets.Dataset (of a DatasetDict, one split), a pandas DataFrame, a pyarrow.Table or a dict of arrays"
+    )
+
+
+def _read_path_or_hub(source: str | Path, split: str, ids: Sequence[str]) -> pa.Table:
     path = Path(source)
     if path.is_dir():
-        return pyarrow.parquet.read_table(path)
-    if path.suffix in FILE_READERS:
+        return _read_folder(path, split)
+    suffix = Path(path.stem).suffix if path.suffix in COMPRESSED else path.suffix
+    if suffix in FILE_READERS:
         if not path.is_file():
             raise FileNotFoundError(f"{path} does not exist")
         if path.stat().st_size == 0:
             raise ValueError(f"{path} is empty")
-        return FILE_READERS[path.suffix](path)
+        try:
+            return FILE_READERS[suffix](path, ids)
+        except OSError as error:  # cut off, or not what its name says
+            raise ValueError(f"cannot read {path}: {error}") from error
     if path.exists() or isinstance(source, Path):
-        raise ValueError(f"cannot read {path}: pass a {', '.join(FILE_READERS)} file or a folder of parquet files")
-    return datasets.load_dataset(source, split=split).with_format("arrow")[:]
+        raise ValueError(
+            f"cannot read {path}: pass a {', '.join(FILE_READERS)} file (.csv.gz and the like, too), a folder of parquet "
+            "files or a folder that datasets.save_to_disk wrote"
+        )
+    try:
+        return datasets.load_dataset(source, split=split).with_format("arrow")[:]
+    except (FileNotFoundError, ConnectionError) as error:  # also of a data set that the Hub does not have
+        raise FileNotFoundError(f"{source} is no file or folder here and no data set on the Hub: {error}") from error
+
+
+def _read_folder(path: Path, split: str) -> pa.Table:
+    if (path / "dataset_dict.json").is_file():
+        saved = datasets.load_from_disk(str(path))
+        if split not in saved:
+            raise ValueError(f"{path} has no split {split!r}; it has {list(saved)}")
+        return saved[split].with_format("arrow")[:]
+    if (path / "state.json").is_file():
+        return datasets.load_from_disk(str(path)).with_format("arrow")[:]
+    if next(path.rglob("*.parquet"), None) is None:
+        raise ValueError(
+            f"{path} holds no parquet file and is no folder of datasets.save_to_disk; name the file itself"
+        )
+    return pyarrow.parquet.read_table(path)
+
+
+def _read_csv(path: Path, ids: Sequence[str]) -> pa.Table:
+    settings = {
+        "parse_options": pyarrow.csv.ParseOptions(
+            delimiter="\t" if ".tsv" in path.suffixes else ",", newlines_in_values=True
+        ),
+        "convert_options": pyarrow.csv.ConvertOptions(column_types=dict.fromkeys(ids, pa.large_string())),
+    }
+    try:
+        table = pyarrow.csv.read_csv(path, **settings)
+    except pa.ArrowInvalid:  # once more on one thread: then Arrow knows the row
+        table = pyarrow.csv.read_csv(path, pyarrow.csv.ReadOptions(use_threads=False), **settings)
+    if binary := [field.name for field in table.schema if pa.types.is_binary(field.type)]:
+        raise ValueError(f"{path}: the columns {binary} are not UTF-8; save the file as UTF-8")
+    for i, name in enumerate(table.column_names):
+        if name in ids:
+            table = table.set_column(i, name, _csv_ids(table.column(i).combine_chunks()))
+    return table
+
+
+def _csv_ids(array: pa.Array) -> pa.Array:
+    """Text as integers if it is integers but for what Arrow takes for null; otherwise text, with null where it is blank."""
+    known = pc.if_else(pc.is_in(array, value_set=_CSV_NULLS.cast(array.type)), pa.scalar(None, array.type), array)
+    integers = integers_of(known)
+    return _without_blanks(array) if integers is known else integers
+
+
+def _read_json(path: Path, ids: Sequence[str]) -> pa.Table:
+    # blocks larger than Arrow's 1 MiB: a line, with a long history in it, must fit into one
+    try:
+        return pyarrow.json.read_json(path, pyarrow.json.ReadOptions(block_size=1 << 26))
+    except pa.ArrowInvalid as error:
+        raise ValueError(
+            f"cannot read {path}: {error} (counted from 0). Each line must be one object, and a column of one type"
+        ) from error
+
+
+FILE_READERS = {
+    ".parquet": lambda path, ids: pyarrow.parquet.read_table(path),
+    ".csv": _read_csv,
+    ".tsv": _read_csv,
+    ".jsonl": _read_json,
+    ".json": _read_json,
+}
 
 
 def select_columns(table: pa.Table, names: Mapping[str, str], argument: str) -> pa.Table:
@@ -77,37 +168,99 @@ def select_columns(table: pa.Table, names: Mapping[str, str], argument: str) -> 
 
 
 def without_nulls(table: pa.Table, drop: bool) -> pa.Table:
-    """Raises for null or NaN values, or drops their rows (logged)."""
+    """Raises for null, NaN or infinite values, or drops their rows (logged)."""
     masks, counts = {}, {}
     for name in table.column_names:
         mask = pc.is_null(table[name], nan_is_null=True)
+        if pa.types.is_floating(table[name].type):
+            mask = pc.or_(mask, pc.fill_null(pc.is_inf(table[name]), False))
         if count := pc.sum(mask).as_py():
             masks[name], counts[name] = mask.to_numpy(), count
     if not counts:
         return table
+    keep = ~np.logical_or.reduce(list(masks.values()))
     if not drop:
         raise ValueError(
-            f"null or NaN values per column: {counts}, of {table.num_rows} rows; fill them in, or pass "
-            "drop_nulls=True to leave these rows out"
+            f"null (empty), NaN or infinite values per column: {counts}, of {table.num_rows} rows, the first one in row "
+            f"{keep.argmin() + 1}; fill them in, or pass drop_nulls=True to leave these rows out"
         )
-    keep = ~np.logical_or.reduce(list(masks.values()))
-    logger.warning(f"dropped {(~keep).sum()} of {table.num_rows} rows with null or NaN values; per column: {counts}")
+    logger.warning(
+        f"dropped {(~keep).sum()} of {table.num_rows} rows with null, NaN or infinite values; per column: {counts}"
+    )
     if not keep.any():
-        raise ValueError(f"no rows are left without null or NaN values; per column: {counts}")
+        raise ValueError(f"no rows are left without null, NaN or infinite values; per column: {counts}")
     return table.filter(pa.array(keep))
 
 
 def id_array(column: pa.ChunkedArray, name: str) -> pa.Array:
-    """Ids as one int64 or string array; floats pass where all are whole (pandas' integers with gaps)."""
+    """Ids as one int64 or large_string array.
+
+    Integers of any type, whole decimals and whole floats up to 2^53 (pandas' integers with gaps; above, neighbours are one
+    float) become int64. NaN and blank text become null.
+
+    Raises:
+        ValueError: numbers that are not whole or do not fit.
+        TypeError: neither numbers nor text.
+    """
     array = _plain(column)
-    if pa.types.is_integer(array.type) or pa.types.is_floating(array.type):
-        try:
-            return array.cast(pa.int64())
-        except pa.ArrowInvalid as error:
-            raise ValueError(f"{name} ({array.type}) does not fit int64: {error}; pass the ids as strings") from error
-    if pa.types.is_string(array.type) or pa.types.is_large_string(array.type):
+    if pa.types.is_null(array.type):
         return array.cast(pa.large_string())
-    raise TypeError(f"{name} must hold integers or strings, got {array.type}")
+    if _is_text(array.type):
+        return _without_blanks(array.cast(pa.large_string()))
+    if pa.types.is_floating(array.type):
+        array = array.cast(pa.float64())
+        array = pc.if_else(pc.is_nan(array), pa.scalar(None, array.type), array)
+        bad = pc.or_(pc.not_equal(pc.floor(array), array), pc.greater(pc.abs(array), 2.0**53))
+        if (lost := array.filter(bad)).is_valid().true_count:
+            raise ValueError(
+                f"{name} ({column.type}) cannot become int64: {lost[0]} is no whole number up to 2^53; pass the ids as text"
+            )
+    elif not (pa.types.is_integer(array.type) or pa.types.is_decimal(array.type)):
+        raise TypeError(f"{name} must hold integers or strings, got {array.type}")
+    try:
+        return array.cast(pa.int64())
+    except pa.ArrowInvalid as error:
+        raise ValueError(
+            f"{name} ({array.type}) cannot become int64: not whole, or beyond 64 bits ({error}); pass the ids as text"
+        ) from error
+
+
+def integers_of(text: pa.Array) -> pa.Array:
+    """Text as int64 if every value is the way to write an integer (`7`, not `007`, `7.0` or `+7`); otherwise as it is."""
+    if not pc.all(pc.match_substring_regex(text, r"^(0|-?[1-9][0-9]*)$")).as_py():
+        return text
+    try:
+        return text.cast(pa.int64())
+    except pa.ArrowInvalid:  # beyond 64 bits
+        return text
+
+
+def one_kind(log_ids: pa.Array, table_ids: pa.Array) -> tuple[pa.Array, pa.Array]:
+    """Ids of a log and of a table about them, as one type: 7 and '7' are the same id, '007' is another one.
+
+    The log decides: beside its integers, text of integers becomes integers; beside its text, integers become text. Where the
+    table has other text ('A7', '007'), the integers of the log become text, too.
+    """
+    if pa.types.is_integer(log_ids.type) and not pa.types.is_integer(table_ids.type):
+        table_ids = integers_of(table_ids)
+    if log_ids.type == table_ids.type:
+        return log_ids, table_ids
+    return log_ids.cast(pa.large_string()), table_ids.cast(pa.large_string())
+
+
+def match_ids(ids: np.ndarray, known: np.ndarray) -> np.ndarray:
+    """
+    The row of each id in `known`, compared as in [`one_kind`].
+
+    Args:
+        ids (`np.ndarray` of shape (n,)): Integers or text.
+        known (`np.ndarray` of shape (m,)): Integers or text, each once.
+
+    Returns:
+        `np.ndarray` of shape (n,), int64; -1 where `known` lacks the id.
+    """
+    left, right = one_kind(id_array(pa.array(ids), "ids"), id_array(pa.array(known), "ids"))
+    return pc.fill_null(pc.index_in(left, value_set=right), -1).to_numpy().astype(np.int64)
 
 
 def index_ids(ids: pa.Array) -> tuple[pa.Array, np.ndarray]:
@@ -119,25 +272,34 @@ def index_ids(ids: pa.Array) -> tuple[pa.Array, np.ndarray]:
     return encoded.dictionary.take(pa.array(order)), rank[encoded.indices.to_numpy()]
 
 
-def timestamp_array(column: pa.ChunkedArray, name: str = "timestamp") -> np.ndarray:
-    """Timestamps as int64 or float64; dates and ISO 8601 strings as milliseconds since 1970 UTC."""
+def timestamp_array(column: pa.ChunkedArray, name: str = "timestamp") -> tuple[np.ndarray, int]:
+    """Timestamps as int64 or float64 in their full precision, and how many of their units make one of ours.
+
+    Numbers keep their unit: 1. Dates and ISO 8601 strings, UTC where they name no zone, count from 1970 in units of which 1,
+    1,000 or 1,000,000 make a millisecond.
+    """
     array = _plain(column)
-    if pa.types.is_string(array.type) or pa.types.is_large_string(array.type):
+    if _is_text(array.type):
         array = _parse_iso(array, name)
-    if pa.types.is_date(array.type) or pa.types.is_timestamp(array.type):
-        return array.cast(pa.timestamp("ms"), safe=False).cast(pa.int64()).to_numpy()
-    if pa.types.is_integer(array.type):
-        return array.cast(pa.int64()).to_numpy()
+    if pa.types.is_date(array.type) or (pa.types.is_timestamp(array.type) and array.type.unit == "s"):
+        array = array.cast(pa.timestamp("ms"))
+    if pa.types.is_timestamp(array.type):
+        return array.cast(pa.int64()).to_numpy(), {"ms": 1, "us": 1_000, "ns": 1_000_000}[array.type.unit]
+    if pa.types.is_integer(array.type) or (pa.types.is_decimal(array.type) and array.type.scale == 0):
+        try:
+            return array.cast(pa.int64()).to_numpy(), 1
+        except pa.ArrowInvalid as error:
+            raise ValueError(
+                f"{name} ({array.type}) does not fit into 64 bits ({error}); use a larger unit"
+            ) from error
     if pa.types.is_floating(array.type) or pa.types.is_decimal(array.type):
-        return array.cast(pa.float64()).to_numpy()
+        return array.cast(pa.float64()).to_numpy(), 1
     raise TypeError(f"{name} must hold numbers, dates or ISO 8601 strings, got {array.type}")
 
 
 def _parse_iso(array: pa.Array, name: str) -> pa.Array:
-    for target in (
-        pa.timestamp("ns"),
-        pa.timestamp("ns", "UTC"),
-    ):  # Arrow wants all strings without, or all with, zone
+    # Arrow wants all strings without, or all with, a zone; nanoseconds reach from 1677 to 2262 alone
+    for target in (pa.timestamp(unit, zone) for unit in ("ns", "us") for zone in (None, "UTC")):
         try:
             return array.cast(target)
         except pa.ArrowInvalid as error:
@@ -151,9 +313,11 @@ def _parse_iso(array: pa.Array, name: str) -> pa.Array:
 def numpy_values(column: pa.ChunkedArray, name: str) -> np.ndarray:
     """One number, boolean or string per row, in the narrow type of the source."""
     array = _plain(column)
+    if pa.types.is_decimal(array.type):
+        array = array.cast(pa.float64())
     if pa.types.is_boolean(array.type) or pa.types.is_integer(array.type) or pa.types.is_floating(array.type):
         return array.to_numpy(zero_copy_only=False)
-    if pa.types.is_string(array.type) or pa.types.is_large_string(array.type):
+    if _is_text(array.type):
         return np.array(array.to_pylist(), dtype=str)
     raise TypeError(f"{name} must hold numbers, booleans or strings, got {array.type}")
 
@@ -161,10 +325,20 @@ def numpy_values(column: pa.ChunkedArray, name: str) -> np.ndarray:
 def feature_values(column: pa.ChunkedArray) -> np.ndarray | list:
     """Numbers as an array (null becomes NaN), booleans too if none is null; the rest as a list with None for null."""
     array = _plain(column)
+    if pa.types.is_decimal(array.type):
+        array = array.cast(pa.float64())
     is_number = pa.types.is_integer(array.type) or pa.types.is_floating(array.type)
     if is_number or (pa.types.is_boolean(array.type) and not array.null_count):
         return array.to_numpy(zero_copy_only=False)
     return array.to_pylist()
+
+
+def _is_text(kind: pa.DataType) -> bool:
+    return pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind)
+
+
+def _without_blanks(text: pa.Array) -> pa.Array:
+    return pc.if_else(pc.equal(pc.utf8_trim_whitespace(text), ""), pa.scalar(None, text.type), text)
 
 
 def _plain(column: pa.ChunkedArray | pa.Array) -> pa.Array:

@@ -15,6 +15,7 @@ from transformers.generation import GenerateBeamDecoderOnlyOutput, GenerationCon
 
 from .beam_search import BeamSearch, search
 from .catalogue import Catalogue
+from .input_checks import check_finite
 
 _DEAD = float("-inf")
 
@@ -63,11 +64,35 @@ class CatalogueLogitsProcessor(LogitsProcessor):
         valid = self.catalogue.valid_codes(node, level, None if self.alive is None else self.alive[level])
         start, rows = self.level_offsets[level], scores.shape[0]
         inside = slice(start, start + valid.shape[1])
+        if rows % valid.shape[0]:
+            raise ValueError(
+                f"allowed has {valid.shape[0]} rows, the search {rows}: give one row per request, or one row for all."
+            )
         if 1 < valid.shape[0] < rows:  # at the first level, one row per request
             valid = valid.repeat_interleave(rows // valid.shape[0], 0)
         result = torch.full_like(scores, _DEAD)
         result[:, inside] = scores[:, inside].masked_fill(~valid, _DEAD)
         return result
+
+
+class NotFinite(LogitsProcessor):
+    """
+    Remembers whether any score was NaN, and puts 0 in its place, which sampling survives; [`check_finite`] asks once at the end.
+
+    transformers' loops give items of such scores, or stop in a kernel, and asking at every step would wait for the device.
+    """
+
+    seen: torch.Tensor | None = None
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> Any:
+        bad = scores.isnan() | (scores == float("inf"))
+        self.seen = bad.any() if self.seen is None else self.seen | bad.any()
+        return scores.masked_fill(bad, 0.0)
+
+    def check(self, what: str) -> None:
+        """Raises `ValueError` where a score was NaN or inf."""
+        if self.seen is not None:
+            check_finite(torch.where(self.seen, torch.nan, 0.0), what)
 
 
 class _TreeAttention:
@@ -182,6 +207,7 @@ def catalogue_generate(
     _check(model, generation_config, normalize)
     decoder = _TreeAttention(model, input_ids, model_kwargs.get("attention_mask"), catalogue, level_offsets, normalize)
     found = search(decoder, BeamSearch(), catalogue, input_ids.shape[0], search_beams, allowed_items)
+    check_finite(found.scores, "catalogue_generate")
     codes = found.semantic_ids[:, :, 0]  # (B, K, L)
     tokens = torch.stack([codes[:, :, level] + offset for level, offset in enumerate(level_offsets)], dim=2)
     tokens = tokens.masked_fill(codes < 0, generation_config.pad_token_id or 0)
@@ -193,4 +219,4 @@ def catalogue_generate(
     return GenerateBeamDecoderOnlyOutput(sequences=cast(torch.LongTensor, sequences), sequences_scores=scores)
 
 
-__all__ = ["CatalogueLogitsProcessor", "catalogue_generate"]
+__all__ = ["CatalogueLogitsProcessor", "NotFinite", "catalogue_generate"]

@@ -15,6 +15,7 @@ from transformers.cache_utils import DynamicCache
 from transformers.modeling_outputs import ModelOutput
 
 from .catalogue import Catalogue
+from .input_checks import check_rows_allowed
 from .layers import ContextKV
 
 _DEAD = float("-inf")
@@ -87,15 +88,15 @@ class _Samples:
         top = top.masked_fill(top == _DEAD, 0.0)  # beams without a child
         logits = logits - top.gather(1, parent).unsqueeze(2)
         total = torch.zeros_like(top).scatter_add(1, parent, logits.exp().sum(2))
-        return logits - total.log().gather(1, parent).unsqueeze(2)
+        # a beam without a child keeps -inf; NaN is left to what the model computed
+        return (logits - total.log().gather(1, parent).unsqueeze(2)).masked_fill(logits == _DEAD, _DEAD)
 
     def choose(self, scores, log_probs, parent, real, k):
         log_probs = self._normalised(log_probs, parent, real)
         drawn = log_probs.expand(-1, k, -1)  # the first step has one run, drawn from K times; later ones have K
         best = (drawn + self._gumbel(drawn.shape, drawn.device)).argmax(2)
         self.log_probs = self.log_probs.expand(-1, k) + drawn.gather(2, best.unsqueeze(2)).squeeze(2)
-        dead = self.log_probs.isnan() | (self.log_probs == _DEAD)
-        self.log_probs = self.log_probs.masked_fill(dead, _DEAD)
+        dead = self.log_probs == _DEAD
         run = torch.arange(k, device=best.device) if log_probs.shape[1] == k else 0
         return best + run * log_probs.shape[2], dead
 
@@ -117,7 +118,7 @@ class _DistinctSamples(_Samples):
         limit = self.gumbels.gather(1, parent).unsqueeze(2)
         below = limit - drawn + torch.log1p(-(drawn - largest.gather(1, parent).unsqueeze(2)).exp())
         drawn = limit - below.clamp(min=0) - torch.log1p((-below.abs()).exp())
-        self.gumbels, best, dead = _top(torch.where(real & (limit > _DEAD), drawn, _DEAD), k)
+        self.gumbels, best, dead = _top(torch.where(real & (limit != _DEAD), drawn, _DEAD), k)
         self.log_probs = log_probs.flatten(1).gather(1, best).masked_fill(dead, _DEAD)
         return best, dead
 
@@ -224,7 +225,11 @@ def search(
         [`BeamSearchOutput`] without the fields of samples.
     """
     device, levels = catalogue.device, catalogue.num_levels
+    if k < 1 or num_items < 1:
+        raise ValueError(f"num_beams (or samples)={k}, num_items={num_items}: both must be at least 1.")
     alive = catalogue.alive(allowed) if isinstance(allowed, torch.Tensor) else allowed
+    if alive is not None:
+        check_rows_allowed(alive, batch, [len(codes) for codes in catalogue.codes])
     alive = None if alive is None else [mask.expand(batch, -1) for mask in alive]
     leaf_totals = None if alive is None or num_items == 1 else F.pad(alive[-1].cumsum(1), (1, 0))
     step = _Step(decoder, chooser, catalogue, alive, leaf_totals, k)

@@ -6,6 +6,8 @@ from huggingface_hub.dataclasses import strict
 from transformers.configuration_utils import PreTrainedConfig
 from transformers.utils import logging
 
+from .parallel_plans import DECODER_EP_PLAN, DECODER_TP_PLAN, ENCODER_EP_PLAN, ENCODER_TP_PLAN
+
 logger = logging.get_logger(__name__)
 
 # what transformers puts into a config that is neither a field nor a property of it
@@ -55,6 +57,8 @@ class SemanticIdConfig(PreTrainedConfig):
     """
 
     keys_to_ignore_at_inference = ["past_key_values", "context_kv"]
+    base_model_tp_plan = DECODER_TP_PLAN
+    base_model_ep_plan = DECODER_EP_PLAN  # type: ignore[assignment]  # as transformers' own models
     session_wise: ClassVar[bool] = False  # True where one row of `input_ids` holds several items, BOS before each
 
     codebook_sizes: list[int] | None = None
@@ -140,6 +144,17 @@ class SemanticIdConfig(PreTrainedConfig):
         known = {*self.context_features, *self.user_features}
         if unknown := sorted(set(self.feature_embed_dims) - known):
             raise ValueError(f"feature_embed_dims names {unknown}; the features are {sorted(known)}.")
+        for name in ("pad_token_id", "bos_token_id"):
+            if (token := getattr(self, name)) is None or not 0 <= token < NUM_SPECIAL_TOKENS:
+                raise ValueError(
+                    f"{name}={token}: rows begin with bos_token_id and are filled with pad_token_id. Both must be special "
+                    f"tokens, 0 to {NUM_SPECIAL_TOKENS - 1}."
+                )
+
+    @property
+    def has_experts(self) -> bool:
+        """Whether any block is a mixture of experts."""
+        return any(self.is_moe_layer(layer) for layer in range(self.num_hidden_layers))
 
     def is_moe_layer(self, layer_idx: int) -> bool:
         """Whether decoder block `layer_idx` is a mixture of experts."""
@@ -175,6 +190,7 @@ class OneRecConfig(SemanticIdConfig):
     """
 
     model_type = "onerec"
+    base_model_tp_plan = DECODER_TP_PLAN | ENCODER_TP_PLAN
     session_wise: ClassVar[bool] = True
 
     num_session_items: int = 5
@@ -210,6 +226,8 @@ class OneRecV1Config(SemanticIdConfig):
     """
 
     model_type = "onerec_v1"
+    base_model_tp_plan = DECODER_TP_PLAN | ENCODER_TP_PLAN
+    base_model_ep_plan = DECODER_EP_PLAN | ENCODER_EP_PLAN
 
     num_encoder_layers: int = 4
     encoder_moe: bool = False
@@ -225,6 +243,12 @@ class OneRecV1Config(SemanticIdConfig):
     def __post_init__(self, **kwargs):
         super().__post_init__(**kwargs)
         self.code_embed_dim = self.code_embed_dim or self.hidden_size // self.num_levels
+
+    @property
+    def has_experts(self) -> bool:
+        """As of the decoder alone, and with `encoder_moe` of the encoder too."""
+        encoder = range(self.num_encoder_layers if self.encoder_moe else 0)
+        return super().has_experts or any(self.is_moe_layer(layer) for layer in encoder)
 
     def validate_pathways(self) -> None:
         """Part of the strict validation: lengths of the pathways."""

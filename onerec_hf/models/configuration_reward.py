@@ -100,6 +100,11 @@ class RewardConfig(PreTrainedConfig):
         """Token ids are the policy's: [specials | level 1 | ... | level L]."""
         return NUM_SPECIAL_TOKENS + sum(self.codebook_sizes)
 
+    @property
+    def level_offsets(self) -> list[int]:
+        """Token id of code 0 of each level."""
+        return [NUM_SPECIAL_TOKENS + sum(self.codebook_sizes[:level]) for level in range(self.num_levels)]
+
 
 @strict
 class OneRecSessionRewardConfig(RewardConfig):

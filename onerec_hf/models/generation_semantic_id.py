@@ -14,15 +14,17 @@ from transformers.generation import (
     GenerateBeamDecoderOnlyOutput,
     GenerationConfig,
     GenerationMixin,
+    LogitsProcessor,
     LogitsProcessorList,
 )
 from transformers.modeling_utils import PreTrainedModel
 from transformers.utils import logging
 from transformers.utils.hub import cached_file
 
-from .any_model import CatalogueLogitsProcessor, catalogue_generate
+from .any_model import CatalogueLogitsProcessor, NotFinite, catalogue_generate
 from .beam_search import beam_search, sample_items
 from .catalogue import CATALOGUE_NAME, Catalogue
+from .input_checks import check_finite, check_generate, check_rows_allowed
 from .layers import ContextKV, LevelHead
 
 logger = logging.get_logger(__name__)
@@ -152,7 +154,7 @@ class CatalogueGenerationMixin(_Model):
         *,
         constrained: bool = True,
         catalogue: Catalogue | None = None,
-        allowed_items: torch.Tensor | None = None,
+        allowed_items: torch.Tensor | list[torch.Tensor] | None = None,
         num_items: int | None = None,
         replacement: bool = True,
         generator: torch.Generator | None = None,
@@ -210,8 +212,13 @@ class CatalogueGenerationMixin(_Model):
         num_items = self.num_items if num_items is None else num_items
         if not constrained and (catalogue is not None or allowed_items is not None):
             raise ValueError("constrained=False together with catalogue or allowed_items: leave out one side.")
+        batch = check_generate(self.config, inputs, settings, context, num_items)
         if constrained:
             catalogue = self._require_catalogue(catalogue)
+        if allowed_items is not None:
+            if isinstance(allowed_items, torch.Tensor):
+                allowed_items = catalogue.alive(allowed_items)
+            check_rows_allowed(allowed_items, batch, [len(codes) for codes in catalogue.codes])
         reason = self._own_loop_reason(inputs, settings, given, num_items) if constrained else "constrained=False"
         if reason is None:
             return self._fast_generate(settings, context, catalogue, allowed_items, num_items, replacement, generator)
@@ -260,8 +267,6 @@ class CatalogueGenerationMixin(_Model):
         context.pop("attention_mask", None)
         if context:
             raise ValueError(f"generate does not know these arguments: {sorted(context)}.")
-        if isinstance(allowed_items, torch.Tensor):
-            allowed_items = catalogue.alive(allowed_items)
         if settings.do_sample:
             temperature = 1.0 if settings.temperature is None else settings.temperature
             drawing = (returned, replacement, temperature, generator)
@@ -271,6 +276,7 @@ class CatalogueGenerationMixin(_Model):
             if settings.compile_config is not None:
                 run = torch.compile(beam_search, **settings.compile_config.to_dict())
             found = run(self, catalogue, context_kv, num_beams, allowed_items, num_items)
+        check_finite(found.scores, f"{type(self).__name__}.generate")
         codes = found.semantic_ids[:, :returned]  # (B, returned, m, L)
         tokens = torch.stack([codes[..., l] + offset for l, offset in enumerate(self.config.level_offsets)], dim=3)
         tokens = F.pad(tokens, (1, 0), value=self.config.bos_token_id).flatten(2)  # [BOS s^1..s^L] m times
@@ -291,14 +297,17 @@ class CatalogueGenerationMixin(_Model):
             source = self.generation_config if generation_config is None else generation_config
             leaks = {name: value for name, value in leaks.items() if getattr(source, name) not in (None, value)}
             kwargs = leaks | kwargs
+        finite = NotFinite()
+        processors: list[LogitsProcessor] = [finite]
         if catalogue is not None:
-            processor = CatalogueLogitsProcessor(
-                catalogue, self.config.level_offsets, 1, allowed_items, self.config.eos_token_id
-            )
-            kwargs["logits_processor"] = LogitsProcessorList([processor, *(kwargs.get("logits_processor") or [])])
+            offsets = self.config.level_offsets
+            processors.append(CatalogueLogitsProcessor(catalogue, offsets, 1, allowed_items, self.config.eos_token_id))
             if self.config.score_normalization == "valid":
                 kwargs["renormalize_logits"] = True
-        return super().generate(inputs, generation_config, **kwargs)  # type: ignore[misc]
+        kwargs["logits_processor"] = LogitsProcessorList([*processors, *(kwargs.get("logits_processor") or [])])
+        result = super().generate(inputs, generation_config, **kwargs)  # type: ignore[misc]
+        finite.check(f"{type(self).__name__}.generate")
+        return result
 
     def _expand_inputs_for_generation(self, expand_size=1, is_encoder_decoder=False, input_ids=None, **model_kwargs):
         # The context is encoded once per user before transformers repeats tensors per beam or per sample.

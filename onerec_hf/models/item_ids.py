@@ -107,7 +107,7 @@ def _whole(value: Any) -> int | None:
     if isinstance(value, (float, np.floating)):
         return int(value) if float(value).is_integer() and abs(value) <= _WHOLE_FLOATS else None
     if isinstance(value, (int, np.integer)):
-        return int(value) if _INT64.min <= int(value) <= _INT64.max else None
+        return number if _INT64.min <= (number := int(value)) <= _INT64.max else None
     return None
 
 

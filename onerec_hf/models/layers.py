@@ -15,6 +15,8 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import ModelOutput
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from .input_checks import check_range
+
 
 @dataclass
 class ContextKV(ModelOutput):
@@ -264,7 +266,7 @@ class FeatureEmbedding(nn.Module):
 
     def __init__(self, features: dict[str, int], config: Any, kind: str, fixed: Sequence[str] = ()):
         super().__init__()
-        self.names, self.kind = list(features), kind
+        self.names, self.sizes, self.kind = list(features), list(features.values()), kind
         widths = [config.feature_embed_dims.get(name, config.context_embed_dim) for name in features]
         self.width = sum(widths)
         tables = zip(features.items(), widths)
@@ -275,13 +277,23 @@ class FeatureEmbedding(nn.Module):
             ]
         )
 
-    def forward(self, values: Tensor | None) -> list[Tensor]:
+    def forward(self, values: Tensor | None, shape: Sequence[int]) -> list[Tensor]:
+        """`values` (*shape, F); `shape` is that of the items or users that the features belong to."""
         given = 0 if values is None else values.shape[-1]
         if given != len(self.names):
             raise ValueError(
                 f"{self.kind} holds {given} features, the config names {len(self.names)} ({self.names}): give a tensor whose last "
                 "dimension has one column per name, in this order."
             )
+        if values is None:
+            return []
+        if values.shape[:-1] != torch.Size(shape):
+            raise ValueError(
+                f"{self.kind} has shape {tuple(values.shape)}: expected {(*shape, given)}, one row for each of what it describes."
+            )
+        for i, (name, size) in enumerate(zip(self.names, self.sizes)):
+            hint = "Value 0 stands for unknown; the config says how many values there are."
+            check_range(f"{self.kind}, column {i} ({name!r}),", values[..., i], size, hint)
         return [table(values[..., i]) for i, table in enumerate(self.tables)]
 
     def fill(self, name: str, vectors: Tensor) -> None:
@@ -293,20 +305,6 @@ class FeatureEmbedding(nn.Module):
                 f"without 0) of width {table.shape[1]}."
             )
         table.copy_(F.pad(vectors, (0, 0, 1, 0)))
-
-
-def checked_context(config: Any, context_ids: Tensor | None, context_mask: Tensor | None) -> Tensor:
-    """`context_mask` (B, T), made where it is missing; an error where `context_ids` is missing or has another shape."""
-    if context_ids is None:
-        raise ValueError("context_ids is missing: give the histories as token ids of shape (batch, items, levels).")
-    if context_ids.dim() != 3 or context_ids.shape[2] != config.num_levels:
-        raise ValueError(
-            f"context_ids has shape {tuple(context_ids.shape)}: expected (batch, items, {config.num_levels}), one token per "
-            "level of each item."
-        )
-    if context_mask is None:
-        return torch.ones(context_ids.shape[:2], dtype=torch.bool, device=context_ids.device)
-    return context_mask.bool()
 
 
 def item_ages(mask: Tensor) -> Tensor:
@@ -344,6 +342,5 @@ __all__ = [
     "PositionRMSNorm",
     "SelfAttention",
     "age_buckets",
-    "checked_context",
     "item_ages",
 ]

@@ -11,13 +11,13 @@ from torch import nn
 from transformers.generation import GenerationMixin
 
 from .configuration_onerec import OneRecConfig
+from .input_checks import checked_context
 from .layers import (
     ContextKV,
     EncoderLayer,
     FeatureEmbedding,
     FeedForward,
     KeyValueProjection,
-    checked_context,
     item_ages,
 )
 from .modeling_semantic_id import SemanticIdMixin, SemanticIdModel, SemanticIdPreTrainedModel
@@ -61,13 +61,13 @@ class OneRecContextEmbedding(nn.Module):
             codes = codes.flatten(2).unsqueeze(2)  # (B, T, 1, L * dim)
         tokens = self.code_proj(self.dropout(codes))  # (B, T, L or 1, D)
         shared = self.embed_ages((item_ages(mask) - 1).clamp(max=self.config.max_context_items - 1))
-        features = self.embed_features(context_features)
+        features = self.embed_features(context_features, context_ids.shape[:2])
         if self.feature_proj is not None:
             shared = shared + self.feature_proj(self.dropout(torch.cat(features, dim=-1)))
         tokens = tokens + shared.unsqueeze(2)
         mask = mask.repeat_interleave(tokens.shape[2], dim=1)
         static = self.static_slot(context_ids.new_zeros(context_ids.shape[0], 1))
-        user = self.embed_user(user_features)
+        user = self.embed_user(user_features, context_ids.shape[:1])
         if self.user_proj is not None:
             static = static + self.user_proj(self.dropout(torch.cat(user, dim=-1))).unsqueeze(1)
         return torch.cat([static, tokens.flatten(1, 2)], dim=1), F.pad(mask, (1, 0), value=True)

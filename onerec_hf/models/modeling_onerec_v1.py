@@ -8,7 +8,8 @@ from torch import nn
 from transformers.generation import GenerationMixin
 
 from .configuration_onerec import OneRecV1Config
-from .layers import EncoderAttention, FeatureEmbedding, FeedForward, checked_context, item_ages
+from .input_checks import checked_context
+from .layers import EncoderAttention, FeatureEmbedding, FeedForward, item_ages
 from .modeling_onerec import OneRecContextEncoder
 from .modeling_semantic_id import SemanticIdMixin, SemanticIdModel, SemanticIdPreTrainedModel
 
@@ -84,7 +85,10 @@ class OneRecV1PathwayEmbedding(nn.Module):
                 f"context_ids holds {context_ids.shape[1]} items: expected {sum(self.lengths.values())}, the pathways side by side "
                 f"and each padded to its length {self.lengths}."
             )
-        features = [self.embed_codes(context_ids).flatten(2), *self.embed_features(context_features)]
+        features = [
+            self.embed_codes(context_ids).flatten(2),
+            *self.embed_features(context_features, context_ids.shape[:2]),
+        ]
         items = self.dropout(torch.cat(features, dim=-1))  # (B, T, L * code_dim + features)
         hidden = [self._static(context_ids.new_zeros(context_ids.shape[0], 1), user_features)]
         masks = [mask.new_ones(mask.shape[0], 1)]
@@ -104,7 +108,7 @@ class OneRecV1PathwayEmbedding(nn.Module):
 
     def _static(self, first, user_features):
         static = self.static_slot(first) + self.embed_positions["static"](first)  # (B, 1, D)
-        user = self.embed_user(user_features)
+        user = self.embed_user(user_features, first.shape[:1])
         if self.user_proj is None:
             return static
         return static + self.user_proj(self.dropout(torch.cat(user, dim=-1))).unsqueeze(1)

@@ -10,7 +10,8 @@ from torch import nn
 from transformers.generation import GenerationMixin
 
 from .configuration_onerec import OneRecV2Config
-from .layers import ContextKV, DecoderLayer, FeatureEmbedding, age_buckets, checked_context
+from .input_checks import check_range, checked_context
+from .layers import ContextKV, DecoderLayer, FeatureEmbedding, age_buckets
 from .modeling_semantic_id import SemanticIdMixin, SemanticIdModel, SemanticIdPreTrainedModel
 
 
@@ -66,10 +67,10 @@ class OneRecV2ContextProcessor(nn.Module):
     ) -> ContextKV:
         context_mask = checked_context(self.config, context_ids, context_mask)
         codes = self.embed_codes(context_ids).flatten(2)  # (B, T, L * dim)
-        items = torch.cat([codes, *self.embed_features(context_features)], dim=-1)
+        items = torch.cat([codes, *self.embed_features(context_features, context_ids.shape[:2])], dim=-1)
         items = self.item_proj(self.dropout(items))  # (B, T, width)
         static = self.static_slot(context_ids.new_zeros(context_ids.shape[0], 1))
-        user = self.embed_user(user_features)
+        user = self.embed_user(user_features, context_ids.shape[:1])
         if self.user_proj is not None:
             static = static + self.user_proj(self.dropout(torch.cat(user, dim=-1))).unsqueeze(1)
         # autocast: an embedding is float32, a product is not, and so many vectors are better not made wider
@@ -119,6 +120,13 @@ class OneRecV2Model(OneRecV2PreTrainedModel, SemanticIdModel):
         if target_positions is None:
             seen = order[:, -1:]  # (B, 1): every row sees every item
         else:
+            if target_positions.numel() != rows:
+                raise ValueError(
+                    f"target_positions has shape {tuple(target_positions.shape)}: expected one number for each of the {rows} rows."
+                )
+            check_range(
+                "target_positions", target_positions, mask.shape[1], "It counts the history items a target sees."
+            )
             seen = target_positions.view(batch, rows // batch)  # (B, m)
         age = seen.unsqueeze(2) + 1 - order.unsqueeze(1)  # (B, m, 1 + T), 1 is the most recent item
         static = order.unsqueeze(1) == 0

@@ -14,7 +14,9 @@ from transformers.modeling_outputs import ModelOutput
 from transformers.modeling_utils import PreTrainedModel
 from transformers.utils import can_return_tuple
 
+from .configuration_onerec import NUM_SPECIAL_TOKENS
 from .configuration_reward import OneRecPScoreConfig, OneRecSessionRewardConfig, RewardConfig
+from .input_checks import check_codes, check_range, checked_context
 from .layers import (
     ContextAttention,
     ContextKV,
@@ -22,7 +24,6 @@ from .layers import (
     FeatureEmbedding,
     KeyValueProjection,
     age_buckets,
-    checked_context,
 )
 
 
@@ -38,6 +39,14 @@ class RewardModelOutput(ModelOutput):
     loss: torch.Tensor | None = None
     logits: torch.Tensor | None = None
     rewards: torch.Tensor | None = None
+
+
+def _check_item_mask(item_mask: torch.Tensor, item_ids: torch.Tensor) -> None:
+    if item_mask.shape != item_ids.shape[:2]:
+        raise ValueError(
+            f"item_mask has shape {tuple(item_mask.shape)}: expected {tuple(item_ids.shape[:2])}, one column per item of item_ids, "
+            "True for real items."
+        )
 
 
 class TargetAwareItems(nn.Module):
@@ -79,9 +88,11 @@ class TargetAwareItems(nn.Module):
         """Keys and values of the behaviours, and the user vector (B, D); once per user, for any number of candidates."""
         mask = checked_context(self.config, context_ids, context_mask)
         codes = self.embed_codes(context_ids).flatten(2)  # (B, T, L * dim)
-        items = self.context_proj(self.dropout(torch.cat([codes, *self.embed_features(context_features)], dim=-1)))
+        items = self.context_proj(
+            self.dropout(torch.cat([codes, *self.embed_features(context_features, context_ids.shape[:2])], dim=-1))
+        )
         user = self.static_slot(context_ids.new_zeros(len(context_ids)))
-        features = self.embed_user(user_features)
+        features = self.embed_user(user_features, context_ids.shape[:1])
         if self.user_proj is not None:
             user = user + self.user_proj(self.dropout(torch.cat(features, dim=-1)))
         states = self.context_norm(torch.cat([user.unsqueeze(1), F.silu(items)], dim=1))  # (B, 1 + T, D)
@@ -105,12 +116,24 @@ class TargetAwareItems(nn.Module):
             )
         if len(item_ids) % len(user):
             raise ValueError(f"{len(item_ids)} rows of item_ids cannot share {len(user)} contexts evenly.")
+        check_range("item_ids", item_ids, self.config.vocab_size, "Padding is 0.")
+        check_codes(self.config, "item_ids", item_ids, range(NUM_SPECIAL_TOKENS))
         names = self.config.item_numbers
         if (0 if item_numbers is None else item_numbers.shape[-1]) != len(names):
             raise ValueError(
                 f"item_numbers must be a float tensor with one column for each of {names}, as the config names them."
             )
-        parts = [self.dropout(torch.cat([self.embed_codes(item_ids).flatten(2), *self.embed_item(item_features)], -1))]
+        if item_numbers is not None and item_numbers.shape[:-1] != item_ids.shape[:-1]:
+            raise ValueError(
+                f"item_numbers has shape {tuple(item_numbers.shape)}: expected {(*item_ids.shape[:-1], len(names))}."
+            )
+        parts = [
+            self.dropout(
+                torch.cat(
+                    [self.embed_codes(item_ids).flatten(2), *self.embed_item(item_features, item_ids.shape[:2])], -1
+                )
+            )
+        ]
         if names:
             parts.append(item_numbers.to(parts[0].dtype))
         items = self.item_norm(F.silu(self.item_proj(torch.cat(parts, dim=-1))))  # (R, m, D)
@@ -123,6 +146,15 @@ class TargetAwareItems(nn.Module):
     def _mask(self, mask, queries: int, target_positions):
         """Additive (B, H, n * m or 1, 1 + T): padding, behaviours after the candidate, and the bias over ages."""
         order = mask.long().cumsum(1) - 1  # (B, 1 + T): 0 is the static slot, 1.. the behaviours in time order
+        if target_positions is not None:
+            if target_positions.numel() != len(mask) * queries:
+                raise ValueError(
+                    f"target_positions has shape {tuple(target_positions.shape)}: expected one number for each candidate, "
+                    f"{len(mask) * queries} in all."
+                )
+            check_range(
+                "target_positions", target_positions, mask.shape[1], "It counts the behaviours a candidate sees."
+            )
         seen = order[:, -1:] if target_positions is None else target_positions.reshape(len(mask), queries)
         age = seen.unsqueeze(2) + 1 - order.unsqueeze(1)  # 1 is the most recent behaviour
         static = order.unsqueeze(1) == 0
@@ -227,6 +259,7 @@ class OneRecSessionRewardModel(RewardPreTrainedModel):
         items, _, _ = self.items(item_ids, item_features, item_numbers, context_kv, user)  # (R, m, D)
         if item_mask is None:
             item_mask = torch.ones(item_ids.shape[:2], dtype=torch.bool, device=item_ids.device)
+        _check_item_mask(item_mask, item_ids)
         if not bool(item_mask.any(1).all()):
             raise ValueError("item_mask has a session without items: leave it out.")
         mixed, _ = self.session_attention(items, item_mask[:, None, None])
@@ -296,6 +329,7 @@ class OneRecPScoreModel(RewardPreTrainedModel):
         fused = self.fuse_score(F.silu(self.fuse_hidden(torch.cat(parts, dim=-1)))).squeeze(-1)  # (R, m)
         rewards = fused.float().sigmoid()
         if item_mask is not None:
+            _check_item_mask(item_mask, item_ids)
             rewards = rewards * item_mask
         loss = None
         if labels is not None:

@@ -5,7 +5,6 @@ OneRec Technical Report, section 2.2.3 (arXiv:2506.13695); OneRec-V2, section 2.
 positions, R = B * m rows (rows of one user adjacent), C decoder tokens, L levels, V_l codes of level l, D width.
 """
 
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -14,7 +13,7 @@ from torch import nn
 from transformers import initialization as init
 from transformers.cache_utils import Cache, DynamicCache
 from transformers.masking_utils import create_causal_mask
-from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttentions, ModelOutput
+from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttentions
 from transformers.modeling_utils import PreTrainedModel
 from transformers.utils import can_return_tuple
 from transformers.utils.generic import merge_with_config_defaults
@@ -23,6 +22,7 @@ from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 from .catalogue import Catalogue
 from .configuration_onerec import SemanticIdConfig
 from .generation_semantic_id import CatalogueGenerationMixin
+from .input_checks import check_codes, check_kwargs, check_range, check_targets, checked_labels
 from .layers import (
     ContextAttention,
     ContextKV,
@@ -33,27 +33,8 @@ from .layers import (
     PositionRMSNorm,
     SelfAttention,
 )
+from .modeling_outputs import SemanticIdCausalLMOutput, recorded
 from .moe import Experts, Router, SparseMoE
-
-
-@dataclass
-class SemanticIdCausalLMOutput(ModelOutput):
-    """
-    Args:
-        loss (`torch.FloatTensor` of shape (1,)): Negative log-probability of the codes, in nats (`config.loss_reduction`).
-        logits (`torch.FloatTensor` of shape (R, C, vocab_size)): Scores of the next token; everything outside the level that
-            comes next is the lowest finite number, so a softmax over the vocabulary is the softmax over the level.
-        target_log_probs (`torch.FloatTensor` of shape (B, n, L)): Log-probability of each code of each target, in nats; with
-            `labels` of shape (R, items, L), one row per row of `input_ids`.
-    """
-
-    loss: torch.Tensor | None = None
-    logits: torch.Tensor | None = None
-    target_log_probs: torch.Tensor | None = None
-    past_key_values: object | None = None
-    hidden_states: tuple[torch.Tensor, ...] | None = None
-    attentions: tuple[torch.Tensor, ...] | None = None
-    cross_attentions: tuple[torch.Tensor, ...] | None = None
 
 
 class SemanticIdPreTrainedModel(PreTrainedModel):
@@ -63,11 +44,11 @@ class SemanticIdPreTrainedModel(PreTrainedModel):
     accepts_loss_kwargs = False  # the loss is a mean of its own: `Trainer` divides it by the accumulation steps
     _no_split_modules = ["DecoderLayer", "EncoderLayer"]
     _skip_keys_device_placement = ["past_key_values", "context_kv"]
-    _keep_in_fp32_modules_strict = ["e_score_correction_bias"]
     _supports_sdpa = True
     # transformers' flash path unpads queries by the key mask: wrong for a padded context (T5 and Mllama say no as well)
     _supports_flash_attn = False
     _supports_attention_backend = True
+    _can_compile_fullgraph = True
     _can_record_outputs = {
         "hidden_states": DecoderLayer,
         "attentions": OutputRecorder(SelfAttention, index=1),
@@ -76,9 +57,14 @@ class SemanticIdPreTrainedModel(PreTrainedModel):
         "router_logits": OutputRecorder(Router, index=0),
     }
 
-    @classmethod
-    def _can_set_experts_implementation(cls) -> bool:
-        return True  # transformers looks for the decorator in the model's own file; here it stands in moe.py
+    def __init__(self, config: Any, *args: Any, **kwargs: Any):
+        super().__init__(config, *args, **kwargs)
+        if config.has_experts:
+            self._keep_in_fp32_modules_strict = ["e_score_correction_bias"]
+
+    def _can_set_experts_implementation(self) -> bool:  # type: ignore[override]
+        # no class method: whether there are experts is in the config. transformers looks for the decorator in the model's own file
+        return self.config.has_experts
 
     @torch.no_grad()
     def _init_weights(self, module):
@@ -179,9 +165,13 @@ class SemanticIdModel(SemanticIdPreTrainedModel):
             target_positions (`torch.LongTensor` of shape (R,), *optional*): OneRec-V2 only: how many history items each row may
                 see; default all. An item's keys and values depend on that item alone, so one context serves every target.
         """
+        check_kwargs(self, kwargs)
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give exactly one of input_ids and inputs_embeds.")
         if inputs_embeds is None:
+            check_range(
+                "input_ids", input_ids, self.config.vocab_size, "Rows are BOS and codes plus config.level_offsets."
+            )
             inputs_embeds = self.embed_tokens(input_ids)
         rows, length, _ = inputs_embeds.shape
         if context_kv is None:
@@ -220,7 +210,6 @@ class SemanticIdModel(SemanticIdPreTrainedModel):
                 cross_mask,  # positional, as all that carries gradients: reentrant checkpointing asks for it
                 attention_mask=causal_mask,
                 past_key_values=past_key_values,
-                **kwargs,
             )
         hidden_states = self.norm(hidden_states, position_ids % (self.config.num_levels + 1))
         return BaseModelOutputWithPastAndCrossAttentions(
@@ -280,6 +269,7 @@ class SemanticIdMixin(CatalogueGenerationMixin):
             `torch.FloatTensor` of shape (R, L), in nats.
         """
         result, node = [], None
+        check_codes(self.config, "target", token_ids, (self.config.pad_token_id, -100))
         for level, offset in enumerate(self.config.level_offsets):
             code = (token_ids[:, level] - offset).clamp(min=0)
             log_probs = self.level_log_probs(hidden_states[:, level], level, node)
@@ -324,7 +314,9 @@ class SemanticIdMixin(CatalogueGenerationMixin):
         high = edges[levels.clamp(max=self.config.num_levels - 1) + 1]
         inside = (token >= low.unsqueeze(-1)) & (token < high.unsqueeze(-1))
         ends = (levels == self.config.num_levels).unsqueeze(-1)
-        follower = torch.full_like(positions, self.config.eos_token_id)
+        # without an end token, what follows the last item is the begin of one more
+        follower = self.config.bos_token_id if self.config.eos_token_id is None else self.config.eos_token_id
+        follower = torch.full_like(positions, follower)
         if self.config.session_wise:
             last = positions + 1 == self.config.num_session_items * (self.config.num_levels + 1)
             follower = torch.where(last, follower, self.config.bos_token_id)
@@ -342,6 +334,7 @@ class SemanticIdMixin(CatalogueGenerationMixin):
         past_key_values: Cache | None = None,
         inputs_embeds: torch.Tensor | None = None,
         labels: torch.Tensor | None = None,
+        shift_labels: torch.Tensor | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int | torch.Tensor = 0,
         context_ids: torch.Tensor | None = None,
@@ -351,6 +344,7 @@ class SemanticIdMixin(CatalogueGenerationMixin):
         context_kv: ContextKV | None = None,
         target_ids: torch.Tensor | None = None,
         target_positions: torch.Tensor | None = None,
+        num_items_in_batch: torch.Tensor | int | None = None,
         **kwargs,
     ) -> SemanticIdCausalLMOutput:
         r"""
@@ -358,9 +352,12 @@ class SemanticIdMixin(CatalogueGenerationMixin):
             input_ids (`torch.LongTensor` of shape (R, C)): BOS and codes of one item per row; of a session-wise model, of every
                 item of a session. R may be a multiple of the B contexts, the rows of one context being adjacent.
             labels (`torch.LongTensor` of shape (R, C), *optional*): As `input_ids`, -100 where no loss is wanted; never on BOS.
+            shift_labels (`torch.LongTensor` of shape (R, C), *optional*): Instead of `labels`: at each place the label of the next.
             target_ids (`torch.LongTensor` of shape (B, n, L), *optional*): Instead of `input_ids` and `labels`: n targets of each
                 user that share one context (of a session-wise model, the n items of one session), pad tokens where there are fewer.
             target_positions (`torch.LongTensor` of shape (B, n), *optional*): OneRec-V2 only: history items each target may see.
+            num_items_in_batch (`torch.Tensor` or `int`, *optional*): What the summed loss is divided by, in place of this batch's
+                own number ([`loss_items`]): that of all batches of an optimizer step, as `Trainer` gives it.
             context_ids, context_mask, context_features, user_features, context_kv: See the base model's `forward`.
 
         Returns:
@@ -371,15 +368,23 @@ class SemanticIdMixin(CatalogueGenerationMixin):
         context = {"context_ids": context_ids, "context_mask": context_mask, "context_features": context_features}
         context |= {"user_features": user_features, "context_kv": context_kv}
         if target_ids is not None:
-            if input_ids is not None or labels is not None:
-                raise ValueError("target_ids stands for input_ids and labels together: give one or the other.")
+            others: dict[str, Any] = {
+                "input_ids": input_ids,
+                "attention_mask": attention_mask,
+                "position_ids": position_ids,
+            }
+            others |= {"past_key_values": past_key_values, "inputs_embeds": inputs_embeds, "labels": labels}
+            others |= {"shift_labels": shift_labels, "use_cache": use_cache or None}
+            check_targets(self.config, target_ids, target_positions, others)
             rows = F.pad(target_ids, (1, 0), value=self.config.bos_token_id)  # (B, n, L + 1)
             rows = rows.flatten(1) if self.config.session_wise else rows.flatten(0, 1)
             positions = None if target_positions is None else target_positions.flatten()
             outputs = self.model(rows[:, :-1], target_positions=positions, use_cache=False, **context, **kwargs)
             log_probs = self.row_log_probs(outputs.last_hidden_state, rows).view(target_ids.shape)
             real = target_ids != self.config.pad_token_id
-            return SemanticIdCausalLMOutput(loss=self._loss(log_probs, real), target_log_probs=log_probs)
+            loss = self._loss(log_probs, real, num_items_in_batch)
+            return SemanticIdCausalLMOutput(loss=loss, target_log_probs=log_probs, **recorded(outputs))
+        labels = checked_labels(labels, shift_labels, input_ids if inputs_embeds is None else inputs_embeds)
         outputs = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -399,26 +404,38 @@ class SemanticIdMixin(CatalogueGenerationMixin):
         logits = self.mask_logits_to_level(self.lm_head(hidden[:, keep]), position_ids[:, keep])
         loss = log_probs = None
         if labels is not None:
-            log_probs = self.row_log_probs(hidden, labels)
+            # a prefix is read where no loss is wanted, too: `score_normalization="valid"` follows it down the catalogue
+            tokens = labels
+            if input_ids is not None:
+                rows = F.pad(input_ids, (0, labels.shape[1] - input_ids.shape[1]))
+                tokens = torch.where(labels == -100, rows, labels)
+            log_probs = self.row_log_probs(hidden, tokens)
             size = self.config.num_levels + 1
-            loss = self._loss(log_probs, labels.unflatten(1, (-1, size))[..., 1:] != -100)
+            loss = self._loss(log_probs, labels.unflatten(1, (-1, size))[..., 1:] != -100, num_items_in_batch)
         return SemanticIdCausalLMOutput(
             loss=loss,
             logits=logits,
             target_log_probs=log_probs,
             past_key_values=outputs.past_key_values,
-            hidden_states=outputs.hidden_states,
-            attentions=outputs.attentions,
-            cross_attentions=outputs.cross_attentions,
+            **recorded(outputs),
         )
 
-    def _loss(self, log_probs, real):
-        """`log_probs` and `real` (rows, items, L): the mean over codes, or the sum over a row's codes averaged over rows."""
+    @property
+    def accepts_loss_kwargs(self) -> bool:
+        """Whether `transformers.Trainer`, which counts the codes in `labels`, may give its count to the loss: a mean over codes."""
+        return self.config.loss_reduction == "mean"
+
+    def loss_items(self, real: torch.Tensor) -> torch.Tensor:
+        """What the loss is a mean over, a scalar: the codes (OneRec-V2), items or sessions that `real` (B, n, L) says are there."""
         if self.config.loss_reduction == "mean":
-            count = real.sum()
-        else:
-            count = (real.flatten(1) if self.config.session_wise else real.flatten(0, 1)).any(1).sum()
-        return -torch.where(real, log_probs, 0.0).sum() / count.clamp(min=1)
+            return real.sum()
+        return (real.flatten(1) if self.config.session_wise else real.flatten(0, 1)).any(1).sum()
+
+    def _loss(self, log_probs, real, num_items):
+        """`log_probs` and `real` (rows, items, L): the mean over codes, or the sum over a row's codes averaged over rows."""
+        if num_items is None:
+            num_items = self.loss_items(real).clamp(min=1)
+        return -torch.where(real, log_probs, 0.0).sum() / num_items
 
     def resize_token_embeddings(self, *args, **kwargs) -> None:
         """Refused: the vocabulary is the semantic IDs."""

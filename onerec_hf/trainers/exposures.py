@@ -5,14 +5,13 @@ M events of a log, U users, n exposures of a request, L levels.
 """
 
 from collections.abc import Mapping
-from itertools import pairwise
 from typing import Literal
 
 import datasets
 import numpy as np
 import torch
 
-from ..data import Interactions, reaches
+from ..data import Interactions, SessionConfig, match_ids, reaches, session_index
 from ..models import Catalogue
 from ..rewards import duration_aware_advantages, play_time_percentiles
 
@@ -48,18 +47,24 @@ def feedback_exposures(
         catalogue (`Catalogue`): Items that the policy knows; others are neither targets nor context, their play times still count.
         positive (`dict[str, float]`): Column -> threshold of an effective view, the events that make up histories.
         negative, play_time, duration (`str`): Columns: dislike (0/1), times in one unit.
-        request (`str`, *optional*): Column of request ids; exposures of a request share a context. `None`: each is its own.
+        request (`str`, *optional*): Column of request ids, of any kind; what one user got for one id shares a context, however
+            its rows lie among others. `None`: each exposure is its own.
         start (`float`, *optional*): Only exposures from this time on make rows; the earlier ones are past to judge them by.
         log_probs (`np.ndarray` of shape (M, L), *optional*): Log-probability of each code at exposure, by the policy that chose
             it, in the order of `interactions`; NaN where another pipeline did.
-        user_ids (`np.ndarray`, *optional*): Ids in the order of the `user` column; default the log's own.
+        user_ids (`np.ndarray`, *optional*): Ids in the order of the `user` column, of which users of the log that it lacks become
+            -1; default the log's own.
         max_history (`int`): Items of history kept.
         quantile, ties: See [`duration_aware_advantages`]; `percentiles`: `base`, `eps`, `min_history`, `count_self` of
             [`play_time_percentiles`].
 
     Returns:
-        `datasets.Dataset`, sorted by user and time: `user`, `history`, `timestamp` and feedback columns parallel to it, `targets`
-        (n), `advantage` (n), `play_time` (of all exposures of the request, summed) and, if given, `log_probs` (n, L).
+        `datasets.Dataset`, sorted by user and by time of the request's first exposure: `user`, `history` (watched before that
+        exposure), `timestamp` and the feedback columns but the request id parallel to it, `targets` (n), `advantage` (n),
+        `play_time` (of all exposures of the request, summed) and, if given, `log_probs` (n, L).
+
+    Raises:
+        ValueError: a column that the log lacks, a request id that is NaN, `log_probs` of another shape, or no row.
     """
     needed = [*positive, negative, play_time, duration, *([request] if request else [])]
     if absent := [name for name in needed if name not in interactions.feedback]:
@@ -67,16 +72,17 @@ def feedback_exposures(
     if log_probs is not None and log_probs.shape != (len(interactions), catalogue.num_levels):
         raise ValueError(f"log_probs is {log_probs.shape}, expected {(len(interactions), catalogue.num_levels)}.")
     feedback, count = interactions.feedback, len(interactions)
-    known = np.isin(interactions.item_ids, catalogue.item_ids)
-    item = np.full(interactions.num_items, -1)
-    item[known] = catalogue.index_of(interactions.item_ids[known])
+    if not count:
+        raise ValueError(f"{interactions!r} has no events; if where() chose them, choose more.")
+    item = match_ids(interactions.item_ids, catalogue.item_ids)
     item = item[interactions.item_index]  # (M,) item of the catalogue or -1
-    opens = np.ones(count, dtype=bool)
-    if request:
-        keys = np.stack([interactions.user_index, feedback[request]])
-        opens[1:] = (keys[:, 1:] != keys[:, :-1]).any(0)
-    begin = np.flatnonzero(opens)
-    number = np.cumsum(opens) - 1  # request of each event
+    number = (
+        session_index(interactions, SessionConfig(request=request)) if request else np.arange(count)
+    )  # request, (M,)
+    events = np.split(
+        np.argsort(number, kind="stable"), np.cumsum(np.bincount(number))[:-1]
+    )  # of each request, in time order
+    begin = np.array([rows[0] for rows in events], dtype=np.int64)
     percentile = _percentiles(interactions, begin[number], play_time, duration, percentiles)
     judged = np.ones(count, dtype=bool) if start is None else interactions.timestamp >= start
     advantage = duration_aware_advantages(
@@ -91,19 +97,18 @@ def feedback_exposures(
     user_first = np.searchsorted(watched, interactions.user_offsets[interactions.user_index[begin]])
     users = np.arange(interactions.num_users)
     if user_ids is not None:
-        place = {user: i for i, user in enumerate(np.asarray(user_ids).tolist())}
-        users = np.array([place[user] for user in interactions.user_ids.tolist()])
+        users = match_ids(interactions.user_ids, user_ids)
     rows = []
-    for k, (low, high) in enumerate(pairwise([*begin.tolist(), count])):
-        exposed = low + np.flatnonzero(item[low:high] >= 0)
-        if not len(exposed) or (start is not None and interactions.timestamp[low] < start):
+    for k, shown in enumerate(events):
+        exposed = shown[item[shown] >= 0]
+        if not len(exposed) or (start is not None and interactions.timestamp[shown[0]] < start):
             continue
         past = watched[max(user_first[k], before[k] - max_history) : before[k]]
-        row = {"user": int(users[interactions.user_index[low]]), "history": item[past].tolist()}
+        row = {"user": int(users[interactions.user_index[shown[0]]]), "history": item[past].tolist()}
         row |= {"timestamp": interactions.timestamp[past].tolist()}
-        row |= {name: values[past].tolist() for name, values in feedback.items()}
+        row |= {name: values[past].tolist() for name, values in feedback.items() if name != request}
         row |= {"targets": item[exposed].tolist(), "advantage": advantage[exposed].tolist()}
-        row["play_time"] = float(feedback[play_time][low:high].sum())
+        row["play_time"] = float(feedback[play_time][shown].sum())
         if log_probs is not None:
             row["log_probs"] = log_probs[exposed].tolist()
         rows.append(row)

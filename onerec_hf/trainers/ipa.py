@@ -114,6 +114,7 @@ class IPATrainer(OneRecSFTTrainer):
             train_dataset=train_dataset.add_column(ROW, list(range(len(train_dataset)))),
             **kwargs,
         )
+        self._num_rows = torch.tensor(1)
         self.add_callback(_IterationCallback(self))
         self._pairs: dict[str, torch.Tensor] = {}
         self._seed_samples: list[dict] | None = None
@@ -237,6 +238,13 @@ class IPATrainer(OneRecSFTTrainer):
 
     # ---- loss ----------------------------------------------------------------------------------------------------------
 
+    def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> tuple[list, Any]:
+        """As [`OneRecSFTTrainer`]'s; also counts the rows of the step, over which the preference loss is a mean."""
+        batches, num_items = super().get_batch_samples(epoch_iterator, num_batches, device)
+        if batches:
+            self._num_rows = self._of_all_processes(torch.tensor(sum(len(batch[ROW]) for batch in batches)), device)
+        return batches, num_items
+
     def compute_loss(
         self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
@@ -246,11 +254,17 @@ class IPATrainer(OneRecSFTTrainer):
         if rows is None or not model.training:
             return result
         loss, outputs = result if return_outputs else (result, None)
-        self._add("ntp_loss", loss)
+        own = self._loss_items(inputs).to(loss.device)
+        # both losses are means over the step; DDP takes the mean over the processes, so each brings its part that many times
+        scale = self.accelerator.num_processes if self.args.average_tokens_across_devices else 1
+        whole, num_rows = (
+            (own, len(rows)) if num_items_in_batch is None else (num_items_in_batch / scale, self._num_rows / scale)
+        )
+        self._sums[METRICS.index("ntp_loss")] += torch.stack([loss.detach().double() * whole, own.double()])
         place = self._pairs["of_row"][rows]  # (B,), -1 where there is none
         users = (place >= 0).nonzero()[:, 0]
         if len(users):
-            weight = self.args.preference_weight / len(rows)
+            weight = self.args.preference_weight / num_rows
             loss = loss + weight * self._preference(model, inputs, users, place[users]).sum()
         return (loss, outputs) if return_outputs else loss
 

@@ -6,10 +6,12 @@ from typing import Literal
 import torch
 
 from . import preference_losses as losses
-from .sft import OneRecSFTConfig
+from .sft import OneRecSFTConfig, refuse_unread
 
 # beta of each loss where none is given: those of the losses' own papers and of TRL (IPO's is its tau)
 DEFAULT_BETA = {"dpo": 0.1, "ipo": 0.1, "cdpo": 0.1, "rdpo": 0.1, "cpo": 0.1, "simpo": 2.5, "sdpo": 1.0}
+
+_READ_BY = {"label_smoothing": ["cdpo", "rdpo"], "simpo_gamma": ["simpo"], "cpo_alpha": ["cpo"]}
 
 
 @dataclass
@@ -59,6 +61,10 @@ class IPAConfig(OneRecSFTConfig):
         super().__post_init__()
         if self.loss_type not in DEFAULT_BETA:
             raise ValueError(f"loss_type={self.loss_type!r}: allowed are {sorted(DEFAULT_BETA)}.")
+        others = {name: kinds for name, kinds in _READ_BY.items() if self.loss_type not in kinds}
+        refuse_unread(
+            self, {name: f"loss_type={self.loss_type!r} has none, {kinds} read it" for name, kinds in others.items()}
+        )
         if not 0 < self.dpo_ratio <= 1:
             raise ValueError(f"dpo_ratio={self.dpo_ratio}: the share of rows with a pair must lie in (0, 1].")
         if self.num_rejected < 1 or (self.num_rejected > 1 and self.loss_type != "sdpo"):

@@ -10,18 +10,18 @@ import datasets
 import torch
 import transformers
 from huggingface_hub import CommitInfo
-from transformers import Trainer
 from transformers.utils import logging
 
 from .._version import __version__
 from ..data import OneRecCollator
 from ..evaluation import prediction_entropy
 from ..hub import model_card, plot_prediction_entropy, plot_training_curve, push_to_hub, table_cell
+from .finite import StopAtNonFinite
 
 logger = logging.get_logger(__name__)
 
 
-class RepositoryMixin(Trainer):
+class RepositoryMixin(StopAtNonFinite):
     """
     To be named before `Trainer` (or a trainer of TRL) among the bases. A trainer may set:
 

@@ -3,6 +3,7 @@
 The loss is the model's own (OneRec-V2, L_Gen); this file adds the generation metrics to every evaluation, and averaged weights.
 """
 
+import dataclasses
 from collections.abc import Callable, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -12,12 +13,33 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 from transformers import TrainerCallback, TrainingArguments
-from transformers.trainer_utils import TrainOutput
+from transformers.trainer_utils import EvalLoopOutput, TrainOutput
 
 from .balance import ExpertBalanceCallback
 from .repository import RepositoryMixin
 
 RAW_WEIGHTS_NAME = "raw_weights.safetensors"
+
+
+# fields of TrainingArguments that nothing reads here: they would be accepted and do nothing
+SFT_NOT_READ = {
+    "label_smoothing_factor": "the loss is the model's own",
+    "use_liger_kernel": "there are no such kernels for these models",
+    "include_for_metrics": "generation_metrics sees the model, not its outputs",
+    "batch_eval_metrics": "generation_metrics sees the model, not its outputs",
+    "do_predict": "recipes score the test split at their end",
+    "remove_unused_columns": "the collator reads the columns of the split itself",
+}
+
+
+def refuse_unread(config: TrainingArguments, not_read: Mapping[str, str]) -> None:
+    """Raises a ValueError for fields that are set and that the trainer does not read; `not_read`: name -> why."""
+    defaults = {entry.name: entry for entry in dataclasses.fields(config)}
+    for name, reason in not_read.items():
+        entry = defaults[name]
+        default = entry.default if entry.default_factory is dataclasses.MISSING else entry.default_factory()
+        if getattr(config, name) != default:
+            raise ValueError(f"{name}={getattr(config, name)!r} would do nothing: {reason}. Leave it out.")
 
 
 @dataclass
@@ -46,6 +68,7 @@ class OneRecSFTConfig(TrainingArguments):
 
     def __post_init__(self):
         super().__post_init__()
+        refuse_unread(self, SFT_NOT_READ)
         if self.weight_average_decay is not None and not 0 < self.weight_average_decay < 1:
             raise ValueError(f"weight_average_decay={self.weight_average_decay}: it must lie between 0 and 1.")
 
@@ -69,6 +92,8 @@ class OneRecSFTTrainer(RepositoryMixin):
     def __init__(self, *args, generation_metrics: Callable | None = None, **kwargs):
         super().__init__(*args, **kwargs)
         self.generation_metrics = generation_metrics
+        self.model_accepts_loss_kwargs = True  # what `get_batch_samples` counts
+        self._eval_loss = torch.zeros(2, dtype=torch.float64, device=self.args.device)  # sum and count
         self.expert_balance = None
         config = self.accelerator.unwrap_model(self.model).config
         if config.num_experts:
@@ -76,8 +101,55 @@ class OneRecSFTTrainer(RepositoryMixin):
             self.add_callback(self.expert_balance)
 
         self._average: dict[str, torch.Tensor] | None = None
+        if self.args.weight_average_decay is not None and self.is_fsdp_enabled:
+            raise ValueError(
+                "weight_average_decay is for data-parallel training: under FSDP no process has whole weights."
+            )
         if self.args.weight_average_decay is not None:
             self.add_callback(_UpdateAverage(self))
+
+    # ---- a mean over all targets of a step, whatever they were divided into ---------------------------------------------
+
+    def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> tuple[list, Any]:
+        """The batches of the next optimizer step, and what their summed losses are divided by, in all processes together."""
+        batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
+        return batches, self._of_all_processes(
+            sum(self._loss_items(batch) for batch in batches), device
+        ) if batches else None
+
+    def _of_all_processes(self, count: torch.Tensor, device: torch.device) -> torch.Tensor:
+        count = count.to(device)
+        if self.args.average_tokens_across_devices and self.args.world_size > 1:
+            count = self.accelerator.reduce(count, "sum")
+        return count.clamp(min=1)
+
+    def _loss_items(self, batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        """What the loss of a batch is a mean over ([`~models.SemanticIdMixin.loss_items`])."""
+        policy = self.accelerator.unwrap_model(self.model)
+        policy = policy.get_base_model() if hasattr(policy, "peft_config") else policy
+        if "target_ids" in batch:
+            return policy.loss_items(batch["target_ids"] != policy.config.pad_token_id)
+        return policy.loss_items(batch["labels"].unflatten(1, (-1, policy.config.num_levels + 1))[..., 1:] != -100)
+
+    def prediction_step(
+        self, model: Any, inputs: Any, prediction_loss_only: bool, ignore_keys: list[str] | None = None
+    ) -> tuple:
+        loss, *rest = super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
+        if loss is not None:
+            count = self._loss_items(inputs).to(loss.device)
+            self._eval_loss += torch.stack([loss.double() * count, count.double()])
+        return loss, *rest
+
+    def evaluation_loop(self, *args, metric_key_prefix: str = "eval", **kwargs) -> EvalLoopOutput:
+        """As `Trainer`'s, whose loss is a mean of the batches' means; this one is a mean over targets, as in training."""
+        self._eval_loss.zero_()
+        output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
+        total, count = self.accelerator.reduce(self._eval_loss, "sum").tolist()
+        if count and f"{metric_key_prefix}_loss" in output.metrics:
+            output.metrics[f"{metric_key_prefix}_loss"] = total / count
+        return output
+
+    # ---- evaluation and the moving average ------------------------------------------------------------------------------
 
     def log(self, logs: dict[str, float], *args, **kwargs) -> None:
         if self.expert_balance is not None and "loss" in logs:

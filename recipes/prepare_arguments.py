@@ -1,0 +1,132 @@
+"""The arguments of recipes/prepare.py, and what can be said against them before the long work starts."""
+
+import os
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Literal
+
+from model_arguments import mapping, model_path
+
+from onerec_hf.data import Interactions, SessionConfig
+
+LOAD_OPTIONS = {"drop_nulls", "drop_duplicates", "drop_unknown", "items_columns", "users_columns", "split"}
+
+
+@dataclass
+class PrepareArguments:
+    source: str = field(
+        metadata={"help": "parquet, CSV or JSONL file, folder of datasets or of a public layout, or Hub data set."}
+    )
+    output: str = field(metadata={"help": "Folder to write."})
+    layout: Literal["logs", "amazon", "kuairand", "kuairand_like_hate"] = "logs"
+    shown_before: bool = field(
+        default=False, metadata={"help": "kuairand: put what users were shown before the log into their histories."}
+    )
+    columns: str = field(default="{}", metadata={"help": "Our names to yours, for user_id, item_id, timestamp."})
+    feedback: list[str] = field(
+        default_factory=list, metadata={"help": "Event columns to keep (play_time_ms, is_like)."}
+    )
+    items: str | None = field(default=None, metadata={"help": "Item table (text, category, ...), same file kinds."})
+    users: str | None = field(default=None, metadata={"help": "User table, same file kinds."})
+    load_options: str = field(
+        default="{}", metadata={"help": f"More arguments of load_interactions: {', '.join(sorted(LOAD_OPTIONS))}."}
+    )
+    k_core: int = 0
+    watched: str = field(
+        default="{}", metadata={"help": 'What makes histories and targets, columns and thresholds: {"long_view": 1}.'}
+    )
+    validation_start: float | None = field(
+        default=None, metadata={"help": "Split by time from here on; otherwise leave last out."}
+    )
+    test_start: float | None = None
+    sessions: str | None = field(
+        default=None,
+        metadata={"help": "Rows of high-quality sessions: arguments of SessionConfig, YAML mapping or JSON."},
+    )
+    embeddings: str | None = field(default=None, metadata={"help": ".npy or .safetensors with one row per item."})
+    text_model: str | None = field(default=None, metadata={"help": "Encoder: Hub name, folder, package:NAME/FOLDER."})
+    text_fields: list[str] = field(default_factory=list)
+    collaborative_dim: int = field(default=128, metadata={"help": "Width of the co-occurrence embedding; 0 for none."})
+    quantizer: Literal["residual_kmeans", "rqvae"] = "residual_kmeans"
+    align: bool = field(default=False, metadata={"help": "Adapt text embeddings to Swing and co-click pairs."})
+    caption_model: str | None = field(
+        default=None,
+        metadata={"help": "Causal model that must tell text_fields from what align makes; new: a small one."},
+    )
+    num_levels: int = 3
+    codebook_size: int = 256
+    balanced: bool = field(default=True, metadata={"help": "Clusters of equal size; residual_kmeans alone."})
+    collisions: Literal["extra_level", "next_free", "keep"] = "next_free"
+    seed: int = 0
+
+
+def session_config(args: PrepareArguments) -> SessionConfig | None:
+    """What `sessions` describes; the watched events are those of `watched`, unless it names its own."""
+    if args.sessions is None:
+        return None
+    watched = mapping(args.watched)
+    settings = ({"watched": watched} if watched else {}) | mapping(args.sessions)
+    names = [field.name for field in fields(SessionConfig)]
+    if unknown := [name for name in settings if name not in names]:
+        raise ValueError(f"sessions has {unknown}, which SessionConfig does not know; it has {names}.")
+    return SessionConfig(**settings)
+
+
+def check_arguments(args: PrepareArguments) -> None:
+    """Before anything is read: arguments that contradict each other, files that are not there, an output that is not writable."""
+    if args.layout != "logs":
+        of_logs = ("columns", "feedback", "items", "users", "load_options")
+        if given := [name for name in of_logs if getattr(args, name) not in ("{}", {}, [], None)]:
+            raise ValueError(f"layout={args.layout!r} has its own columns and tables: leave out {given}.")
+    if args.shown_before and args.layout != "kuairand":
+        raise ValueError(f"shown_before is for the layout kuairand, this one is {args.layout}: leave it out.")
+    if unknown := sorted(set(mapping(args.load_options)) - LOAD_OPTIONS):
+        raise ValueError(f"load_options has {unknown}; allowed are {sorted(LOAD_OPTIONS)}.")
+    start, test = args.validation_start, args.test_start
+    if (start is None) != (test is None) or (start is not None and not start < test):
+        raise ValueError(
+            f"validation_start={start} and test_start={test}: give both, the earlier one first, or none (leave last out)."
+        )
+    session_config(args)
+    _check_embedding_arguments(args)
+    output = Path(args.output)
+    if output.exists() and not output.is_dir():
+        raise ValueError(f"output={args.output!r} is a file: name a folder.")
+    output.mkdir(parents=True, exist_ok=True)
+    if not os.access(output, os.W_OK):
+        raise PermissionError(f"output={args.output!r} cannot be written: name another folder.")
+
+
+def _check_embedding_arguments(args: PrepareArguments) -> None:
+    for name in (args.text_model, args.caption_model):
+        if name and name != "new":
+            model_path(name)  # raises for a package that is not installed
+    if args.caption_model and not args.align:
+        raise ValueError(f"caption_model {args.caption_model!r} is part of the alignment: set align, too.")
+    if (args.text_model or args.caption_model) and not args.text_fields:
+        raise ValueError("text_model and caption_model read texts: name columns of the items in text_fields.")
+    if args.align and not (args.embeddings or args.text_model):
+        raise ValueError("align adapts embeddings: give embeddings, or text_model with text_fields.")
+    if not (args.embeddings or args.text_model or args.collaborative_dim):
+        raise ValueError("no embedding: give --embeddings, --text_model with --text_fields, or --collaborative_dim.")
+    if args.embeddings and not Path(args.embeddings).is_file():
+        raise FileNotFoundError(f"embeddings={args.embeddings!r} is not there: name a .npy or .safetensors file.")
+    for name, least in (("num_levels", 1), ("codebook_size", 2), ("collaborative_dim", 0)):
+        if getattr(args, name) < least:
+            raise ValueError(f"{name}={getattr(args, name)}: at least {least}.")
+
+
+def check_items(args: PrepareArguments, interactions: Interactions) -> None:
+    """Before embeddings and semantic IDs are made: text fields that are not there, levels without room for the items."""
+    count, size = interactions.num_items, args.codebook_size
+    if absent := [name for name in args.text_fields if name not in interactions.items]:
+        raise ValueError(f"text_fields={absent}: the items have only {list(interactions.items)}.")
+    if args.collaborative_dim > count:
+        raise ValueError(f"collaborative_dim={args.collaborative_dim}: at most the number of items, {count}.")
+    if size > count:
+        raise ValueError(f"codebook_size={size}: {count} items cannot fill so many codes; at most {count}.")
+    if args.collisions == "next_free" and size**args.num_levels < count:
+        raise ValueError(
+            f"num_levels={args.num_levels} of codebook_size={size} make {size**args.num_levels} semantic IDs for {count} items: "
+            "raise one of them, or set collisions to extra_level or keep."
+        )

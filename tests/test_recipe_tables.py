@@ -1,0 +1,143 @@
+"""Tables as a user gives them to the recipes, and a data folder that nobody may write to."""
+
+import importlib
+import sys
+from pathlib import Path
+
+import datasets
+import numpy as np
+import pandas as pd
+import pytest
+
+from onerec_hf import Catalogue
+from onerec_hf.data import OneRecCollator, load_splits
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "recipes"))
+
+
+def recipe(name):
+    return importlib.import_module(name)
+
+
+@pytest.mark.parametrize("suffix", ["parquet", "csv", "jsonl", "save_to_disk"])
+def test_exposures_of_any_source_and_of_users_that_the_data_folder_lacks(suffix, tmp_path):
+    """The log may write ids as text that are integers in the catalogue and in users.parquet; item 9 and user 3 are not in them."""
+    grpo = recipe("grpo")
+    log = {"uid": list("112233"), "vid": ["0", "1", "2", "9", "0", "1"], "timestamp": [1, 2, 3, 4, 5, 6]}
+    log |= {"request_id": ["01", "01", "1", "1", "1", "2"], "play_time_ms": [5000] * 6, "duration_ms": [9000] * 6}
+    log |= {
+        "is_hate": [0] * 6,
+        "long_view": [1] * 6,
+        "log_prob_1": [-1.0, None, -2.0, 0.5, -3.0, -4.0],
+        "log_prob_2": [-1.0] * 6,
+    }
+    path = tmp_path / f"log.{suffix}"
+    if suffix == "save_to_disk":
+        datasets.Dataset.from_dict(log).save_to_disk(str(path))
+    else:
+        frame = pd.DataFrame(log)
+        write = {"parquet": frame.to_parquet, "csv": lambda p: frame.to_csv(p, index=False)}
+        write.get(suffix, lambda p: frame.to_json(p, orient="records", lines=True))(path)
+    pd.DataFrame({"user_id": [2, 1]}).to_parquet(tmp_path / "users.parquet")
+    codes = np.array([[i // 2, i % 2] for i in range(4)])
+    args = grpo.RLArguments(policy="", data=str(tmp_path), exposures=str(path))
+    args.columns = {"user_id": "uid", "item_id": "vid"}
+    rows = grpo.load_exposures(args, Catalogue(codes, [2, 2], item_ids=[3, 2, 1, 0]), OneRecCollator(codes + 4, 5))
+    assert rows["user"][:] == [1, 0, -1, -1]
+    assert rows["targets"][:] == [[3, 2], [1], [3], [2]] and rows["history"][:] == [[], [], [], [3]]
+    np.testing.assert_array_equal(np.concatenate(rows["log_probs"][:])[:, 0], [-1, np.nan, -2, -3, -4])
+
+
+def test_rows_to_recommend_for_are_of_any_source(tmp_path):
+    recommend = recipe("recommend")
+    rows = {"history": [[1, 2], [3]], "name": ["a", "b"]}
+    datasets.DatasetDict(test=datasets.Dataset.from_dict(rows)).save_to_disk(str(tmp_path / "saved"))
+    pd.DataFrame(rows).to_parquet(tmp_path / "rows.parquet")
+    pd.DataFrame(rows).to_json(tmp_path / "rows.jsonl.gz", orient="records", lines=True)
+    for name in ("saved", "rows.parquet", "rows.jsonl.gz"):
+        args = recommend.RecommendArguments(repo="", dataset=str(tmp_path / name), output="", split="test")
+        assert recommend.load(args)[:] == rows
+
+
+def test_what_is_made_of_splits_never_goes_into_the_data_folder(tmp_path):
+    rows = datasets.Dataset.from_dict({"user": [0, 1, 2], "history": [[1], [2, 3], [4, 5, 6]], "length": [1, 2, 3]})
+    folder = tmp_path / "data"
+    datasets.DatasetDict(train=rows, validation=rows).save_to_disk(str(folder / "splits"), max_shard_size="1KB")
+    before = sorted(folder.rglob("*"))
+    for path in before:
+        path.chmod(0o555 if path.is_dir() else 0o444)
+    splits = load_splits(folder)
+    assert splits["train"].features == rows.features and splits["train"][:] == rows[:]
+    assert splits["train"].filter(lambda length: length >= 2, input_columns="length")["user"][:] == [1, 2]
+    assert sorted(splits["validation"].shuffle(seed=0)["user"][:]) == [0, 1, 2]
+    assert splits["train"].sort("length", reverse=True)["user"][:] == [2, 1, 0]
+    assert splits["train"].map(lambda row: {"first": row["history"][0]})["first"][:] == [1, 2, 4]
+    assert sorted(folder.rglob("*")) == before
+    for path in before:  # so that they can be deleted
+        path.chmod(0o755 if path.is_dir() else 0o644)
+
+
+@pytest.mark.parametrize(
+    ("change", "match"),
+    [
+        ({"validation_start": 5.0}, r"validation_start=5.0 and test_start=None: give both"),
+        ({"test_start": 5.0}, r"validation_start=None and test_start=5.0: give both"),
+        ({"validation_start": 6.0, "test_start": 5.0}, "the earlier one first"),
+        ({"layout": "amazon", "feedback": ["is_like"]}, r"layout='amazon' has its own columns.*\['feedback'\]"),
+        ({"shown_before": True}, "shown_before is for the layout kuairand"),
+        ({"load_options": {"drop_null": True}}, r"load_options has \['drop_null'\]; allowed are .*'drop_nulls'"),
+        ({"sessions": {"max_gap": 5, "min_length": 2}}, r"sessions has \['min_length'\].*'max_gap'"),
+        ({"collaborative_dim": 0}, "no embedding: give --embeddings"),
+        ({"embeddings": "no/such.npy"}, "embeddings='no/such.npy' is not there"),
+        ({"text_model": "encoder"}, "name columns of the items in text_fields"),
+        ({"align": True}, "align adapts embeddings"),
+        ({"codebook_size": 1}, "codebook_size=1: at least 2"),
+        ({"output": __file__}, "is a file: name a folder"),
+    ],
+)
+def test_prepare_checks_its_arguments_before_it_reads(change, match, tmp_path):
+    prepare = recipe("prepare")
+    arguments = {"source": "no/such/log.parquet", "output": str(tmp_path / "out")} | change
+    with pytest.raises((ValueError, FileNotFoundError), match=match):
+        prepare.main(prepare.PrepareArguments(**arguments))
+
+
+@pytest.mark.parametrize(
+    ("change", "match"),
+    [
+        ({"text_fields": ["title"]}, r"text_fields=\['title'\]: the items have only \[\]"),
+        ({"collaborative_dim": 128}, "collaborative_dim=128: at most the number of items, 20"),
+        ({"codebook_size": 21}, "codebook_size=21: 20 items cannot fill"),
+        ({"num_levels": 2}, "num_levels=2 of codebook_size=4 make 16 semantic IDs for 20 items"),
+        ({"watched": {"is_like": 9}, "feedback": ["is_like"]}, "no events to split"),
+        ({"watched": {"is_like": 1}, "feedback": ["is_like"]}, r"no rows in \['validation'\]"),
+    ],
+)
+def test_prepare_checks_the_items_before_it_embeds(change, match, tmp_path, monkeypatch):
+    prepare = recipe("prepare")
+    monkeypatch.setattr(prepare, "embed", lambda *_: pytest.fail("the long work has begun"))
+    log = {
+        "user_id": np.repeat(range(5), 4),
+        "item_id": range(20),
+        "timestamp": range(20),
+        "is_like": [1, 1, 0, 0] * 5,
+    }
+    pd.DataFrame(log).to_parquet(tmp_path / "log.parquet")
+    arguments = {"source": str(tmp_path / "log.parquet"), "output": str(tmp_path / "out")}
+    arguments |= {"num_levels": 3, "codebook_size": 4, "collaborative_dim": 8} | change
+    with pytest.raises(ValueError, match=match):
+        prepare.main(prepare.PrepareArguments(**arguments))
+
+
+def test_prepare_passes_load_options_on_and_keeps_the_spelling_of_ids(tmp_path):
+    prepare = recipe("prepare")
+    rows = [f"u{user},{'00' if item else ''}{item or ''},{user + item}" for user in range(8) for item in range(5)]
+    (tmp_path / "log.csv").write_text("\n".join(["user_id,item_id,timestamp", *rows]))
+    arguments = {
+        "source": str(tmp_path / "log.csv"),
+        "output": str(tmp_path / "out"),
+        "load_options": {"drop_nulls": True},
+    }
+    prepare.main(prepare.PrepareArguments(**arguments, collaborative_dim=2, codebook_size=2))
+    assert pd.read_parquet(tmp_path / "out" / "items.parquet")["item_id"].tolist() == ["001", "002", "003", "004"]
+    assert len(load_splits(tmp_path / "out")["train"]) == 8
