@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import torch
+from checks import check_output
 
 from onerec_hf.data import read_table
 from onerec_hf.evaluation import bootstrap_lift
@@ -132,8 +133,10 @@ def main(
     keep_logs: bool = False,
 ):
     """Runs the test; returns what it writes to `ab_test.json`."""
-    folder = Path(output)
-    folder.mkdir(parents=True, exist_ok=True)
+    if len(set(seeds)) < len(seeds):
+        raise ValueError(f"seeds={list(seeds)}: a seed that is named twice would count twice.")
+    check_output(output, replaces=False)
+    (folder := Path(output)).mkdir(parents=True, exist_ok=True)
     impressions = read_table(log).to_pandas()
     users = np.unique(impressions.user_id[impressions.long_view == 1]).tolist()
     servers = {

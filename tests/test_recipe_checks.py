@@ -130,7 +130,9 @@ def test_sft_says_it_before_it_trains(data, tmp_path, no_training, settings, mes
 
 
 def test_output_folders_that_cannot_be_written(data, tmp_path, no_training):
+    import ab_test
     import baseline
+    import quickstart
 
     (tmp_path / "file").write_text("x")
     for folder in (tmp_path / "file", tmp_path / "file" / "below"):
@@ -138,6 +140,12 @@ def test_output_folders_that_cannot_be_written(data, tmp_path, no_training):
             sft(data, folder)
         with pytest.raises(NotADirectoryError, match="file is a file"):
             baseline.main(baseline.BaselineArguments("popularity", str(data), str(folder)))
+        with pytest.raises(NotADirectoryError, match="file is a file"):
+            quickstart.main(folder)
+        with pytest.raises(NotADirectoryError, match="file is a file"):
+            ab_test.main("a", "b", "log.parquet", str(folder))
+    with pytest.raises(ValueError, match=r"seeds=\[0, 0\]: a seed that is named twice"):
+        ab_test.main("a", "b", "log.parquet", str(tmp_path), seeds=[0, 0])
 
 
 def dpo(data, folder, policy, **settings):
