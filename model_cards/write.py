@@ -24,7 +24,8 @@ import quickstart as recipe  # noqa: E402
 def table(marker: str, *labels: str) -> dict[str, tuple[dict[str, float], dict[str, float]]]:
     """
     Rows of the table between `<!-- marker -->` and `<!-- /marker -->` of docs/results.md: (seen items kept, masked) per row. Each
-    of `labels` is the beginning of the first cell of one row. `0.0760 ±0.0007 / 0.0844 ±0.0008` reads as .0760 and .0844.
+    of `labels` is the beginning of the first cell of one row and of no other. `0.0760 ±0.0007 / 0.0844 ±0.0008` reads as .0760 and
+    .0844.
     """
     text = (ROOT / "docs" / "results.md").read_text(encoding="utf-8")
     block = text.partition(f"<!-- {marker} -->")[2].partition(f"<!-- /{marker} -->")[0]
@@ -35,11 +36,13 @@ def table(marker: str, *labels: str) -> dict[str, tuple[dict[str, float], dict[s
         raise ValueError(f"docs/results.md has no table between <!-- {marker} --> and <!-- /{marker} -->.")
     found = {}
     for label in labels:
-        row = next((row for row in rows if row[0].startswith(label)), None)
-        if row is None:
+        begin = [row for row in rows if row[0].startswith(label)]
+        if len(begin) != 1:
             raise ValueError(
-                f"no row of the table {marker!r} in docs/results.md begins with {label!r}: {[r[0] for r in rows]}"
+                f"{len(begin) or 'no'} rows of the table {marker!r} in docs/results.md begin with {label!r}, one must: "
+                f"{[r[0] for r in rows]}"
             )
+        (row,) = begin
         cells = {name: re.findall(r"(?<![±\d.])\d*\.\d+", cell) for name, cell in zip(rows[0], row) if "@" in name}
         found[label] = tuple({name: float(values[side]) for name, values in cells.items()} for side in (0, 1))
     return found
@@ -54,7 +57,9 @@ def beauty():
     features = {"context_features": {"item_vectors": 12101 + 1}, "fixed_context_features": ["item_vectors"]}
     features["feature_embed_dims"] = {"item_vectors": width}
     config = AutoConfig.for_model("onerec_v2", codebook_sizes=sizes, **features, **settings["model"])
-    rows = table("beauty", "OneRec-V2, 0.83M", "popularity", "co-occurrence counter", "SASRec")
+    rows = table(
+        "beauty", "OneRec-V2, 0.83M", "popularity", "co-occurrence counter", "SASRec, full softmax, 40 epochs"
+    )
     return model_card(
         config,
         title="OneRec-V2 on Amazon Beauty",

@@ -1,6 +1,7 @@
 """What is read and written beside a recommender: the metadata of items, and the recommendations of a data set."""
 
 import datetime
+import decimal
 import json
 import math
 import os
@@ -38,6 +39,8 @@ def _json_value(value: Any, item: Any, name: str) -> Any:
         value = value.item()
     if isinstance(value, (datetime.date, datetime.datetime, datetime.time)):
         return value.isoformat()
+    if isinstance(value, decimal.Decimal):  # a price, of a parquet file
+        value = float(value)
     if isinstance(value, float) and not math.isfinite(value):
         return None
     if value is None or isinstance(value, (str, int, float)):

@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import torch
+from checks import check_output
 
 from onerec_hf.data import read_table
 from onerec_hf.evaluation import bootstrap_lift
@@ -124,6 +125,10 @@ def main(
     a: str, b: str, log: str, output: str, world: str = "{}", num_days=7, seeds=(0,), num_beams=50, keep_logs=False
 ):
     """Runs the test; returns what it writes to `ab_test.json`."""
+    if len(set(seeds)) < len(seeds):
+        raise ValueError(f"seeds={list(seeds)}: a seed that is named twice would count twice.")
+    check_output(output, replaces=False)
+    folder = Path(output)
     impressions = read_table(log).to_pandas()
     users = np.unique(impressions.user_id[impressions.long_view == 1]).tolist()
     servers = {

@@ -19,12 +19,15 @@ from pathlib import Path
 from typing import Any, Literal
 
 import datasets
+from checks import check_keywords, check_output, check_splits
+from ending import earlier_results, some, write_metrics
 from model_arguments import mapping
 from trl import TrlParser
 
 from onerec_hf import Catalogue
 from onerec_hf import data as logs
 from onerec_hf.baselines import FDSA, TIGER, BERT4Rec, CoOccurrence, ItemKNN, Popularity, SASRec, attribute_codes
+from onerec_hf.baselines.training import train_baseline
 from onerec_hf.evaluation import evaluate
 
 COUNTERS = {"popularity": Popularity, "cooccurrence": CoOccurrence, "itemknn": ItemKNN}
@@ -60,12 +63,7 @@ def load_splits(args: BaselineArguments) -> tuple[datasets.DatasetDict, int, Any
         splits = logs.load_splits(args.data)
         items = datasets.Dataset.from_parquet(str(Path(args.data) / "items.parquet"))
         return splits, len(items), items
-    loaders = {
-        "amazon": logs.load_amazon,
-        "kuairand": logs.load_kuairand,
-        "kuairand_like_hate": logs.load_kuairand_like_hate,
-    }
-    interactions = loaders[args.layout](args.data)
+    interactions = getattr(logs, f"load_{args.layout}")(args.data)
     return logs.leave_last_out(interactions), interactions.num_items, interactions.items
 
 
@@ -103,14 +101,17 @@ def make(args: BaselineArguments, num_items: int, items: Any, settings: dict):
             raise ValueError(
                 "fdsa reads item attributes: name columns of the item table, --attributes brand category."
             )
+        columns = getattr(items, "column_names", None) or list(items)
+        if absent := [name for name in args.attributes if name not in columns]:
+            raise ValueError(f"attributes={absent}: the item table has no such column; it has {columns}.")
         return FDSA(attribute_codes(*(items[name] for name in args.attributes)), **settings)
     return {"sasrec": SASRec, "bert4rec": BERT4Rec}[args.name](num_items, **settings)
 
 
 def fit(args: BaselineArguments, model, splits: datasets.DatasetDict, num_items: int, settings: dict) -> None:
     """Keeps the epoch with the best validation ndcg@10, seen items allowed: nothing is assumed about repeats."""
-    validation, train = splits["validation"], splits["train"]
-    sample = validation.shuffle(seed=0).select(range(min(args.eval_users or len(validation), len(validation))))
+    train = splits["train"]
+    sample = some(splits["validation"].shuffle(seed=0), args.eval_users, "eval_users")
 
     def validate(model) -> float:
         return evaluate(model, sample, num_items=num_items, ks=(10,), progress=False).metrics["ndcg@10"]
@@ -119,26 +120,35 @@ def fit(args: BaselineArguments, model, splits: datasets.DatasetDict, num_items:
     model.fit(train["history"], **users, **({"validate": validate, "seed": args.seed} | settings))
 
 
-def main(args: BaselineArguments) -> dict:
-    """Runs the recipe; returns what it writes to `metrics.json`."""
-    output = Path(args.output)
-    output.mkdir(parents=True, exist_ok=True)
+def check(args: BaselineArguments) -> tuple:
+    """All that can be said before it is trained; returns splits, number of items, the baseline and the settings of its fit."""
+    check_output(args.output)
     splits, num_items, items = load_splits(args)
-    settings, fit_settings = mapping(args.model), mapping(args.fit)
+    settings = mapping(args.fit)
     if "targets" in splits["train"].column_names:
         splits = sequences(splits, mapping(args.watched))
     elif mapping(args.watched):
         raise ValueError(f"watched={args.watched}: only rows of sessions have columns to choose behaviours by.")
-    test = splits["test"].select(range(min(args.test_users or len(splits["test"]), len(splits["test"]))))
+    check_splits(splits)
+    model = make(args, num_items, items, mapping(args.model))
+    check_keywords("fit", settings, *([] if args.name in COUNTERS else [model.fit, train_baseline]))
+    return splits, num_items, model, settings
+
+
+def main(args: BaselineArguments) -> dict:
+    """Runs the recipe; returns what it writes to `metrics.json`."""
+    splits, num_items, model, fit_settings = check(args)
+    test, output = some(splits["test"], args.test_users, "test_users"), Path(args.output)
+    output.mkdir(parents=True, exist_ok=True)
     report = {"arguments": asdict(args), "num_items": num_items}
     start = time.perf_counter()
-    model = make(args, num_items, items, settings)
     if args.name in COUNTERS:
-        if fit_settings:
-            raise ValueError(f"{args.name} counts: its settings go to --model, --fit takes none; got {fit_settings}.")
         model.fit(splits["train"]["history"])
     else:
         fit(args, model, splits, num_items, fit_settings)
+    for file in earlier_results(output):  # they would be taken for those of the new model
+        file.unlink()
+    if args.name not in COUNTERS:
         model.save_pretrained(output / "model")
         validated = [record for record in model.training_log if "validation" in record]
         report["best_epoch"] = max(validated, key=lambda record: record["validation"])["epoch"]
@@ -151,7 +161,7 @@ def main(args: BaselineArguments) -> dict:
         result = evaluate(model, test, num_items=num_items, exclude_seen=exclude_seen, seed=args.seed)
         result.save(output / f"{name}.parquet")
         report["test_exclude_seen" if exclude_seen else "test"] = result.to_dict()
-    (output / "metrics.json").write_text(json.dumps(report, indent=2), encoding="utf-8")
+    write_metrics(output, report)
     return report
 
 

@@ -12,7 +12,6 @@ Every field of `OneRecGRPOConfig` works on the command line and in a YAML file; 
 model. Writes a repository as `recipes/sft.py` does.
 """
 
-import json
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,10 +19,11 @@ from typing import Literal
 
 import datasets
 import numpy as np
+from checks import check_beams, check_training, rehearse
+from ending import finish, some
 from model_arguments import load_policy, mapping, training_rows
 from peft import LoraConfig
 from reward_arguments import reward_function
-from sft import score
 from transformers import AutoTokenizer, set_seed
 from trl import TrlParser
 
@@ -119,11 +119,13 @@ def main(args: RLArguments, training: OneRecGRPOConfig, reward_funcs: list | Non
     """Runs the recipe; returns what it writes to `metrics.json`."""
     if training.logged_weight == 1 and args.reward:
         raise ValueError(f"reward={args.reward!r} would score nothing: logged_weight=1 leaves no rollouts. Lower it.")
+    check_training(training)
+    check_beams(args.num_beams)
     set_seed(training.seed)
     recommender = load_policy(args.policy, args.data, args.num_beams)
     model, collator, catalogue = recommender.model, recommender.ranker.collator, recommender.model.catalogue
     splits = load_splits(args.data)
-    train = splits["train"]
+    train, test = splits["train"], some(splits["test"], args.test_users, "test_users")
     exposures = load_exposures(args, catalogue, collator) if args.exposures else None
     supervised = None
     if training.sft_weight > 0:
@@ -143,23 +145,11 @@ def main(args: RLArguments, training: OneRecGRPOConfig, reward_funcs: list | Non
         sft_dataset=supervised,
         peft_config=LoraConfig(r=args.lora_r, task_type="CAUSAL_LM") if args.lora_r else None,
     )
+    rehearse(recommender, train, splits)
     start = time.perf_counter()
     trainer.train(resume_from_checkpoint=training.resume_from_checkpoint)
-    report = {"train_seconds": time.perf_counter() - start, "num_parameters": model.num_parameters()}
-    output = Path(training.output_dir)
-    if args.lora_r:  # what is saved and pushed is the whole model
-        recommender.ranker.model = trainer.model = trainer.accelerator.unwrap_model(trainer.model).merge_and_unload()
-    if trainer.is_world_process_zero():
-        recommender.save_beside(output)
-        trainer.create_model_card()
-    trainer.save_model()  # with --push_to_hub true it goes up now, in one commit
-    if trainer.is_world_process_zero():
-        test = splits["test"].select(range(min(args.test_users or len(splits["test"]), len(splits["test"]))))
-        report |= score(recommender.ranker, test, output, training.seed)
-        report["log"] = trainer.state.log_history
-        (output / "metrics.json").write_text(json.dumps(report, indent=2), encoding="utf-8")
-        print(json.dumps({name: value for name, value in report.items() if name != "log"}, indent=2))
-    return report
+    report = {"train_seconds": time.perf_counter() - start}
+    return finish(trainer, recommender, args.data, test, report)
 
 
 if __name__ == "__main__":

@@ -9,12 +9,12 @@ import datasets
 import numpy as np
 import torch
 import yaml
+from checks import event_features, refuse_unknown
 from safetensors.torch import load_file
 from transformers import AutoConfig, PreTrainedConfig
 
 from onerec_hf import Catalogue  # and registers the models
 from onerec_hf.data import (
-    EventFeature,
     OneRecCollator,
     PathwayCollator,
     SessionCollator,
@@ -23,8 +23,7 @@ from onerec_hf.data import (
     target_rows,
 )
 from onerec_hf.models.catalogue import CATALOGUE_NAME
-from onerec_hf.recommender import ItemRanker, Recommender
-from onerec_hf.semantic_ids import load_quantizer
+from onerec_hf.recommender import Recommender
 
 ITEM_VECTORS = "item_vectors"  # name of the context feature
 
@@ -67,7 +66,15 @@ class ModelArguments:
 
 def mapping(text: str | dict) -> dict:
     """An argument that is JSON on the command line and a mapping in a YAML file."""
-    return json.loads(text) if isinstance(text, str) else text
+    try:
+        found = json.loads(text) if isinstance(text, str) else text
+    except json.JSONDecodeError as error:
+        raise ValueError(
+            f"{text!r} is no JSON ({error}): write it like '{{\"name\": 1}}', with double quotes."
+        ) from error
+    if not isinstance(found, dict):
+        raise ValueError(f"{text!r}: a mapping is needed, like '{{\"name\": 1}}'.")
+    return found
 
 
 def model_path(name: str) -> str:
@@ -91,7 +98,9 @@ def make_config(args: ModelArguments, tokenizer, collator=None) -> PreTrainedCon
         if args.item_vectors:
             widths = settings.get("feature_embed_dims", {}) | {ITEM_VECTORS: item_vectors(args).shape[1]}
             settings |= {"fixed_context_features": [ITEM_VECTORS], "feature_embed_dims": widths}
-    return AutoConfig.for_model(**settings | {"codebook_sizes": tokenizer.codebook_sizes})
+    config = AutoConfig.for_model(**settings | {"codebook_sizes": tokenizer.codebook_sizes})
+    refuse_unknown(settings, type(config))
+    return config
 
 
 def item_vectors(args: ModelArguments) -> torch.Tensor:
@@ -120,7 +129,7 @@ def make_collator(args: ModelArguments, tokenizer) -> OneRecCollator:
             raise ValueError(f"item_vectors is for onerec_v2, the model is {config.model_type}.")
         item_features[ITEM_VECTORS] = np.arange(1, tokenizer.catalogue.num_items + 1)
     features = {
-        "event_features": {name: EventFeature(*feature) for name, feature in mapping(args.event_features).items()},
+        "event_features": event_features(mapping(args.event_features)),
         "item_features": item_features,
         "user_features": user_features,
         "user_categories": user_categories,
@@ -141,15 +150,6 @@ def training_rows(train: datasets.Dataset, config: PreTrainedConfig, max_history
             max_history = max(config.pathway_lengths.values())
         train = target_rows(train, max_history)
     return train.filter(lambda length: length >= ("targets" not in train.column_names) + 1, input_columns="length")
-
-
-def serve(ranker: ItemRanker, args: ModelArguments) -> Recommender:
-    """The recommender that goes into the repository: with codebooks, and what it tells about an item."""
-    metadata = {}
-    if args.metadata:
-        rows = datasets.Dataset.from_parquet(str(Path(args.data) / "items.parquet"))
-        metadata = {row.pop("item_id"): row for row in rows.select_columns(["item_id", *args.metadata])}
-    return Recommender(ranker, metadata, load_quantizer(Path(args.data) / "tokenizer"))
 
 
 def check_same_items(folder: str, catalogue: Catalogue, data: str) -> None:

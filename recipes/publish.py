@@ -4,8 +4,7 @@
     python recipes/publish.py --model outputs/mymodel --data outputs/mydata --repo org/mymodel --private true
 
 Without `--repo` it writes the card alone: look at it first. Log in once with `hf auth login`. `--create_pr true` opens a pull
-request, `--revision NAME` commits to a branch. Everything is checked before the first byte goes out; checkpoints, optimizer states
-and predictions stay here.
+request, `--revision NAME` commits to a branch. All is checked before the first byte; checkpoints and predictions stay here.
 """
 
 import json
@@ -15,13 +14,15 @@ from pathlib import Path
 
 import datasets
 import numpy as np
+from checks import check_catalogue, check_push, unique_names
 from huggingface_hub import ModelCard
 from transformers import AutoConfig
 from trl import TrlParser
 
-import onerec_hf  # noqa: F401  registers the models
+from onerec_hf import Catalogue
 from onerec_hf.data import load_splits
-from onerec_hf.hub import model_card, plot_recall_by_frequency, push_to_hub, repository_files
+from onerec_hf.hub import model_card, plot_recall_by_frequency, push_to_hub, repository_files, table_cell
+from onerec_hf.recommender import Recommender
 
 
 @dataclass
@@ -60,47 +61,86 @@ CAPTIONS = {
 }
 
 
-def draw_recall(systems: dict[str, Path], splits: datasets.DatasetDict, path: Path) -> None:
+def load_systems(args: PublishArguments, title: str, num_items: int) -> dict[str, tuple[Path, dict]]:
+    """Folder and metrics of the model and of each baseline, by a name that each has alone; the model is the first."""
+    model, baselines = Path(args.model), [Path(name) for name in args.baselines]
+    places = [folder.resolve() for folder in (model, *baselines)]
+    if twice := [str(folder) for i, folder in enumerate((model, *baselines)) if places[i] in places[:i]]:
+        raise ValueError(f"{twice} is named twice among the model and its baselines: every system once.")
+    systems = {}
+    for name, folder in zip([title, *unique_names(title, baselines)], [model, *baselines]):
+        path = folder / "metrics.json"
+        report = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+        if not {"test", "test_exclude_seen"} <= report.keys() or not (folder / "predictions.parquet").is_file():
+            raise ValueError(
+                f"{folder} has no test metrics, metrics.json and predictions.parquet. Of a model, `python recipes/score.py --model "
+                f"{folder} --data {args.data}` makes them; of a baseline, recipes/baseline.py."
+            )
+        if report.get("num_items") not in (None, num_items):
+            raise ValueError(f"{folder} knows {report['num_items']} items, {args.data} has {num_items}: another log.")
+        systems[name] = folder, report
+    return systems
+
+
+def read_recalls(systems: dict[str, tuple[Path, dict]], users: list[int], data: str) -> dict[str, np.ndarray]:
+    """recall@10 of every test user, by system; of the same users."""
+    tables = {n: datasets.Dataset.from_parquet(str(f / "predictions.parquet")) for n, (f, _) in systems.items()}
+    size = len(next(iter(tables.values())))
+    for name, table in tables.items():
+        own = table["user"][:] if "user" in table.column_names else users[: len(table)]
+        if len(table) != size or own != users[:size]:
+            raise ValueError(
+                f"{systems[name][0]} was scored on {len(table)} users of another test split, or on another number of them "
+                f"({size}) than the model: numbers of other users than those of {data} do not belong in one table. Score it again."
+            )
+    return {name: np.asarray(table["recall@10"]) for name, table in tables.items()}
+
+
+def draw_recall(recalls: dict[str, np.ndarray], splits: datasets.DatasetDict, path: Path) -> None:
     """Recall by frequency of the target; for splits with one target per user."""
-    targets = splits["test"]["targets"]
+    path.unlink(missing_ok=True)  # of another run
+    targets = splits["test"]["targets"][: len(next(iter(recalls.values())))]
     if any(len(row) != 1 for row in targets):
         return
     targets = np.array([row[0] for row in targets])
     trained = np.concatenate(splits["train"].with_format("numpy")["history"])
     counts = np.bincount(trained, minlength=targets.max() + 1)[targets]
-    predictions = {name: folder / "predictions.parquet" for name, folder in systems.items()}
-    recalls = {name: datasets.Dataset.from_parquet(str(file))["recall@10"] for name, file in predictions.items()}
-    plot_recall_by_frequency({name: np.asarray(values) for name, values in recalls.items()}, counts, path)
+    plot_recall_by_frequency(recalls, counts, path)
 
 
 def main(args: PublishArguments) -> str:
     """Runs the recipe; returns the URL of the commit, or the path of the card."""
     folder, data = Path(args.model), Path(args.data)
-    title = args.title or (args.repo or folder.name).split("/")[-1]
-    systems = {title: folder, **{Path(name).name: Path(name) for name in args.baselines}}
-    reports = {name: json.loads((path / "metrics.json").read_text(encoding="utf-8")) for name, path in systems.items()}
+    if args.repo:
+        check_push(args.repo)
+    title = args.title or (args.repo or folder.absolute().name).split("/")[-1]
+    check_catalogue(folder, data)
     splits = load_splits(data)
+    systems = load_systems(args, title, Catalogue.from_pretrained(folder).num_items)
+    recalls = read_recalls(systems, splits["test"]["user"][:], args.data)
     for name in ("codebook_usage.png", "tokenizer/quantizer_config.json", "tokenizer/quantizer.safetensors"):
         if (data / name).is_file():
             shutil.copy(data / name, folder)
-    draw_recall(systems, splits, folder / "recall_by_frequency.png")
+    draw_recall(recalls, splits, folder / "recall_by_frequency.png")
     # how it was trained stands in the card that the trainer wrote
     written = ModelCard.load(folder / "README.md").text if (folder / "README.md").is_file() else ""
     training = written.partition("\n## Training\n")[2].partition("\n## ")[0].strip()
-    dataset_name = args.dataset_name or data.name
+    dataset_name = args.dataset_name or data.absolute().name
     card = model_card(
         AutoConfig.from_pretrained(folder),
         title=title,
         repo=args.repo or str(folder),
         summary=args.summary,
-        data=f"{dataset_name}: " + ", ".join(f"{len(rows):,} {name} rows" for name, rows in splits.items()) + ".",
+        data=f"{table_cell(dataset_name)}: "
+        + ", ".join(f"{len(rows):,} {name} rows" for name, rows in splits.items())
+        + ".",
         training=training or "Not recorded.",
-        results={name: (report["test"], report["test_exclude_seen"]) for name, report in reports.items()},
+        results={name: (report["test"], report["test_exclude_seen"]) for name, (_, report) in systems.items()},
         dataset_name=dataset_name,
         dataset=args.dataset,
         simulated=args.simulated,
         pictures=[(name, caption) for name, caption in CAPTIONS.items() if (folder / name).is_file()],
-        num_parameters=reports[title].get("num_parameters"),
+        num_parameters=systems[title][1].get("num_parameters"),
         num_beams=args.num_beams,
         base_model=args.base_model,
         license=args.license,
@@ -109,10 +149,11 @@ def main(args: PublishArguments) -> str:
     if args.repo is None:
         print(f"card: {folder / 'README.md'}; these files would be pushed: {', '.join(repository_files(folder))}")
         return str(folder / "README.md")
-    options = {"private": args.private, "revision": args.revision, "create_pr": args.create_pr}
-    commit = push_to_hub(folder, args.repo, commit_message=args.commit_message, **options)
-    print(commit.pr_url or commit.commit_url)
-    return commit.pr_url or commit.commit_url
+    Recommender.from_pretrained(folder)  # it must load from here, or it loads from nowhere
+    options = {name: getattr(args, name) for name in ("private", "revision", "create_pr", "commit_message")}
+    commit = push_to_hub(folder, args.repo, **options)
+    print(url := commit.pr_url or commit.commit_url)
+    return url
 
 
 if __name__ == "__main__":

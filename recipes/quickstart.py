@@ -16,6 +16,7 @@ import numpy as np
 import prepare
 import publish
 import sft
+from checks import check_output
 from transformers.utils import logging
 
 from onerec_hf.data import load_splits
@@ -52,6 +53,7 @@ def show(folder: Path, data: Path, world: ShortVideoWorld, users: int = 3) -> No
 
 def main(output: Path, num_users: int = 2000, num_items: int = 2000, epochs: float = 12, seed: int = 0) -> dict:
     """Runs everything; returns the reports of all systems."""
+    check_output(str(output))
     data, folder = output / "data", output / "onerec-v2-quickstart"
     world = simulate(output, num_users, num_items, seed)
     columns = {"user_id": "user_id", "item_id": "video_id", "timestamp": "time_ms"}

@@ -17,6 +17,8 @@ from pathlib import Path
 
 import datasets
 import numpy as np
+from checks import check_splits, check_training, refuse_unknown
+from ending import after_saving, save, some, write_metrics
 from model_arguments import mapping
 from reward_arguments import ARGUMENTS_NAME, RewardArguments, make_collator
 from transformers import AutoModel, AutoTokenizer, TrainingArguments, set_seed
@@ -26,7 +28,11 @@ from onerec_hf import OneRecPScoreConfig, OneRecSessionRewardConfig
 from onerec_hf.data import load_splits
 from onerec_hf.evaluation import feedback_report
 from onerec_hf.hub import push_to_hub, reward_card
-from onerec_hf.trainers import ResumableTrainer
+from onerec_hf.trainers import ResumableTrainer, StopAtNonFinite
+
+
+class RewardTrainer(StopAtNonFinite, ResumableTrainer):
+    """`Trainer` that stops at the first NaN and whose killed runs go on."""
 
 
 def report(args: RewardArguments, prediction, split: datasets.Dataset) -> tuple[dict, datasets.Dataset]:
@@ -46,6 +52,9 @@ def report(args: RewardArguments, prediction, split: datasets.Dataset) -> tuple[
 
 def main(args: RewardArguments, training: TrainingArguments) -> dict:
     """Runs the recipe; returns what it writes to `metrics.json`."""
+    check_training(training)
+    if taken := sorted({"user", "p_score", "reward"} & set(args.targets)):
+        raise ValueError(f"targets={taken}: the scores have a column of that name already; rename it in the log.")
     set_seed(training.seed)
     training.remove_unused_columns, training.label_names = False, ["labels"]
     push, training.push_to_hub = training.push_to_hub, False  # once, at the end, with our card
@@ -53,6 +62,7 @@ def main(args: RewardArguments, training: TrainingArguments) -> dict:
     tokenizer = AutoTokenizer.from_pretrained(Path(args.data) / "tokenizer")
     collator = make_collator(args, tokenizer, splits)
     config_class = OneRecSessionRewardConfig if args.session_wise else OneRecPScoreConfig
+    refuse_unknown(mapping(args.model), config_class)
     config = config_class(
         codebook_sizes=tokenizer.codebook_sizes,
         catalogue_fingerprint=tokenizer.catalogue.fingerprint(),
@@ -68,27 +78,43 @@ def main(args: RewardArguments, training: TrainingArguments) -> dict:
     splits = splits.remove_columns(unread).with_format("numpy")
     begin = collator.boundaries[args.warm_up - 1] if args.warm_up else -np.inf
     train = splits["train"].select(np.flatnonzero(np.array(splits["train"]["session_start"]) >= begin))
-    trainer = ResumableTrainer(
-        AutoModel.from_config(config), training, collator, train, splits["validation"], tokenizer
-    )
+    trainer = RewardTrainer(AutoModel.from_config(config), training, collator, train, splits["validation"], tokenizer)
+    check_splits(splits | {"train": train})
+    rehearsal = some(splits["test"], 2, "test")  # what would fail at the end fails now
+    report(args, trainer.predict(rehearsal), rehearsal)
     trainer.train(resume_from_checkpoint=training.resume_from_checkpoint)
-    trainer.save_model()
     output = Path(training.output_dir)
-    (output / ARGUMENTS_NAME).write_text(json.dumps(asdict(args), indent=2), encoding="utf-8")
+    arguments = json.dumps(asdict(args), indent=2)
+    save(trainer, lambda folder: (folder / ARGUMENTS_NAME).write_text(arguments, encoding="utf-8"))
     result = {"num_parameters": trainer.model.num_parameters(), "log": trainer.state.log_history}
-    for name in ("validation", "test"):
-        result[name], scores = report(args, trainer.predict(splits[name]), splits[name])
-        scores.to_parquet(str(output / f"{name}_scores.parquet"))
-    (output / "metrics.json").write_text(json.dumps(result, indent=2), encoding="utf-8")
-    title = "Session-wise reward model" if args.session_wise else "P-Score reward model"
-    card = {"title": title, "repo": str(output), "data": f"Logged exposures: {args.data}."}
-    card |= {
-        "training": f"`recipes/reward.py`, {training.num_train_epochs:g} epochs.",
-        "dataset_name": Path(args.data).name,
-    }
-    reward_card(config, **card, metrics=result["test"]).save(output / "README.md")
+    advice = (
+        "The same command with --resume_from_checkpoint and the last checkpoint scores the model without training it."
+    )
+    try:  # all processes share the rows
+        predictions = {name: trainer.predict(splits[name]) for name in ("validation", "test")}
+    except Exception as error:
+        error.add_note(
+            f"The reward model is trained and saved in {output}; its metrics and card are missing. {advice}"
+        )
+        raise
+
+    def metrics():
+        for name, prediction in predictions.items():
+            result[name], scores = report(args, prediction, splits[name])
+            scores.to_parquet(str(output / f"{name}_scores.parquet"))
+        write_metrics(output, result)
+
+    def card():
+        texts = {"title": "Session-wise reward model" if args.session_wise else "P-Score reward model"}
+        texts |= {"repo": str(output), "data": f"Logged exposures: {args.data}.", "dataset_name": Path(args.data).name}
+        texts["training"] = f"`recipes/reward.py`, {training.num_train_epochs:g} epochs."
+        reward_card(config, **texts, metrics=result.get("test")).save(output / "README.md")
+
+    steps = {"metrics (metrics.json, scores)": metrics, "card (README.md)": card}
     if push:
-        push_to_hub(output, training.hub_model_id or output.name, private=training.hub_private_repo)
+        repo, private = training.hub_model_id or output.absolute().name, training.hub_private_repo
+        steps["push"] = lambda: push_to_hub(output, repo, private=private, token=training.hub_token)
+    after_saving(trainer, steps, advice)
     return result
 
 

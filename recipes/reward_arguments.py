@@ -6,11 +6,11 @@ from pathlib import Path
 
 import datasets
 import numpy as np
+from checks import event_features
 from model_arguments import check_same_items, mapping
 from transformers import AutoModel, AutoTokenizer
 
 from onerec_hf.data import (
-    EventFeature,
     RewardCollator,
     category_codes,
     category_map,
@@ -90,10 +90,7 @@ def make_collator(args: RewardArguments, tokenizer, splits: datasets.DatasetDict
     size = {n: len(datasets.Dataset.from_parquet(str(Path(args.data) / f"{n}s.parquet"))) for n in ("item", "user")}
     groups = items | {name: np.arange(rows) for name, rows in size.items()}
     item_numbers, user_numbers = past_numbers(args, splits["train"], groups, boundaries)
-    events, requests = (
-        {name: EventFeature(*feature) for name, feature in mapping(v).items()}
-        for v in (args.event_features, args.request_features)
-    )
+    events, requests = (event_features(mapping(v)) for v in (args.event_features, args.request_features))
     return RewardCollator(
         tokenizer.encode_semantic_ids(tokenizer.catalogue.semantic_ids),
         args.max_history,

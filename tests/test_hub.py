@@ -63,7 +63,7 @@ def test_one_commit_with_everything_and_nothing_else(hub, folder):
     repository = hub.repos["org/onerec-1b"]
     assert repository.private and [message for _, message, _ in repository.commits] == ["First"]
     code = "configuration_onerec modeling_onerec_v2 modeling_semantic_id generation_semantic_id beam_search catalogue "
-    code += "prefix_index layers moe any_model tokenization_semantic_id"
+    code += "prefix_index layers moe any_model tokenization_semantic_id item_ids modeling_outputs input_checks parallel_plans"
     assert set(repository.branches["main"]) == {
         *(f"{name}.py" for name in code.split()),
         *("config.json", "model.safetensors", "generation_config.json", "catalogue.safetensors"),
@@ -122,23 +122,24 @@ def test_a_failed_upload_leaves_nothing_half_written(hub, folder, where, problem
 
 @pytest.mark.parametrize("options", [{}, {"revision": "next"}, {"create_pr": True}])
 @pytest.mark.parametrize("where, problem", [("commit", 500), ("preupload", "hang up"), ("PUT /blobs", "hang up")])
-def test_a_repository_made_for_nothing_is_removed_again(hub, folder, where, problem, options):
+def test_a_repository_made_for_nothing_stays_and_says_so(hub, folder, where, problem, options):
+    """Removed it is never: it may hold by then what somebody else has pushed."""
     hub.fail = {where: problem}
-    with pytest.raises(OSError, match=r"(?s)could not upload.*org/tiny, which this call had made, is removed again"):
+    with pytest.raises(OSError, match=r"(?s)could not upload.*org/tiny was made by this call and is empty"):
         push_to_hub(folder, "org/tiny", **options)
-    assert hub.repos == {}
+    assert list(hub.repos) == ["org/tiny"] and not [line for line in hub.log if line.startswith("DELETE")]
     hub.fail = {}
     push_to_hub(folder, "org/tiny", **options)
     assert len(hub.repos["org/tiny"].commits) == 1
 
 
-def test_what_was_there_or_has_arrived_is_not_removed(hub, folder):
-    hub.fail = {"commit": 500, "DELETE": 500}
-    with pytest.raises(OSError, match=r"(?s)stays there and is empty.*hf repos delete org/tiny"):
+def test_what_was_there_or_has_arrived_is_told_apart(hub, folder):
+    hub.fail = {"commit": 500, "tree": 500}  # nobody can say what is there
+    with pytest.raises(OSError, match=r"(?s)org/tiny was made by this call: .*hf repos delete org/tiny"):
         push_to_hub(folder, "org/tiny")
     assert not hub.repos["org/tiny"].branches["main"]
     hub.fail = {"commit": 500}
-    with pytest.raises(OSError, match=r"org/tiny is half-written; \S+ is untouched.$"):  # nothing about removing
+    with pytest.raises(OSError, match=r"org/tiny is half-written; \S+ is untouched.$"):  # it was there before
         push_to_hub(folder, "org/tiny")
     assert "org/tiny" in hub.repos
     hub.fail = {"commit": "lose the answer"}
@@ -187,6 +188,34 @@ def test_everything_that_is_wrong_is_named_at_once(folder):
         repository_files(folder)
     assert str(error.value).count("\n- ") == 3
     assert "model.safetensors cannot be read" in str(error.value) and "auto_map in config.json" in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "name, content, reason",
+    [
+        ("config.json", b'{"model_type": "onerec_v2", ', "config.json cannot be read"),
+        ("tokenizer.json", b"[]", "holds a list, no mapping"),
+        ("collator_config.json", b"{}", "names no collator_class"),
+        ("items.jsonl", b'{"item_id": 1}\n{"item_id": 2, "title"\n', "items.jsonl cannot be read .line 2"),
+        ("items.jsonl", b'{"item_id": 1}\n{"title": "a"}\n', "line 2 has no item_id"),
+        ("items.jsonl", '{"item_id": 1, "title": "é"}'.encode("latin-1"), "items.jsonl cannot be read .'utf-8'"),
+        ("README.md", b"---\nlicense: [\n---\n# Tiny\n", "README.md cannot be read .its metadata"),
+        ("layers.py", b"import torch\nclass Layer(", "layers.py cannot be read"),
+        ("training_curve.png", b"", "training_curve.png cannot be read"),
+        ("quantizer_config.json", b"{}", "quantizer.safetensors: quantizer_config.json is there without it"),
+        ("collator_config.json", b'{"collator_class": "C", "item_features": ["author"]}', "collator.safetensors: "),
+    ],
+)
+def test_every_file_is_read_before_it_goes_up(hub, folder, name, content, reason):
+    (folder / name).write_bytes(content)
+    with pytest.raises(ValueError, match=f"(?s)not ready for the Hub.*{reason}"):
+        push_to_hub(folder, "org/tiny")
+    assert hub.log == []
+
+
+def test_a_title_with_a_line_separator_goes_up(folder):
+    (folder / "items.jsonl").write_text('{"item_id": 1, "title": "a\u2028b\x85c"}\n', encoding="utf-8")
+    assert "items.jsonl" in repository_files(folder)
 
 
 def test_shards_are_counted(folder):

@@ -70,6 +70,40 @@ def test_what_a_card_refuses():
         model_card(AutoConfig.for_model("bert"), title="", repo="", data="", training="")
 
 
+ODD = "a | b\n\n## c <script>"  # a name that would end a cell, a line, a text
+
+
+def test_odd_names_stay_where_they_belong(tmp_path):
+    """In the title, the table, the metadata and the snippet: one line each, and what was given comes back."""
+    odd = tiny_model(context_features={"au\nthor|`x`": 7}, user_features={"country": 3}).config
+    texts = {"title": ODD, "summary": ODD, "data": "D.", "training": "T.", "dataset_name": ODD}
+    results = {ODD: (KEPT, MASKED), "x|y": (MASKED, KEPT)}
+    repo = 'a "folder"\nimport os #`'
+    card = model_card(odd, repo=repo, results=results, **texts)
+    card.save(tmp_path / "README.md")
+    card = ModelCard.load(tmp_path / "README.md")
+    assert card.data.model_name == "a | b ## c <script>" == card.data.eval_results[0].dataset_name
+    lines = card.text.split("\n")
+    shown = r"a \| b ## c &lt;script>"
+    assert f"# {shown}" in lines and shown in lines and "<script>" not in card.text
+    assert f"| {shown} | 0.1235 / 0.2000 | 0.0600 / 0.1000 | 0.0000 / – |" in lines
+    assert next(line for line in lines if line.startswith("## ")) == "## Use" and card.text.count("```") == 4
+    assert r"| context features | `au thor\|'x'` |" in lines
+    snippet = card.text.split("```python")[1].split("```")[0]
+    compile(snippet, "snippet", "exec")
+    line = next(line for line in snippet.split("\n") if line.startswith("repo = "))
+    names = {}
+    exec(line, names)
+    assert names["repo"] == repo
+
+
+def test_systems_that_look_the_same_are_refused():
+    with pytest.raises(ValueError, match=r"several systems that look like .'ours a'"):
+        card_of(results={"ours a": (KEPT, None), "ours  a": (MASKED, None)}, dataset_name="log")
+    with pytest.raises(ValueError, match=r"license='Apache 2\.0: yes'"):
+        card_of(license="Apache 2.0: yes")
+
+
 def test_results_table():
     table = results_table({"ours": (KEPT, MASKED), "theirs": ({"recall@10": 0.5}, None)})
     assert table.splitlines() == [
@@ -222,7 +256,12 @@ def test_numbers_are_read_from_the_results_page(write, tmp_path, monkeypatch):
     )
     monkeypatch.setattr(write, "ROOT", tmp_path)
     assert write.table("a", "SASRec") == {"SASRec": ({"recall@5": 0.0495}, {"recall@5": 0.0604})}
-    with pytest.raises(ValueError, match="begins with 'OneRec'"):
+    with pytest.raises(ValueError, match=r"no rows of .* begin with 'OneRec'"):
         write.table("a", "OneRec")
+    page = (tmp_path / "docs" / "results.md").read_text(encoding="utf-8")
+    row = "| SASRec, one negative | 3 | 0.03 / 0.04 | 1 minute |\n<!-- /a -->"
+    (tmp_path / "docs" / "results.md").write_text(page.replace("<!-- /a -->", row), encoding="utf-8")
+    with pytest.raises(ValueError, match=r"2 rows of .* begin with 'SASRec', one must"):  # which of the two is it?
+        write.table("a", "SASRec")
     with pytest.raises(ValueError, match="no table between"):
         write.table("b", "OneRec")

@@ -1,5 +1,7 @@
 """Model cards, filled by code (`card_template.md`) from a config and from what training left behind."""
 
+import json
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -74,6 +76,29 @@ PAPERS = {
 }
 
 
+def table_cell(text: object) -> str:
+    """A text as one line of Markdown that ends no table cell and is no HTML."""
+    return " ".join(str(text).split()).replace("|", "\\|").replace("<", "&lt;")
+
+
+def code(text: object) -> str:
+    """A name as code inside a line or a table cell."""
+    return "`" + " ".join(str(text).split()).replace("|", "\\|").replace("`", "'") + "`"
+
+
+def python_string(text: str) -> str:
+    """A string as Python and `push_to_hub` read it, that ends no block of code in Markdown."""
+    return json.dumps(text, ensure_ascii=False).replace("`", "\\x60")
+
+
+def check_license(name: str) -> None:
+    """Raises ValueError for what is no identifier of a license on the Hub."""
+    if not re.fullmatch(r"[a-z0-9][a-z0-9.+-]*", name):
+        raise ValueError(
+            f"license={name!r}: give an identifier of the Hub, such as apache-2.0, cc-by-nc-4.0 or other."
+        )
+
+
 def model_card(
     config: Any,
     *,
@@ -115,8 +140,10 @@ def model_card(
         `huggingface_hub.ModelCard`; `card.save(folder / "README.md")` writes it.
 
     Raises:
-        ValueError: For a model that is none of the three systems, an unknown paper, or results without a `dataset_name`.
+        ValueError: For a model that is none of the three systems, an unknown paper, a license that is no identifier, results
+            without a `dataset_name`, or of systems whose names look the same.
     """
+    check_license(license)
     if config.model_type not in SYSTEMS:
         raise ValueError(f"no card for model_type={config.model_type!r}: there are cards for {sorted(SYSTEMS)}.")
     if unknown := sorted(set(papers) - set(PAPERS)):
@@ -130,7 +157,7 @@ def model_card(
         datasets=[dataset] if dataset else None,
         base_model=base_model,
         base_model_relation=("adapter" if adapter else "finetune") if base_model else None,
-        model_name=title if results else None,
+        model_name=" ".join(title.split()) if results else None,
         eval_results=_eval_results(results, dataset_name, dataset, split) if results else None,
     )
     cited = dict.fromkeys([config.model_type, "tiger", *papers])
@@ -138,8 +165,8 @@ def model_card(
     return ModelCard.from_template(
         metadata,
         template_str=TEMPLATE.read_text(encoding="utf-8"),
-        title=title,
-        summary=summary,
+        title=table_cell(title),
+        summary=table_cell(summary),
         system=SYSTEMS[config.model_type],
         snippet=usage_snippet(config, repo, num_beams),
         adapter=adapter,
@@ -149,7 +176,7 @@ def model_card(
         results=results_table(results) if results else "",
         columns="Left of the stroke seen items stay in the list, right of it they are masked." if both else "",
         num_beams=num_beams,
-        pictures=list(pictures),
+        pictures=[(name, table_cell(caption)) for name, caption in pictures],
         simulated=simulated,
         citations="\n\n".join(PAPERS[key].bibtex(key) for key in cited),
     )
@@ -157,6 +184,7 @@ def model_card(
 
 def _eval_results(results, dataset_name, dataset, split) -> list[EvalResult]:
     kept, masked = next(iter(results.values()))
+    dataset_name = " ".join(dataset_name.split())
     slug = dataset or "-".join(dataset_name.lower().split())
     found = []
     for metrics, remark in ((kept, ""), (masked or {}, ", seen items masked")):
@@ -182,9 +210,12 @@ def _shown(own: Mapping[str, float]) -> list[str]:
 
 def results_table(results: Mapping[str, tuple[Mapping[str, float], Mapping[str, float] | None]]) -> str:
     """A markdown table: a row per system, `kept / masked` per metric that the first system has."""
+    shown = [table_cell(name) for name in results]
+    if twice := sorted({name for name in shown if shown.count(name) > 1}):
+        raise ValueError(f"results has several systems that look like {twice}: give each a name of its own.")
     metrics = _shown(next(iter(results.values()))[0])
     lines = ["| model | " + " | ".join(metrics) + " |", "|---" * (len(metrics) + 1) + "|"]
-    for name, pair in results.items():
+    for name, pair in zip(shown, results.values()):
         cells = [
             " / ".join(f"{part[metric]:.4f}" if metric in part else "–" for part in pair if part is not None)
             for metric in metrics
@@ -209,7 +240,7 @@ def _facts(config, num_parameters: int | None) -> list[tuple[str, str]]:
         facts.append(("session", f"up to {config.num_session_items} items"))
     for name, features in (("context features", config.context_features), ("user features", config.user_features)):
         if features:
-            facts.append((name, ", ".join(f"`{key}`" for key in features)))
+            facts.append((name, ", ".join(map(code, features))))
     facts.append(("probabilities", "softmax over " + _normalised_over(config)))
     return facts
 
@@ -251,7 +282,7 @@ def usage_snippet(config: Any, repo: str, num_beams: int = 50, history: int = 5)
     ):
         if features:
             zeros = f"{name} = torch.zeros({shape}{len(features)}, dtype=torch.long)"
-            context.append(f'{zeros}  # 0 is "unknown"; columns: {", ".join(features)}')
+            context.append(f'{zeros}  # 0 is "unknown"; columns: {" ".join(", ".join(features).split())}')
             inputs.append(f"    {name}={name},")
     if config.model_type == "onerec_v2" and ITEM_VECTORS in config.fixed_context_features:
         column = list(config.context_features).index(ITEM_VECTORS)
@@ -267,7 +298,7 @@ def usage_snippet(config: Any, repo: str, num_beams: int = 50, history: int = 5)
         "import torch",
         "from transformers import AutoModel, AutoTokenizer",
         "",
-        f'repo = "{repo}"',
+        f"repo = {python_string(repo)}",
         "model = AutoModel.from_pretrained(repo, trust_remote_code=True)",
         "tokenizer = AutoTokenizer.from_pretrained(repo, trust_remote_code=True)",
         "",

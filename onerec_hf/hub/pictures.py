@@ -21,6 +21,11 @@ def _figure(width: float = 6.0, height: float = 3.4):
     return figure, axes
 
 
+def plot_label(name: str) -> str:
+    """A name as matplotlib prints it: a dollar would begin a formula, and a label with `_` in front is left out."""
+    return f" {name}".replace("$", r"\$")
+
+
 def plot_training_curve(
     log_history: Sequence[Mapping[str, float]], path: str | Path, metric: str = "eval_ndcg@10"
 ) -> None:
@@ -66,7 +71,9 @@ def plot_recall_by_frequency(
     width = 0.8 / len(recalls)
     for i, (name, values) in enumerate(recalls.items()):
         heights = [values[stratum == s].mean() if (stratum == s).any() else 0 for s in range(len(edges) - 1)]
-        axes.bar(np.arange(len(heights)) + (i - (len(recalls) - 1) / 2) * width, heights, width, label=name)
+        axes.bar(
+            np.arange(len(heights)) + (i - (len(recalls) - 1) / 2) * width, heights, width, label=plot_label(name)
+        )
     axes.set_xticks(range(len(names)), names, fontsize=8)
     axes.set_xlabel("training events of the target item")
     axes.set_ylabel("recall@10")
@@ -104,7 +111,7 @@ def plot_prediction_entropy(
             medianprops={"color": "#333333"},
             boxprops={"facecolor": f"C{i}", "alpha": 0.7},
         )
-        parts["boxes"][0].set_label(name)
+        parts["boxes"][0].set_label(plot_label(name))
         axes.plot(place, values.mean(0), "x", color="#333333", markersize=5)
     for level, size in enumerate(codebook_sizes):
         label = "uniform guess, ln K" if level == 0 else None

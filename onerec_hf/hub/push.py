@@ -4,7 +4,7 @@ import json
 import re
 from pathlib import Path
 
-from huggingface_hub import CommitInfo, CommitOperationAdd, HfApi
+from huggingface_hub import CommitInfo, CommitOperationAdd, HfApi, ModelCard
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, RevisionNotFoundError
 from huggingface_hub.utils import validate_repo_id
 from safetensors import SafetensorError, safe_open
@@ -48,13 +48,22 @@ def repository_files(folder: str | Path) -> list[str]:
     return files
 
 
+def _mapping(path: Path) -> dict:
+    """A JSON file; nothing where it is not there or cannot be read, which `_damaged` says."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return content if isinstance(content, dict) else {}
+
+
 def _missing(folder: Path, files: list[str]) -> list[str]:
     problems = []
     if "README.md" not in files:
         problems.append("README.md, the card: `model_card(...).save(folder / 'README.md')`, or recipes/publish.py")
     if "adapter_config.json" in files:
         wanted = {"adapter_model.safetensors": _SAVE_MODEL}
-        base = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8")).get("base_model_name_or_path")
+        base = _mapping(folder / "adapter_config.json").get("base_model_name_or_path")
         if not base or Path(base).exists() or not re.fullmatch(r"[\w.-]+/[\w.-]+", base):
             problems.append(
                 f"the base model of adapter_config.json is {base!r}, which only this machine knows: push the base model, and "
@@ -62,7 +71,7 @@ def _missing(folder: Path, files: list[str]) -> list[str]:
             )
     else:
         wanted = dict.fromkeys(_weight_files(folder), _SAVE_MODEL)
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        config = _mapping(folder / "config.json")
         if any(name.endswith("ForCausalLM") for name in config.get("architectures") or []):
             wanted |= {"generation_config.json": _SAVE_MODEL}
     reward = "config.json" in files and "generation_config.json" not in wanted
@@ -76,16 +85,16 @@ def _weight_files(folder: Path) -> list[str]:
     index = folder / "model.safetensors.index.json"
     if not index.is_file():
         return ["model.safetensors"]
-    return sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+    return sorted(set(_mapping(index).get("weight_map", {}).values()))
 
 
 def _code_files(folder: Path) -> dict[str, str]:
     """The modules that `auto_map` names, and those that they import: without them the repository loads nowhere else."""
     found = {}
     for name, what in (("config.json", _SAVE_MODEL), ("tokenizer_config.json", _SAVE_TOKENIZER)):
-        if not (folder / name).is_file():
+        if not (settings := _mapping(folder / name)):
             continue
-        auto_map = json.loads((folder / name).read_text(encoding="utf-8")).get("auto_map") or {}
+        auto_map = settings.get("auto_map") or {}
         if not auto_map:
             found[f"auto_map in {name}"] = f"{what}, after `import onerec_hf`"
         # "module.Class", or a list of such and None
@@ -103,18 +112,56 @@ def _code_files(folder: Path) -> dict[str, str]:
 
 
 def _damaged(folder: Path, files: list[str]) -> list[str]:
-    """Files that cannot be read: cut off by a full disk or a broken copy."""
+    """Files that cannot be read, cut off by a full disk or a broken copy, and files that need one that is not there."""
     problems = []
     for name in files:
         try:
             if name.endswith(".safetensors"):
                 with safe_open(folder / name, framework="np"):
                     pass
-            elif name.endswith(".json"):
-                json.loads((folder / name).read_text(encoding="utf-8"))
-        except (SafetensorError, ValueError) as error:
+            elif name.endswith(".png"):
+                if not (folder / name).read_bytes().startswith(b"\x89PNG"):
+                    raise ValueError("it is no picture")
+            else:
+                _read_text(name, (folder / name).read_text(encoding="utf-8"))
+        except (SafetensorError, SyntaxError, ValueError) as error:  # of JSON and of UTF-8, too
             problems.append(f"{name} cannot be read ({error}): save it again")
+    for one, other in (
+        ("quantizer_config.json", "quantizer.safetensors"),
+        ("quantizer.safetensors", "quantizer_config.json"),
+    ):
+        if one in files and other not in files:
+            problems.append(f"{other}: {one} is there without it: `quantizer.save_pretrained(folder)`")
+    if _mapping(folder / "collator_config.json").get("item_features") and "collator.safetensors" not in files:
+        problems.append(
+            "collator.safetensors: collator_config.json names item features: `save_collator(collator, folder)`"
+        )
     return problems
+
+
+def _read_text(name: str, text: str) -> None:
+    """Raises ValueError for a text that is not what its name says."""
+    if name.endswith(".json"):
+        content = json.loads(text)
+        if not isinstance(content, dict):
+            raise ValueError(f"it holds a {type(content).__name__}, no mapping")
+        if name == "collator_config.json" and "collator_class" not in content:
+            raise ValueError("it names no collator_class")
+    elif name == "items.jsonl":
+        for number, line in enumerate(text.removesuffix("\n").split("\n"), start=1):  # U+2028 is part of a title
+            try:
+                row = json.loads(line)
+            except json.JSONDecodeError as error:
+                raise ValueError(f"line {number}: {error}") from error
+            if not isinstance(row, dict) or "item_id" not in row:
+                raise ValueError(f"line {number} has no item_id")
+    elif name == "README.md":
+        try:
+            ModelCard(text, ignore_metadata_errors=False)
+        except Exception as error:  # of YAML, or of the Hub's own checks
+            raise ValueError(f"its metadata: {error}") from error
+    elif name.endswith(".py"):
+        compile(text, name, "exec")
 
 
 def push_to_hub(
@@ -144,8 +191,8 @@ def push_to_hub(
 
     Raises:
         ValueError: Where the folder is incomplete (see [`repository_files`]), or the arguments contradict each other.
-        OSError: Where the Hub refuses, fails or does not answer; says what to do. A commit goes in whole or not at all, and a
-            repository that was made for it is removed again.
+        OSError: Where the Hub refuses, fails or does not answer; says what to do. A commit goes in whole or not at all; a
+            repository that was made for it stays there, empty.
     """
     files = repository_files(folder)
     if create_pr and revision not in (None, "main"):
@@ -174,7 +221,7 @@ def push_to_hub(
     except Exception as error:  # of Hub, connection, token: httpx, httpx2 and Xet have no common ground
         message = _explanation(folder, repo_id, step, error)
         if made:
-            message += "\n" + _take_back(api, repo_id, "refs/pr/1" if create_pr else revision)
+            message += "\n" + _what_was_made(api, repo_id, "refs/pr/1" if create_pr else revision)
         raise OSError(message) from error
 
 
@@ -186,22 +233,22 @@ def _create(api: HfApi, repo_id: str, private: bool | None) -> tuple[str, bool]:
         return api.create_repo(repo_id, private=private, exist_ok=True).repo_id, False
 
 
-def _take_back(api: HfApi, repo_id: str, revision: str | None) -> str:
-    """Removes a repository that this call has made, unless the commit arrived and only the answer was lost; says what it did."""
+def _what_was_made(api: HfApi, repo_id: str, revision: str | None) -> str:
+    """
+    What became of a repository that this call has made. It is never removed again: it may hold by now what somebody else pushed,
+    or this commit, of which the answer alone was lost.
+    """
     try:
-        try:
-            arrived = set(api.list_repo_files(repo_id, revision=revision)) - {".gitattributes"}
-        except RevisionNotFoundError:
-            arrived = set()
-        if arrived:
-            return f"{repo_id}, made by this call, holds {len(arrived)} files: the answer was lost, not the commit. Look there."
-        api.delete_repo(repo_id)
-        return f"{repo_id}, which this call had made, is removed again."
-    except Exception as error:
+        arrived = set(api.list_repo_files(repo_id, revision=revision)) - {".gitattributes"}
+    except RevisionNotFoundError:
+        arrived = set()
+    except Exception:  # the Hub is not there: what is said is true without it
         return (
-            f"{repo_id}, which this call has made, stays there and is empty, because it could not be removed "
-            f"({type(error).__name__}): the same call fills it, `hf repos delete {repo_id}` removes it."
+            f"{repo_id} was made by this call: the same call goes on with it, `hf repos delete {repo_id}` removes it."
         )
+    if arrived:
+        return f"{repo_id}, made by this call, holds {len(arrived)} files: the answer was lost, not the commit. Look there."
+    return f"{repo_id} was made by this call and is empty: the same call fills it, `hf repos delete {repo_id}` removes it."
 
 
 def _explanation(folder, repo_id: str, step: str, error: Exception) -> str:

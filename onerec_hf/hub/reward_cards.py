@@ -5,7 +5,7 @@ from typing import Any
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
-from .cards import PAPERS, TAGS
+from .cards import PAPERS, TAGS, check_license, code, python_string, table_cell
 
 KINDS = {
     "onerec_session_reward": ("onerec", "a whole session", "(R,): a weighted sum of the probabilities"),
@@ -92,6 +92,8 @@ def reward_card(
         raise ValueError(f"no reward card for model_type={config.model_type!r}: there are cards for {sorted(KINDS)}.")
     if metrics and not dataset_name:
         raise ValueError("metrics need a dataset_name: numbers without the data they belong to mean nothing.")
+    check_license(license)
+    title, dataset_name = " ".join(title.split()), " ".join(dataset_name.split())
     key, judged, rewards = KINDS[config.model_type]
     rows = {target: {m: (metrics or {}).get(f"{target}_{m}") for m in METRICS} for target in config.targets}
     results = [
@@ -111,7 +113,8 @@ def reward_card(
     ]
     lines = [f"| {split} | " + " | ".join(METRICS.values()) + " |", "|---" * (len(METRICS) + 1) + "|"]
     lines += [
-        f"| {t} | " + " | ".join("–" if v is None else f"{v:.4f}" for v in r.values()) + " |" for t, r in rows.items()
+        f"| {table_cell(t)} | " + " | ".join("–" if v is None else f"{v:.4f}" for v in r.values()) + " |"
+        for t, r in rows.items()
     ]
     metadata = ModelCardData(
         license=license,
@@ -123,10 +126,10 @@ def reward_card(
     return ModelCard.from_template(
         metadata,
         template_str=TEMPLATE,
-        title=title,
+        title=table_cell(title),
         judged=judged,
         paper=PAPERS[key],
-        targets=", ".join(f"`{target}`" for target in config.targets),
+        targets=", ".join(map(code, config.targets)),
         snippet=reward_snippet(config, repo),
         rewards=rewards,
         data=data,
@@ -142,7 +145,7 @@ def reward_snippet(config: Any, repo: str) -> str:
         "import torch",
         "from transformers import AutoModel, AutoTokenizer",
         "",
-        f'repo = "{repo}"',
+        f"repo = {python_string(repo)}",
         "model = AutoModel.from_pretrained(repo, trust_remote_code=True)",
         "tokenizer = AutoTokenizer.from_pretrained(repo, trust_remote_code=True)",
         "",
@@ -158,7 +161,7 @@ def reward_snippet(config: Any, repo: str) -> str:
         ("item_numbers", config.item_numbers, "1, 5, ", "float"),
     ):
         if names:
-            lines.append(
-                f"    {name}=torch.zeros({shape}{len(names)}, dtype=torch.{kind}),  # 0 is unknown; {', '.join(names)}"
-            )
+            listed = " ".join(", ".join(names).split())
+            zeros = f"torch.zeros({shape}{len(names)}, dtype=torch.{kind})"
+            lines.append(f"    {name}={zeros},  # 0 is unknown; {listed}")
     return "\n".join([*lines, ")", "print(found.rewards)"])

@@ -4,6 +4,7 @@ from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 
 from .balance import ExpertBalanceCallback
 from .exposures import feedback_exposures, rejection_sample
+from .finite import StopAtNonFinite
 from .grpo import OneRecGRPOTrainer
 from .grpo_config import OneRecGRPOConfig
 from .ipa import IPATrainer
@@ -29,6 +30,7 @@ __all__ = [
     "OneRecSFTTrainer",
     "RepositoryMixin",
     "ResumableTrainer",
+    "StopAtNonFinite",
     "feedback_exposures",
     "load_pairs",
     "rejection_sample",

@@ -15,7 +15,7 @@ from transformers.utils import logging
 from .._version import __version__
 from ..data import OneRecCollator
 from ..evaluation import prediction_entropy
-from ..hub import model_card, plot_prediction_entropy, plot_training_curve, push_to_hub
+from ..hub import model_card, plot_prediction_entropy, plot_training_curve, push_to_hub, table_cell
 from .balance import ExpertBalanceCallback
 from .finite import StopAtNonFinite
 from .resume import ResumableTrainer
@@ -131,7 +131,7 @@ class RepositoryMixin(StopAtNonFinite, ResumableTrainer):
             for name, rows in (("training", self.train_dataset), ("validation", self.eval_dataset))
             if hasattr(rows, "__len__") and not isinstance(rows, dict)
         ]
-        return f"{dataset_name}: " + (", ".join(parts) or "streamed") + "."
+        return f"{table_cell(dataset_name)}: " + (", ".join(parts) or "streamed") + "."
 
     def _training_text(self) -> str:
         args = self.args
@@ -147,7 +147,7 @@ class RepositoryMixin(StopAtNonFinite, ResumableTrainer):
             "versions": f"onerec_hf {__version__}, transformers {transformers.__version__}, torch {torch.__version__}",
         }
         facts |= {f"`{name}`": getattr(args, name) for name in self._card_settings}
-        rows = "\n".join(f"| {name} | {value} |" for name, value in facts.items())
+        rows = "\n".join(f"| {name} | {table_cell(value)} |" for name, value in facts.items())
         return f"{self._card_method}\n\n| | |\n|---|---|\n{rows}".strip()
 
     def _draw(self, folder: Path, model) -> list[tuple[str, str]]:

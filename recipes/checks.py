@@ -1,0 +1,150 @@
+"""What the recipes that train check before their first step, so that no typo and no full disk is found after the last one."""
+
+import os
+import tempfile
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import fields
+from inspect import signature
+from pathlib import Path
+
+import datasets
+import numpy as np
+from ending import earlier_results, score, some
+from huggingface_hub import HfApi
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import validate_repo_id
+from transformers import PreTrainedConfig, TrainingArguments
+from transformers.utils import logging
+
+from onerec_hf import Catalogue
+from onerec_hf.data import EventFeature
+from onerec_hf.evaluation import evaluate
+from onerec_hf.recommender import Recommender
+
+logger = logging.get_logger(__name__)
+
+
+def check_output(folder: str, replaces: bool = True) -> None:
+    """Refuses an output folder that cannot be written; says which results of an earlier run a new model `replaces`."""
+    path = Path(folder)
+    there = next(place for place in (path, *path.absolute().parents) if place.exists())
+    if not there.is_dir():
+        raise NotADirectoryError(f"the output folder {folder} cannot be made: {there} is a file. Name another folder.")
+    if not os.access(there, os.W_OK | os.X_OK, effective_ids=os.access in os.supports_effective_ids):
+        raise PermissionError(f"{there} cannot be written: name another output folder, or `chmod u+w` this one.")
+    old = [file.name for file in earlier_results(path)]
+    if replaces and old:
+        logger.warning(
+            f"{folder} holds an earlier run: {', '.join(old)}. They are removed as soon as the new model is saved. To keep "
+            "them, stop now and name another folder."
+        )
+
+
+def check_push(repo: str, token: str | None = None) -> None:
+    """Refuses a name that the Hub does not allow, and a token that it does not know."""
+    try:
+        validate_repo_id(repo)
+    except HFValidationError as error:
+        raise ValueError(f"{repo!r} is no name of a repository on the Hub: give 'organisation/name'.") from error
+    try:
+        HfApi(token=token).whoami()
+    except Exception as error:  # of token, connection, offline mode
+        raise OSError(
+            f"{repo} could not be pushed: the Hub does not say who you are ({type(error).__name__}: {error}). Log in with `hf "
+            "auth login`, or leave out the push and do it later with recipes/publish.py."
+        ) from error
+
+
+def check_training(training: TrainingArguments, metrics: Iterable[str] = ()) -> None:
+    """
+    The arguments whose errors `Trainer` finds after hours.
+
+    Args:
+        metrics: What an evaluation returns beside `loss`.
+    """
+    check_output(training.output_dir)
+    best, known = training.metric_for_best_model, ["loss", *metrics]
+    if best is not None and best.removeprefix("eval_") not in known:
+        raise ValueError(f"metric_for_best_model={best!r}: an evaluation returns {known}, each also as eval_<name>.")
+    if training.push_to_hub and training.process_index == 0:
+        check_push(training.hub_model_id or Path(training.output_dir).absolute().name, training.hub_token)
+
+
+def check_catalogue(model: str | Path, data: str | Path) -> None:
+    """Refuses a data folder that is not the model's: its rows would name other items, or its items have other semantic IDs."""
+    if not (Path(data) / "tokenizer" / "catalogue.safetensors").is_file():
+        logger.warning(f"{data} has no tokenizer/catalogue.safetensors: nobody can say whether {model} belongs to it.")
+        return
+    own, other = Catalogue.from_pretrained(model), Catalogue.from_pretrained(Path(data) / "tokenizer")
+    if own.fingerprint() != other.fingerprint():
+        raise ValueError(
+            f"{model} was not trained on {data}: the catalogue of the model ({own.num_items} items, {own.fingerprint()}) is not "
+            f"that of the data folder ({other.num_items} items, {other.fingerprint()}). Give the folder that it was trained on."
+        )
+
+
+def refuse_unknown(settings: dict, config_class: type[PreTrainedConfig]) -> None:
+    """A config takes any argument and ignores what it does not know: a typo would train another model."""
+    known = {field.name for field in fields(config_class)} | {"model_type"}
+    if unknown := [name for name in settings if name not in known and not hasattr(PreTrainedConfig, name)]:
+        raise ValueError(f"model={unknown}: {config_class.__name__} does not know that; it has {sorted(known)}.")
+
+
+def unique_names(title: str, folders: list[Path]) -> list[str]:
+    """A name for each folder that no other system has: its own, with as many folders above it as that takes."""
+    paths = [folder.absolute().parts for folder in folders]
+    names = []
+    for i, parts in enumerate(paths):
+        others = [path for j, path in enumerate(paths) if j != i]
+        ends = ((n, "/".join(parts[-n:])) for n in range(1, len(parts) + 1))
+        free = (end for n, end in ends if end != title and all("/".join(path[-n:]) != end for path in others))
+        names.append(next(free, str(folders[i].absolute())))
+    return names
+
+
+def check_keywords(argument: str, settings: dict, *functions: Callable) -> None:
+    """Refuses settings that none of the functions takes by name, before the first of them is called."""
+    parameters = [each for function in functions for each in signature(function).parameters.values()]
+    known = sorted({each.name for each in parameters if each.kind is each.KEYWORD_ONLY})
+    if unknown := [name for name in settings if name not in known]:
+        raise ValueError(f"{argument}={unknown} is not known; allowed are {known or 'none here'}.")
+
+
+def event_features(given: dict) -> dict[str, EventFeature]:
+    """The features of `{"column": ["kind", size], ...}`."""
+    for name, feature in given.items():
+        if not isinstance(feature, list | tuple) or len(feature) != 2 or not isinstance(feature[1], int):
+            raise ValueError(f'event feature {name!r} is {feature!r}: give a kind and a size, such as ["log", 24].')
+        EventFeature(*feature).encode(np.zeros(1))  # refuses an unknown kind
+    return {name: EventFeature(*feature) for name, feature in given.items()}
+
+
+def check_beams(num_beams: int) -> None:
+    """Refuses a search that is narrower than the lists of the test metrics."""
+    longest = max(signature(evaluate).parameters["ks"].default)
+    if num_beams < longest:
+        raise ValueError(
+            f"num_beams={num_beams}: the test metrics need lists of {longest} items, so at least {longest}."
+        )
+
+
+def check_splits(splits: Mapping[str, datasets.Dataset]) -> None:
+    """Refuses splits that cannot be trained on or scored."""
+    for name, rows in splits.items():
+        if len(rows) == 0:
+            raise ValueError(
+                f"the {name} split has no row that can be used: a user needs two events to train on, and one more for each of "
+                "validation and test. Prepare the data again, with more of the log."
+            )
+        if name != "train" and not all(len(targets) for targets in rows["targets"]):
+            raise ValueError(f"the {name} split has rows without targets, which cannot be scored: prepare it again.")
+
+
+def rehearse(recommender: Recommender, train: datasets.Dataset, splits: datasets.DatasetDict) -> None:
+    """Does with a few rows all that comes during and after the training, so that what would fail then fails now."""
+    check_splits(splits | {"train": train})
+    recommender.ranker.collator([train[i] for i in range(min(2, len(train)))])
+    with tempfile.TemporaryDirectory() as folder:
+        recommender.save_beside(folder)
+        for name in ("validation", "test"):
+            score(recommender.ranker, some(splits[name], 2, name), Path(folder), seed=0)

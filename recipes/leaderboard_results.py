@@ -1,0 +1,98 @@
+"""What recipes/leaderboard.py reads from its runs, and how it shows it: a table and a picture."""
+
+import json
+from pathlib import Path
+
+import datasets
+import numpy as np
+from checks import check_catalogue
+from matplotlib.figure import Figure
+
+from onerec_hf.evaluation import recall_by_frequency
+from onerec_hf.hub import table_cell
+from onerec_hf.hub.pictures import plot_label
+
+METRICS = ("recall@5", "recall@10", "recall@20", "ndcg@10")
+KINDS = {"test": "predictions", "test_exclude_seen": "predictions_exclude_seen"}
+
+
+def check_runs(folders: list[Path], data: str, num_items: int) -> None:
+    """Refuses runs on another data folder: their test users may be the same, their items are not."""
+    for folder in folders:
+        known = json.loads((folder / "metrics.json").read_text(encoding="utf-8")).get("num_items", num_items)
+        if known != num_items:
+            raise ValueError(
+                f"{folder} knows {known} items, {data} has {num_items}: of another log. Delete that folder."
+            )
+        if (folder / "catalogue.safetensors").is_file():
+            check_catalogue(folder, data)
+
+
+def collect(folders: list[Path], test: datasets.Dataset, counts: np.ndarray, strata: list) -> dict:
+    """Means and deviations over the seeds of one entry, and each user's recall@10, averaged over them."""
+    reports = [json.loads((folder / "metrics.json").read_text(encoding="utf-8")) for folder in folders]
+    result = {"seeds": len(folders), "seconds": [r.get("fit_seconds", r.get("train_seconds")) for r in reports]}
+    if all("validation" in report for report in reports):
+        result["validation"] = float(np.mean([report["validation"]["ndcg@10"] for report in reports]))
+    for kind, name in KINDS.items():
+        tables = [datasets.Dataset.from_parquet(str(folder / f"{name}.parquet")) for folder in folders]
+        if any(table["user"] != test["user"] for table in tables):
+            raise ValueError(
+                f"{folders[0].parent} was run on other test users than --dataset has: delete that folder."
+            )
+        values = {metric: [report[kind][metric] for report in reports] for metric in METRICS}
+        result[kind] = {m: (float(np.mean(v)), float(np.std(v, ddof=1)) if v[1:] else None) for m, v in values.items()}
+        result[f"users_{kind}"] = np.mean([table["recall@10"] for table in tables], axis=0)
+        if kind == "test":
+            recalls = [
+                recall_by_frequency(np.array(table["predictions"]), test["targets"], counts, strata)
+                for table in tables
+            ]
+            result["strata"] = [float(np.mean([recall[i][0] for recall in recalls])) for i in range(len(strata))]
+    return result
+
+
+def tables(results: dict, reference: str, strata: list) -> str:
+    """Markdown; kept / masked in every cell, best recall@10 first."""
+
+    def number(mean, deviation):
+        return f"{mean:.4f}" + (f" ±{deviation:.4f}" if deviation is not None else "")
+
+    lines = [
+        f"| model | seeds | {' | '.join(METRICS)} | recall@10 - {table_cell(reference)}, 95% | seconds |",
+        "|---" * 8 + "|",
+    ]
+    for name, result in results.items():
+        cells = [" / ".join(number(*result[kind][metric]) for kind in KINDS) for metric in METRICS]
+        intervals = " / ".join("[{:+.4f}, {:+.4f}]".format(*result["interval"][kind]) for kind in KINDS)
+        against, seconds = "-" if name == reference else intervals, f"{np.mean(result['seconds']):.0f}"
+        lines.append(f"| {' | '.join([table_cell(name), str(result['seeds']), *cells, against, seconds])} |")
+    heads = ["recall@10, target seen so often in training", *(f"{low}-{high}" for low, high in strata)]
+    lines += ["", f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
+    for name, result in results.items():
+        lines.append(f"| {table_cell(name)} | {' | '.join(f'{recall:.4f}' for recall in result['strata'])} |")
+    return "\n".join(lines) + "\n"
+
+
+def picture(results: dict, strata: list, path: Path) -> None:
+    """Left: recall@10, seen items masked, with its deviation. Right: recall@10 by frequency of the target."""
+    figure = Figure(figsize=(11, 1.6 + 0.34 * len(results)), dpi=150, layout="constrained")
+    left, right = figure.subplots(1, 2)
+    names = list(results)[::-1]
+    for kind, color, shift in (("test", "#b6c8de", -0.19), ("test_exclude_seen", "#4c78a8", 0.19)):
+        means, deviations = zip(*(results[name][kind]["recall@10"] for name in names))
+        label = "seen items " + ("masked" if kind.endswith("seen") else "kept")
+        left.barh(
+            np.arange(len(names)) + shift, means, 0.36, xerr=[d or 0 for d in deviations], color=color, label=label
+        )
+    left.set_yticks(range(len(names)), map(plot_label, names))
+    left.set_xlabel("recall@10")
+    left.legend(frameon=False, fontsize=8)
+    for name in results:
+        right.plot(results[name]["strata"], marker="o", markersize=3, linewidth=1.2, label=plot_label(name))
+    right.set_xticks(range(len(strata)), [str(low) if low == high else f"{low}-{high}" for low, high in strata])
+    right.set_xlabel("training occurrences of the target")
+    right.legend(frameon=False, fontsize=8, ncols=2)
+    for axis in (left, right):
+        axis.spines[["top", "right"]].set_visible(False)
+    figure.savefig(path)
