@@ -143,7 +143,6 @@ def main(
     if strange := first - set(range(world.num_items)):
         what = f"{len(strange)} items of {a} and {b} are no videos of the world of {world.num_items}, such as {min(strange)!r}"
         raise ValueError(f"{what}: give in --world the world whose log they were trained on.")
-    folder = Path(output)
     folder.mkdir(parents=True, exist_ok=True)
     totals, daily, lifts = compare(world, impressions, servers, num_days, list(seeds), folder if keep_logs else None)
     text = table(totals, lifts, num_days, len(seeds))

@@ -83,6 +83,20 @@ def check_catalogue(model: str | Path, data: str | Path) -> None:
         )
 
 
+def check_same_items(folder: str, catalogue: Catalogue, data: str) -> None:
+    """Raises a ValueError unless a data folder is of a model's items: its rows hold numbers, which any model takes for its own."""
+    path = Path(data) / "tokenizer"
+    if not (path / "catalogue.safetensors").is_file():
+        raise ValueError(
+            f"{data} has no tokenizer/catalogue.safetensors: give the folder that recipes/prepare.py wrote."
+        )
+    if difference := catalogue.difference(Catalogue.from_pretrained(path)):
+        raise ValueError(
+            f"{folder} (a model) and {data} (a data folder) do not belong together: {difference}. Give the data folder that the "
+            "model was trained on, or train the model again on this one."
+        )
+
+
 def refuse_unknown(settings: dict, config_class: type[PreTrainedConfig]) -> None:
     """A config takes any argument and ignores what it does not know: a typo would train another model."""
     known = {field.name for field in fields(config_class)} | {"model_type"}

@@ -9,11 +9,11 @@ import datasets
 import numpy as np
 import torch
 import yaml
-from checks import event_features, refuse_unknown
+from checks import check_same_items, event_features, refuse_unknown
 from safetensors.torch import load_file
 from transformers import AutoConfig, PreTrainedConfig
 
-from onerec_hf import Catalogue  # and registers the models
+import onerec_hf  # noqa: F401  registers the models
 from onerec_hf.data import (
     OneRecCollator,
     PathwayCollator,
@@ -22,7 +22,6 @@ from onerec_hf.data import (
     category_map,
     target_rows,
 )
-from onerec_hf.models.catalogue import CATALOGUE_NAME
 from onerec_hf.recommender import Recommender
 
 ITEM_VECTORS = "item_vectors"  # name of the context feature
@@ -150,18 +149,6 @@ def training_rows(train: datasets.Dataset, config: PreTrainedConfig, max_history
             max_history = max(config.pathway_lengths.values())
         train = target_rows(train, max_history)
     return train.filter(lambda length: length >= ("targets" not in train.column_names) + 1, input_columns="length")
-
-
-def check_same_items(folder: str, catalogue: Catalogue, data: str) -> None:
-    """Raises a ValueError unless a data folder is of a model's items: its rows hold numbers, which any model takes for its own."""
-    path = Path(data) / "tokenizer"
-    if not (path / CATALOGUE_NAME).is_file():
-        raise ValueError(f"{data} has no tokenizer/{CATALOGUE_NAME}: give the folder that recipes/prepare.py wrote.")
-    if difference := catalogue.difference(Catalogue.from_pretrained(path)):
-        raise ValueError(
-            f"{folder} (a model) and {data} (a data folder) do not belong together: {difference}. Give the data folder that the "
-            "model was trained on, or train the model again on this one."
-        )
 
 
 def load_policy(folder: str, data: str, num_beams: int) -> Recommender:

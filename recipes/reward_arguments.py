@@ -6,8 +6,8 @@ from pathlib import Path
 
 import datasets
 import numpy as np
-from checks import event_features
-from model_arguments import check_same_items, mapping
+from checks import check_same_items, event_features
+from model_arguments import mapping
 from transformers import AutoModel, AutoTokenizer
 
 from onerec_hf.data import (

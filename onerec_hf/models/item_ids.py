@@ -105,7 +105,7 @@ def _whole(value: Any) -> int | None:
     if isinstance(value, (bool, np.bool_)):
         return None
     if isinstance(value, (float, np.floating)):
-        return int(value) if float(value).is_integer() and abs(value) <= _WHOLE_FLOATS else None
+        return int(value) if float(value).is_integer() and abs(float(value)) <= _WHOLE_FLOATS else None
     if isinstance(value, (int, np.integer)):
         number = int(value)
         return number if -(2**63) <= number < 2**63 else None

@@ -225,6 +225,8 @@ class SemanticIdMixin(CatalogueGenerationMixin):
         self.lm_head = LevelHead(self.config.hidden_size, self.config.vocab_size, bias=False)
         self.post_init()
         self.generation_config.max_new_tokens = self.config.num_levels
+        # `transformers.Trainer` counts the codes in `labels`; its count fits a loss that is a mean over codes, and no other
+        self.accepts_loss_kwargs = self.config.loss_reduction == "mean"
 
     # ---- the one place where scores become log-probabilities -----------------------------------------------------------
 
@@ -419,11 +421,6 @@ class SemanticIdMixin(CatalogueGenerationMixin):
             past_key_values=outputs.past_key_values,
             **recorded(outputs),
         )
-
-    @property
-    def accepts_loss_kwargs(self) -> bool:
-        """Whether `transformers.Trainer`, which counts the codes in `labels`, may give its count to the loss: a mean over codes."""
-        return self.config.loss_reduction == "mean"
 
     def loss_items(self, real: torch.Tensor) -> torch.Tensor:
         """What the loss is a mean over, a scalar: the codes (OneRec-V2), items or sessions that `real` (B, n, L) says are there."""

@@ -49,12 +49,10 @@ class IPATrainer(OneRecSFTTrainer):
 
     Logged per iteration: `ipa/reward_chosen`, `ipa/reward_rejected`, `ipa/reward_candidates` (the reward function's, means over
     users and, of the last, over candidates), `ipa/tied` and `ipa/few` (shares of users without a pair because of equal rewards, or
-    of too few candidates), `ipa/hit_rate` (a candidate holds a true next item) and, also at the end, `ipa/kl_to_seed` (see
-    `seed_divergence.py`).
+    of too few candidates), `ipa/hit_rate` (a candidate holds a true next item) and, also at the end, `ipa/kl_to_seed`.
 
-    Logged with the loss, under TRL's names: `ntp_loss`, `preference_loss` (per pair), `logps/chosen`, `logps/rejected`, and, of
-    beta times the log-ratio to M_t, whatever the loss: `rewards/chosen`, `rewards/rejected`, `rewards/margins`,
-    `rewards/accuracies`.
+    Logged with the loss, under TRL's names: `ntp_loss`, `preference_loss` (per pair), `logps/chosen`, `logps/rejected`, and of
+    beta times the log-ratio to M_t: `rewards/chosen`, `rewards/rejected`, `rewards/margins`, `rewards/accuracies`.
 
     Works on any number of processes under DDP. FSDP is not supported.
 
@@ -276,17 +274,18 @@ class IPATrainer(OneRecSFTTrainer):
             return result
         loss, outputs = result if return_outputs else (result, None)
         own = self._loss_items(inputs).to(loss.device)
-        # both losses are means over the step; DDP takes the mean over the processes, so each brings its part that many times
-        scale = self.accelerator.num_processes if self.args.average_tokens_across_devices else 1
-        whole, num_rows = (
-            (own, len(rows)) if num_items_in_batch is None else (num_items_in_batch / scale, self._num_rows / scale)
-        )
+        whole, num_rows = own, torch.tensor(len(rows))
+        if (
+            num_items_in_batch is not None
+        ):  # means over the step; DDP averages, so each process brings its part that often
+            scale = self.accelerator.num_processes if self.args.average_tokens_across_devices else 1
+            whole, num_rows = num_items_in_batch / scale, self._num_rows / scale
         self._sums[METRICS.index("ntp_loss")] += torch.stack([loss.detach().double() * whole, own.double()])
         place = self._pairs["of_row"][rows]  # (B,), -1 where there is none
         users = (place >= 0).nonzero()[:, 0]
         if len(users):
-            weight = self.args.preference_weight / num_rows
-            loss = loss + weight * self._preference(model, inputs, users, place[users]).sum()
+            found = self._preference(model, inputs, users, place[users])
+            loss = loss + self.args.preference_weight / num_rows * found.sum()
         return (loss, outputs) if return_outputs else loss
 
     def _preference(self, model, inputs, users, place) -> torch.Tensor:

@@ -32,14 +32,14 @@ SFT_NOT_READ = {
 }
 
 
-def refuse_unread(config: TrainingArguments, not_read: Mapping[str, str]) -> None:
+def refuse_unread(arguments: TrainingArguments, not_read: Mapping[str, str]) -> None:
     """Raises a ValueError for fields that are set and that the trainer does not read; `not_read`: name -> why."""
-    defaults = {entry.name: entry for entry in dataclasses.fields(config)}
+    defaults = {entry.name: entry for entry in dataclasses.fields(arguments)}
     for name, reason in not_read.items():
         entry = defaults[name]
         default = entry.default if entry.default_factory is dataclasses.MISSING else entry.default_factory()
-        if getattr(config, name) != default:
-            raise ValueError(f"{name}={getattr(config, name)!r} would do nothing: {reason}. Leave it out.")
+        if getattr(arguments, name) != default:
+            raise ValueError(f"{name}={getattr(arguments, name)!r} would do nothing: {reason}. Leave it out.")
 
 
 @dataclass
