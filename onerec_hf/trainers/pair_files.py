@@ -61,7 +61,7 @@ def load_pairs(folder: str | os.PathLike, num_rows: int, catalogue: Catalogue) -
     """
     path, known = Path(folder) / _METADATA, {}
     if path.is_file():
-        known = json.loads(path.read_text())
+        known = json.loads(path.read_text(encoding="utf-8"))
     own = {"catalogue_fingerprint": catalogue.fingerprint(), "num_rows": num_rows}
     if different := sorted(name for name in own if known.get(name, own[name]) != own[name]):
         raise ValueError(

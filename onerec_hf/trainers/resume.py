@@ -38,7 +38,7 @@ def why_incomplete(checkpoint: str | Path) -> str | None:
         written = "another trainer or save_only_model=True" if (checkpoint / STATE_NAME).is_file() else stopped
         return f"{MANIFEST_NAME} is missing ({written})"
     try:
-        files = json.loads((checkpoint / MANIFEST_NAME).read_text())["files"]
+        files = json.loads((checkpoint / MANIFEST_NAME).read_text(encoding="utf-8"))["files"]
     except ValueError:
         return f"{MANIFEST_NAME} is cut off"
     for name, size in files.items():
@@ -47,7 +47,7 @@ def why_incomplete(checkpoint: str | Path) -> str | None:
         if (found := (checkpoint / name).stat().st_size) != size:
             return f"{name} has {found} bytes instead of {size}"
     try:
-        json.loads((checkpoint / STATE_NAME).read_text())
+        json.loads((checkpoint / STATE_NAME).read_text(encoding="utf-8"))
     except FileNotFoundError:
         return f"{STATE_NAME} is missing"
     except ValueError:
@@ -132,7 +132,7 @@ class ResumableTrainer(Trainer):
         )
 
     def _check_settings(self, checkpoint: Path) -> None:
-        written = json.loads((checkpoint / MANIFEST_NAME).read_text())["settings"]
+        written = json.loads((checkpoint / MANIFEST_NAME).read_text(encoding="utf-8"))["settings"]
         now = self._resume_settings()
         if different := [name for name in now if written.get(name) != now[name]]:
             raise ValueError(
@@ -166,18 +166,18 @@ class ResumableTrainer(Trainer):
         """The last call of every process before the main one writes `trainer_state.json` and deletes older checkpoints."""
         super()._save_rng_state(output_dir)
         folder = Path(output_dir)
-        (folder / self._progress_name).write_text(json.dumps(self._progress(folder)))
+        (folder / self._progress_name).write_text(json.dumps(self._progress(folder)), encoding="utf-8")
         self.accelerator.wait_for_everyone()
         if self.args.should_save:
             files = {str(p.relative_to(folder)): p.stat().st_size for p in sorted(folder.rglob("*")) if p.is_file()}
             manifest = {"settings": self._resume_settings(), "files": files}
-            (folder / MANIFEST_NAME).write_text(json.dumps(manifest, indent=2))
+            (folder / MANIFEST_NAME).write_text(json.dumps(manifest, indent=2), encoding="utf-8")
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
         super()._load_rng_state(checkpoint)
         if checkpoint is not None:
             folder = Path(checkpoint)
-            self._restore_progress(json.loads((folder / self._progress_name).read_text()), folder)
+            self._restore_progress(json.loads((folder / self._progress_name).read_text(encoding="utf-8")), folder)
 
     @property
     def _progress_name(self) -> str:
