@@ -61,11 +61,9 @@ def trained(folder, architecture, batch, accumulate, kind="sft"):
     if kind == "sft":
         trainer = OneRecSFTTrainer(model, OneRecSFTConfig(**settings), data_collator=collator, train_dataset=rows)
     else:
-        shape = (1, model.num_items * 3)
-        pairs = [
-            {"row": row, "chosen": [4, 12, 20] * (shape[1] // 3), "rejected": [5, 13, 21] * (shape[1] // 3)}
-            for row in (0, 1, 5)
-        ]
+        # user 12 has no pair, user 8 a long history; items 0.. are chosen, items 10.. rejected
+        chosen, rejected = (tokens[first : first + model.num_items].flatten().tolist() for first in (0, 10))
+        pairs = [{"row": row, "chosen": chosen, "rejected": rejected} for row in (0, 1, 8)]
         config = IPAConfig(**settings, preference_weight=3.0, kl_users=0)
         given = datasets.Dataset.from_list(pairs)
         trainer = IPATrainer(model, config, data_collator=collator, train_dataset=rows, pairs=given)
@@ -189,7 +187,7 @@ def test_training_stops_where_numbers_stop(kind, what, tmp_path):
         config = OneRecSFTConfig(**settings, per_device_train_batch_size=4)
         trainer = OneRecSFTTrainer(model, config, data_collator=collator, train_dataset=rows)
     else:
-        pairs = datasets.Dataset.from_list([{"row": 0, "chosen": [4, 12, 20], "rejected": [5, 13, 21]}])
+        pairs = datasets.Dataset.from_list([{"row": 0, "chosen": tokens[0].tolist(), "rejected": tokens[9].tolist()}])
         config = IPAConfig(**settings, per_device_train_batch_size=4, kl_users=0)
         trainer = IPATrainer(model, config, data_collator=collator, train_dataset=rows, pairs=pairs)
     steps = []

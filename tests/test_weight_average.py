@@ -11,12 +11,15 @@ from onerec_hf.trainers import OneRecSFTConfig, OneRecSFTTrainer
 class Quadratic(nn.Module):
     def __init__(self):
         super().__init__()
-        self.config = PreTrainedConfig(num_experts=0)
+        self.config = PreTrainedConfig(num_experts=0, pad_token_id=-1)
         self.weight = nn.Parameter(torch.tensor([4.0]))
         self.fixed = nn.Parameter(torch.tensor([7.0]), requires_grad=False)
 
-    def forward(self, target_ids=None):
+    def forward(self, target_ids=None, num_items_in_batch=None):
         return {"loss": (self.weight - target_ids.float()).square().mean()}
+
+    def loss_items(self, real):
+        return real.sum()
 
 
 def make(tmp_path, **kwargs):
