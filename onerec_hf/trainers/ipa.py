@@ -275,9 +275,7 @@ class IPATrainer(OneRecSFTTrainer):
         loss, outputs = result if return_outputs else (result, None)
         own = self._loss_items(inputs).to(loss.device)
         whole, num_rows = own, torch.tensor(len(rows))
-        if (
-            num_items_in_batch is not None
-        ):  # means over the step; DDP averages, so each process brings its part that often
+        if num_items_in_batch is not None:  # of the whole step; DDP averages over the processes, hence the scale
             scale = self.accelerator.num_processes if self.args.average_tokens_across_devices else 1
             whole, num_rows = num_items_in_batch / scale, self._num_rows / scale
         self._sums[METRICS.index("ntp_loss")] += torch.stack([loss.detach().double() * whole, own.double()])
