@@ -63,7 +63,9 @@ def test_one_commit_with_everything_and_nothing_else(hub, folder):
     repository = hub.repos["org/onerec-1b"]
     assert repository.private and [message for _, message, _ in repository.commits] == ["First"]
     code = "configuration_onerec modeling_onerec_v2 modeling_semantic_id generation_semantic_id beam_search catalogue "
-    code += "prefix_index layers moe any_model tokenization_semantic_id item_ids modeling_outputs input_checks parallel_plans"
+    code += (
+        "prefix_index layers moe any_model tokenization_semantic_id item_ids modeling_outputs input_checks parallel"
+    )
     assert set(repository.branches["main"]) == {
         *(f"{name}.py" for name in code.split()),
         *("config.json", "model.safetensors", "generation_config.json", "catalogue.safetensors"),

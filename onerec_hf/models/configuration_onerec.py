@@ -6,7 +6,7 @@ from huggingface_hub.dataclasses import strict
 from transformers.configuration_utils import PreTrainedConfig
 from transformers.utils import logging
 
-from .parallel_plans import DECODER_EP_PLAN, DECODER_TP_PLAN, ENCODER_EP_PLAN, ENCODER_TP_PLAN
+from .parallel import DECODER_EP_PLAN, DECODER_TP_PLAN, ENCODER_EP_PLAN, ENCODER_TP_PLAN
 
 logger = logging.get_logger(__name__)
 

@@ -26,6 +26,7 @@ from .beam_search import beam_search, sample_items
 from .catalogue import CATALOGUE_NAME, Catalogue
 from .input_checks import check_finite, check_generate, check_rows_allowed
 from .layers import ContextKV, LevelHead
+from .parallel import unsharded_class
 
 logger = logging.get_logger(__name__)
 
@@ -96,16 +97,17 @@ class CatalogueGenerationMixin(_Model):
 
     def save_pretrained(self, save_directory: str | os.PathLike, *args: Any, **kwargs: Any) -> None:
         """As `PreTrainedModel.save_pretrained`, plus `catalogue.safetensors`, and `auto_map` entries for every Auto class."""
-        module, name = type(self).__module__.rsplit(".", 1)[-1], type(self).__name__
-        self.config.auto_map = {
-            **(getattr(self.config, "auto_map", None) or {}),
-            "AutoModel": f"{module}.{name}",
-            "AutoModelForCausalLM": f"{module}.{name}",
-        }
-        if self.catalogue is not None:
-            self._require_catalogue().save_pretrained(save_directory)
-        self.config.catalogue_fingerprint = None if self.catalogue is None else self.catalogue.fingerprint()
-        super().save_pretrained(save_directory, *args, **kwargs)
+        with unsharded_class(self):
+            module, name = type(self).__module__.rsplit(".", 1)[-1], type(self).__name__
+            self.config.auto_map = {
+                **(getattr(self.config, "auto_map", None) or {}),
+                "AutoModel": f"{module}.{name}",
+                "AutoModelForCausalLM": f"{module}.{name}",
+            }
+            if self.catalogue is not None:
+                self._require_catalogue().save_pretrained(save_directory)
+            self.config.catalogue_fingerprint = None if self.catalogue is None else self.catalogue.fingerprint()
+            super().save_pretrained(save_directory, *args, **kwargs)
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, *model_args, **kwargs) -> Any:

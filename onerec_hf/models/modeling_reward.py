@@ -4,7 +4,9 @@
 Legend: B users, R = B * n rows (rows of one user adjacent), m candidates of a row, T behaviours, L levels, D width, X objectives.
 """
 
+import os
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -25,6 +27,7 @@ from .layers import (
     KeyValueProjection,
     age_buckets,
 )
+from .parallel import unsharded_class
 
 
 @dataclass
@@ -185,6 +188,11 @@ class RewardPreTrainedModel(PreTrainedModel):
     _supports_sdpa = True
     _supports_attention_backend = True
     _no_split_modules = ["TargetAwareItems"]
+
+    def save_pretrained(self, save_directory: str | os.PathLike, *args: Any, **kwargs: Any) -> None:
+        """As `PreTrainedModel.save_pretrained`; of a model that FSDP2 has sharded, give the gathered `state_dict`."""
+        with unsharded_class(self):
+            super().save_pretrained(save_directory, *args, **kwargs)
 
     @torch.no_grad()
     def _init_weights(self, module):

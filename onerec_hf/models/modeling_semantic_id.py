@@ -5,6 +5,7 @@ OneRec Technical Report, section 2.2.3 (arXiv:2506.13695); OneRec-V2, section 2.
 positions, R = B * m rows (rows of one user adjacent), C decoder tokens, L levels, V_l codes of level l, D width.
 """
 
+import os
 from typing import Any
 
 import torch
@@ -35,6 +36,7 @@ from .layers import (
 )
 from .modeling_outputs import SemanticIdCausalLMOutput, recorded
 from .moe import Experts, Router, SparseMoE
+from .parallel import unsharded_class
 
 
 class SemanticIdPreTrainedModel(PreTrainedModel):
@@ -61,6 +63,11 @@ class SemanticIdPreTrainedModel(PreTrainedModel):
         super().__init__(config, *args, **kwargs)
         if config.has_experts:
             self._keep_in_fp32_modules_strict = ["e_score_correction_bias"]
+
+    def save_pretrained(self, save_directory: str | os.PathLike, *args: Any, **kwargs: Any) -> None:
+        """As `PreTrainedModel.save_pretrained`; of a model that FSDP2 has sharded, give the gathered `state_dict`."""
+        with unsharded_class(self):
+            super().save_pretrained(save_directory, *args, **kwargs)
 
     def _can_set_experts_implementation(self) -> bool:  # type: ignore[override]
         # no class method: whether there are experts is in the config. transformers looks for the decorator in the model's own file
