@@ -28,7 +28,7 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 from torch.export import Dim
-from transformers import AutoModel, AutoModelForCausalLM
+from transformers import AutoModel, AutoModelForCausalLM, PreTrainedModel
 from transformers.distributed import DistributedConfig
 
 import onerec_hf.trainers  # noqa: F401  # registers the default target modules of LoRA
@@ -222,7 +222,7 @@ def test_number_of_parameters():
     model = tiny_model()
     assert model.num_parameters() == expected
     assert model.num_parameters(exclude_embeddings=True) == expected - vocab * d - vocab * dim - d - 32 * 4
-    model.model.embed_tokens.requires_grad_(False)
+    model.model.decoder.embed_tokens.requires_grad_(False)
     assert model.num_parameters(only_trainable=True) == expected - vocab * d
 
 
@@ -325,7 +325,7 @@ def _shard_on_one_rank(rank, port, folder):
     for architecture in ("v1", "v2_moe"):
         plain = tiny_model(items, architecture=architecture).train()
         model = copy.deepcopy(plain)
-        for layer in (*model.model.layers, *getattr(model.model.context_processor, "layers", [])):
+        for layer in (*model.model.decoder.layers, *getattr(model.model.context_processor, "layers", [])):
             fully_shard(layer, mesh=mesh)
         fully_shard(model, mesh=mesh)
         register_fsdp_forward_method(model, "generate")
@@ -375,7 +375,10 @@ def test_fsdp2(tmp_path):
             assert torch.equal(loaded.state_dict()[key], tensor), key
 
 
-@pytest.mark.parametrize("kind", ["tp", "ep"])
+EXPERT_PARALLEL = hasattr(PreTrainedModel, "ep_plan")  # not yet in the oldest transformers that is supported
+
+
+@pytest.mark.parametrize("kind", ["tp", "ep"] if EXPERT_PARALLEL else ["tp"])
 def test_every_rule_of_a_parallel_plan_names_something(kind):
     """A rule with a slip of the pen splits nothing, and nobody says so."""
     for architecture in ("onerec", "v1", "v2_moe"):
@@ -403,9 +406,9 @@ def _split_on_one_rank(rank, port, folder):
         plain = tiny_model(items, architecture=architecture)
         context, targets = tiny_context(items, plain), targets_of(items, plain)
         expected = plain(target_ids=targets, **context).target_log_probs
-        for settings in ({"tp_size": 2}, {"tp_size": 2, "ep_size": 2}):
+        for settings in ({"tp_size": 2}, {"tp_size": 2, "ep_size": 2}) if EXPERT_PARALLEL else ({"tp_size": 2},):
             model = AutoModel.from_pretrained(folder / architecture, distributed_config=DistributedConfig(**settings))
-            weight = model.model.layers[-1].mlp.experts.down_proj
+            weight = model.model.decoder.layers[-1].mlp.experts.down_proj
             assert weight.to_local().numel() * 2 == weight.numel()
             torch.testing.assert_close(
                 model(target_ids=targets, **context).target_log_probs, expected, atol=1e-4, rtol=1e-4

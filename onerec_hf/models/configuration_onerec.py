@@ -56,7 +56,7 @@ class SemanticIdConfig(PreTrainedConfig):
         dropout (`float`, defaults to 0.0): On context inputs, attention outputs and feed-forward outputs. Not in the papers.
     """
 
-    keys_to_ignore_at_inference = ["past_key_values", "context_kv"]
+    keys_to_ignore_at_inference = ["past_key_values", "cache", "context_kv"]
     base_model_tp_plan = DECODER_TP_PLAN
     base_model_ep_plan = DECODER_EP_PLAN  # type: ignore[assignment]  # as transformers' own models
     session_wise: ClassVar[bool] = False  # True where one row of `input_ids` holds several items, BOS before each

@@ -33,7 +33,14 @@ logger = logging.get_logger(__name__)
 _HUB_KWARGS = ("cache_dir", "force_download", "local_files_only", "token", "revision", "subfolder")
 # what only transformers' own loop does; the fast search is not used when one of these is asked for
 _OWN_LOOP_FLAGS = ("output_scores", "output_logits", "output_attentions", "output_hidden_states")
-_OWN_LOOP_ARGUMENTS = ["prefix_allowed_tokens_fn", "assistant_model", "streamer", "custom_generate", "past_key_values"]
+_OWN_LOOP_ARGUMENTS = [
+    "prefix_allowed_tokens_fn",
+    "assistant_model",
+    "streamer",
+    "custom_generate",
+    "past_key_values",
+    "cache",
+]
 _OWN_LOOP_ARGUMENTS += ["logits_processor", "stopping_criteria", "max_length", "max_time", "stop_strings"]
 # what changes scores, with the values that change nothing
 _SCORE_SETTINGS: dict[str, tuple] = dict.fromkeys(

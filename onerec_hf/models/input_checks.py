@@ -88,6 +88,11 @@ def checked_context(config: Any, context_ids: Tensor | None, context_mask: Tenso
 def check_kwargs(owner: Any, kwargs: Mapping[str, Any]) -> None:
     """Raises where a keyword argument of `owner.forward` would change nothing: nothing is ignored in silence."""
     config = owner.config
+    if "target_positions" in kwargs:
+        raise ValueError(
+            f"target_positions: the encoder of {type(owner).__name__} mixes the items of a context, so every target sees all of "
+            "them. Give one row per target, with the items before it as context."
+        )
     if unknown := sorted(set(kwargs) - _KNOWN_TO_TRANSFORMERS - _RECORDED):
         raise TypeError(
             f"{type(owner).__name__}.forward does not know {unknown}, and would ignore it. Leave it out; the arguments are listed "
@@ -103,6 +108,18 @@ def check_kwargs(owner: Any, kwargs: Mapping[str, Any]) -> None:
             f"output_attentions=True, but attn_implementation={config._attn_implementation!r} gives no attention weights. Call "
             "`model.set_attn_implementation('eager')` first."
         )
+
+
+def given_or_encoded(model: Any, context_kv: Any, *context: Tensor | None) -> Any:
+    """The context's keys and values: as given, or encoded from what `model.encode_context` takes; never both."""
+    if context_kv is None:
+        return model.encode_context(*context)
+    names = ("context_ids", "context_mask", "context_features", "user_features")
+    if both := [name for name, value in zip(names, context) if value is not None]:
+        raise ValueError(
+            f"context_kv together with {both}: the encoded context takes their place. Give one of the two."
+        )
+    return context_kv
 
 
 def check_targets(config: Any, target_ids: Tensor, target_positions: Tensor | None, others: Mapping[str, Any]) -> None:

@@ -4,7 +4,6 @@ OneRec Technical Report, section 2.2 (arXiv:2506.13695); OneRec-V2, section 2.2 
 positions, R = B * m rows (m targets, beams or samples per user, rows of one user adjacent), C target tokens, D width, H heads.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,8 +13,6 @@ from torch import Tensor, nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import ModelOutput
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
-
-from .input_checks import check_range
 
 
 @dataclass
@@ -93,7 +90,7 @@ class MultiHeadAttention(KeyValueProjection):
         self,
         hidden_states: Tensor,
         attention_mask: Tensor | None = None,
-        past_key_values: Any = None,
+        cache: Any = None,
         attended_states: Tensor | None = None,
         **kwargs,
     ) -> tuple[Tensor, Tensor]:
@@ -101,8 +98,8 @@ class MultiHeadAttention(KeyValueProjection):
         shape = (*hidden_states.shape[:2], -1, self.head_dim)
         query = self.q_proj(hidden_states).view(shape).transpose(1, 2)  # (R, H, C, head_dim)
         key, value = super().forward(hidden_states if attended_states is None else attended_states)
-        if past_key_values is not None:
-            key, value = past_key_values.update(key, value, self.layer_idx)
+        if cache is not None:
+            key, value = cache.update(key, value, self.layer_idx)
         attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
         output, weights = attend(self, query, key, value, attention_mask, scaling=self.scaling, **kwargs)
         return self.o_proj(output.reshape(*hidden_states.shape[:2], -1)), weights
@@ -211,12 +208,12 @@ class DecoderLayer(GradientCheckpointingLayer):
         value: Tensor,
         context_mask: Tensor | None = None,
         attention_mask: Tensor | None = None,
-        past_key_values: Any = None,
+        cache: Any = None,
         **kwargs,
     ) -> Tensor:
         if self.context_first:
             hidden_states = self._attend_to_context(hidden_states, key, value, context_mask, **kwargs)
-        attended, _ = self.self_attn(self.self_attn_norm(hidden_states), attention_mask, past_key_values, **kwargs)
+        attended, _ = self.self_attn(self.self_attn_norm(hidden_states), attention_mask, cache, **kwargs)
         hidden_states = hidden_states + self.dropout(attended)
         if not self.context_first:
             hidden_states = self._attend_to_context(hidden_states, key, value, context_mask, **kwargs)
@@ -248,99 +245,15 @@ class LevelHead(nn.Linear):
         return F.linear(hidden_states, self.weight[rows])
 
 
-class FixedEmbedding(nn.Module):
-    """A given table (V, width), saved with the model and not trained: a buffer."""
-
-    weight: Tensor
-
-    def __init__(self, size: int, width: int):
-        super().__init__()
-        self.register_buffer("weight", torch.zeros(size, width))
-
-    def forward(self, values: Tensor) -> Tensor:
-        return F.embedding(values, self.weight)
-
-
-class FeatureEmbedding(nn.Module):
-    """Embeddings of categorical features, (..., F) -> a list of (..., width), in the order of the config; `fixed`: given ones."""
-
-    def __init__(self, features: dict[str, int], config: Any, kind: str, fixed: Sequence[str] = ()):
-        super().__init__()
-        self.names, self.sizes, self.kind = list(features), list(features.values()), kind
-        widths = [config.feature_embed_dims.get(name, config.context_embed_dim) for name in features]
-        self.width = sum(widths)
-        tables = zip(features.items(), widths)
-        self.tables = nn.ModuleList(
-            [
-                FixedEmbedding(size, width) if name in fixed else nn.Embedding(size, width)
-                for (name, size), width in tables
-            ]
-        )
-
-    def forward(self, values: Tensor | None, shape: Sequence[int]) -> list[Tensor]:
-        """`values` (*shape, F); `shape` is that of the items or users that the features belong to."""
-        given = 0 if values is None else values.shape[-1]
-        if given != len(self.names):
-            raise ValueError(
-                f"{self.kind} holds {given} features, the config names {len(self.names)} ({self.names}): give a tensor whose last "
-                "dimension has one column per name, in this order."
-            )
-        if values is None:
-            return []
-        if values.shape[:-1] != torch.Size(shape):
-            raise ValueError(
-                f"{self.kind} has shape {tuple(values.shape)}: expected {(*shape, given)}, one row for each of what it describes."
-            )
-        for i, (name, size) in enumerate(zip(self.names, self.sizes)):
-            hint = "Value 0 stands for unknown; the config says how many values there are."
-            check_range(f"{self.kind}, column {i} ({name!r}),", values[..., i], size, hint)
-        return [table(values[..., i]) for i, table in enumerate(self.tables)]
-
-    def fill(self, name: str, vectors: Tensor) -> None:
-        """Table of a fixed feature: row i of `vectors` (N, width) goes to value i + 1, zeros to value 0 ("unknown")."""
-        table = self.tables[self.names.index(name)].get_buffer("weight")
-        if vectors.shape != (table.shape[0] - 1, table.shape[1]):
-            raise ValueError(
-                f"vectors of {name!r} have shape {tuple(vectors.shape)}, the config says {table.shape[0] - 1} rows (its values "
-                f"without 0) of width {table.shape[1]}."
-            )
-        table.copy_(F.pad(vectors, (0, 0, 1, 0)))
-
-
-def item_ages(mask: Tensor) -> Tensor:
-    """Age of every item of a history (B, T), oldest first: 1 for the most recent one; wherever the padding stands."""
-    order = mask.long().cumsum(1)
-    return (order[:, -1:] + 1 - order).clamp(min=1)
-
-
-def age_buckets(age: Tensor, num_buckets: int, max_distance: int) -> Tensor:
-    """
-    Bucket of the age of a context item: exact up to half of the buckets, then logarithmic, as T5 does (arXiv:1910.10683).
-
-    Args:
-        age (`torch.LongTensor` of any shape): 1 for the item right before the target; 0 for the static slot.
-
-    Returns:
-        `torch.LongTensor` of the same shape, values 0 to `num_buckets - 1`.
-    """
-    exact = num_buckets // 2
-    ratio = torch.log(age.clamp(min=exact).float() / exact) / torch.log(torch.tensor(max_distance / exact))
-    large = exact + (ratio * (num_buckets - exact)).long()
-    return torch.where(age < exact, age.clamp(min=0), large.clamp(max=num_buckets - 1))
-
-
 __all__ = [
     "ContextAttention",
     "ContextKV",
     "DecoderLayer",
     "EncoderAttention",
     "EncoderLayer",
-    "FeatureEmbedding",
     "FeedForward",
     "KeyValueProjection",
     "LevelHead",
     "PositionRMSNorm",
     "SelfAttention",
-    "age_buckets",
-    "item_ages",
 ]

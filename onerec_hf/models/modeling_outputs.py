@@ -4,11 +4,14 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from transformers.modeling_outputs import ModelOutput
+from transformers.modeling_outputs import CausalLMOutputWithCrossAttentions, ModelOutput
+
+# transformers 5.24 renamed `past_key_values`; our forwards take both names, and give each version the one that it reads
+CACHE = "cache" if "cache" in CausalLMOutputWithCrossAttentions.__dataclass_fields__ else "past_key_values"
 
 
 @dataclass
-class SemanticIdCausalLMOutput(ModelOutput):
+class SemanticIdCausalLMOutput(CausalLMOutputWithCrossAttentions):
     """
     Args:
         loss (`torch.FloatTensor` of shape (1,)): Negative log-probability of the codes, in nats (`config.loss_reduction`).
@@ -19,13 +22,7 @@ class SemanticIdCausalLMOutput(ModelOutput):
         router_logits (`tuple[torch.FloatTensor]`): With `output_router_logits=True`, one (tokens, experts) tensor per mixture.
     """
 
-    loss: torch.Tensor | None = None
-    logits: torch.Tensor | None = None
     target_log_probs: torch.Tensor | None = None
-    past_key_values: object | None = None
-    hidden_states: tuple[torch.Tensor, ...] | None = None
-    attentions: tuple[torch.Tensor, ...] | None = None
-    cross_attentions: tuple[torch.Tensor, ...] | None = None
     router_logits: tuple[torch.Tensor, ...] | None = None
 
 
@@ -35,4 +32,12 @@ def recorded(outputs: ModelOutput) -> dict[str, Any]:
     return {name: outputs.get(name) for name in names}
 
 
-__all__ = ["SemanticIdCausalLMOutput", "recorded"]
+def given_cache(past_key_values: Any, kwargs: dict[str, Any]) -> Any:
+    """The cache, under the one or the other name of transformers; taken out of `kwargs`."""
+    cache = kwargs.pop("cache", None)
+    if cache is not None and past_key_values is not None:
+        raise ValueError("cache and past_key_values are two names for one thing: give one of them.")
+    return past_key_values if cache is None else cache
+
+
+__all__ = ["CACHE", "SemanticIdCausalLMOutput", "given_cache", "recorded"]

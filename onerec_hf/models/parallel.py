@@ -30,16 +30,16 @@ def _experts(experts: str) -> dict[str, str]:
     return weights | {experts: "ep_dispatch_experts"}
 
 
-DECODER_TP_PLAN = _attention("layers.*.self_attn") | _mlp("layers.*.mlp")
-DECODER_EP_PLAN = _experts("layers.*.mlp.experts")
+DECODER_TP_PLAN = _attention("decoder.layers.*.self_attn") | _mlp("decoder.layers.*.mlp")
+DECODER_EP_PLAN = _experts("decoder.layers.*.mlp.experts")
 # of the systems whose blocks have context keys of their own: the heads of the attention to the context are split too
 ENCODER_TP_PLAN = {
     **_attention("context_processor.layers.*.self_attn"),
     **_mlp("context_processor.layers.*.mlp"),
     "context_processor.key_values.*.k_proj": "colwise",
     "context_processor.key_values.*.v_proj": "colwise",
-    "layers.*.cross_attn.q_proj": "colwise",
-    "layers.*.cross_attn.o_proj": "rowwise",
+    "decoder.layers.*.cross_attn.q_proj": "colwise",
+    "decoder.layers.*.cross_attn.o_proj": "rowwise",
 }
 ENCODER_EP_PLAN = _experts("context_processor.layers.*.mlp.experts")
 
