@@ -65,7 +65,7 @@ def test_one_commit_with_everything_and_nothing_else(hub, folder):
     code = "configuration_onerec modeling_onerec_v2 modeling_semantic_id generation_semantic_id beam_search catalogue "
     code += (
         "prefix_index layers moe any_model tokenization_semantic_id item_ids modeling_outputs input_checks parallel "
-        "decoder context_embedding level_probabilities"
+        "decoder context_embedding level_probabilities item_recommendation"
     )
     assert set(repository.branches["main"]) == {
         *(f"{name}.py" for name in code.split()),

@@ -7,6 +7,7 @@ from .beam_search import BeamSearchOutput, beam_search, sample_items
 from .catalogue import Catalogue
 from .configuration_onerec import OneRecConfig, OneRecV1Config, OneRecV2Config
 from .configuration_reward import OneRecPScoreConfig, OneRecSessionRewardConfig
+from .item_recommendation import RecommendedItems
 from .layers import ContextKV
 from .modeling_onerec import OneRecForCausalLM, OneRecModel
 from .modeling_onerec_v1 import OneRecV1ForCausalLM, OneRecV1Model
@@ -53,6 +54,7 @@ __all__ = [
     "OneRecV2Config",
     "OneRecV2ForCausalLM",
     "OneRecV2Model",
+    "RecommendedItems",
     "RewardModelOutput",
     "SemanticIdCausalLMOutput",
     "SemanticIdForCausalLM",

@@ -186,11 +186,12 @@ def check_finite(scores: Tensor, what: str) -> None:
 def check_generate(
     config: Any, inputs: Tensor | None, settings: Any, model_kwargs: Mapping[str, Any], num_items: int
 ) -> int:
-    """B, the number of users of a call of `generate`; raises `ValueError` on numbers and shapes that no search gives a meaning."""
-    numbers = {"num_items": num_items, "num_beams": settings.num_beams}
-    numbers["num_return_sequences"] = settings.num_return_sequences
+    """B, the number of users of a search; raises `ValueError` on numbers and shapes that no search gives a meaning."""
+    numbers = {"num_items": num_items}
+    if settings is not None:
+        numbers |= {"num_beams": settings.num_beams, "num_return_sequences": settings.num_return_sequences}
     if wrong := {name: number for name, number in numbers.items() if number is not None and number < 1}:
-        raise ValueError(f"generate got {wrong}: each must be at least 1.")
+        raise ValueError(f"the search got {wrong}: each must be at least 1.")
     if config.session_wise and num_items > config.num_session_items:
         raise ValueError(
             f"num_items={num_items}: the model has positions for sessions of num_session_items={config.num_session_items} items at "

@@ -19,8 +19,8 @@ from transformers.utils.output_capturing import OutputRecorder
 from .configuration_onerec import SemanticIdConfig
 from .context_embedding import AgeBias
 from .decoder import SemanticIdDecoder
-from .generation_semantic_id import CatalogueGenerationMixin
 from .input_checks import check_targets, checked_labels
+from .item_recommendation import ItemRecommendationMixin
 from .layers import (
     ContextAttention,
     ContextKV,
@@ -94,7 +94,7 @@ class SemanticIdPreTrainedModel(PreTrainedModel):
             init.zeros_(module.weight)
 
 
-class SemanticIdForCausalLM(LevelProbabilityMixin, CatalogueGenerationMixin, SemanticIdPreTrainedModel):
+class SemanticIdForCausalLM(LevelProbabilityMixin, ItemRecommendationMixin, SemanticIdPreTrainedModel):
     """
     Head, loss, catalogue and `generate` around a base model that turns a context and codes into hidden states.
 
