@@ -51,6 +51,14 @@ class Recommendation(NamedTuple):
     metadata: dict
 
 
+class RecommendedSession(NamedTuple):
+    """A session: its item ids in order, the natural log-probability of all their semantic IDs, and what is known of each item."""
+
+    item_ids: list
+    score: float
+    metadata: list[dict]
+
+
 class Recommender:
     r"""
     A trained repository as a recommender: histories of item ids in, item ids with scores and metadata out.
@@ -133,14 +141,15 @@ class Recommender:
         events: Mapping[str, Sequence[Sequence]] | None = None,
         users: Mapping[str, Sequence[int]] | None = None,
         unknown_items: Literal["error", "ignore"] = "error",
-    ) -> list[list[Recommendation]]:
+        session: bool = False,
+    ) -> list[list[Recommendation]] | list[list[RecommendedSession]]:
         """
-        The `k` best items of each user.
+        The `k` best items of each user, or, with `session=True`, the `k` best sessions, as OneRec writes them.
 
         Args:
             histories: Per user the ids of the items, oldest first; may be empty. What exceeds the model's length is cut off, oldest
                 first.
-            k: Items per user; fewer come back where fewer are allowed or exist.
+            k: Items, or sessions, per user; fewer come back where fewer are allowed or exist.
             exclude_seen: Leave out the items of the history.
             allow, deny: Item ids that alone may, or that may not, be recommended: one list for all users, or one per user.
             events: Event columns that the model takes beside the ids (`play_time_ms`, ...), parallel to `histories`; a column that
@@ -148,26 +157,45 @@ class Recommender:
             users: User features, one value per user: as they stand in `users.parquet` where the repository knows its values, else
                 categories. What is left out, or not among the known values, is unknown (0).
             unknown_items: What to do with ids of a history that the catalogue does not have; `"ignore"` drops them.
+            session: Whole sessions of `num_session_items` different items, in order, each with one score; of a OneRec model.
+
+        Returns:
+            Per user a list of [`Recommendation`], best first, or of [`RecommendedSession`].
 
         Raises:
-            KeyError: Unknown item ids. ValueError: `k` below 1, columns or lists that do not run parallel to `histories`, a
-                category that the model does not have, a model in training mode.
+            KeyError: Unknown item ids. ValueError: `k` below 1, a session of a model that writes single items, columns or lists
+                that do not run parallel to `histories`, a category that the model does not have, a model in training mode.
         """
         catalogue, n = self.model.catalogue, len(histories)
         if k < 1 or k != int(k):
             raise ValueError(f"k={k}: a whole number, at least one item per user.")
         if unknown_items not in ("error", "ignore"):
             raise ValueError(f"unknown_items={unknown_items!r}: allowed are 'error' and 'ignore'.")
+        if session and not self.model.config.session_wise:
+            raise ValueError(
+                f"session=True: {type(self.model).__name__} writes single items. Sessions come from a OneRec model, trained with "
+                '`--model \'{"model_type": "onerec", ...}\'`.'
+            )
         check_per_user(n, events=events, users=users, allow=allow, deny=deny)
         if not n:
             return []
         rows, collator = self._rows(histories, events or {}, unknown_items), copy.copy(self.ranker.collator)
         collator.user_features = collator.user_categories_of(users or {}, n)
         allowed = self._allowed([row["history"] for row in rows], exclude_seen, allow, deny)
-        k = min(k, catalogue.num_items)
+        k = k if session else min(k, catalogue.num_items)
         width = max(self.ranker.num_beams, k)
-        items, scores = ItemRanker(self.model, collator, width).search(rows, k, allowed)
+        length = self.model.num_items if session else None
+        items, scores = ItemRanker(self.model, collator, width).search(rows, k, allowed, num_session_items=length)
         ids = catalogue.item_ids[items.cpu().clamp(min=0).numpy()].tolist()
+        if session:
+            return [
+                [
+                    RecommendedSession(i, s, [self.metadata.get(item, {}) for item in i])
+                    for i, s in zip(*row)
+                    if s > float("-inf")
+                ]
+                for row in zip(ids, scores.tolist())
+            ]
         return [
             [Recommendation(i, s, self.metadata.get(i, {})) for i, s in zip(*row) if s > float("-inf")]
             for row in zip(ids, scores.tolist())
@@ -281,10 +309,12 @@ class Recommender:
         column: str = "history",
         batch_size: int = 256,
         overwrite: bool = False,
+        session: bool = False,
         **kwargs,
     ) -> Path:
         """
-        Recommendations for every row of a `datasets.Dataset`, written as parquet: its columns, and `item_ids` and `scores`.
+        Recommendations for every row of a `datasets.Dataset`, written as parquet: its columns, and `item_ids` and `scores`; with
+        `session=True` a list of item ids for each session.
 
         Under `accelerate launch` (or torchrun) each process takes its own rows, each row exactly once, and writes its own file.
 
@@ -303,11 +333,13 @@ class Recommender:
         own = dataset.select(range(len(dataset) * rank // world, len(dataset) * (rank + 1) // world))
         item_ids, scores = [], []
         for start in tqdm(range(0, len(own), batch_size), desc="recommend", disable=rank > 0):
-            for row in self.recommend(own[start : start + batch_size][column], k, **kwargs):
-                item_ids.append([found.item_id for found in row])
+            for row in self.recommend(own[start : start + batch_size][column], k, session=session, **kwargs):
+                item_ids.append(
+                    [found.item_ids if isinstance(found, RecommendedSession) else found.item_id for found in row]
+                )
                 scores.append([found.score for found in row])
-        write_part(path, own, item_ids, scores, is_text(self.model.catalogue.item_ids))
+        write_part(path, own, item_ids, scores, is_text(self.model.catalogue.item_ids), session)
         return path
 
 
-__all__ = ["ItemRanker", "Recommendation", "Recommender", "check_per_user", "is_per_user"]
+__all__ = ["ItemRanker", "Recommendation", "RecommendedSession", "Recommender", "check_per_user", "is_per_user"]

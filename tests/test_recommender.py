@@ -232,6 +232,46 @@ def test_round_trip(architecture, tmp_path):
     same(again.recommend(HISTORIES, k=7), recommender.recommend(HISTORIES, k=7))
 
 
+def test_sessions_are_served_whole(tmp_path):
+    """The items, their order and the score are those of `generate`; filters and metadata are those of single items."""
+    recommender = recommender_of("onerec")
+    model, catalogue = recommender.model, recommender.model.catalogue
+    found = recommender.recommend(HISTORIES, k=4, session=True)
+    assert [len(row) for row in found] == [4, 4, 4]
+    context = recommender.ranker.collator.context([{"user": 0, "history": catalogue.index_of(HISTORIES[0])}])
+    plain = model.generate(**context, num_beams=20, num_return_sequences=4, return_dict_in_generate=True)
+    codes = plain.sequences.view(4, 3, 4)[..., 1:] - torch.tensor(model.config.level_offsets)
+    for session, own, score in zip(
+        found[0], codes, plain.sequences_scores * 11
+    ):  # 3 items of BOS and 3 codes, without the first
+        assert catalogue.semantic_ids[catalogue.index_of(session.item_ids)].tolist() == own.tolist()
+        assert session.score == pytest.approx(score.item(), rel=1e-4)
+        assert session.metadata == [{"title": f"item {item}"} for item in session.item_ids]
+    allowed = [1003, 1010, 1022, 1030]
+    for row in recommender.recommend(HISTORIES, k=30, session=True, allow=allowed):
+        assert len(row) == 24 == len({tuple(session.item_ids) for session in row})  # 4 * 3 * 2 ordered sessions
+        assert all(len({*session.item_ids} & {*allowed}) == 3 for session in row)
+    assert recommender.recommend(HISTORIES, session=True, allow=allowed[:2]) == [[], [], []]
+    recommender.save_pretrained(tmp_path)
+    piped = pipeline("onerec-recommendation", model=str(tmp_path), num_beams=20)(HISTORIES[0], k=4, session=True)
+    assert [row["item_ids"] for row in piped] == [session.item_ids for session in found[0]]
+    assert set(piped[0]) == {"item_ids", "score", "metadata"}
+    rows = datasets.Dataset.from_dict({"history": HISTORIES})
+    path = recommender.recommend_dataset(rows, tmp_path / "out", k=4, session=True)
+    back = datasets.Dataset.from_parquet(str(path))
+    assert back["item_ids"][:] == [[session.item_ids for session in row] for row in found]
+    with pytest.raises(ValueError, match="session=True: OneRecV2ForCausalLM writes single items"):
+        recommender_of().recommend(HISTORIES, session=True)
+
+
+def test_a_session_holds_the_popular_allowed_item_of_a_semantic_id():
+    """Items 1060 to 1064 have the semantic IDs of 1000 to 1004."""
+    recommender = recommender_of("onerec")
+    for allow, expected in (([1000, 1060, 1010, 1020], {1000, 1010, 1020}), ([1060, 1010, 1020], {1060, 1010, 1020})):
+        row = recommender.recommend([[1001]], k=6, session=True, allow=allow)[0]
+        assert {item for session in row for item in session.item_ids} == expected
+
+
 def test_new_items_join_without_training(tmp_path):
     embeddings = torch.randn(65, 6, generator=torch.Generator().manual_seed(0))
     quantizer = ResidualKMeans(3, 8, balanced=False, seed=0)
