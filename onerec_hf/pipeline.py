@@ -54,7 +54,7 @@ class OneRecRecommendationPipeline(Pipeline):
     @staticmethod
     def _per_user(n: int, arguments: dict) -> dict:
         """Takes out of the arguments what is given per user: name -> a function that cuts a slice of the users from it."""
-        from .recommender import check_per_user, is_per_user
+        from .data.histories import check_per_user, is_per_user
 
         given = {name: arguments.get(name) for name in ("events", "users", "allow", "deny")}
         check_per_user(n, **given)

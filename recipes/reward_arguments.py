@@ -129,4 +129,4 @@ def load_reward(folder: str, data: str | None, policy_data: str) -> tuple:
 def reward_function(folder: str, data: str | None, policy, policy_data: str, num_generations: int):
     """The reward model of a folder that recipes/reward.py wrote, as a reward function for the policy's completions."""
     model, collator, catalogue = load_reward(folder, data, policy_data)
-    return reward_of_model(model, collator, policy, num_generations, catalogue)
+    return reward_of_model(model, collator, policy, catalogue)

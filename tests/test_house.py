@@ -20,7 +20,7 @@ RULES = {
     "evaluation": (set(), {"torch", "numpy", "tqdm", "datasets"}),
     "data": (set(), {"datasets", "torch", "transformers", "numpy", "pandas", "pyarrow", "safetensors", "tqdm"}),
     "baselines": ({"models"}, {"torch", "transformers", "numpy", "scipy", "tqdm", "safetensors"}),
-    "rewards": ({"models"}, {"torch"}),
+    "rewards": ({"models", "data"}, {"torch", "transformers"}),
     "trainers": (
         {"models", "data", "rewards", "evaluation", "hub", "_version"},
         {"trl", "transformers", "accelerate", "peft", "torch", "datasets", "numpy", "safetensors", "huggingface_hub"},

@@ -206,7 +206,11 @@ def test_everything_that_is_wrong_is_named_at_once(folder):
         ("layers.py", b"import torch\nclass Layer(", "layers.py cannot be read"),
         ("training_curve.png", b"", "training_curve.png cannot be read"),
         ("quantizer_config.json", b"{}", "quantizer.safetensors: quantizer_config.json is there without it"),
-        ("collator_config.json", b'{"collator_class": "C", "item_features": ["author"]}', "collator.safetensors: "),
+        (
+            "collator_config.json",
+            b'{"collator_class": "C", "tables": ["item_features/author"]}',
+            "collator.safetensors: ",
+        ),
     ],
 )
 def test_every_file_is_read_before_it_goes_up(hub, folder, name, content, reason):

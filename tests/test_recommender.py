@@ -13,7 +13,7 @@ import torch
 from transformers import pipeline
 
 from onerec_hf import Catalogue
-from onerec_hf.data import EventFeature, OneRecCollator, PathwayCollator, SessionCollator, load_collator
+from onerec_hf.data import EventFeature, OneRecCollator, PathwayCollator, SessionCollator
 from onerec_hf.recommender import ItemRanker, Recommender
 from onerec_hf.semantic_ids import ResidualKMeans
 
@@ -410,8 +410,8 @@ def test_no_collator_no_model_no_recommender(tmp_path):
         Recommender.from_pretrained(tmp_path)
     recommender = recommender_of(item_features={"author": np.arange(65)})
     recommender.save_pretrained(tmp_path / "one")
-    with pytest.raises(ValueError, match="65 categories of 'author', the catalogue 3"):
-        load_collator(tmp_path / "one", np.zeros((3, 3)))
+    with pytest.raises(ValueError, match=r"'author' has shape \(65,\), there are 3 items"):
+        OneRecCollator.from_pretrained(tmp_path / "one", np.zeros((3, 3)))
 
 
 @pytest.mark.parametrize("world", [1, 2])
