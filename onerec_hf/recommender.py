@@ -159,7 +159,10 @@ class Recommender:
         k = k if session else min(k, catalogue.num_items)
         width = max(self.ranker.num_beams, k)
         length = self.model.num_items if session else None
-        items, scores = ItemRanker(self.model, collator, width).search(rows, k, allowed, num_session_items=length)
+        context = {name: tensor.to(self.model.device) for name, tensor in collator.context(rows).items()}
+        items, scores = self.model.recommend_items(
+            k, num_beams=width, allowed_items=allowed, num_session_items=length, **context
+        )
         ids = catalogue.item_ids[items.cpu().clamp(min=0).numpy()].tolist()
         if session:
             return [

@@ -86,7 +86,7 @@ def test_models_stay_flat():
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(PACKAGE)))
 def test_sizes(path):
-    limit = 450 if path.name.startswith("modeling_") else 350
+    limit = 600 if path.name.startswith("modeling_") else 350
     source = path.read_text()
     assert len(source.splitlines()) <= limit
     for node in ast.walk(ast.parse(source)):

@@ -160,9 +160,7 @@ def test_folders_that_are_no_reward_model(tmp_path):
         RewardModel.from_pretrained(tmp_path)
     reward.save_pretrained(tmp_path)
     tiny_catalogue(40).save_pretrained(tmp_path)
-    with pytest.raises(
-        ValueError, match="do not fit the catalogue: item feature"
-    ):
+    with pytest.raises(ValueError, match="do not fit the catalogue: item feature"):
         RewardModel.from_pretrained(tmp_path)
     (tmp_path / "catalogue.safetensors").unlink()
     with pytest.raises(OSError, match=r"catalogue\.safetensors"):

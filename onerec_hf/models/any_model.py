@@ -16,7 +16,7 @@ from transformers.generation import GenerateBeamDecoderOnlyOutput, GenerationCon
 from .beam_search import BeamSearch, search
 from .catalogue import Catalogue
 from .input_checks import check_finite
-from .modeling_outputs import CACHE
+from .modeling_layers import CACHE
 
 _DEAD = float("-inf")
 

@@ -25,7 +25,6 @@ from .any_model import CatalogueLogitsProcessor, NotFinite, catalogue_generate
 from .beam_search import beam_search, sample_items
 from .catalogue import CATALOGUE_NAME, Catalogue
 from .input_checks import check_finite, check_generate, check_rows_allowed
-from .layers import ContextKV, LevelHead
 from .parallel import unsharded_class
 
 logger = logging.get_logger(__name__)
@@ -63,8 +62,8 @@ if TYPE_CHECKING:
 
         config: Any
         generation_config: GenerationConfig
-        model: Any
-        lm_head: LevelHead
+        encode_context: Any
+        _require_catalogue: Any
 else:
     _Model = object
 
@@ -73,34 +72,15 @@ class CatalogueGenerationMixin(_Model):
     """
     Saving, loading and generating under a catalogue.
 
-    The model gives: `context_input_names` (what `encode_context` takes), `encode_context`, `next_hidden`, `level_log_probs`.
+    The model gives: `context_input_names` (what `encode_context` takes), `encode_context`, `next_hidden`, `level_log_probs`, and
+    `_require_catalogue`.
     """
 
     catalogue: Catalogue | None = None
     num_items: int = 1  # per row of `generate`; a model of sessions sets it
     context_input_names = ("context_ids", "context_mask", "context_features", "user_features")
 
-    def encode_context(self, **inputs) -> ContextKV:
-        """Keys and values of the context, once per user; the inputs are those of `context_input_names`."""
-        return self.model.encode_context(**inputs)
-
     # ---- catalogue -----------------------------------------------------------------------------------------------------
-
-    def _require_catalogue(self, catalogue: Catalogue | None = None) -> Catalogue:
-        catalogue = catalogue if catalogue is not None else self.catalogue
-        if catalogue is None:
-            raise ValueError(
-                f"{type(self).__name__} has no catalogue. Set `model.catalogue = Catalogue(semantic_ids, codebook_sizes, "
-                "item_ids)`, pass `catalogue=...`, or, in `generate`, `constrained=False` for codes without a check."
-            )
-        if catalogue.codebook_sizes != self.config.codebook_sizes:
-            raise ValueError(
-                f"the catalogue has codebook_sizes={catalogue.codebook_sizes}, the model {self.config.codebook_sizes}: they "
-                "come from different semantic IDs. Use the catalogue that the model was trained with."
-            )
-        # where the head computes; under offloading its weights lie elsewhere
-        hook = getattr(self.lm_head, "_hf_hook", None)
-        return catalogue.to(getattr(hook, "execution_device", self.lm_head.weight.device))
 
     def save_pretrained(self, save_directory: str | os.PathLike, *args: Any, **kwargs: Any) -> None:
         """As `PreTrainedModel.save_pretrained`, plus `catalogue.safetensors`, and `auto_map` entries for every Auto class."""
@@ -148,12 +128,6 @@ class CatalogueGenerationMixin(_Model):
         return result
 
     # ---- generation ----------------------------------------------------------------------------------------------------
-
-    def next_hidden(self, tokens: torch.Tensor, context_kv: ContextKV, cache: Any) -> torch.Tensor:
-        """Last hidden state (R, D) after C more tokens (R, C) per row; `cache` grows by C positions."""
-        return self.model(tokens, context_kv=context_kv, past_key_values=cache, use_cache=True).last_hidden_state[
-            :, -1
-        ]
 
     @torch.no_grad()
     def generate(  # type: ignore[override]  # what text generation takes by position has no place here

@@ -12,13 +12,19 @@ from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
 from .configuration_onerec import OneRecV1Config
-from .context_embedding import ContextEmbedding, item_ages
-from .decoder import SemanticIdDecoder, padding_mask
 from .input_checks import check_kwargs, checked_context, given_or_encoded
-from .layers import ContextKV, EncoderAttention, FeedForward
+from .modeling_layers import (
+    ContextEmbedding,
+    ContextKV,
+    EncoderAttention,
+    SemanticIdDecoder,
+    given_cache,
+    item_ages,
+    padding_mask,
+)
 from .modeling_onerec import OneRecContextEncoder
-from .modeling_outputs import given_cache
 from .modeling_semantic_id import SemanticIdForCausalLM, SemanticIdPreTrainedModel
+from .moe import FeedForward
 
 
 class DenseLeakyDense(nn.Module):

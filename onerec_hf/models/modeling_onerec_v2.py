@@ -14,11 +14,16 @@ from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
 from .configuration_onerec import OneRecV2Config
-from .context_embedding import AgeBias, ContextEmbedding, visible_ages
-from .decoder import SemanticIdDecoder
 from .input_checks import check_kwargs, checked_context, given_or_encoded
-from .layers import ContextKV, DecoderLayer
-from .modeling_outputs import given_cache
+from .modeling_layers import (
+    AgeBias,
+    ContextEmbedding,
+    ContextKV,
+    DecoderLayer,
+    SemanticIdDecoder,
+    given_cache,
+    visible_ages,
+)
 from .modeling_semantic_id import SemanticIdForCausalLM, SemanticIdPreTrainedModel
 
 

@@ -18,9 +18,17 @@ from transformers.utils import can_return_tuple
 
 from .configuration_onerec import NUM_SPECIAL_TOKENS
 from .configuration_reward import OneRecPScoreConfig, OneRecSessionRewardConfig, RewardConfig
-from .context_embedding import AgeBias, ContextEmbedding, FeatureEmbedding, visible_ages
 from .input_checks import check_codes, check_range, checked_context
-from .layers import ContextAttention, ContextKV, EncoderAttention, KeyValueProjection
+from .modeling_layers import (
+    AgeBias,
+    ContextAttention,
+    ContextEmbedding,
+    ContextKV,
+    EncoderAttention,
+    FeatureEmbedding,
+    KeyValueProjection,
+    visible_ages,
+)
 from .parallel import unsharded_class
 
 

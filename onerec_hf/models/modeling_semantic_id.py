@@ -1,36 +1,42 @@
-"""What every OneRec model with a head shares: forward, loss, catalogue and `generate`.
+"""What every OneRec model with a head shares: log-probabilities within a level, recommending items, forward and loss.
 
 OneRec Technical Report, section 2.2.3 (arXiv:2506.13695); OneRec-V2, section 2.2 (arXiv:2508.20900). Legend: B users, T context
-positions, R = B * m rows (rows of one user adjacent), C decoder tokens, L levels, V_l codes of level l, D width.
+positions, R = B * m rows (rows of one user adjacent), C decoder tokens, L levels, V_l codes of level l, D width, N items of the
+catalogue, K beams, m items of a session.
 """
 
 import os
-from typing import Any
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 from transformers import initialization as init
 from transformers.cache_utils import Cache
+from transformers.modeling_outputs import CausalLMOutputWithCrossAttentions, ModelOutput
 from transformers.modeling_utils import PreTrainedModel
 from transformers.utils import can_return_tuple
 from transformers.utils.output_capturing import OutputRecorder
 
+from .beam_search import beam_search
+from .catalogue import Catalogue
 from .configuration_onerec import SemanticIdConfig
-from .context_embedding import AgeBias
-from .decoder import SemanticIdDecoder
-from .input_checks import check_targets, checked_labels
-from .item_recommendation import ItemRecommendationMixin
-from .layers import (
+from .generation_semantic_id import CatalogueGenerationMixin
+from .input_checks import check_codes, check_finite, check_generate, check_targets, checked_labels
+from .modeling_layers import (
+    CACHE,
+    AgeBias,
     ContextAttention,
     ContextKV,
     DecoderLayer,
     EncoderAttention,
     LevelHead,
     SelfAttention,
+    SemanticIdDecoder,
+    given_cache,
 )
-from .level_probabilities import LevelProbabilityMixin
-from .modeling_outputs import CACHE, SemanticIdCausalLMOutput, given_cache, recorded
 from .moe import Experts, Router
 from .parallel import unsharded_class
 
@@ -94,7 +100,41 @@ class SemanticIdPreTrainedModel(PreTrainedModel):
             init.zeros_(module.weight)
 
 
-class SemanticIdForCausalLM(LevelProbabilityMixin, ItemRecommendationMixin, SemanticIdPreTrainedModel):
+@dataclass
+class SemanticIdCausalLMOutput(CausalLMOutputWithCrossAttentions):
+    """
+    Args:
+        loss (`torch.FloatTensor` of shape (1,)): Negative log-probability of the codes, in nats (`config.loss_reduction`).
+        logits (`torch.FloatTensor` of shape (R, C, vocab_size)): Scores of the next token; everything outside the level that
+            comes next is the lowest finite number, so a softmax over the vocabulary is the softmax over the level.
+        target_log_probs (`torch.FloatTensor` of shape (B, n, L)): Log-probability of each code of each target, in nats; with
+            `labels` of shape (R, items, L), one row per row of `input_ids`.
+        router_logits (`tuple[torch.FloatTensor]`): With `output_router_logits=True`, one (tokens, experts) tensor per mixture.
+    """
+
+    target_log_probs: torch.Tensor | None = None
+    router_logits: tuple[torch.Tensor, ...] | None = None
+
+
+def recorded(outputs: ModelOutput) -> dict[str, Any]:
+    """What a base model was asked to record, under the names of [`SemanticIdCausalLMOutput`]."""
+    names = ("hidden_states", "attentions", "cross_attentions", "router_logits")
+    return {name: outputs.get(name) for name in names}
+
+
+class RecommendedItems(NamedTuple):
+    """
+    Args:
+        items (`torch.LongTensor` of shape (B, k), sessions (B, k, m)): Item indices of the catalogue, best first, -1 for none.
+        scores (`torch.FloatTensor` of shape (B, k)): Natural log-probability of the semantic IDs of an item, or of all items of a
+            session; `-inf` for none.
+    """
+
+    items: torch.Tensor
+    scores: torch.Tensor
+
+
+class SemanticIdForCausalLM(CatalogueGenerationMixin, SemanticIdPreTrainedModel):
     """
     Head, loss, catalogue and `generate` around a base model that turns a context and codes into hidden states.
 
@@ -111,6 +151,202 @@ class SemanticIdForCausalLM(LevelProbabilityMixin, ItemRecommendationMixin, Sema
         self.generation_config.max_new_tokens = self.num_items * (config.num_levels + 1) - 1
         # `transformers.Trainer` counts the codes in `labels`; its count fits a loss that is a mean over codes, and no other
         self.accepts_loss_kwargs = config.loss_reduction == "mean"
+
+    def _require_catalogue(self, catalogue: Catalogue | None = None) -> Catalogue:
+        catalogue = catalogue if catalogue is not None else self.catalogue
+        if catalogue is None:
+            raise ValueError(
+                f"{type(self).__name__} has no catalogue. Set `model.catalogue = Catalogue(semantic_ids, codebook_sizes, "
+                "item_ids)`, pass `catalogue=...`, or, in `generate`, `constrained=False` for codes without a check."
+            )
+        if catalogue.codebook_sizes != self.config.codebook_sizes:
+            raise ValueError(
+                f"the catalogue has codebook_sizes={catalogue.codebook_sizes}, the model {self.config.codebook_sizes}: they "
+                "come from different semantic IDs. Use the catalogue that the model was trained with."
+            )
+        # where the head computes; under offloading its weights lie elsewhere
+        hook = getattr(self.lm_head, "_hf_hook", None)
+        return catalogue.to(getattr(hook, "execution_device", self.lm_head.weight.device))
+
+    def encode_context(self, **inputs) -> ContextKV:
+        """Keys and values of the context, once per user; the inputs are those of `context_input_names`."""
+        return self.model.encode_context(**inputs)
+
+    def next_hidden(self, tokens: torch.Tensor, context_kv: ContextKV, cache: Any) -> torch.Tensor:
+        """Last hidden state (R, D) after C more tokens (R, C) per row; `cache` grows by C positions."""
+        return self.model(tokens, context_kv=context_kv, past_key_values=cache, use_cache=True).last_hidden_state[
+            :, -1
+        ]
+
+    # ---- the one place where scores become log-probabilities -----------------------------------------------------------
+
+    def level_log_probs(
+        self,
+        hidden_states: torch.Tensor,
+        level: int,
+        node: torch.Tensor | None = None,
+        catalogue: Catalogue | None = None,
+    ) -> torch.Tensor:
+        """
+        Log-probabilities of the codes of one level (OneRec-V2, eq. of L_Gen): softmax over the level's codes, or, with
+        `config.score_normalization="valid"`, over the codes that continue the prefix to an existing item.
+
+        Args:
+            hidden_states (`torch.FloatTensor` of shape (R, D)): Last hidden states at the position before the code.
+            level (`int`): 0-based level.
+            node (`torch.LongTensor` of shape (R,), *optional*): Catalogue node of each row's prefix; None at the first level.
+            catalogue (`Catalogue`, *optional*): Read only under `"valid"`; defaults to the model's own.
+
+        Returns:
+            `torch.FloatTensor` of shape (R, V_level), float32, in nats.
+        """
+        start = self.config.level_offsets[level]
+        logits = self.lm_head(hidden_states, slice(start, start + self.config.codebook_sizes[level])).float()
+        if self.config.score_normalization == "valid":
+            codes, _, real = self._require_catalogue(catalogue).children(node, level)
+            spare = torch.where(real, codes, logits.shape[1]).expand(logits.shape[0], -1)
+            valid = torch.zeros(logits.shape[0], logits.shape[1] + 1, dtype=torch.bool, device=logits.device)
+            logits = logits.masked_fill(~valid.scatter_(1, spare, True)[:, :-1], torch.finfo(torch.float32).min)
+        return logits.log_softmax(-1)
+
+    def level_distributions(self, hidden_states: torch.Tensor, token_ids: torch.Tensor) -> Iterator[torch.Tensor]:
+        """
+        The walk over the levels of given codes: the log-probabilities of every code of a level, behind the codes before it.
+
+        Args:
+            hidden_states (`torch.FloatTensor` of shape (R, L, D)): Position l is the one before code l.
+            token_ids (`torch.LongTensor` of shape (R, L)): Tokens of the codes; rows of pad tokens give meaningless numbers.
+
+        Yields:
+            `torch.FloatTensor` of shape (R, V_l) for each level l, in nats, one at a time: together they can be large.
+        """
+        node = None
+        check_codes(self.config, "target", token_ids, (self.config.pad_token_id, -100))
+        for level, offset in enumerate(self.config.level_offsets):
+            yield self.level_log_probs(hidden_states[:, level], level, node)
+            if self.config.score_normalization == "valid" and level + 1 < self.config.num_levels:
+                code = (token_ids[:, level] - offset).clamp(min=0)
+                node = self._require_catalogue().step(node, level, code).clamp(min=0)
+
+    def code_log_probs(self, hidden_states: torch.Tensor, token_ids: torch.Tensor) -> torch.Tensor:
+        """
+        Log-probability of given codes: what the loss, preference losses, RL ratios and beam scores are made of.
+
+        Args:
+            hidden_states (`torch.FloatTensor` of shape (R, L, D)): Position l is the one before code l.
+            token_ids (`torch.LongTensor` of shape (R, L)): Tokens of the codes; rows of pad tokens give meaningless numbers.
+
+        Returns:
+            `torch.FloatTensor` of shape (R, L), in nats.
+        """
+        codes = token_ids - torch.tensor(self.config.level_offsets, device=token_ids.device)
+        levels = zip(self.level_distributions(hidden_states, token_ids), codes.clamp(min=0).unbind(1))
+        return torch.stack([log_probs.gather(1, code.unsqueeze(1))[:, 0] for log_probs, code in levels], dim=1)
+
+    def row_log_probs(self, hidden_states: torch.Tensor, token_ids: torch.Tensor) -> torch.Tensor:
+        """
+        As `code_log_probs`, for whole rows: BOS and the codes of one item, and so on for every item of a session.
+
+        Args:
+            hidden_states (`torch.FloatTensor` of shape (R, C, D)): One position per token; the one of the last code may be missing.
+            token_ids (`torch.LongTensor` of shape (R, items * (L + 1))): BOS and codes.
+
+        Returns:
+            `torch.FloatTensor` of shape (R, items, L), in nats: the codes' log-probabilities, never BOS's.
+        """
+        size = self.config.num_levels + 1
+        if token_ids.shape[1] % size or (token_ids.shape[1] > size and not self.config.session_wise):
+            rows = f"{size} columns, BOS and {size - 1} codes" + (
+                ", for every item" if self.config.session_wise else ""
+            )
+            raise ValueError(f"rows have {token_ids.shape[1]} tokens: expected {rows}.")
+        code = torch.arange(token_ids.shape[1] // size * (size - 1), device=token_ids.device)
+        before_code = code + code // (size - 1)  # every position but each item's last; a mask would be read back
+        hidden_states = hidden_states[:, before_code].reshape(-1, size - 1, hidden_states.shape[-1])
+        codes = token_ids[:, before_code + 1].reshape(-1, size - 1)
+        return self.code_log_probs(hidden_states, codes).view(token_ids.shape[0], -1, size - 1)
+
+    def mask_logits_to_level(self, logits: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+        """
+        `logits` (R, C, vocab) with everything that cannot follow at the lowest finite number: position p of a row predicts level
+        p mod (L + 1); behind the last level stands `<|sid_begin|>` of a session's next item, or `<|sid_end|>`.
+        `positions` (1 or R, C).
+        """
+        levels = positions % (self.config.num_levels + 1)
+        edges = torch.tensor([*self.config.level_offsets, self.config.vocab_size], device=logits.device)
+        token = torch.arange(self.config.vocab_size, device=logits.device)
+        low = edges[levels.clamp(max=self.config.num_levels - 1)]
+        high = edges[levels.clamp(max=self.config.num_levels - 1) + 1]
+        inside = (token >= low.unsqueeze(-1)) & (token < high.unsqueeze(-1))
+        ends = (levels == self.config.num_levels).unsqueeze(-1)
+        # without an end token, what follows the last item is the begin of one more
+        follower = self.config.bos_token_id if self.config.eos_token_id is None else self.config.eos_token_id
+        follower = torch.full_like(positions, follower)
+        if self.config.session_wise:
+            last = positions + 1 == self.config.num_session_items * (self.config.num_levels + 1)
+            follower = torch.where(last, follower, self.config.bos_token_id)
+        inside = torch.where(ends, token == follower.unsqueeze(-1), inside)
+        return logits.masked_fill(~inside, torch.finfo(logits.dtype).min)
+
+    # ---- recommending --------------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def recommend_items(
+        self,
+        k: int = 10,
+        *,
+        num_beams: int | None = None,
+        allowed_items: torch.Tensor | None = None,
+        num_session_items: int | None = None,
+        catalogue: Catalogue | None = None,
+        **context: Any,
+    ) -> RecommendedItems:
+        r"""
+        The `k` best items of each user, or the `k` best sessions.
+
+        The items of one semantic ID follow each other, popular ones first, and share its score. In a session, the most popular
+        allowed item of a semantic ID stands for all of them.
+
+        Args:
+            k (`int`, defaults to 10): Items, or sessions, per user.
+            num_beams (`int`, *optional*, defaults to the larger of `k` and 50): K, the width of the search.
+            allowed_items (`torch.BoolTensor` of shape (B, N) or (1, N), *optional*): Items each user may get.
+            num_session_items (`int`, *optional*): m; returns sessions of m different items, in order. Left out, single items.
+            catalogue (`Catalogue`, *optional*): Instead of the model's own.
+            context: `context_ids` (B, T, L), `context_mask`, `context_features`, `user_features`, or `context_kv`.
+
+        Returns:
+            [`RecommendedItems`].
+
+        Raises:
+            ValueError: For a model in training mode; the mode is not changed here, since other threads may share the model. With
+                `k` above `num_beams`, without a catalogue, for a context or a mask of the wrong shape.
+        """
+        if self.training:
+            raise ValueError("the model is in training mode, with dropout: call `model.eval()` before you search.")
+        width, length = max(k, 50) if num_beams is None else num_beams, num_session_items or 1
+        if k < 1 or k > width:
+            raise ValueError(f"k={k} with num_beams={width}: at least 1, and at most num_beams.")
+        if unknown := sorted(set(context) - {*self.context_input_names, "context_kv"}):
+            raise TypeError(
+                f"recommend_items does not know {unknown}; a context has {list(self.context_input_names)}."
+            )
+        batch = check_generate(self.config, None, None, context, length)
+        catalogue = self._require_catalogue(catalogue)
+        allowed = None if allowed_items is None else allowed_items.to(catalogue.device)
+        context_kv = context.pop("context_kv", None)
+        if context_kv is None:
+            context_kv = self.encode_context(**context)
+        found = beam_search(self, catalogue, context_kv, width, allowed, length)
+        check_finite(found.scores, f"{type(self).__name__}.recommend_items")
+        if num_session_items is not None:
+            items = catalogue.item_of_each(found.leaves[:, :k].flatten(1), allowed).view(batch, k, length)
+            return RecommendedItems(items, found.scores[:, :k])
+        items, beam = catalogue._ranked_items(found.leaves[:, :, 0], k, allowed)
+        scores = found.scores.gather(1, beam.clamp(min=0)).masked_fill(items < 0, float("-inf"))
+        return RecommendedItems(items, scores)
+
+    # ---- training ------------------------------------------------------------------------------------------------------
 
     @can_return_tuple
     def forward(
@@ -226,4 +462,4 @@ class SemanticIdForCausalLM(LevelProbabilityMixin, ItemRecommendationMixin, Sema
         )
 
 
-__all__ = ["SemanticIdCausalLMOutput", "SemanticIdForCausalLM", "SemanticIdPreTrainedModel"]
+__all__ = ["RecommendedItems", "SemanticIdCausalLMOutput", "SemanticIdForCausalLM", "SemanticIdPreTrainedModel"]

@@ -1,0 +1,542 @@
+"""Blocks that the OneRec models share: attention over a shared context, encoder and decoder blocks, the embedding of a context,
+and the decoder over codes.
+
+OneRec Technical Report, section 2.2 (arXiv:2506.13695); OneRec-V2, section 2.2 (arXiv:2508.20900). Legend: B users, T context
+positions, R = B * m rows (m targets, beams or samples per user, rows of one user adjacent), C target tokens, L levels, D width,
+H heads, n targets (or candidates) of a user.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers.cache_utils import Cache, DynamicCache
+from transformers.masking_utils import create_causal_mask
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttentions, ModelOutput
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from .input_checks import check_range
+from .moe import FeedForward, SparseMoE
+
+# transformers 5.24 renamed `past_key_values`; our forwards take both names, and give each version the one that it reads
+CACHE = "cache" if "cache" in BaseModelOutputWithPastAndCrossAttentions.__dataclass_fields__ else "past_key_values"
+
+
+@dataclass
+class ContextKV(ModelOutput):
+    """
+    Keys and values of the context, made once per user and shared by all rows of that user.
+
+    It is one object and not a tensor, so `generate` neither repeats it per beam nor reorders it.
+
+    Args:
+        key_states (`tuple[torch.FloatTensor]`): One (B, H_kv, T, head_dim) tensor per key/value set.
+        value_states (`tuple[torch.FloatTensor]`): As `key_states`; the same tensors where keys and values are shared.
+        mask (`torch.BoolTensor` of shape (B, T)): True for real positions, which include the leading static slot.
+    """
+
+    key_states: tuple[Tensor, ...] | None = None
+    value_states: tuple[Tensor, ...] | None = None
+    mask: Tensor | None = None
+
+
+def eager_attention_forward(
+    module: Any,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float,
+    dropout: float = 0.0,
+    **kwargs,
+) -> tuple[Tensor, Tensor]:
+    """softmax(q k^T * scaling + mask) v, written out; the reference for every other attention implementation."""
+    key = key.repeat_interleave(module.num_key_value_groups, dim=1)
+    value = value.repeat_interleave(module.num_key_value_groups, dim=1)
+    weights = torch.matmul(query, key.transpose(2, 3)) * scaling
+    if attention_mask is not None:
+        if attention_mask.dtype == torch.bool:
+            attention_mask = torch.zeros_like(attention_mask, dtype=weights.dtype).masked_fill(
+                ~attention_mask, torch.finfo(weights.dtype).min
+            )
+        weights = weights + attention_mask
+    weights = F.softmax(weights, dim=-1, dtype=torch.float32).to(query.dtype)
+    weights = F.dropout(weights, p=dropout, training=module.training)
+    return torch.matmul(weights, value).transpose(1, 2).contiguous(), weights
+
+
+class KeyValueProjection(nn.Module):
+    """One set of keys and values of a sequence of hidden states: (B, T, D) -> two of (B, H_kv, T, head_dim)."""
+
+    def __init__(self, config: Any, num_key_value_heads: int):
+        super().__init__()
+        self.head_dim = config.head_dim
+        self.k_proj = nn.Linear(config.hidden_size, num_key_value_heads * config.head_dim, bias=False)
+        self.v_proj = nn.Linear(config.hidden_size, num_key_value_heads * config.head_dim, bias=False)
+
+    def forward(self, hidden_states: Tensor) -> tuple[Tensor, Tensor]:
+        shape = (*hidden_states.shape[:2], -1, self.head_dim)
+        key, value = (proj(hidden_states).view(shape).transpose(1, 2) for proj in (self.k_proj, self.v_proj))
+        return key, value
+
+
+class MultiHeadAttention(KeyValueProjection):
+    """Attention with grouped key/value heads; subclasses say whether it is causal, and are what `output_attentions` records."""
+
+    is_causal = False
+
+    def __init__(self, config: Any, layer_idx: int):
+        super().__init__(config, config.num_key_value_heads)
+        self.config, self.layer_idx = config, layer_idx
+        self.num_key_value_groups = config.num_attention_heads // config.num_key_value_heads
+        self.scaling = self.head_dim**-0.5
+        self.q_proj = nn.Linear(config.hidden_size, config.num_attention_heads * self.head_dim, bias=False)
+        self.o_proj = nn.Linear(config.num_attention_heads * self.head_dim, config.hidden_size, bias=False)
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        attention_mask: Tensor | None = None,
+        cache: Any = None,
+        attended_states: Tensor | None = None,
+        **kwargs,
+    ) -> tuple[Tensor, Tensor]:
+        """(R, C, D) -> (R, C, D) and weights; keys and values come from `attended_states` (R, T, D) where given."""
+        shape = (*hidden_states.shape[:2], -1, self.head_dim)
+        query = self.q_proj(hidden_states).view(shape).transpose(1, 2)  # (R, H, C, head_dim)
+        key, value = super().forward(hidden_states if attended_states is None else attended_states)
+        if cache is not None:
+            key, value = cache.update(key, value, self.layer_idx)
+        attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
+        output, weights = attend(self, query, key, value, attention_mask, scaling=self.scaling, **kwargs)
+        return self.o_proj(output.reshape(*hidden_states.shape[:2], -1)), weights
+
+
+class SelfAttention(MultiHeadAttention):
+    """Causal, over the tokens of a target."""
+
+    is_causal = True
+
+
+class EncoderAttention(MultiHeadAttention):
+    """Fully visible, over the positions of a context."""
+
+
+class ContextAttention(nn.Module):
+    """
+    Attention of the rows of a user to that user's context: query and output projections only, the context owns keys and values.
+
+    It is not causal, so the m rows of a user and the query heads that share a key/value head are folded into the query
+    length: keys and values stay (B, H_kv, T, head_dim), copied for neither.
+    """
+
+    def __init__(self, config: Any):
+        super().__init__()
+        self.config, self.is_causal = config, False
+        self.head_dim = config.head_dim
+        self.groups = config.num_attention_heads // config.num_context_key_value_heads
+        self.num_key_value_groups = 1  # the groups are folded here, nothing is left to repeat
+        self.scaling = self.head_dim**-0.5
+        self.q_proj = nn.Linear(config.hidden_size, config.num_attention_heads * self.head_dim, bias=False)
+        self.o_proj = nn.Linear(config.num_attention_heads * self.head_dim, config.hidden_size, bias=False)
+
+    def forward(
+        self, hidden_states: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None = None, **kwargs
+    ) -> tuple[Tensor, Tensor]:
+        rows, length, _ = hidden_states.shape
+        batch, heads = key.shape[:2]
+        query = self.q_proj(hidden_states).view(batch, rows // batch * length, heads, self.groups, self.head_dim)
+        query = query.permute(0, 2, 3, 1, 4).reshape(
+            batch, heads, -1, self.head_dim
+        )  # (B, H_kv, groups * m * C, head_dim)
+        attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
+        output, weights = attend(
+            self, query, key, value, attention_mask, scaling=self.scaling, is_causal=False, **kwargs
+        )  # (B, groups * m * C, H_kv, head_dim)
+        output = output.view(batch, self.groups, -1, heads, self.head_dim).permute(0, 2, 3, 1, 4)
+        return self.o_proj(output.reshape(rows, length, -1)), weights
+
+
+class EncoderLayer(GradientCheckpointingLayer):
+    """Technical Report, section 2.2.2: self-attention over everything, then `mlp` (dense or a mixture), pre-normed and residual."""
+
+    def __init__(self, config: Any, layer_idx: int, mlp: nn.Module):
+        super().__init__()
+        self.self_attn = EncoderAttention(config, layer_idx)
+        self.mlp = mlp
+        self.self_attn_norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.mlp_norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.dropout = nn.Dropout(config.dropout)
+
+    def forward(self, hidden_states: Tensor, attention_mask: Tensor | None = None, **kwargs) -> Tensor:
+        attended, _ = self.self_attn(self.self_attn_norm(hidden_states), attention_mask, **kwargs)
+        hidden_states = hidden_states + self.dropout(attended)
+        return hidden_states + self.dropout(self.mlp(self.mlp_norm(hidden_states)))
+
+
+class DecoderLayer(GradientCheckpointingLayer):
+    """
+    Causal self-attention and attention to the context, then `mlp` (dense or a mixture), each pre-normed and residual.
+
+    The Technical Report (section 2.2.3) attends to the target's own tokens first, OneRec-V2 (section 2.2.3) to the context first.
+    """
+
+    context_first = False
+
+    def __init__(self, config: Any, layer_idx: int, mlp: nn.Module, context_set: int):
+        super().__init__()
+        self.context_set = context_set  # which of the context's key/value sets this block reads
+        self.cross_attn = ContextAttention(config)
+        self.self_attn = SelfAttention(config, layer_idx)
+        self.mlp = mlp
+        self.cross_attn_norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.self_attn_norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.mlp_norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.dropout = nn.Dropout(config.dropout)
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        key: Tensor,
+        value: Tensor,
+        context_mask: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        cache: Any = None,
+        **kwargs,
+    ) -> Tensor:
+        if self.context_first:
+            hidden_states = self._attend_to_context(hidden_states, key, value, context_mask, **kwargs)
+        attended, _ = self.self_attn(self.self_attn_norm(hidden_states), attention_mask, cache, **kwargs)
+        hidden_states = hidden_states + self.dropout(attended)
+        if not self.context_first:
+            hidden_states = self._attend_to_context(hidden_states, key, value, context_mask, **kwargs)
+        return hidden_states + self.dropout(self.mlp(self.mlp_norm(hidden_states)))
+
+    def _attend_to_context(self, hidden_states, key, value, context_mask, **kwargs):
+        attended, _ = self.cross_attn(self.cross_attn_norm(hidden_states), key, value, context_mask, **kwargs)
+        return hidden_states + self.dropout(attended)
+
+
+class PositionRMSNorm(nn.Module):
+    """OneRec-V2, section 2.2.3, output: an RMSNorm with weights of its own for every position of the semantic ID."""
+
+    def __init__(self, num_levels: int, hidden_size: int, eps: float):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(num_levels, hidden_size))
+        self.eps = eps
+
+    def forward(self, hidden_states: Tensor, levels: Tensor) -> Tensor:
+        weight = self.weight[levels.clamp(max=len(self.weight) - 1)]
+        return F.rms_norm(hidden_states, hidden_states.shape[-1:], eps=self.eps) * weight
+
+
+class LevelHead(nn.Linear):
+    """The output head, rows [specials | level 1 | ... | level L]; with `rows`, the scores of these rows alone."""
+
+    def forward(self, hidden_states: Tensor, rows: slice = slice(None)) -> Tensor:
+        # in its own forward, so that whoever moves or gathers weights before a module runs (offload, FSDP) sees the slice too
+        return F.linear(hidden_states, self.weight[rows])
+
+
+class FixedEmbedding(nn.Module):
+    """A given table (V, width), saved with the model and not trained: a buffer."""
+
+    weight: Tensor
+
+    def __init__(self, size: int, width: int):
+        super().__init__()
+        self.register_buffer("weight", torch.zeros(size, width))
+
+    def forward(self, values: Tensor) -> Tensor:
+        return F.embedding(values, self.weight)
+
+
+class FeatureEmbedding(nn.Module):
+    """Embeddings of categorical features, (..., F) -> a list of (..., width), in the order of the config; `fixed`: given ones."""
+
+    def __init__(self, features: dict[str, int], config: Any, kind: str, fixed: Sequence[str] = ()):
+        super().__init__()
+        self.names, self.sizes, self.kind = list(features), list(features.values()), kind
+        widths = [config.feature_embed_dims.get(name, config.context_embed_dim) for name in features]
+        self.width = sum(widths)
+        tables = zip(features.items(), widths)
+        self.tables = nn.ModuleList(
+            [
+                FixedEmbedding(size, width) if name in fixed else nn.Embedding(size, width)
+                for (name, size), width in tables
+            ]
+        )
+
+    def forward(self, values: Tensor | None, shape: Sequence[int]) -> list[Tensor]:
+        """`values` (*shape, F); `shape` is that of the items or users that the features belong to."""
+        given = 0 if values is None else values.shape[-1]
+        if given != len(self.names):
+            raise ValueError(
+                f"{self.kind} holds {given} features, the config names {len(self.names)} ({self.names}): give a tensor whose last "
+                "dimension has one column per name, in this order."
+            )
+        if values is None:
+            return []
+        if values.shape[:-1] != torch.Size(shape):
+            raise ValueError(
+                f"{self.kind} has shape {tuple(values.shape)}: expected {(*shape, given)}, one row for each of what it describes."
+            )
+        for i, (name, size) in enumerate(zip(self.names, self.sizes)):
+            hint = "Value 0 stands for unknown; the config says how many values there are."
+            check_range(f"{self.kind}, column {i} ({name!r}),", values[..., i], size, hint)
+        return [table(values[..., i]) for i, table in enumerate(self.tables)]
+
+    def fill(self, name: str, vectors: Tensor) -> None:
+        """Table of a fixed feature: row i of `vectors` (N, width) goes to value i + 1, zeros to value 0 ("unknown")."""
+        table = self.tables[self.names.index(name)].get_buffer("weight")
+        if vectors.shape != (table.shape[0] - 1, table.shape[1]):
+            raise ValueError(
+                f"vectors of {name!r} have shape {tuple(vectors.shape)}, the config says {table.shape[0] - 1} rows (its values "
+                f"without 0) of width {table.shape[1]}."
+            )
+        table.copy_(F.pad(vectors, (0, 0, 1, 0)))
+
+
+class ContextEmbedding(nn.Module):
+    """
+    The tables that a context is read from; each system puts its own maps on top.
+
+    A subclass sets `static_slot`, the learned vector in front of the items, and `user_proj`, which adds the user features to it: a
+    user without a history has this slot alone.
+    """
+
+    static_slot: nn.Embedding
+    user_proj: nn.Module | None
+
+    def __init__(self, config: Any, code_width: int, fixed_features: Sequence[str] = ()):
+        super().__init__()
+        self.config = config
+        self.embed_codes = nn.Embedding(config.vocab_size, code_width, config.pad_token_id)
+        self.embed_features = FeatureEmbedding(config.context_features, config, "context_features", fixed_features)
+        self.embed_user = FeatureEmbedding(config.user_features, config, "user_features")
+        self.item_width = config.num_levels * code_width + self.embed_features.width
+
+    def item_vectors(self, context_ids: Tensor, context_features: Tensor | None) -> Tensor:
+        """Codes and features of each item side by side, (B, T, `item_width`)."""
+        codes = self.embed_codes(context_ids).flatten(2)  # (B, T, L * code width)
+        return torch.cat([codes, *self.embed_features(context_features, context_ids.shape[:2])], dim=-1)
+
+    def static_vector(self, context_ids: Tensor, user_features: Tensor | None, dropout: nn.Module) -> Tensor:
+        """The static slot of each user, (B, 1, width)."""
+        static = self.static_slot(context_ids.new_zeros(context_ids.shape[0], 1))
+        user = self.embed_user(user_features, context_ids.shape[:1])
+        if self.user_proj is None:
+            return static
+        return static + self.user_proj(dropout(torch.cat(user, dim=-1))).unsqueeze(1)
+
+
+def item_ages(mask: Tensor) -> Tensor:
+    """Age of every item of a history (B, T), oldest first: 1 for the most recent one; wherever the padding stands."""
+    order = mask.long().cumsum(1)
+    return (order[:, -1:] + 1 - order).clamp(min=1)
+
+
+def age_buckets(age: Tensor, num_buckets: int, max_distance: int) -> Tensor:
+    """
+    Bucket of the age of a context item: exact up to half of the buckets, then logarithmic, as T5 does (arXiv:1910.10683).
+
+    Args:
+        age (`torch.LongTensor` of any shape): 1 for the item right before the target; 0 for the static slot.
+
+    Returns:
+        `torch.LongTensor` of the same shape, values 0 to `num_buckets - 1`.
+    """
+    exact = num_buckets // 2
+    ratio = torch.log(age.clamp(min=exact).float() / exact) / torch.log(torch.tensor(max_distance / exact))
+    large = exact + (ratio * (num_buckets - exact)).long()
+    return torch.where(age < exact, age.clamp(min=0), large.clamp(max=num_buckets - 1))
+
+
+def visible_ages(
+    mask: Tensor, target_positions: Tensor | None, num_targets: int, name: str = "rows"
+) -> tuple[Tensor, Tensor]:
+    """
+    What each target sees of a context whose first position is the static slot.
+
+    Args:
+        mask (`torch.BoolTensor` of shape (B, 1 + T)): True for real positions.
+        target_positions (`torch.LongTensor` of B * n numbers, *optional*): History items each target may see; default all, for
+            every target alike.
+        num_targets (`int`): n, read where `target_positions` is given.
+
+    Returns:
+        Ages, `torch.LongTensor` of shape (B, n or 1, 1 + T): 1 for the most recent item a target sees, 0 for the static slot; and
+        which positions it sees, `torch.BoolTensor` of the same shape.
+    """
+    order = mask.long().cumsum(1) - 1  # 0 is the static slot, 1.. the items in time order
+    if target_positions is None:
+        seen = order[:, -1:]
+    else:
+        if target_positions.numel() != len(mask) * num_targets:
+            raise ValueError(
+                f"target_positions has shape {tuple(target_positions.shape)}: expected one number for each of the "
+                f"{len(mask) * num_targets} {name}."
+            )
+        check_range("target_positions", target_positions, mask.shape[1], "It counts the history items a target sees.")
+        seen = target_positions.reshape(len(mask), num_targets)
+    age = seen.unsqueeze(2) + 1 - order.unsqueeze(1)
+    static = order.unsqueeze(1) == 0
+    return age.masked_fill(static, 0), mask.unsqueeze(1) & ((age > 0) | static)
+
+
+class AgeBias(nn.Embedding):
+    """A learned number per head and bucket of ages, added to the attention scores: ages (...) -> (..., H). Starts at 0."""
+
+    def __init__(self, config: Any):
+        super().__init__(config.position_bias_buckets, config.num_attention_heads)
+        self.max_distance = config.position_bias_max_distance
+
+    def forward(self, age: Tensor) -> Tensor:
+        return super().forward(age_buckets(age, self.num_embeddings, self.max_distance))
+
+
+def given_cache(past_key_values: Any, kwargs: dict[str, Any]) -> Any:
+    """The cache, under the one or the other name of transformers; taken out of `kwargs`."""
+    cache = kwargs.pop("cache", None)
+    if cache is not None and past_key_values is not None:
+        raise ValueError("cache and past_key_values are two names for one thing: give one of them.")
+    return past_key_values if cache is None else cache
+
+
+class SemanticIdDecoder(nn.Module):
+    """
+    Token embeddings, blocks and norm.
+
+    Args:
+        num_context_sets (`int`): Key/value sets of the context, shared out evenly: block l of N reads set floor(l * sets / N)
+            (OneRec-V2, 2.2.3).
+        num_norms (`int`, defaults to 1): Output norms, one for each position of a semantic ID.
+        num_positions (`int`, *optional*): Learned positions of the tokens of a session; without, there are none.
+    """
+
+    def __init__(
+        self,
+        config: Any,
+        num_context_sets: int,
+        layer_class: type[DecoderLayer] = DecoderLayer,
+        num_norms: int = 1,
+        num_positions: int | None = None,
+    ):
+        super().__init__()
+        self.config = config
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, config.pad_token_id)
+        self.dropout = nn.Dropout(config.dropout)
+        blocks = config.num_hidden_layers
+        self.layers = nn.ModuleList(
+            [
+                layer_class(config, l, self._mlp(config, l), context_set=l * num_context_sets // blocks)
+                for l in range(blocks)
+            ]
+        )
+        self.norm = PositionRMSNorm(num_norms, config.hidden_size, config.rms_norm_eps)
+        self.embed_positions = None if num_positions is None else nn.Embedding(num_positions, config.hidden_size)
+
+    @staticmethod
+    def _mlp(config, layer) -> nn.Module:
+        if config.is_moe_layer(layer):
+            return SparseMoE(config)
+        return FeedForward(config.hidden_size, config.intermediate_size, config.gated_mlp)
+
+    def embed(self, input_ids: Tensor | None, inputs_embeds: Tensor | None) -> Tensor:
+        """Embeddings (R, C, D) of tokens, or the given ones."""
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("give exactly one of input_ids and inputs_embeds.")
+        if inputs_embeds is not None:
+            return inputs_embeds
+        hint = "Rows are BOS and codes plus config.level_offsets."
+        check_range("input_ids", input_ids, self.config.vocab_size, hint)
+        return self.embed_tokens(input_ids)
+
+    def forward(
+        self,
+        inputs_embeds: Tensor,
+        context_kv: ContextKV,
+        context_mask: Tensor,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        cache: Cache | None = None,
+        use_cache: bool | None = None,
+    ) -> BaseModelOutputWithPastAndCrossAttentions:
+        """
+        Args:
+            inputs_embeds (`torch.FloatTensor` of shape (R, C, D)): Of [`embed`].
+            context_kv ([`ContextKV`]): Of B users; R is a multiple of B.
+            context_mask (`torch.FloatTensor`): Added to the scores of the attention to the context, broadcastable to
+                (B, H_kv, groups * m * C, T).
+        """
+        rows, length, _ = inputs_embeds.shape
+        if rows % context_kv.mask.shape[0]:
+            raise ValueError(f"{rows} rows of input_ids cannot share {context_kv.mask.shape[0]} contexts evenly.")
+        if use_cache and cache is None:
+            cache = DynamicCache(config=self.config)
+        named: dict[str, Any] = {CACHE: cache}
+        # before the default positions: given ones are searched for packed rows, which reads a tensor back
+        causal_mask = create_causal_mask(
+            config=self.config,
+            inputs_embeds=inputs_embeds,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            **named,
+        )
+        if position_ids is None:
+            past = cache.get_seq_length() if cache is not None else 0
+            position_ids = torch.arange(past, past + length, device=inputs_embeds.device).unsqueeze(0)
+        # CUDA's fused attention is taken where positions are adjacent, and copies no mask where its rows start at multiples of 8;
+        # never without padding, so that an export need not know whether there is any
+        positions = context_mask.shape[-1]
+        context_mask = F.pad(context_mask.contiguous(), (0, 8 - positions % 8))[..., :positions]
+        hidden_states = inputs_embeds
+        if self.embed_positions is not None:
+            hidden_states = hidden_states + self.embed_positions(position_ids)
+        hidden_states = self.dropout(hidden_states)
+        layer: Any
+        for layer in self.layers:
+            hidden_states = layer(
+                hidden_states,
+                context_kv.key_states[layer.context_set],
+                context_kv.value_states[layer.context_set],
+                context_mask,  # positional, as all that carries gradients: reentrant checkpointing asks for it
+                attention_mask=causal_mask,
+                cache=cache,
+            )
+        hidden_states = self.norm(hidden_states, position_ids % (self.config.num_levels + 1))
+        return BaseModelOutputWithPastAndCrossAttentions(last_hidden_state=hidden_states, **named)
+
+
+def padding_mask(context_kv: ContextKV) -> Tensor:
+    """Additive mask (B, 1, 1, T) of a context that every row of a user sees whole."""
+    dtype = context_kv.key_states[0].dtype
+    mask = context_kv.mask[:, None, None]
+    return torch.zeros_like(mask, dtype=dtype).masked_fill(~mask, torch.finfo(dtype).min)
+
+
+__all__ = [
+    "CACHE",
+    "AgeBias",
+    "ContextAttention",
+    "ContextEmbedding",
+    "ContextKV",
+    "DecoderLayer",
+    "EncoderAttention",
+    "EncoderLayer",
+    "FeatureEmbedding",
+    "KeyValueProjection",
+    "LevelHead",
+    "PositionRMSNorm",
+    "SelfAttention",
+    "SemanticIdDecoder",
+    "age_buckets",
+    "given_cache",
+    "item_ages",
+    "padding_mask",
+    "visible_ages",
+]
