@@ -1,4 +1,4 @@
-"""Items from a trained model through `model.generate` and nothing else, with the call that evaluation and the baselines share."""
+"""`model.recommend_items` with the call that evaluation and the baselines share."""
 
 from typing import Any
 
@@ -6,6 +6,7 @@ import numpy as np
 import torch
 
 from .data.collators import OneRecCollator
+from .models import RecommendedItems
 
 
 class ItemRanker:
@@ -35,44 +36,31 @@ class ItemRanker:
         Returns:
             `np.ndarray` of shape (B, k), int64: item indices, best first, -1 where fewer items exist.
         """
-        if k > self.num_beams:
-            raise ValueError(f"k={k} items need num_beams of at least {k}, it is {self.num_beams}.")
         rows = [dict(zip(examples, values)) for values in zip(*examples.values())]
         allowed = None
         if exclude_seen:
             allowed = torch.ones(len(rows), self.model.catalogue.num_items, dtype=torch.bool)
             for i, row in enumerate(rows):
                 allowed[i, np.asarray(row["history"], dtype=np.int64)] = False
-        return self.search(rows, k, allowed)[0].cpu().numpy()
+        return self.search(rows, k, allowed).items.cpu().numpy()
 
     def search(
-        self, rows: list[dict], k: int, allowed: torch.Tensor | None = None, num_beams: int | None = None
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """
-        Items (B, k) and the log-probabilities (B, k), in nats, of the semantic IDs they carry; -1 and -inf for none.
-
-        Raises:
-            ValueError: For a model in training mode. The search does not change the mode: other threads share the model.
-        """
-        model, catalogue, width = self.model, self.model.catalogue, num_beams or self.num_beams
-        if model.training:
-            raise ValueError("the model is in training mode, with dropout: call `model.eval()` before you search.")
-        batch = {name: tensor.to(model.device) for name, tensor in self.collator.context(rows).items()}
-        found = model.generate(  # of a session, its first item
-            **batch,
-            num_beams=width,
-            num_return_sequences=width,
-            num_items=1,
+        self,
+        rows: list[dict],
+        k: int,
+        allowed: torch.Tensor | None = None,
+        num_beams: int | None = None,
+        num_session_items: int | None = None,
+    ) -> RecommendedItems:
+        """`model.recommend_items` for rows as the collator takes them."""
+        batch = {name: tensor.to(self.model.device) for name, tensor in self.collator.context(rows).items()}
+        return self.model.recommend_items(
+            k,
+            num_beams=num_beams or self.num_beams,
             allowed_items=allowed,
-            return_dict_in_generate=True,
+            num_session_items=num_session_items,
+            **batch,
         )
-        codes = found.sequences[:, 1:] - torch.tensor(model.config.level_offsets, device=model.device)
-        leaves = catalogue.leaves_of(codes).view(len(rows), width)
-        items = catalogue.items_of(leaves, k, allowed=allowed)  # (B, k)
-        scores = found.sequences_scores.view(len(rows), width) * catalogue.num_levels
-        own = catalogue.leaves_of(catalogue.semantic_ids[items.clamp(min=0)].flatten(0, 1).long()).view(items.shape)
-        place = (own.unsqueeze(2) == leaves.unsqueeze(1)).int().argmax(2)  # the beam that an item came from
-        return items, scores.gather(1, place).masked_fill(items < 0, float("-inf"))
 
 
 __all__ = ["ItemRanker"]

@@ -18,6 +18,7 @@ class OneRecRecommendationPipeline(Pipeline):
     recommend = pipeline("onerec-recommendation", model="org/onerec-1b")
     recommend([1003, 1007], k=10)  # one user: a list of {"item_id", "score", ...}
     recommend([[1003, 1007], [1063]], k=10, exclude_seen=True)  # several
+    recommend([1003, 1007], k=1, session=True)  # a OneRec model's best session: {"item_ids", "score", "metadata"}
     ```
 
     Keyword arguments are those of [`Recommender.recommend`]; `batch_size` users are searched at once, with what is given for them:
@@ -53,7 +54,7 @@ class OneRecRecommendationPipeline(Pipeline):
     @staticmethod
     def _per_user(n: int, arguments: dict) -> dict:
         """Takes out of the arguments what is given per user: name -> a function that cuts a slice of the users from it."""
-        from .recommender import check_per_user, is_per_user
+        from .data.histories import check_per_user, is_per_user
 
         given = {name: arguments.get(name) for name in ("events", "users", "allow", "deny")}
         check_per_user(n, **given)
@@ -76,11 +77,17 @@ class OneRecRecommendationPipeline(Pipeline):
     def _forward(self, input_tensors: dict, **parameters: Any) -> Any:
         found = self.recommender.recommend(**input_tensors, **parameters)
         # plain dictionaries: transformers takes a forward's outputs apart to move their tensors
-        rows = [[{"item_id": item.item_id, "score": item.score, **item.metadata} for item in row] for row in found]
+        rows = [[_as_dict(one) for one in row] for row in found]
         return {"found": rows}
 
     def postprocess(self, model_outputs: Any, **parameters: Any) -> list:
         return model_outputs["found"]
+
+
+def _as_dict(found: Any) -> dict:
+    if hasattr(found, "item_ids"):  # a session
+        return found._asdict()
+    return {"item_id": found.item_id, "score": found.score, **found.metadata}
 
 
 PIPELINE_REGISTRY.register_pipeline(TASK, OneRecRecommendationPipeline, pt_model=AutoModelForCausalLM)

@@ -92,10 +92,13 @@ def check_dataset(dataset: Any, column: str, path: Path, overwrite: bool) -> Non
         part.unlink(missing_ok=True)
 
 
-def write_part(path: Path, rows: datasets.Dataset, item_ids: list[list], scores: list[list], text_ids: bool) -> None:
+def write_part(
+    path: Path, rows: datasets.Dataset, item_ids: list[list], scores: list[list], text_ids: bool, sessions: bool
+) -> None:
     """The rows with their recommendations as parquet; the types do not depend on whether there are rows."""
     table = rows.with_format("arrow")[:]
     kind = pa.large_string() if text_ids else pa.int64()
+    kind = pa.list_(kind) if sessions else kind
     table = table.append_column("item_ids", pa.array(item_ids, pa.list_(kind)))
     table = table.append_column("scores", pa.array(scores, pa.list_(pa.float64())))
     partial = path.with_suffix(".partial")

@@ -1,6 +1,5 @@
 """A trained repository as a recommender: one's own item ids in, items with scores and metadata out."""
 
-import copy
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -12,35 +11,12 @@ from tqdm.auto import tqdm
 from transformers import AutoModel
 from transformers.utils.hub import cached_file
 
-from .data.saved import load_collator, save_collator
+from .data.collators import OneRecCollator
+from .data.histories import check_per_user, history_rows, is_per_user
 from .item_ranker import ItemRanker
 from .models.item_ids import id_array, is_text
 from .recommendation_files import METADATA_NAME, check_dataset, item_metadata, load_metadata, save_metadata, write_part
 from .semantic_ids import RQVAE, ResidualKMeans, load_quantizer
-
-
-def is_per_user(ids: Sequence | None) -> bool:
-    """Whether `allow` or `deny` is a list of lists, one per user; otherwise it holds for all of them."""
-    return ids is not None and len(ids) > 0 and isinstance(next(iter(ids)), (list, tuple, set, np.ndarray))
-
-
-def check_per_user(
-    n: int,
-    events: Mapping[str, Sequence] | None = None,
-    users: Mapping[str, Sequence] | None = None,
-    allow: Sequence | None = None,
-    deny: Sequence | None = None,
-) -> None:
-    """Raises a ValueError unless what is given per user is given for each of the `n` users."""
-    given = {f"events[{name!r}]": values for name, values in (events or {}).items()}
-    given |= {f"users[{name!r}]": values for name, values in (users or {}).items()}
-    given |= {name: ids for name, ids in (("allow", allow), ("deny", deny)) if ids is not None and is_per_user(ids)}
-    for name, values in given.items():
-        if isinstance(values, str) or not hasattr(values, "__len__") or len(values) != n:
-            count = (
-                f"{len(values)} values" if hasattr(values, "__len__") and not isinstance(values, str) else repr(values)
-            )
-            raise ValueError(f"{name} has {count} for {n} users: pass one value or list per user, in their order.")
 
 
 class Recommendation(NamedTuple):
@@ -49,6 +25,14 @@ class Recommendation(NamedTuple):
     item_id: Any
     score: float
     metadata: dict
+
+
+class RecommendedSession(NamedTuple):
+    """A session: its item ids in order, the natural log-probability of all their semantic IDs, and what is known of each item."""
+
+    item_ids: list
+    score: float
+    metadata: list[dict]
 
 
 class Recommender:
@@ -96,7 +80,7 @@ class Recommender:
         if getattr(model, "catalogue", None) is None:
             raise ValueError(f"{repo} holds no catalogue.safetensors, so there are no items to recommend.")
         tokens = model.catalogue.semantic_ids.cpu().numpy() + np.array(model.config.level_offsets)
-        collator = load_collator(repo, tokens, **hub_kwargs)
+        collator = OneRecCollator.from_pretrained(repo, tokens, **hub_kwargs)
         metadata, quantizer = {}, None
         path = cached_file(str(repo), METADATA_NAME, _raise_exceptions_for_missing_entries=False, **hub_kwargs)
         if path is not None:
@@ -116,7 +100,7 @@ class Recommender:
 
     def save_beside(self, folder: str | os.PathLike) -> None:
         """What a repository needs to be served, beside a model that is saved already: collator, codebooks, metadata."""
-        save_collator(self.ranker.collator, folder)
+        self.ranker.collator.save_pretrained(folder)
         if self.quantizer is not None:
             self.quantizer.save_pretrained(folder)
         if self.metadata:
@@ -133,14 +117,15 @@ class Recommender:
         events: Mapping[str, Sequence[Sequence]] | None = None,
         users: Mapping[str, Sequence[int]] | None = None,
         unknown_items: Literal["error", "ignore"] = "error",
-    ) -> list[list[Recommendation]]:
+        session: bool = False,
+    ) -> list[list[Recommendation]] | list[list[RecommendedSession]]:
         """
-        The `k` best items of each user.
+        The `k` best items of each user, or, with `session=True`, the `k` best sessions, as OneRec writes them.
 
         Args:
             histories: Per user the ids of the items, oldest first; may be empty. What exceeds the model's length is cut off, oldest
                 first.
-            k: Items per user; fewer come back where fewer are allowed or exist.
+            k: Items, or sessions, per user; fewer come back where fewer are allowed or exist.
             exclude_seen: Leave out the items of the history.
             allow, deny: Item ids that alone may, or that may not, be recommended: one list for all users, or one per user.
             events: Event columns that the model takes beside the ids (`play_time_ms`, ...), parallel to `histories`; a column that
@@ -148,61 +133,50 @@ class Recommender:
             users: User features, one value per user: as they stand in `users.parquet` where the repository knows its values, else
                 categories. What is left out, or not among the known values, is unknown (0).
             unknown_items: What to do with ids of a history that the catalogue does not have; `"ignore"` drops them.
+            session: Whole sessions of `num_session_items` different items, in order, each with one score; of a OneRec model.
+
+        Returns:
+            Per user a list of [`Recommendation`], best first, or of [`RecommendedSession`].
 
         Raises:
-            KeyError: Unknown item ids. ValueError: `k` below 1, columns or lists that do not run parallel to `histories`, a
-                category that the model does not have, a model in training mode.
+            KeyError: Unknown item ids. ValueError: `k` below 1, a session of a model that writes single items, columns or lists
+                that do not run parallel to `histories`, a category that the model does not have, a model in training mode.
         """
         catalogue, n = self.model.catalogue, len(histories)
         if k < 1 or k != int(k):
             raise ValueError(f"k={k}: a whole number, at least one item per user.")
-        if unknown_items not in ("error", "ignore"):
-            raise ValueError(f"unknown_items={unknown_items!r}: allowed are 'error' and 'ignore'.")
+        if session and not self.model.config.session_wise:
+            raise ValueError(
+                f"session=True: {type(self.model).__name__} writes single items. Sessions come from a OneRec model, trained with "
+                '`--model \'{"model_type": "onerec", ...}\'`.'
+            )
         check_per_user(n, events=events, users=users, allow=allow, deny=deny)
         if not n:
             return []
-        rows, collator = self._rows(histories, events or {}, unknown_items), copy.copy(self.ranker.collator)
-        collator.user_features = collator.user_categories_of(users or {}, n)
+        collator = self.ranker.collator.for_users(users or {}, n)
+        rows = history_rows(catalogue, collator, histories, events or {}, unknown_items)
         allowed = self._allowed([row["history"] for row in rows], exclude_seen, allow, deny)
-        k = min(k, catalogue.num_items)
+        k = k if session else min(k, catalogue.num_items)
         width = max(self.ranker.num_beams, k)
-        items, scores = ItemRanker(self.model, collator, width).search(rows, k, allowed)
+        length = self.model.num_items if session else None
+        context = {name: tensor.to(self.model.device) for name, tensor in collator.context(rows).items()}
+        items, scores = self.model.recommend_items(
+            k, num_beams=width, allowed_items=allowed, num_session_items=length, **context
+        )
         ids = catalogue.item_ids[items.cpu().clamp(min=0).numpy()].tolist()
+        if session:
+            return [
+                [
+                    RecommendedSession(i, s, [self.metadata.get(item, {}) for item in i])
+                    for i, s in zip(*row)
+                    if s > float("-inf")
+                ]
+                for row in zip(ids, scores.tolist())
+            ]
         return [
             [Recommendation(i, s, self.metadata.get(i, {})) for i, s in zip(*row) if s > float("-inf")]
             for row in zip(ids, scores.tolist())
         ]
-
-    def _rows(self, histories, events, unknown_items) -> list[dict]:
-        """Rows as the collator takes them: item indices, and every event column it reads, unknown where it is not given."""
-        catalogue, collator = self.model.catalogue, self.ranker.collator
-        columns = {*collator.event_features, *collator.settings.get("positive", ())}
-        if unknown := sorted(set(events) - columns):
-            raise ValueError(f"events has columns {unknown}; the model takes {sorted(columns)}.")
-        rows = []
-        for i, given in enumerate(histories):
-            history = (
-                np.empty(0)
-                if isinstance(given, str) or not hasattr(given, "__len__")
-                else np.asarray(given, dtype=object)
-            )
-            if history.ndim != 1 or isinstance(given, str) or not hasattr(given, "__len__"):
-                raise ValueError(f"histories[{i}] is {given!r}: a list of item ids per user, also for a single user.")
-            absent = np.full(len(history), np.nan)
-            own = {name: np.asarray(events[name][i], float) if name in events else absent for name in columns}
-            if odd := [name for name, values in own.items() if len(values) != len(history)]:
-                raise ValueError(
-                    f"events[{odd[0]!r}][{i}] has {len(own[odd[0]])} values, the history {len(history)} items."
-                )
-            items = catalogue.index_of(given, unknown_items)
-            if unknown_items == "ignore":
-                known = items >= 0
-                items, own = items[known], {name: values[known] for name, values in own.items()}
-            row = {"user": i, "history": items, **own}
-            if collator.settings.get("lifelong") == "lifelong":  # not compressed: the history as it is
-                row |= {"lifelong": row["history"]} | {f"lifelong_{name}": values for name, values in own.items()}
-            rows.append(row)
-        return rows
 
     def _allowed(self, seen, exclude_seen, allow, deny) -> torch.Tensor | None:
         if not exclude_seen and allow is None and deny is None:
@@ -281,10 +255,12 @@ class Recommender:
         column: str = "history",
         batch_size: int = 256,
         overwrite: bool = False,
+        session: bool = False,
         **kwargs,
     ) -> Path:
         """
-        Recommendations for every row of a `datasets.Dataset`, written as parquet: its columns, and `item_ids` and `scores`.
+        Recommendations for every row of a `datasets.Dataset`, written as parquet: its columns, and `item_ids` and `scores`; with
+        `session=True` a list of item ids for each session.
 
         Under `accelerate launch` (or torchrun) each process takes its own rows, each row exactly once, and writes its own file.
 
@@ -303,11 +279,13 @@ class Recommender:
         own = dataset.select(range(len(dataset) * rank // world, len(dataset) * (rank + 1) // world))
         item_ids, scores = [], []
         for start in tqdm(range(0, len(own), batch_size), desc="recommend", disable=rank > 0):
-            for row in self.recommend(own[start : start + batch_size][column], k, **kwargs):
-                item_ids.append([found.item_id for found in row])
+            for row in self.recommend(own[start : start + batch_size][column], k, session=session, **kwargs):
+                item_ids.append(
+                    [found.item_ids if isinstance(found, RecommendedSession) else found.item_id for found in row]
+                )
                 scores.append([found.score for found in row])
-        write_part(path, own, item_ids, scores, is_text(self.model.catalogue.item_ids))
+        write_part(path, own, item_ids, scores, is_text(self.model.catalogue.item_ids), session)
         return path
 
 
-__all__ = ["ItemRanker", "Recommendation", "Recommender", "check_per_user", "is_per_user"]
+__all__ = ["ItemRanker", "Recommendation", "RecommendedSession", "Recommender"]

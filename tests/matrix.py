@@ -47,17 +47,7 @@ def overlay(name: str) -> Path:
     """A folder with other versions, to go before the environment on the path; made once."""
     folder = ROOT / ".venv" / name.replace(" ", "-")
     if not (folder / ".installed").is_file():
-        command = [
-            sys.executable,
-            "-m",
-            "pip",
-            "install",
-            "--quiet",
-            "--target",
-            str(folder),
-            "--upgrade",
-            "--no-deps",
-        ]
+        command = [sys.executable, "-m", "pip", "install", "--quiet", "--target", str(folder), "--upgrade"]
         subprocess.run([*command, *OVERLAYS[name]], check=True)
         (folder / ".installed").touch()
     return folder

@@ -54,7 +54,7 @@ def test_rewards_are_those_of_the_model_one_candidate_at_a_time(architecture, se
         rows = [row | {"target_hour": [row["user"] + 5] * 3} for row in rows]
     else:  # no targets: the hour of the last event, which comes next
         rows = [row | {"hour": [1, 2, 3, row["user"] + 5]} for row in rows]
-    mined, _ = mine_pairs(policy, rows, [0, 1, 2], collator, reward_of_model(judge, own, policy, 60, batch_size=2), 60)
+    mined, _ = mine_pairs(policy, rows, [0, 1, 2], collator, reward_of_model(judge, own, policy, batch_size=2), 60)
     assert len(mined) == 3
     tokens = {tuple(ids): item for item, ids in enumerate(collator.item_token_ids.tolist())}
     for pair, row in zip(mined, rows):
@@ -81,7 +81,7 @@ def test_dead_beams_and_shared_semantic_ids():
             return SimpleNamespace(rewards=item_ids[:, 0].sum(1).float())
 
     own = Candidates(collator.item_token_ids)
-    reward = reward_of_model(Judge(), own, policy, 4, catalogue=policy.catalogue)
+    reward = reward_of_model(Judge(), own, policy, catalogue=policy.catalogue)
     codes = shared.semantic_ids[:3].long() + torch.tensor(policy.config.level_offsets)
     completions = [*codes.tolist(), [0, 0, 0]]
     found = reward(completion_ids=completions, user=[0] * 4, history=[[0, 1, 2]] * 4)
@@ -105,7 +105,7 @@ def test_candidates_that_are_no_items_are_never_chosen_or_rejected():
         def forward(self, item_ids, item_features, **context):
             return SimpleNamespace(rewards=torch.tensor([9.0, 2.0, 3.0, 1.0, -9.0]).repeat(2))
 
-    reward = reward_of_model(Judge(), Candidates(collator.item_token_ids), policy, 5)
+    reward = reward_of_model(Judge(), Candidates(collator.item_token_ids), policy)
     pairs, sums = mine_pairs(policy, list(rows), [0, 1], collator, reward, 5)
     assert [(pair["chosen_reward"], pair["rejected_reward"]) for pair in pairs] == [(3.0, [1.0])] * 2
     assert pairs[0]["chosen"] == legal[1].tolist() and pairs[0]["rejected"] == legal[2].tolist()
@@ -115,20 +115,20 @@ def test_candidates_that_are_no_items_are_never_chosen_or_rejected():
 def test_a_reward_model_of_another_catalogue_is_refused():
     policy, collator, _ = world("v2")
     own, judge = Candidates(collator.item_token_ids), reward_model(False)
-    reward_of_model(judge, own, policy, 4, catalogue=policy.catalogue)
+    reward_of_model(judge, own, policy, catalogue=policy.catalogue)
     moved = Catalogue(policy.catalogue.semantic_ids.flip(0), SIZES, policy.catalogue.item_ids)
     renamed = Catalogue(policy.catalogue.semantic_ids, SIZES)
     for other in (moved, renamed, tiny_catalogue(20)):
         with pytest.raises(ValueError, match="the same codes mean other items"):
-            reward_of_model(judge, own, policy, 4, catalogue=other)
+            reward_of_model(judge, own, policy, catalogue=other)
         judge.config.catalogue_fingerprint = other.fingerprint()  # as recipes/reward.py leaves it
         with pytest.raises(ValueError, match="the same codes mean other items"):
-            reward_of_model(judge, own, policy, 4)
+            reward_of_model(judge, own, policy)
         judge.config.catalogue_fingerprint = policy.catalogue.fingerprint()
-        reward_of_model(judge, own, policy, 4)
+        reward_of_model(judge, own, policy)
     judge.config.codebook_sizes = [8, 8, 9]
     with pytest.raises(ValueError, match="was trained with other semantic IDs"):
-        reward_of_model(judge, own, policy, 4)
+        reward_of_model(judge, own, policy)
 
 
 def test_a_training_row_becomes_the_request_it_was_generated_for():

@@ -363,7 +363,7 @@ def test_a_reward_model_compares_items_alone_with_either_sign(loss_type, with_fo
     catalogue, model = tiny_catalogue(), tiny_model(tiny_catalogue())
     own = OneRecCollator(catalogue.semantic_ids.numpy() + torch.tensor(model.config.level_offsets).numpy())
     own.candidates = lambda rows: {"item_ids": own.pad_targets([row["targets"] for row in rows])}
-    score = reward_of_model(Judge(), own, model, 16)
+    score = reward_of_model(Judge(), own, model)
     rows = users().map(lambda row: {"history": [row["user"], 9]})
     functions = [score, FormatReward(catalogue, 16, 5)] if with_format else [score]
     sizes = {"num_generations": 16, "per_device_train_batch_size": 64, "rollout": "unconstrained"}

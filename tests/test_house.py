@@ -20,7 +20,7 @@ RULES = {
     "evaluation": (set(), {"torch", "numpy", "tqdm", "datasets"}),
     "data": (set(), {"datasets", "torch", "transformers", "numpy", "pandas", "pyarrow", "safetensors", "tqdm"}),
     "baselines": ({"models"}, {"torch", "transformers", "numpy", "scipy", "tqdm", "safetensors"}),
-    "rewards": ({"models"}, {"torch"}),
+    "rewards": ({"models", "data"}, {"torch", "transformers"}),
     "trainers": (
         {"models", "data", "rewards", "evaluation", "hub", "_version"},
         {"trl", "transformers", "accelerate", "peft", "torch", "datasets", "numpy", "safetensors", "huggingface_hub"},
@@ -117,7 +117,7 @@ def test_models_stay_flat():
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(PACKAGE)))
 def test_sizes(path):
-    limit = 450 if path.name.startswith("modeling_") else 350
+    limit = 600 if path.name.startswith("modeling_") else 350
     source = path.read_text()
     assert len(source.splitlines()) <= limit
     for node in ast.walk(ast.parse(source)):

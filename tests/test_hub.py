@@ -63,7 +63,7 @@ def test_one_commit_with_everything_and_nothing_else(hub, folder):
     repository = hub.repos["org/onerec-1b"]
     assert repository.private and [message for _, message, _ in repository.commits] == ["First"]
     code = "configuration_onerec modeling_onerec_v2 modeling_semantic_id generation_semantic_id beam_search catalogue "
-    code += "prefix_index layers moe any_model tokenization_semantic_id item_ids modeling_outputs input_checks parallel_plans"
+    code += "prefix_index modeling_layers moe any_model tokenization_semantic_id item_ids input_checks parallel"
     assert set(repository.branches["main"]) == {
         *(f"{name}.py" for name in code.split()),
         *("config.json", "model.safetensors", "generation_config.json", "catalogue.safetensors"),
@@ -200,10 +200,14 @@ def test_everything_that_is_wrong_is_named_at_once(folder):
         ("items.jsonl", b'{"item_id": 1}\n{"title": "a"}\n', "line 2 has no item_id"),
         ("items.jsonl", '{"item_id": 1, "title": "é"}'.encode("latin-1"), "items.jsonl cannot be read .'utf-8'"),
         ("README.md", b"---\nlicense: [\n---\n# Tiny\n", "README.md cannot be read .its metadata"),
-        ("layers.py", b"import torch\nclass Layer(", "layers.py cannot be read"),
+        ("modeling_layers.py", b"import torch\nclass Layer(", "modeling_layers.py cannot be read"),
         ("training_curve.png", b"", "training_curve.png cannot be read"),
         ("quantizer_config.json", b"{}", "quantizer.safetensors: quantizer_config.json is there without it"),
-        ("collator_config.json", b'{"collator_class": "C", "item_features": ["author"]}', "collator.safetensors: "),
+        (
+            "collator_config.json",
+            b'{"collator_class": "C", "tables": ["item_features/author"]}',
+            "collator.safetensors: ",
+        ),
     ],
 )
 def test_every_file_is_read_before_it_goes_up(hub, folder, name, content, reason):

@@ -215,7 +215,7 @@ WAYS = {
 
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("value", [torch.nan, torch.inf])
-@pytest.mark.parametrize("place", ["lm_head.weight", "model.layers.3.mlp.up_proj.weight"])
+@pytest.mark.parametrize("place", ["lm_head.weight", "model.decoder.layers.3.mlp.up_proj.weight"])
 def test_weights_that_are_not_finite(catalogue, way, value, place):
     """One bad number is enough; nobody gets items of a broken model."""
     model, context, _ = prepared(catalogue, "v2")

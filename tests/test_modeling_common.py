@@ -195,12 +195,26 @@ def test_missing_and_unexpected_weights_are_named(catalogue, architecture, tmp_p
     model, context, targets = prepared(catalogue, architecture)
     model.save_pretrained(tmp_path)
     weights = load_file(tmp_path / "model.safetensors")
-    weights["stray.weight"] = weights.pop("model.layers.1.self_attn.q_proj.weight")
+    weights["stray.weight"] = weights.pop("model.decoder.layers.1.self_attn.q_proj.weight")
     save_file(weights, tmp_path / "model.safetensors", metadata={"format": "pt"})
     again, info = AutoModel.from_pretrained(tmp_path, output_loading_info=True)
-    assert set(info["missing_keys"]) == {"model.layers.1.self_attn.q_proj.weight"}
+    assert set(info["missing_keys"]) == {"model.decoder.layers.1.self_attn.q_proj.weight"}
     assert set(info["unexpected_keys"]) == {"stray.weight"}
     assert torch.isfinite(again(target_ids=targets, **context).loss)  # what was missing is initialised
+
+
+@every_architecture
+def test_weights_of_before_the_decoder_was_a_module(catalogue, architecture, tmp_path):
+    """As CHANGELOG.md says."""
+    model, context, targets = prepared(catalogue, architecture)
+    model.save_pretrained(tmp_path)
+    weights = load_file(tmp_path / "model.safetensors")
+    weights = {name.replace("model.decoder.", "model."): tensor for name, tensor in weights.items()}
+    save_file(weights, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    renamed = {r"^model\.(layers|embed_tokens|embed_positions|norm)\.": r"model.decoder.\1."}
+    again, info = AutoModel.from_pretrained(tmp_path, key_mapping=renamed, output_loading_info=True)
+    assert not info["missing_keys"] and not info["unexpected_keys"]
+    assert_close(again(target_ids=targets, **context).loss, model(target_ids=targets, **context).loss)
 
 
 @every_architecture
@@ -316,9 +330,9 @@ def test_bad_rows(catalogue, architecture):
 
 def test_bias_of_the_router_is_saved(catalogue, tmp_path):
     model, _, _ = prepared(catalogue, "v2_moe")
-    model.model.layers[2].mlp.gate.e_score_correction_bias.copy_(torch.tensor([0.1, -0.2, 0.3, 0.0]))
+    model.model.decoder.layers[2].mlp.gate.e_score_correction_bias.copy_(torch.tensor([0.1, -0.2, 0.3, 0.0]))
     model.save_pretrained(tmp_path)
     with safe_open(tmp_path / "model.safetensors", "pt") as file:
-        assert file.get_tensor("model.layers.2.mlp.gate.e_score_correction_bias").tolist() == pytest.approx(
+        assert file.get_tensor("model.decoder.layers.2.mlp.gate.e_score_correction_bias").tolist() == pytest.approx(
             [0.1, -0.2, 0.3, 0.0]
         )

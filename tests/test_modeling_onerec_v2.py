@@ -286,7 +286,7 @@ def test_a_fixed_feature_survives_saving(tmp_path):
 
 def test_context_dropout_is_that_of_the_context_alone():
     model = tiny_model(dropout=0.1, context_dropout=0.5)
-    assert model.model.context_processor.dropout.p == 0.5 and model.model.layers[0].dropout.p == 0.1
+    assert model.model.context_processor.dropout.p == 0.5 and model.model.decoder.layers[0].dropout.p == 0.1
     assert tiny_model(dropout=0.1).model.context_processor.dropout.p == 0.1
 
 

@@ -260,7 +260,7 @@ def test_saved_and_loaded_with_and_without_the_package(pair, tmp_path):
     command = [sys.executable, "-c", WITHOUT_PACKAGE, str(tmp_path / "model"), str(tmp_path / "batch.safetensors")]
     result = subprocess.run(command, env=env, cwd=tmp_path, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
-    assert json.loads(result.stdout.strip().splitlines()[-1]) == rewards.tolist()
+    assert_close(torch.tensor(json.loads(result.stdout.strip().splitlines()[-1])), rewards)
 
 
 def test_what_does_not_fit_is_named():

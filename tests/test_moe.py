@@ -138,12 +138,12 @@ def loaded(checkpointing=None, accumulate=1):
     for part in torch.arange(4).chunk(accumulate):
         model(target_ids=targets[part], **{name: tensor[part] for name, tensor in context.items()}).loss.backward()
     report = balance_experts(model, 0.5)
-    return torch.stack([layer.mlp.gate.e_score_correction_bias for layer in model.model.layers[2:]]), report
+    return torch.stack([layer.mlp.gate.e_score_correction_bias for layer in model.model.decoder.layers[2:]]), report
 
 
 def test_checkpointing_and_accumulation_count_the_same():
     expected, report = loaded()
-    assert expected.abs().sum() > 0 and set(report) == {"model.layers.2.mlp", "model.layers.3.mlp"}
+    assert expected.abs().sum() > 0 and set(report) == {"model.decoder.layers.2.mlp", "model.decoder.layers.3.mlp"}
     for other, other_report in (loaded(checkpointing=False), loaded(checkpointing=True), loaded(accumulate=2)):
         assert torch.equal(other, expected) and other_report == pytest.approx(report)
 
@@ -160,7 +160,7 @@ def _train_on_one_rank(rank, port, path):
     part = slice(2 * rank, 2 * rank + 2)
     model(target_ids=targets[part], **{name: tensor[part] for name, tensor in context.items()}).loss.backward()
     balance_experts(model, 0.5)
-    bias = torch.stack([layer.mlp.gate.e_score_correction_bias for layer in own.model.layers[2:]])
+    bias = torch.stack([layer.mlp.gate.e_score_correction_bias for layer in own.model.decoder.layers[2:]])
     torch.save(bias, f"{path}/{rank}.pt")
     torch.distributed.barrier()
     os._exit(0)  # the threads of gloo can wait for each other forever when the groups are taken down

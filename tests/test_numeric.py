@@ -28,12 +28,12 @@ def test_a_small_error_of_the_model_is_found(catalogue, architecture):
             "an item": model(target_ids=targets, **context | {"context_mask": mask}).target_log_probs,
             "a code": model(target_ids=targets, **context | {"context_ids": ids}).target_log_probs,
         }
-        weight = model.model.layers[1].self_attn.v_proj.weight
+        weight = model.model.decoder.layers[1].self_attn.v_proj.weight
         largest = weight.abs().flatten().argmax()
         weight.view(-1)[largest] *= 1.01
         found["a weight"] = model(target_ids=targets, **context).target_log_probs
         weight.view(-1)[largest] /= 1.01
-        model.model.layers[0].self_attn.scaling *= 1.01
+        model.model.decoder.layers[0].self_attn.scaling *= 1.01
         found["a scale"] = model(target_ids=targets, **context).target_log_probs
     for error, log_probs in found.items():
         with pytest.raises(AssertionError):

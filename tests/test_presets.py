@@ -82,10 +82,10 @@ def test_v2(size):
     """
     reported, gflops = V2_SIZES[size]
     model = preset(f"onerec_v2_{size}")
-    assert count(model.model.layers) / 1e9 == pytest.approx(reported, rel=0.013)
+    assert count(model.model.decoder.layers) / 1e9 == pytest.approx(reported, rel=0.013)
     if size == "4b_a0.5b":
-        gates = [layer.mlp.gate for layer in model.model.layers if hasattr(layer.mlp, "gate")]
-        active = count(model.model.layers) - idle(model)
+        gates = [layer.mlp.gate for layer in model.model.decoder.layers if hasattr(layer.mlp, "gate")]
+        active = count(model.model.decoder.layers) - idle(model)
         assert len(gates) == 12 and active / 1e9 == pytest.approx(0.5, rel=0.01)
         # as the dense model of the same width, and the router
         router = 6 * 3 * 12 * 53 * 1408 / 1e9
@@ -104,14 +104,14 @@ def test_flops_are_those_of_a_closed_formula(size):
     model = preset(f"onerec_v2_{size}")
     config, layers = model.config, model.config.num_hidden_layers
     d, context = config.hidden_size, 512
-    per_target = 6 * 3 * (count(model.model.layers) - count_norms(model) + 8192 * d)
+    per_target = 6 * 3 * (count(model.model.decoder.layers) - count_norms(model) + 8192 * d)
     per_target += 12 * layers * d * 3 * (context + 1 + 3)
     shared = 6 * context * 3 * config.context_embed_dim * d
     assert gflops_of_preset(f"onerec_v2_{size}") == pytest.approx((per_target + shared / 5) / 1e9, rel=1e-3)
 
 
 def count_norms(model) -> int:
-    return sum(count(module) for module in model.model.layers.modules() if isinstance(module, nn.RMSNorm))
+    return sum(count(module) for module in model.model.decoder.layers.modules() if isinstance(module, nn.RMSNorm))
 
 
 @pytest.mark.parametrize(

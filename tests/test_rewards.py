@@ -4,6 +4,7 @@ import math
 import random
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
@@ -216,14 +217,24 @@ def test_model_reward_sees_each_sample_once_with_its_own_columns():
             "ids": torch.tensor([row["completion_ids"] for row in rows]),
         }
 
-    reward = ModelReward(lambda bias, ids: bias[:, None] + ids[..., 1], collate, num_generations=2, batch_size=2)
+    reward = ModelReward(lambda bias, ids: bias[:, None] + ids[..., 1], collate, batch_size=2)
     ids = [ITEM[0], ITEM[1], ITEM[3], ITEM[0], ITEM[1], ITEM[1]]
     columns = {"user": [7, 7, 8, 8, 7, 7], "bias": [0.5, 0.5, 100.0, 100.0, 0.25, 0.25], "trainer_state": None}
     assert reward(completion_ids=ids, **columns) == [8.5, 11.5, 110.0, 108.0, 11.25, 11.25]
     assert calls == [2, 1]
-    columns["user"] = [7, 8, 8, 8, 7, 7]
-    with pytest.raises(ValueError, match="completions 0 to 1 belong to different samples"):
-        reward(completion_ids=ids, **columns)
+    # samples of other sizes: one row for each completion where nothing larger divides all of them
+    columns |= {"user": [7, 8, 8, 8, 7, 7], "bias": [0.5, 100.0, 100.0, 100.0, 0.25, 0.25]}
+    assert reward(completion_ids=ids, **columns) == [8.5, 111.0, 110.0, 108.0, 11.25, 11.25]
+    assert calls == [2, 1, 2, 2, 2]
+    # two samples of one user are two: any column tells them apart, and the probabilities of the completions do not
+    columns |= {
+        "user": [7] * 6,
+        "bias": [0.5] * 2 + [100.0] * 2 + [0.25] * 2,
+        "sample_log_probs": [-1.0, -2, -3, -4, -5, -6],
+    }
+    columns["history"] = [np.array(items) for items in ([1], [1], [1, 2], [1, 2], [1, 3], [1, 3])]
+    assert reward(completion_ids=ids, **columns) == [8.5, 11.5, 110.0, 108.0, 11.25, 11.25]
+    assert calls == [2, 1, 2, 2, 2, 2, 1]
 
 
 def test_a_hit_in_a_session_and_what_is_no_item():
@@ -236,10 +247,10 @@ def test_a_hit_in_a_session_and_what_is_no_item():
 
 
 def test_model_reward_refuses_nan():
-    reward = ModelReward(lambda ids: torch.tensor([[1.0, math.nan]]), lambda rows: {"ids": rows}, num_generations=2)
+    reward = ModelReward(lambda ids: torch.tensor([[1.0, math.nan]]), lambda rows: {"ids": rows})
     with pytest.raises(ValueError, match="returned nan for completion 1"):
         reward(completion_ids=[ITEM[0], ITEM[1]], user=[0, 0])
-    infinite = ModelReward(lambda ids: torch.tensor([[-math.inf, 1.0]]), lambda rows: {"ids": rows}, num_generations=2)
+    infinite = ModelReward(lambda ids: torch.tensor([[-math.inf, 1.0]]), lambda rows: {"ids": rows})
     with pytest.raises(ValueError, match="returned -inf for completion 0"):
         infinite(completion_ids=[ITEM[0], ITEM[1]], user=[0, 0])
     assert reward(completion_ids=[], user=[]) == []
@@ -249,7 +260,7 @@ def test_a_reward_model_has_no_say_on_what_is_no_item():
     """Whatever it returns there, which is not even looked at."""
     scores = torch.tensor([[0.5, 0.9], [math.nan, 0.25], [math.inf, 0.9]])
     completions = [ITEM[1], [4, 11], [5], ITEM[3], [], [BOS, *ITEM[1], BOS, 4, 9]]
-    reward = ModelReward(lambda ids: scores, lambda rows: {"ids": rows}, num_generations=2, catalogue=CATALOGUE)
+    reward = ModelReward(lambda ids: scores, lambda rows: {"ids": rows}, catalogue=CATALOGUE)
     assert reward(completion_ids=completions, user=[0, 0, 1, 1, 2, 2]) == [0.5, None, None, 0.25, None, None]
     completions[2] = ITEM[0]
     with pytest.raises(ValueError, match="returned nan for completion 2"):

@@ -200,7 +200,7 @@ def test_training_stops_where_numbers_stop(kind, what, tmp_path):
             output.register_hook(lambda gradient: gradient * math.inf)
         return output
 
-    model.model.layers[1].mlp.register_forward_hook(broken)
+    model.model.decoder.layers[1].mlp.register_forward_hook(broken)
     wanted = {
         "loss": "the loss is nan in batch 1 of step 3",
         "gradient": "the norm of the gradients is (nan|inf) in step 3",

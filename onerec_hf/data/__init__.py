@@ -20,7 +20,6 @@ from .past_rates import past_rates, period_of, quantile_codes, rate_numbers
 from .pathways import PathwayCollator
 from .public_datasets import load_amazon, load_kuairand, load_kuairand_like_hate
 from .reward_collator import RewardCollator
-from .saved import load_collator, save_collator
 from .session_splits import session_splits, training_events
 from .sessions import SessionConfig, session_criteria, session_index
 from .splits import arrow_dataset, global_time_split, k_core, leave_last_out, load_splits, target_rows
@@ -53,7 +52,6 @@ __all__ = [
     "k_core",
     "leave_last_out",
     "load_amazon",
-    "load_collator",
     "load_embeddings",
     "load_interactions",
     "load_kuairand",
@@ -66,7 +64,6 @@ __all__ = [
     "rate_numbers",
     "reaches",
     "read_table",
-    "save_collator",
     "session_criteria",
     "session_index",
     "session_labels",

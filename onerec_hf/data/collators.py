@@ -4,13 +4,22 @@ OneRec-V2, section 2.2 (arXiv:2508.20900): an item's keys and values depend on t
 OneRec (arXiv:2502.18965) and its Technical Report (arXiv:2506.13695) encode the context bidirectionally: one context, one session.
 """
 
+import copy
+import json
+import os
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
+from safetensors.numpy import load_file, save_file
+from transformers.utils.hub import cached_file
 
 from .features import EventFeature, category_codes
+
+CONFIG_NAME, WEIGHTS_NAME = "collator_config.json", "collator.safetensors"
 
 
 class OneRecCollator:
@@ -54,7 +63,7 @@ class OneRecCollator:
         self.settings: dict[str, Any] = {
             "max_history": max_history,
             "pad_token_id": pad_token_id,
-        }  # what `save_collator` writes
+        }  # what is saved beside the features
         self.event_features = {name: EventFeature(*feature) for name, feature in (event_features or {}).items()}
         self.item_features = {name: np.asarray(values) for name, values in (item_features or {}).items()}
         self.user_features = {name: np.asarray(values) for name, values in (user_features or {}).items()}
@@ -160,6 +169,12 @@ class OneRecCollator:
             features.append(np.where(known, table[np.where(known, users, 0)], 0))
         return {"user_features": torch.from_numpy(np.stack(features, axis=1))}
 
+    def for_users(self, users: Mapping[str, Sequence], n: int) -> "OneRecCollator":
+        """A copy for rows whose `user` is 0 to n - 1: the users of one request, with the features that are given for them."""
+        own = copy.copy(self)
+        own.user_features = self.user_categories_of(users, n)
+        return own
+
     def user_categories_of(self, users: Mapping[str, Sequence], n: int) -> dict[str, np.ndarray]:
         """
         Categories (n,) of every user feature, from values that are given when a model is served.
@@ -189,6 +204,84 @@ class OneRecCollator:
                 )
             found[name] = codes.astype(np.int64)
         return found
+
+    # ---- saved with the model ------------------------------------------------------------------------------------------
+
+    def save_pretrained(self, folder: str | os.PathLike) -> None:
+        """
+        Writes `collator_config.json`, and `collator.safetensors` with the tables where there are any.
+
+        The rows of the users stay behind: they are those of a training set, not of the users that a model is served for. Which
+        category each value of a user feature became is saved.
+        """
+        config, arguments = self._saved()
+        tables = {f"{kind}/{name}": values for kind, own in arguments.items() for name, values in own.items()}
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        text = json.dumps({"collator_class": type(self).__name__, **config, "tables": sorted(tables)}, indent=2)
+        (Path(folder) / CONFIG_NAME).write_text(text + "\n", encoding="utf-8")
+        if tables:
+            save_file({name: np.ascontiguousarray(v) for name, v in tables.items()}, Path(folder) / WEIGHTS_NAME)
+
+    def _saved(self) -> tuple[dict[str, Any], dict[str, dict[str, np.ndarray]]]:
+        """The arguments of the constructor as JSON, and those that are tables: argument -> name -> array."""
+        config = self.settings | {
+            "event_features": {name: list(feature) for name, feature in self.event_features.items()},
+            "user_features": self.user_feature_sizes,
+            "user_categories": self.user_categories,
+        }
+        return config, {"item_features": {name: v.astype(np.int64) for name, v in self.item_features.items()}}
+
+    @classmethod
+    def from_pretrained(cls, repo: str | os.PathLike, item_token_ids: np.ndarray, **hub_kwargs) -> "OneRecCollator":
+        """
+        The collator of a folder or Hub repository, of whatever class was saved.
+
+        Args:
+            item_token_ids (`np.ndarray` of shape (N, L)): Token ids of every item of the repository's catalogue.
+            hub_kwargs: `revision`, `token`, `cache_dir`, ... as `from_pretrained` takes them.
+
+        Raises:
+            OSError: When the repository has no `collator_config.json`.
+            ValueError: When a file cannot be read, or the tables are not those of the catalogue's items.
+        """
+        path = cached_file(str(repo), CONFIG_NAME, **hub_kwargs)
+        try:
+            config = json.loads(Path(str(path)).read_text(encoding="utf-8"))
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{path} cannot be read ({error}): it is cut off. Save or download it again.") from error
+        name, known = config.pop("collator_class"), {kind.__name__: kind for kind in _with_subclasses(OneRecCollator)}
+        if name not in known:
+            raise ValueError(
+                f"{repo}: {CONFIG_NAME} names the collator {name!r}, known are {sorted(known)}. Update onerec_hf."
+            )
+        tables = config.pop("tables")
+        values = _read_tables(cached_file(str(repo), WEIGHTS_NAME, **hub_kwargs)) if tables else {}
+        if absent := sorted(set(tables) - set(values)):
+            raise ValueError(
+                f"{repo}: {WEIGHTS_NAME} lacks {absent}, which {CONFIG_NAME} names: they are not of one model."
+            )
+        # a table with the highest category alone: the sizes are those of the model, the users come with each request
+        users = {feature: np.array([size - 1]) for feature, size in config.pop("user_features").items()}
+        arguments: dict[str, dict] = {"user_features": users}
+        for table in tables:
+            kind, _, feature = table.partition("/")
+            arguments.setdefault(kind, {})[feature] = values[table]
+        try:
+            return known[name](item_token_ids, **config, **arguments)
+        except ValueError as error:
+            raise ValueError(f"{repo}: {CONFIG_NAME} and {WEIGHTS_NAME} do not fit the catalogue: {error}") from error
+
+
+def _with_subclasses(kind: type) -> list[type]:
+    children: list[type] = kind.__subclasses__()
+    return [kind, *(found for child in children for found in _with_subclasses(child))]
+
+
+def _read_tables(path: str | None) -> dict[str, np.ndarray]:
+    try:
+        return load_file(str(path))
+    except SafetensorError as error:
+        raise ValueError(f"{path} cannot be read ({error}): it is cut off. Save or download it again.") from error
 
 
 class SessionCollator(OneRecCollator):

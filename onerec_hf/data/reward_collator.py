@@ -1,5 +1,7 @@
 """Rows of logged exposures -> tensors and labels of the reward models (arXiv:2502.18965; Technical Report, arXiv:2506.13695)."""
 
+import copy
+import math
 from collections.abc import Mapping, Sequence
 
 import numpy as np
@@ -9,6 +11,8 @@ from .collators import OneRecCollator, event_column
 from .features import EventFeature
 from .labels import event_labels, session_labels
 from .past_rates import period_of
+
+NOW = math.inf  # a `session_start`: everything in the history is known
 
 
 class RewardCollator(OneRecCollator):
@@ -81,13 +85,39 @@ class RewardCollator(OneRecCollator):
                     f"{periods} periods."
                 )
 
+    def for_users(self, users: Mapping[str, Sequence], n: int) -> "RewardCollator":
+        """As [`OneRecCollator.for_users`]; the past rates are those of the mean user, as the latest period knows them."""
+        own = copy.copy(self)
+        own.user_features = self.user_categories_of(users, n)
+        items, known = self.numbers
+        own.numbers = (
+            items,
+            {name: np.broadcast_to(v.mean(1, keepdims=True), (len(v), n)) for name, v in known.items()},
+        )
+        return own
+
+    def _saved(self):
+        """Also what is known of the training users: a reward model judges for them in reinforcement learning."""
+        config, tables = super()._saved()
+        config |= {
+            "targets": list(self.targets),
+            "session_wise": self.session_wise,
+            "label_settings": self.label_settings,
+        }
+        config["boundaries"] = self.boundaries.tolist()
+        config["request_features"] = {name: list(feature) for name, feature in self.request_features.items()}
+        item_numbers, user_numbers = self.numbers
+        tables |= {"candidate_features": self.candidate_features, "user_features": self.user_features}
+        return config, tables | {"item_numbers": item_numbers, "user_numbers": user_numbers}
+
     def __call__(self, rows: list[dict]) -> dict[str, torch.Tensor]:
         return self.context(rows) | self.candidates(rows) | {"labels": self.labels(rows)}
 
     def events(self, row: dict, column: str = "history", prefix: str = "") -> tuple[np.ndarray, np.ndarray]:
-        """As [`OneRecCollator.events`], without what lies behind the last boundary before the row."""
+        """As [`OneRecCollator.events`], without what lies behind the last boundary before the row, unless that starts `NOW`."""
         items, codes = super().events(row, column, prefix)
-        period = period_of(row["session_start"], self.boundaries) if len(self.boundaries) else 0
+        start = row["session_start"] if len(self.boundaries) else NOW
+        period = 0 if start == NOW else int(period_of(np.asarray(start), self.boundaries))
         if period:
             known = np.searchsorted(event_column(row, f"{prefix}timestamp", column), self.boundaries[period - 1])
             items, codes = items[:known], codes[:known]

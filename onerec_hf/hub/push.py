@@ -132,9 +132,9 @@ def _damaged(folder: Path, files: list[str]) -> list[str]:
     ):
         if one in files and other not in files:
             problems.append(f"{other}: {one} is there without it: `quantizer.save_pretrained(folder)`")
-    if _mapping(folder / "collator_config.json").get("item_features") and "collator.safetensors" not in files:
+    if _mapping(folder / "collator_config.json").get("tables") and "collator.safetensors" not in files:
         problems.append(
-            "collator.safetensors: collator_config.json names item features: `save_collator(collator, folder)`"
+            "collator.safetensors: collator_config.json names tables that it holds: `collator.save_pretrained(folder)`"
         )
     return problems
 

@@ -7,12 +7,17 @@ from .beam_search import BeamSearchOutput, beam_search, sample_items
 from .catalogue import Catalogue
 from .configuration_onerec import OneRecConfig, OneRecV1Config, OneRecV2Config
 from .configuration_reward import OneRecPScoreConfig, OneRecSessionRewardConfig
-from .layers import ContextKV
-from .modeling_onerec import OneRecForCausalLM, OneRecModel, OneRecPreTrainedModel
-from .modeling_onerec_v1 import OneRecV1ForCausalLM, OneRecV1Model, OneRecV1PreTrainedModel
-from .modeling_onerec_v2 import OneRecV2ForCausalLM, OneRecV2Model, OneRecV2PreTrainedModel
+from .modeling_layers import ContextKV
+from .modeling_onerec import OneRecForCausalLM, OneRecModel
+from .modeling_onerec_v1 import OneRecV1ForCausalLM, OneRecV1Model
+from .modeling_onerec_v2 import OneRecV2ForCausalLM, OneRecV2Model
 from .modeling_reward import OneRecPScoreModel, OneRecSessionRewardModel, RewardModelOutput
-from .modeling_semantic_id import SemanticIdCausalLMOutput
+from .modeling_semantic_id import (
+    RecommendedItems,
+    SemanticIdCausalLMOutput,
+    SemanticIdForCausalLM,
+    SemanticIdPreTrainedModel,
+)
 from .moe import balance_experts
 from .tokenization_semantic_id import SemanticIdTokenizer
 
@@ -45,19 +50,19 @@ __all__ = [
     "OneRecModel",
     "OneRecPScoreConfig",
     "OneRecPScoreModel",
-    "OneRecPreTrainedModel",
     "OneRecSessionRewardConfig",
     "OneRecSessionRewardModel",
     "OneRecV1Config",
     "OneRecV1ForCausalLM",
     "OneRecV1Model",
-    "OneRecV1PreTrainedModel",
     "OneRecV2Config",
     "OneRecV2ForCausalLM",
     "OneRecV2Model",
-    "OneRecV2PreTrainedModel",
+    "RecommendedItems",
     "RewardModelOutput",
     "SemanticIdCausalLMOutput",
+    "SemanticIdForCausalLM",
+    "SemanticIdPreTrainedModel",
     "SemanticIdTokenizer",
     "balance_experts",
     "beam_search",

@@ -16,6 +16,7 @@ from transformers.generation import GenerateBeamDecoderOnlyOutput, GenerationCon
 from .beam_search import BeamSearch, search
 from .catalogue import Catalogue
 from .input_checks import check_finite
+from .modeling_layers import CACHE
 
 _DEAD = float("-inf")
 
@@ -129,7 +130,7 @@ class _TreeAttention:
             inputs = {"input_ids": code + self.level_offsets[level - 1]}
             inputs["attention_mask"] = mask.masked_fill(~visible, torch.finfo(mask.dtype).min).unsqueeze(1)
             inputs["position_ids"] = (self.prompt_mask.sum(1, keepdim=True) + level - 1).expand(-1, beams)
-        return self.model(**inputs, past_key_values=self.cache, use_cache=True).logits[:, -beams:]
+        return self.model(**inputs, use_cache=True, **{CACHE: self.cache}).logits[:, -beams:]
 
     def log_probs(self, hidden, level, node=None):
         """As `SharedContext.log_probs`."""

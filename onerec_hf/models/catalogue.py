@@ -209,18 +209,33 @@ class Catalogue(PrefixIndex):
         Returns:
             `torch.LongTensor` of shape (B, k): item indices, -1 where the leaves hold fewer than `k` items.
         """
+        return self._ranked_items(leaves, k, allowed)[0]
+
+    def _ranked_items(self, leaves, k, allowed):
+        """`items_of`, and the column of `leaves` that each item came from, (B, k) both."""
+        items, real = (part.flatten(1) for part in self._items_in(leaves, allowed))
+        origin = torch.arange(items.shape[1], device=leaves.device).expand_as(items) // self.max_items
+        rank = torch.where(real, real.cumsum(1) - 1, k).clamp(max=k)  # unwanted and surplus ones go to a spare column
+        result = torch.full((2, len(leaves), k + 1), -1, dtype=torch.long, device=leaves.device)
+        values = torch.stack([torch.where(rank < k, items, -1), origin])
+        return result.scatter_(2, rank.expand_as(values), values)[:, :, :k]
+
+    def _items_in(self, leaves, allowed):
+        """Items of each leaf (B, S, largest collision), popular ones first, and which of these places hold an allowed one."""
         start, end = (self.first_child(leaves.clamp(min=0) + more, self.num_levels - 1) for more in (0, 1))
-        place = start.unsqueeze(2) + torch.arange(self.max_items, device=leaves.device)  # (B, S, largest collision)
+        place = start.unsqueeze(2) + torch.arange(self.max_items, device=leaves.device)
         real = (place < end.unsqueeze(2)) & (leaves >= 0).unsqueeze(2)
-        items = self.item_order[place.clamp(max=self.num_items - 1)].flatten(1).long()
-        real = real.flatten(1)
+        items = self.item_order[place.clamp(max=self.num_items - 1)].long()
         if allowed is not None:
-            real = real & allowed.to(self.device).expand(len(leaves), -1).gather(1, items)
-        rank = torch.where(real, real.cumsum(1) - 1, k).clamp(
-            max=k
-        )  # unwanted and surplus items go to one spare column
-        result = torch.full((len(leaves), k + 1), -1, dtype=torch.long, device=leaves.device)
-        return result.scatter_(1, rank, torch.where(rank < k, items, -1))[:, :k]
+            own = allowed.to(self.device).expand(len(leaves), -1)
+            real = real & own.gather(1, items.flatten(1)).view(items.shape)
+        return items, real
+
+    def item_of_each(self, leaves: torch.Tensor, allowed: torch.Tensor | None = None) -> torch.Tensor:
+        """The first (most popular) item of each leaf (B, S), among the allowed ones; -1 where there is none."""
+        items, real = self._items_in(leaves, allowed)
+        first = real.int().argmax(2, keepdim=True)
+        return items.gather(2, first).squeeze(2).masked_fill(~real.any(2), -1)
 
     def leaves_of(self, codes: torch.Tensor | ArrayLike) -> torch.Tensor:
         """Leaves of semantic IDs (S, L) -> (S,); -1 where no item carries the codes."""

@@ -6,7 +6,7 @@ from huggingface_hub.dataclasses import strict
 from transformers.configuration_utils import PreTrainedConfig
 from transformers.utils import logging
 
-from .parallel_plans import DECODER_EP_PLAN, DECODER_TP_PLAN, ENCODER_EP_PLAN, ENCODER_TP_PLAN
+from .parallel import DECODER_EP_PLAN, DECODER_TP_PLAN, ENCODER_EP_PLAN, ENCODER_TP_PLAN
 
 logger = logging.get_logger(__name__)
 
@@ -56,7 +56,7 @@ class SemanticIdConfig(PreTrainedConfig):
         dropout (`float`, defaults to 0.0): On context inputs, attention outputs and feed-forward outputs. Not in the papers.
     """
 
-    keys_to_ignore_at_inference = ["past_key_values", "context_kv"]
+    keys_to_ignore_at_inference = ["past_key_values", "cache", "context_kv"]
     base_model_tp_plan = DECODER_TP_PLAN
     base_model_ep_plan = DECODER_EP_PLAN  # type: ignore[assignment]  # as transformers' own models
     session_wise: ClassVar[bool] = False  # True where one row of `input_ids` holds several items, BOS before each

@@ -25,14 +25,21 @@ from .any_model import CatalogueLogitsProcessor, NotFinite, catalogue_generate
 from .beam_search import beam_search, sample_items
 from .catalogue import CATALOGUE_NAME, Catalogue
 from .input_checks import check_finite, check_generate, check_rows_allowed
-from .layers import ContextKV, LevelHead
+from .parallel import unsharded_class
 
 logger = logging.get_logger(__name__)
 
 _HUB_KWARGS = ("cache_dir", "force_download", "local_files_only", "token", "revision", "subfolder")
 # what only transformers' own loop does; the fast search is not used when one of these is asked for
 _OWN_LOOP_FLAGS = ("output_scores", "output_logits", "output_attentions", "output_hidden_states")
-_OWN_LOOP_ARGUMENTS = ["prefix_allowed_tokens_fn", "assistant_model", "streamer", "custom_generate", "past_key_values"]
+_OWN_LOOP_ARGUMENTS = [
+    "prefix_allowed_tokens_fn",
+    "assistant_model",
+    "streamer",
+    "custom_generate",
+    "past_key_values",
+    "cache",
+]
 _OWN_LOOP_ARGUMENTS += ["logits_processor", "stopping_criteria", "max_length", "max_time", "stop_strings"]
 # what changes scores, with the values that change nothing
 _SCORE_SETTINGS: dict[str, tuple] = dict.fromkeys(
@@ -55,8 +62,8 @@ if TYPE_CHECKING:
 
         config: Any
         generation_config: GenerationConfig
-        model: Any
-        lm_head: LevelHead
+        encode_context: Any
+        _require_catalogue: Any
 else:
     _Model = object
 
@@ -65,47 +72,29 @@ class CatalogueGenerationMixin(_Model):
     """
     Saving, loading and generating under a catalogue.
 
-    The model gives: `context_input_names` (what `encode_context` takes), `encode_context`, `next_hidden`, `level_log_probs`.
+    The model gives: `context_input_names` (what `encode_context` takes), `encode_context`, `next_hidden`, `level_log_probs`, and
+    `_require_catalogue`.
     """
 
     catalogue: Catalogue | None = None
     num_items: int = 1  # per row of `generate`; a model of sessions sets it
     context_input_names = ("context_ids", "context_mask", "context_features", "user_features")
 
-    def encode_context(self, **inputs) -> ContextKV:
-        """Keys and values of the context, once per user; the inputs are those of `context_input_names`."""
-        return self.model.encode_context(**inputs)
-
     # ---- catalogue -----------------------------------------------------------------------------------------------------
-
-    def _require_catalogue(self, catalogue: Catalogue | None = None) -> Catalogue:
-        catalogue = catalogue if catalogue is not None else self.catalogue
-        if catalogue is None:
-            raise ValueError(
-                f"{type(self).__name__} has no catalogue. Set `model.catalogue = Catalogue(semantic_ids, codebook_sizes, "
-                "item_ids)`, pass `catalogue=...`, or, in `generate`, `constrained=False` for codes without a check."
-            )
-        if catalogue.codebook_sizes != self.config.codebook_sizes:
-            raise ValueError(
-                f"the catalogue has codebook_sizes={catalogue.codebook_sizes}, the model {self.config.codebook_sizes}: they "
-                "come from different semantic IDs. Use the catalogue that the model was trained with."
-            )
-        # where the head computes; under offloading its weights lie elsewhere
-        hook = getattr(self.lm_head, "_hf_hook", None)
-        return catalogue.to(getattr(hook, "execution_device", self.lm_head.weight.device))
 
     def save_pretrained(self, save_directory: str | os.PathLike, *args: Any, **kwargs: Any) -> None:
         """As `PreTrainedModel.save_pretrained`, plus `catalogue.safetensors`, and `auto_map` entries for every Auto class."""
-        module, name = type(self).__module__.rsplit(".", 1)[-1], type(self).__name__
-        self.config.auto_map = {
-            **(getattr(self.config, "auto_map", None) or {}),
-            "AutoModel": f"{module}.{name}",
-            "AutoModelForCausalLM": f"{module}.{name}",
-        }
-        if self.catalogue is not None:
-            self._require_catalogue().save_pretrained(save_directory)
-        self.config.catalogue_fingerprint = None if self.catalogue is None else self.catalogue.fingerprint()
-        super().save_pretrained(save_directory, *args, **kwargs)
+        with unsharded_class(self):
+            module, name = type(self).__module__.rsplit(".", 1)[-1], type(self).__name__
+            self.config.auto_map = {
+                **(getattr(self.config, "auto_map", None) or {}),
+                "AutoModel": f"{module}.{name}",
+                "AutoModelForCausalLM": f"{module}.{name}",
+            }
+            if self.catalogue is not None:
+                self._require_catalogue().save_pretrained(save_directory)
+            self.config.catalogue_fingerprint = None if self.catalogue is None else self.catalogue.fingerprint()
+            super().save_pretrained(save_directory, *args, **kwargs)
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, *model_args, **kwargs) -> Any:
@@ -139,12 +128,6 @@ class CatalogueGenerationMixin(_Model):
         return result
 
     # ---- generation ----------------------------------------------------------------------------------------------------
-
-    def next_hidden(self, tokens: torch.Tensor, context_kv: ContextKV, cache: Any) -> torch.Tensor:
-        """Last hidden state (R, D) after C more tokens (R, C) per row; `cache` grows by C positions."""
-        return self.model(tokens, context_kv=context_kv, past_key_values=cache, use_cache=True).last_hidden_state[
-            :, -1
-        ]
 
     @torch.no_grad()
     def generate(  # type: ignore[override]  # what text generation takes by position has no place here

@@ -88,6 +88,11 @@ def checked_context(config: Any, context_ids: Tensor | None, context_mask: Tenso
 def check_kwargs(owner: Any, kwargs: Mapping[str, Any]) -> None:
     """Raises where a keyword argument of `owner.forward` would change nothing: nothing is ignored in silence."""
     config = owner.config
+    if "target_positions" in kwargs:
+        raise ValueError(
+            f"target_positions: the encoder of {type(owner).__name__} mixes the items of a context, so every target sees all of "
+            "them. Give one row per target, with the items before it as context."
+        )
     if unknown := sorted(set(kwargs) - _KNOWN_TO_TRANSFORMERS - _RECORDED):
         raise TypeError(
             f"{type(owner).__name__}.forward does not know {unknown}, and would ignore it. Leave it out; the arguments are listed "
@@ -103,6 +108,18 @@ def check_kwargs(owner: Any, kwargs: Mapping[str, Any]) -> None:
             f"output_attentions=True, but attn_implementation={config._attn_implementation!r} gives no attention weights. Call "
             "`model.set_attn_implementation('eager')` first."
         )
+
+
+def given_or_encoded(model: Any, context_kv: Any, *context: Tensor | None) -> Any:
+    """The context's keys and values: as given, or encoded from what `model.encode_context` takes; never both."""
+    if context_kv is None:
+        return model.encode_context(*context)
+    names = ("context_ids", "context_mask", "context_features", "user_features")
+    if both := [name for name, value in zip(names, context) if value is not None]:
+        raise ValueError(
+            f"context_kv together with {both}: the encoded context takes their place. Give one of the two."
+        )
+    return context_kv
 
 
 def check_targets(config: Any, target_ids: Tensor, target_positions: Tensor | None, others: Mapping[str, Any]) -> None:
@@ -169,11 +186,12 @@ def check_finite(scores: Tensor, what: str) -> None:
 def check_generate(
     config: Any, inputs: Tensor | None, settings: Any, model_kwargs: Mapping[str, Any], num_items: int
 ) -> int:
-    """B, the number of users of a call of `generate`; raises `ValueError` on numbers and shapes that no search gives a meaning."""
-    numbers = {"num_items": num_items, "num_beams": settings.num_beams}
-    numbers["num_return_sequences"] = settings.num_return_sequences
+    """B, the number of users of a search; raises `ValueError` on numbers and shapes that no search gives a meaning."""
+    numbers = {"num_items": num_items}
+    if settings is not None:
+        numbers |= {"num_beams": settings.num_beams, "num_return_sequences": settings.num_return_sequences}
     if wrong := {name: number for name, number in numbers.items() if number is not None and number < 1}:
-        raise ValueError(f"generate got {wrong}: each must be at least 1.")
+        raise ValueError(f"the search got {wrong}: each must be at least 1.")
     if config.session_wise and num_items > config.num_session_items:
         raise ValueError(
             f"num_items={num_items}: the model has positions for sessions of num_session_items={config.num_session_items} items at "

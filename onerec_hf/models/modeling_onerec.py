@@ -8,37 +8,39 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import nn
+from transformers.cache_utils import Cache
 from transformers.generation import GenerationMixin
+from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttentions
+from transformers.utils.generic import merge_with_config_defaults
+from transformers.utils.output_capturing import capture_outputs
 
 from .configuration_onerec import OneRecConfig
-from .input_checks import checked_context
-from .layers import (
+from .input_checks import check_kwargs, checked_context, given_or_encoded
+from .modeling_layers import (
+    ContextEmbedding,
     ContextKV,
     EncoderLayer,
-    FeatureEmbedding,
-    FeedForward,
     KeyValueProjection,
+    SemanticIdDecoder,
+    given_cache,
     item_ages,
+    padding_mask,
 )
-from .modeling_semantic_id import SemanticIdMixin, SemanticIdModel, SemanticIdPreTrainedModel
-from .moe import SparseMoE
+from .modeling_semantic_id import SemanticIdForCausalLM, SemanticIdPreTrainedModel
+from .moe import FeedForward, SparseMoE
 
 
-class OneRecContextEmbedding(nn.Module):
+class OneRecContextEmbedding(ContextEmbedding):
     """
     Section 3.1: the behaviour sequence as encoder input (B, S, D) and its mask (B, S).
 
-    In front stands one static slot, a learned vector plus the user features. An item is one token per code
-    (`config.context_tokens="code"`), each with the item's features and position added, or one token.
+    In front stands the static slot. An item is one token per code (`config.context_tokens="code"`), each with the item's features
+    and position added, or one token.
     """
 
     def __init__(self, config: OneRecConfig):
-        super().__init__()
-        self.config = config
         dim, width = config.context_embed_dim, config.hidden_size
-        self.embed_codes = nn.Embedding(config.vocab_size, dim, config.pad_token_id)
-        self.embed_features = FeatureEmbedding(config.context_features, config, "context_features")
-        self.embed_user = FeatureEmbedding(config.user_features, config, "user_features")
+        super().__init__(config, dim)
         codes = dim if config.context_tokens == "code" else config.num_levels * dim
         self.code_proj = nn.Linear(codes, width, bias=False)
         features, user = self.embed_features.width, self.embed_user.width
@@ -66,10 +68,7 @@ class OneRecContextEmbedding(nn.Module):
             shared = shared + self.feature_proj(self.dropout(torch.cat(features, dim=-1)))
         tokens = tokens + shared.unsqueeze(2)
         mask = mask.repeat_interleave(tokens.shape[2], dim=1)
-        static = self.static_slot(context_ids.new_zeros(context_ids.shape[0], 1))
-        user = self.embed_user(user_features, context_ids.shape[:1])
-        if self.user_proj is not None:
-            static = static + self.user_proj(self.dropout(torch.cat(user, dim=-1))).unsqueeze(1)
+        static = self.static_vector(context_ids, user_features, self.dropout)
         return torch.cat([static, tokens.flatten(1, 2)], dim=1), F.pad(mask, (1, 0), value=True)
 
 
@@ -112,30 +111,71 @@ class OneRecContextEncoder(nn.Module):
         return ContextKV(key_states=keys, value_states=values, mask=mask)
 
 
-class OneRecPreTrainedModel(SemanticIdPreTrainedModel):
-    config: OneRecConfig
-
-
-class OneRecModel(OneRecPreTrainedModel, SemanticIdModel):
+class OneRecModel(SemanticIdPreTrainedModel):
     """Encoder and session decoder, without a head. Decoder input: BOS and the codes of every item of the session (section 3.2)."""
+
+    config: OneRecConfig
+    _no_split_modules = ["DecoderLayer", "EncoderLayer"]
 
     def __init__(self, config: OneRecConfig):
         super().__init__(config)
         self.context_processor = OneRecContextEncoder(config, OneRecContextEmbedding(config))
-        self.build_decoder(config.num_hidden_layers)
-        self.embed_positions = nn.Embedding(config.num_session_items * (config.num_levels + 1), config.hidden_size)
+        length = config.num_session_items * (config.num_levels + 1)
+        self.decoder = SemanticIdDecoder(config, config.num_hidden_layers, num_positions=length)
         self.post_init()
 
+    def encode_context(
+        self,
+        context_ids: torch.Tensor,
+        context_mask: torch.Tensor | None = None,
+        context_features: torch.Tensor | None = None,
+        user_features: torch.Tensor | None = None,
+    ) -> ContextKV:
+        """Keys and values of the context, once per user; shapes as in `forward`."""
+        return self.context_processor(context_ids, context_mask, context_features, user_features)
 
-class OneRecForCausalLM(SemanticIdMixin, OneRecPreTrainedModel, GenerationMixin):
+    @merge_with_config_defaults
+    @capture_outputs
+    def forward(
+        self,
+        input_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        use_cache: bool | None = None,
+        context_ids: torch.Tensor | None = None,
+        context_mask: torch.Tensor | None = None,
+        context_features: torch.Tensor | None = None,
+        user_features: torch.Tensor | None = None,
+        context_kv: ContextKV | None = None,
+        **kwargs,
+    ) -> BaseModelOutputWithPastAndCrossAttentions:
+        r"""
+        Args:
+            input_ids (`torch.LongTensor` of shape (R, C)): BOS and codes. R may be a multiple of the B contexts; the rows of one
+                context are adjacent.
+            context_ids (`torch.LongTensor` of shape (B, T, L)): Token ids of the history, oldest first.
+            context_mask (`torch.BoolTensor` of shape (B, T), *optional*): True for real items.
+            context_features (`torch.LongTensor` of shape (B, T, F), *optional*): As `config.context_features`.
+            user_features (`torch.LongTensor` of shape (B, F_u), *optional*): As `config.user_features`.
+            context_kv (`ContextKV`, *optional*): Instead of the four above, the context encoded before.
+        """
+        cache = given_cache(past_key_values, kwargs)
+        check_kwargs(self, kwargs)
+        hidden_states = self.decoder.embed(input_ids, inputs_embeds)
+        context_kv = given_or_encoded(self, context_kv, context_ids, context_mask, context_features, user_features)
+        visible = padding_mask(context_kv)
+        return self.decoder(hidden_states, context_kv, visible, attention_mask, position_ids, cache, use_cache)
+
+
+class OneRecForCausalLM(SemanticIdForCausalLM, GenerationMixin):
     """OneRec with its head: `forward` trains on sessions, `generate` writes sessions of `config.num_session_items` items."""
 
+    config: OneRecConfig
+
     def __init__(self, config: OneRecConfig):
-        super().__init__(config)
-        self.model = OneRecModel(config)
-        self.build_head()
-        self.num_items = config.num_session_items
-        self.generation_config.max_new_tokens = self.num_items * (config.num_levels + 1) - 1
+        super().__init__(config, OneRecModel(config))
 
 
-__all__ = ["OneRecContextEncoder", "OneRecForCausalLM", "OneRecModel", "OneRecPreTrainedModel"]
+__all__ = ["OneRecContextEncoder", "OneRecForCausalLM", "OneRecModel"]

@@ -5,13 +5,26 @@ Legend: B users, T context items of all pathways, L levels, N_q lifelong queries
 
 import torch
 from torch import nn
+from transformers.cache_utils import Cache
 from transformers.generation import GenerationMixin
+from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttentions
+from transformers.utils.generic import merge_with_config_defaults
+from transformers.utils.output_capturing import capture_outputs
 
 from .configuration_onerec import OneRecV1Config
-from .input_checks import checked_context
-from .layers import EncoderAttention, FeatureEmbedding, FeedForward, item_ages
+from .input_checks import check_kwargs, checked_context, given_or_encoded
+from .modeling_layers import (
+    ContextEmbedding,
+    ContextKV,
+    EncoderAttention,
+    SemanticIdDecoder,
+    given_cache,
+    item_ages,
+    padding_mask,
+)
 from .modeling_onerec import OneRecContextEncoder
-from .modeling_semantic_id import SemanticIdMixin, SemanticIdModel, SemanticIdPreTrainedModel
+from .modeling_semantic_id import SemanticIdForCausalLM, SemanticIdPreTrainedModel
+from .moe import FeedForward
 
 
 class DenseLeakyDense(nn.Module):
@@ -44,7 +57,7 @@ class LifelongQFormerLayer(nn.Module):
         return queries + output if self.residual else output
 
 
-class OneRecV1PathwayEmbedding(nn.Module):
+class OneRecV1PathwayEmbedding(ContextEmbedding):
     """
     Section 2.2.1: [h_u; h_s; h_p; h_l] + e_pos, (B, 1 + L_s + L_p + N_q, D), and its mask.
 
@@ -53,15 +66,10 @@ class OneRecV1PathwayEmbedding(nn.Module):
     """
 
     def __init__(self, config: OneRecV1Config):
-        super().__init__()
-        self.config = config
+        super().__init__(config, config.code_embed_dim)
         width = config.hidden_size
-        self.embed_codes = nn.Embedding(config.vocab_size, config.code_embed_dim, config.pad_token_id)
-        self.embed_features = FeatureEmbedding(config.context_features, config, "context_features")
-        self.embed_user = FeatureEmbedding(config.user_features, config, "user_features")
-        item = config.num_levels * config.code_embed_dim + self.embed_features.width
         self.lengths = {name: length for name, length in config.pathway_lengths.items() if length}
-        self.pathways = nn.ModuleDict({name: DenseLeakyDense(item, width) for name in self.lengths})
+        self.pathways = nn.ModuleDict({name: DenseLeakyDense(self.item_width, width) for name in self.lengths})
         self.static_slot = nn.Embedding(1, width)
         self.user_proj = DenseLeakyDense(self.embed_user.width, width) if config.user_features else None
         lifelong = "lifelong" in self.lengths
@@ -85,12 +93,9 @@ class OneRecV1PathwayEmbedding(nn.Module):
                 f"context_ids holds {context_ids.shape[1]} items: expected {sum(self.lengths.values())}, the pathways side by side "
                 f"and each padded to its length {self.lengths}."
             )
-        features = [
-            self.embed_codes(context_ids).flatten(2),
-            *self.embed_features(context_features, context_ids.shape[:2]),
-        ]
-        items = self.dropout(torch.cat(features, dim=-1))  # (B, T, L * code_dim + features)
-        hidden = [self._static(context_ids.new_zeros(context_ids.shape[0], 1), user_features)]
+        items = self.dropout(self.item_vectors(context_ids, context_features))
+        static = self.static_vector(context_ids, user_features, self.dropout)
+        hidden = [static + self.embed_positions["static"](context_ids.new_zeros(1, 1))]
         masks = [mask.new_ones(mask.shape[0], 1)]
         start = 0
         for name, length in self.lengths.items():
@@ -106,13 +111,6 @@ class OneRecV1PathwayEmbedding(nn.Module):
             start += length
         return torch.cat(hidden, dim=1), torch.cat(masks, dim=1)
 
-    def _static(self, first, user_features):
-        static = self.static_slot(first) + self.embed_positions["static"](first)  # (B, 1, D)
-        user = self.embed_user(user_features, first.shape[:1])
-        if self.user_proj is None:
-            return static
-        return static + self.user_proj(self.dropout(torch.cat(user, dim=-1))).unsqueeze(1)
-
     def _compress(self, items, mask):
         """QFormer: (B, L_l, D) -> (B, N_q, D); a user without a lifelong history has none of the N_q tokens."""
         query = torch.arange(self.config.num_lifelong_queries, device=items.device)
@@ -126,28 +124,70 @@ class OneRecV1PathwayEmbedding(nn.Module):
         return queries, some.expand(-1, queries.shape[1])
 
 
-class OneRecV1PreTrainedModel(SemanticIdPreTrainedModel):
+class OneRecV1Model(SemanticIdPreTrainedModel):
+    """Pathways, encoder and point-wise decoder, without a head."""
+
     config: OneRecV1Config
     _no_split_modules = ["DecoderLayer", "EncoderLayer", "OneRecV1PathwayEmbedding"]
-
-
-class OneRecV1Model(OneRecV1PreTrainedModel, SemanticIdModel):
-    """Pathways, encoder and point-wise decoder, without a head."""
 
     def __init__(self, config: OneRecV1Config):
         super().__init__(config)
         self.context_processor = OneRecContextEncoder(config, OneRecV1PathwayEmbedding(config), config.encoder_moe)
-        self.build_decoder(config.num_hidden_layers)
+        self.decoder = SemanticIdDecoder(config, config.num_hidden_layers)
         self.post_init()
 
+    def encode_context(
+        self,
+        context_ids: torch.Tensor,
+        context_mask: torch.Tensor | None = None,
+        context_features: torch.Tensor | None = None,
+        user_features: torch.Tensor | None = None,
+    ) -> ContextKV:
+        """Keys and values of the context, once per user; shapes as in `forward`."""
+        return self.context_processor(context_ids, context_mask, context_features, user_features)
 
-class OneRecV1ForCausalLM(SemanticIdMixin, OneRecV1PreTrainedModel, GenerationMixin):
+    @merge_with_config_defaults
+    @capture_outputs
+    def forward(
+        self,
+        input_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        use_cache: bool | None = None,
+        context_ids: torch.Tensor | None = None,
+        context_mask: torch.Tensor | None = None,
+        context_features: torch.Tensor | None = None,
+        user_features: torch.Tensor | None = None,
+        context_kv: ContextKV | None = None,
+        **kwargs,
+    ) -> BaseModelOutputWithPastAndCrossAttentions:
+        r"""
+        Args:
+            input_ids (`torch.LongTensor` of shape (R, C)): BOS and codes. R may be a multiple of the B contexts; the rows of one
+                context are adjacent.
+            context_ids (`torch.LongTensor` of shape (B, T, L)): Token ids of the pathways side by side, each oldest first.
+            context_mask (`torch.BoolTensor` of shape (B, T), *optional*): True for real items.
+            context_features (`torch.LongTensor` of shape (B, T, F), *optional*): As `config.context_features`.
+            user_features (`torch.LongTensor` of shape (B, F_u), *optional*): As `config.user_features`.
+            context_kv (`ContextKV`, *optional*): Instead of the four above, the context encoded before.
+        """
+        cache = given_cache(past_key_values, kwargs)
+        check_kwargs(self, kwargs)
+        hidden_states = self.decoder.embed(input_ids, inputs_embeds)
+        context_kv = given_or_encoded(self, context_kv, context_ids, context_mask, context_features, user_features)
+        visible = padding_mask(context_kv)
+        return self.decoder(hidden_states, context_kv, visible, attention_mask, position_ids, cache, use_cache)
+
+
+class OneRecV1ForCausalLM(SemanticIdForCausalLM, GenerationMixin):
     """OneRecV1 with its head: `forward` trains on single items, `generate` recommends."""
 
+    config: OneRecV1Config
+
     def __init__(self, config: OneRecV1Config):
-        super().__init__(config)
-        self.model = OneRecV1Model(config)
-        self.build_head()
+        super().__init__(config, OneRecV1Model(config))
 
 
-__all__ = ["OneRecV1ForCausalLM", "OneRecV1Model", "OneRecV1PreTrainedModel"]
+__all__ = ["OneRecV1ForCausalLM", "OneRecV1Model"]

@@ -7,12 +7,24 @@ D width.
 import torch
 import torch.nn.functional as F
 from torch import nn
+from transformers.cache_utils import Cache
 from transformers.generation import GenerationMixin
+from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttentions
+from transformers.utils.generic import merge_with_config_defaults
+from transformers.utils.output_capturing import capture_outputs
 
 from .configuration_onerec import OneRecV2Config
-from .input_checks import check_range, checked_context
-from .layers import ContextKV, DecoderLayer, FeatureEmbedding, age_buckets
-from .modeling_semantic_id import SemanticIdMixin, SemanticIdModel, SemanticIdPreTrainedModel
+from .input_checks import check_kwargs, checked_context, given_or_encoded
+from .modeling_layers import (
+    AgeBias,
+    ContextEmbedding,
+    ContextKV,
+    DecoderLayer,
+    SemanticIdDecoder,
+    given_cache,
+    visible_ages,
+)
+from .modeling_semantic_id import SemanticIdForCausalLM, SemanticIdPreTrainedModel
 
 
 class KeyValueRMSNorm(nn.RMSNorm):
@@ -22,28 +34,20 @@ class KeyValueRMSNorm(nn.RMSNorm):
         return F.rms_norm(states, self.normalized_shape, self.weight.to(states.dtype), self.eps)
 
 
-class OneRecV2ContextProcessor(nn.Module):
+class OneRecV2ContextProcessor(ContextEmbedding):
     """
     Section 2.2.2: every context item becomes one vector of width S_kv * L_kv * G_kv * head_dim, whose slices are, after an
     RMSNorm and nothing else, the keys and values of the decoder.
 
-    In front stands one static slot (the paper's N_s): a learned vector plus the user features; a user without history has this
-    slot alone. An item is the concatenation of its code and feature embeddings under one linear map, which is what the FLOPs of
-    the paper's Table 3 imply.
+    In front stands one static slot (the paper's N_s). An item is the concatenation of its code and feature embeddings under one
+    linear map, which is what the FLOPs of the paper's Table 3 imply.
     """
 
     def __init__(self, config: OneRecV2Config):
-        super().__init__()
-        self.config = config
-        dim = config.context_embed_dim
+        super().__init__(config, config.context_embed_dim, config.fixed_context_features)
         self.split = config.context_key_value_split
         width = self.split * config.num_context_layers * config.num_context_key_value_heads * config.head_dim
-        self.embed_codes = nn.Embedding(config.vocab_size, dim, config.pad_token_id)
-        self.embed_features = FeatureEmbedding(
-            config.context_features, config, "context_features", config.fixed_context_features
-        )
-        self.embed_user = FeatureEmbedding(config.user_features, config, "user_features")
-        self.item_proj = nn.Linear(config.num_levels * dim + self.embed_features.width, width, bias=False)
+        self.item_proj = nn.Linear(self.item_width, width, bias=False)
         self.user_proj = nn.Linear(self.embed_user.width, width, bias=False) if config.user_features else None
         self.static_slot = nn.Embedding(1, width)
         self.dropout = nn.Dropout(config.context_dropout)
@@ -66,13 +70,8 @@ class OneRecV2ContextProcessor(nn.Module):
         user_features: torch.Tensor | None = None,
     ) -> ContextKV:
         context_mask = checked_context(self.config, context_ids, context_mask)
-        codes = self.embed_codes(context_ids).flatten(2)  # (B, T, L * dim)
-        items = torch.cat([codes, *self.embed_features(context_features, context_ids.shape[:2])], dim=-1)
-        items = self.item_proj(self.dropout(items))  # (B, T, width)
-        static = self.static_slot(context_ids.new_zeros(context_ids.shape[0], 1))
-        user = self.embed_user(user_features, context_ids.shape[:1])
-        if self.user_proj is not None:
-            static = static + self.user_proj(self.dropout(torch.cat(user, dim=-1))).unsqueeze(1)
+        items = self.item_proj(self.dropout(self.item_vectors(context_ids, context_features)))  # (B, T, width)
+        static = self.static_vector(context_ids, user_features, self.dropout)
         # autocast: an embedding is float32, a product is not, and so many vectors are better not made wider
         context = torch.cat([static.to(items.dtype), items], dim=1)  # (B, 1 + T, width)
         slices = context.unflatten(2, (self.config.num_context_layers * self.split, -1)).unbind(2)
@@ -92,77 +91,98 @@ class OneRecV2LazyDecoderLayer(DecoderLayer):
     context_first = True
 
 
-class OneRecV2PreTrainedModel(SemanticIdPreTrainedModel):
-    config: OneRecV2Config
-    _no_split_modules = ["OneRecV2LazyDecoderLayer", "OneRecV2ContextProcessor"]
-
-
-class OneRecV2Model(OneRecV2PreTrainedModel, SemanticIdModel):
+class OneRecV2Model(SemanticIdPreTrainedModel):
     """The context processor and the lazy decoder, without a head."""
 
-    decoder_layer_class = OneRecV2LazyDecoderLayer
+    config: OneRecV2Config
+    _no_split_modules = ["OneRecV2LazyDecoderLayer", "OneRecV2ContextProcessor"]
 
     def __init__(self, config: OneRecV2Config):
         super().__init__(config)
         self.context_processor = OneRecV2ContextProcessor(config)
-        self.build_decoder(config.num_context_layers, num_norms=config.num_levels)
-        buckets = config.position_bias_buckets
-        self.position_bias = nn.Embedding(buckets, config.num_attention_heads) if buckets else None
+        self.decoder = SemanticIdDecoder(
+            config, config.num_context_layers, OneRecV2LazyDecoderLayer, num_norms=config.num_levels
+        )
+        self.position_bias = AgeBias(config) if config.position_bias_buckets else None
         self.post_init()
 
-    def cross_attention_mask(
-        self, context_kv: ContextKV, rows: int, length: int, target_positions: torch.Tensor | None, dtype: torch.dtype
+    def encode_context(
+        self,
+        context_ids: torch.Tensor,
+        context_mask: torch.Tensor | None = None,
+        context_features: torch.Tensor | None = None,
+        user_features: torch.Tensor | None = None,
+    ) -> ContextKV:
+        """Keys and values of the context, once per user; shapes as in `forward`."""
+        return self.context_processor(context_ids, context_mask, context_features, user_features)
+
+    @merge_with_config_defaults
+    @capture_outputs
+    def forward(
+        self,
+        input_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        use_cache: bool | None = None,
+        context_ids: torch.Tensor | None = None,
+        context_mask: torch.Tensor | None = None,
+        context_features: torch.Tensor | None = None,
+        user_features: torch.Tensor | None = None,
+        context_kv: ContextKV | None = None,
+        target_positions: torch.Tensor | None = None,
+        **kwargs,
+    ) -> BaseModelOutputWithPastAndCrossAttentions:
+        r"""
+        Args:
+            input_ids (`torch.LongTensor` of shape (R, C)): BOS and codes. R may be a multiple of the B contexts; the rows of one
+                context are adjacent.
+            context_ids (`torch.LongTensor` of shape (B, T, L)): Token ids of the history, oldest first.
+            context_mask (`torch.BoolTensor` of shape (B, T), *optional*): True for real items.
+            context_features (`torch.LongTensor` of shape (B, T, F), *optional*): As `config.context_features`.
+            user_features (`torch.LongTensor` of shape (B, F_u), *optional*): As `config.user_features`.
+            context_kv (`ContextKV`, *optional*): Instead of the four above, the context encoded before.
+            target_positions (`torch.LongTensor` of shape (R,), *optional*): How many history items each row may see; default all.
+                An item's keys and values depend on that item alone, so one context serves every target.
+        """
+        cache = given_cache(past_key_values, kwargs)
+        check_kwargs(self, kwargs)
+        hidden_states = self.decoder.embed(input_ids, inputs_embeds)
+        context_kv = given_or_encoded(self, context_kv, context_ids, context_mask, context_features, user_features)
+        visible = self.context_mask(context_kv, hidden_states, target_positions)
+        return self.decoder(hidden_states, context_kv, visible, attention_mask, position_ids, cache, use_cache)
+
+    def context_mask(
+        self, context_kv: ContextKV, hidden_states: torch.Tensor, target_positions: torch.Tensor | None
     ) -> torch.Tensor:
         """Additive mask (B, H_kv, groups * m * C, 1 + T): padding, items a target must not see yet, and the bias over ages."""
-        mask = context_kv.mask
-        batch, heads = mask.shape[0], self.config.num_context_key_value_heads
-        order = mask.long().cumsum(1) - 1  # (B, 1 + T) 0 is the static slot, 1.. the items in time order
-        if target_positions is None:
-            seen = order[:, -1:]  # (B, 1): every row sees every item
-        else:
-            if target_positions.numel() != rows:
-                raise ValueError(
-                    f"target_positions has shape {tuple(target_positions.shape)}: expected one number for each of the {rows} rows."
-                )
-            check_range(
-                "target_positions", target_positions, mask.shape[1], "It counts the history items a target sees."
-            )
-            seen = target_positions.view(batch, rows // batch)  # (B, m)
-        age = seen.unsqueeze(2) + 1 - order.unsqueeze(1)  # (B, m, 1 + T), 1 is the most recent item
-        static = order.unsqueeze(1) == 0
-        visible = mask.unsqueeze(1) & ((age > 0) | static)
+        rows, length, _ = hidden_states.shape
+        targets, heads = rows // context_kv.mask.shape[0], self.config.num_context_key_value_heads
+        dtype = context_kv.key_states[0].dtype
         lowest = torch.finfo(dtype).min
+        age, visible = visible_ages(context_kv.mask, target_positions, targets)  # (B, m or 1, 1 + T)
         if self.position_bias is None:
-            bias = (
-                torch.zeros_like(visible, dtype=dtype).masked_fill(~visible, lowest).unsqueeze(1)
-            )  # (B, 1, m, 1 + T)
+            bias = torch.zeros_like(visible, dtype=dtype).masked_fill(~visible, lowest).unsqueeze(1)
         else:
-            bucket = age_buckets(
-                age.masked_fill(static, 0), self.config.position_bias_buckets, self.config.position_bias_max_distance
-            )
-            bias = self.position_bias(bucket).to(dtype).masked_fill(~visible.unsqueeze(3), lowest).permute(0, 3, 1, 2)
+            bias = self.position_bias(age).to(dtype).masked_fill(~visible.unsqueeze(3), lowest).permute(0, 3, 1, 2)
         if bias.shape[1] == heads or bias.shape[1] == 1:  # no grouped heads (or no bias): one mask for all groups
             groups = self.config.num_attention_heads // heads
             if bias.shape[2] == 1:
                 return bias  # the same for every query
             bias = bias.unsqueeze(2).unsqueeze(4).expand(-1, -1, groups, -1, length, -1)
         else:
-            bias = bias.unflatten(1, (heads, -1)).unsqueeze(4).expand(-1, -1, -1, rows // batch, length, -1)
+            bias = bias.unflatten(1, (heads, -1)).unsqueeze(4).expand(-1, -1, -1, targets, length, -1)
         return bias.flatten(2, 4)
 
 
-class OneRecV2ForCausalLM(SemanticIdMixin, OneRecV2PreTrainedModel, GenerationMixin):
-    """
-    OneRec-V2 with its head: `forward` trains, `generate` recommends.
+class OneRecV2ForCausalLM(SemanticIdForCausalLM, GenerationMixin):
+    """OneRec-V2 with its head: `forward` trains, `generate` recommends."""
 
-    `lm_head` is one linear map whose rows are [specials | level 1 | ... | level L]; the paper's position-specific head is the
-    slice of the level (section 2.2.3).
-    """
+    config: OneRecV2Config
 
     def __init__(self, config: OneRecV2Config):
-        super().__init__(config)
-        self.model = OneRecV2Model(config)
-        self.build_head()
+        super().__init__(config, OneRecV2Model(config))
 
 
-__all__ = ["OneRecV2ForCausalLM", "OneRecV2Model", "OneRecV2PreTrainedModel"]
+__all__ = ["OneRecV2ForCausalLM", "OneRecV2Model"]

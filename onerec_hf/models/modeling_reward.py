@@ -4,7 +4,9 @@
 Legend: B users, R = B * n rows (rows of one user adjacent), m candidates of a row, T behaviours, L levels, D width, X objectives.
 """
 
+import os
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -17,14 +19,17 @@ from transformers.utils import can_return_tuple
 from .configuration_onerec import NUM_SPECIAL_TOKENS
 from .configuration_reward import OneRecPScoreConfig, OneRecSessionRewardConfig, RewardConfig
 from .input_checks import check_codes, check_range, checked_context
-from .layers import (
+from .modeling_layers import (
+    AgeBias,
     ContextAttention,
+    ContextEmbedding,
     ContextKV,
     EncoderAttention,
     FeatureEmbedding,
     KeyValueProjection,
-    age_buckets,
+    visible_ages,
 )
+from .parallel import unsharded_class
 
 
 @dataclass
@@ -49,24 +54,20 @@ def _check_item_mask(item_mask: torch.Tensor, item_ids: torch.Tensor) -> None:
         )
 
 
-class TargetAwareItems(nn.Module):
+class TargetAwareItems(ContextEmbedding):
     """
     e_i = v_i (.) u: every candidate together with what the user's behaviours say about it, by target attention (OneRec, eq. 5).
 
-    In front of the behaviours stands one static slot, a learned vector plus the user features, so a user without history has
-    something to attend to. A candidate v_i, its attention over the behaviours a_i, their product and the user go through one
-    non-linear map; the paper only names the operation.
+    In front of the behaviours stands the static slot, so a user without history has something to attend to. A candidate v_i,
+    its attention over the behaviours a_i, their product and the user go through one non-linear map; the paper only names the
+    operation.
     """
 
     def __init__(self, config: RewardConfig):
-        super().__init__()
-        self.config = config
         dim, width = config.context_embed_dim, config.hidden_size
-        self.embed_codes = nn.Embedding(config.vocab_size, dim, config.pad_token_id)
-        self.embed_features = FeatureEmbedding(config.context_features, config, "context_features")
-        self.embed_user = FeatureEmbedding(config.user_features, config, "user_features")
+        super().__init__(config, dim)
         self.embed_item = FeatureEmbedding(config.item_features, config, "item_features")
-        self.context_proj = nn.Linear(config.num_levels * dim + self.embed_features.width, width)
+        self.context_proj = nn.Linear(self.item_width, width)
         self.item_proj = nn.Linear(config.num_levels * dim + self.embed_item.width + len(config.item_numbers), width)
         self.user_proj = nn.Linear(self.embed_user.width, width, bias=False) if config.user_features else None
         self.static_slot = nn.Embedding(1, width)
@@ -74,7 +75,7 @@ class TargetAwareItems(nn.Module):
         self.item_norm = nn.RMSNorm(width, eps=config.rms_norm_eps)
         self.key_values = KeyValueProjection(config, config.num_context_key_value_heads)
         self.attention = ContextAttention(config)
-        self.position_bias = nn.Embedding(config.position_bias_buckets, config.num_attention_heads)
+        self.position_bias = AgeBias(config)
         self.combine = nn.Linear(4 * width, width)
         self.dropout = nn.Dropout(config.dropout)
 
@@ -87,17 +88,11 @@ class TargetAwareItems(nn.Module):
     ) -> tuple[ContextKV, torch.Tensor]:
         """Keys and values of the behaviours, and the user vector (B, D); once per user, for any number of candidates."""
         mask = checked_context(self.config, context_ids, context_mask)
-        codes = self.embed_codes(context_ids).flatten(2)  # (B, T, L * dim)
-        items = self.context_proj(
-            self.dropout(torch.cat([codes, *self.embed_features(context_features, context_ids.shape[:2])], dim=-1))
-        )
-        user = self.static_slot(context_ids.new_zeros(len(context_ids)))
-        features = self.embed_user(user_features, context_ids.shape[:1])
-        if self.user_proj is not None:
-            user = user + self.user_proj(self.dropout(torch.cat(features, dim=-1)))
-        states = self.context_norm(torch.cat([user.unsqueeze(1), F.silu(items)], dim=1))  # (B, 1 + T, D)
+        items = self.context_proj(self.dropout(self.item_vectors(context_ids, context_features)))
+        user = self.static_vector(context_ids, user_features, self.dropout)  # (B, 1, D)
+        states = self.context_norm(torch.cat([user, F.silu(items)], dim=1))  # (B, 1 + T, D)
         key, value = self.key_values(states)
-        return ContextKV(key_states=(key,), value_states=(value,), mask=F.pad(mask, (1, 0), value=True)), user
+        return ContextKV(key_states=(key,), value_states=(value,), mask=F.pad(mask, (1, 0), value=True)), user[:, 0]
 
     def forward(
         self,
@@ -145,24 +140,8 @@ class TargetAwareItems(nn.Module):
 
     def _mask(self, mask, queries: int, target_positions):
         """Additive (B, H, n * m or 1, 1 + T): padding, behaviours after the candidate, and the bias over ages."""
-        order = mask.long().cumsum(1) - 1  # (B, 1 + T): 0 is the static slot, 1.. the behaviours in time order
-        if target_positions is not None:
-            if target_positions.numel() != len(mask) * queries:
-                raise ValueError(
-                    f"target_positions has shape {tuple(target_positions.shape)}: expected one number for each candidate, "
-                    f"{len(mask) * queries} in all."
-                )
-            check_range(
-                "target_positions", target_positions, mask.shape[1], "It counts the behaviours a candidate sees."
-            )
-        seen = order[:, -1:] if target_positions is None else target_positions.reshape(len(mask), queries)
-        age = seen.unsqueeze(2) + 1 - order.unsqueeze(1)  # 1 is the most recent behaviour
-        static = order.unsqueeze(1) == 0
-        visible = mask.unsqueeze(1) & ((age > 0) | static)
-        bucket = age_buckets(
-            age.masked_fill(static, 0), self.config.position_bias_buckets, self.config.position_bias_max_distance
-        )
-        bias = self.position_bias(bucket).masked_fill(~visible.unsqueeze(3), torch.finfo(torch.float32).min / 2)
+        age, visible = visible_ages(mask, target_positions, queries, "candidates")
+        bias = self.position_bias(age).masked_fill(~visible.unsqueeze(3), torch.finfo(torch.float32).min / 2)
         return bias.permute(0, 3, 1, 2)
 
 
@@ -186,11 +165,16 @@ class RewardPreTrainedModel(PreTrainedModel):
     _supports_attention_backend = True
     _no_split_modules = ["TargetAwareItems"]
 
+    def save_pretrained(self, save_directory: str | os.PathLike, *args: Any, **kwargs: Any) -> None:
+        """As `PreTrainedModel.save_pretrained`; of a model that FSDP2 has sharded, give the gathered `state_dict`."""
+        with unsharded_class(self):
+            super().save_pretrained(save_directory, *args, **kwargs)
+
     @torch.no_grad()
     def _init_weights(self, module):
         super()._init_weights(module)
-        if isinstance(module, TargetAwareItems):
-            init.zeros_(module.position_bias.weight)
+        if isinstance(module, AgeBias):
+            init.zeros_(module.weight)
 
     def weighted_loss(self, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         """sum over objectives of w^xtr BCE(y^xtr, sigmoid(logits^xtr)), mean over the rows (N, X) whose label is known."""

@@ -1,49 +1,53 @@
-"""What every OneRec model shares: the decoder over a context, one head over [specials | level 1 | ... | level L], and
-log-probabilities that normalise within a level.
+"""What every OneRec model with a head shares: log-probabilities within a level, recommending items, forward and loss.
 
 OneRec Technical Report, section 2.2.3 (arXiv:2506.13695); OneRec-V2, section 2.2 (arXiv:2508.20900). Legend: B users, T context
-positions, R = B * m rows (rows of one user adjacent), C decoder tokens, L levels, V_l codes of level l, D width.
+positions, R = B * m rows (rows of one user adjacent), C decoder tokens, L levels, V_l codes of level l, D width, N items of the
+catalogue, K beams, m items of a session.
 """
 
-from typing import Any
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 from transformers import initialization as init
-from transformers.cache_utils import Cache, DynamicCache
-from transformers.masking_utils import create_causal_mask
-from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttentions
+from transformers.cache_utils import Cache
+from transformers.modeling_outputs import CausalLMOutputWithCrossAttentions, ModelOutput
 from transformers.modeling_utils import PreTrainedModel
 from transformers.utils import can_return_tuple
-from transformers.utils.generic import merge_with_config_defaults
-from transformers.utils.output_capturing import OutputRecorder, capture_outputs
+from transformers.utils.output_capturing import OutputRecorder
 
+from .beam_search import beam_search
 from .catalogue import Catalogue
 from .configuration_onerec import SemanticIdConfig
 from .generation_semantic_id import CatalogueGenerationMixin
-from .input_checks import check_codes, check_kwargs, check_range, check_targets, checked_labels
-from .layers import (
+from .input_checks import check_codes, check_finite, check_generate, check_targets, checked_labels
+from .modeling_layers import (
+    CACHE,
+    AgeBias,
     ContextAttention,
     ContextKV,
     DecoderLayer,
     EncoderAttention,
-    FeedForward,
     LevelHead,
-    PositionRMSNorm,
     SelfAttention,
+    SemanticIdDecoder,
+    given_cache,
 )
-from .modeling_outputs import SemanticIdCausalLMOutput, recorded
-from .moe import Experts, Router, SparseMoE
+from .moe import Experts, Router
+from .parallel import unsharded_class
 
 
 class SemanticIdPreTrainedModel(PreTrainedModel):
     config: SemanticIdConfig
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
+    gradient_checkpointing = False  # where transformers looks before it switches the cache off
     accepts_loss_kwargs = False  # the loss is a mean of its own: `Trainer` divides it by the accumulation steps
-    _no_split_modules = ["DecoderLayer", "EncoderLayer"]
-    _skip_keys_device_placement = ["past_key_values", "context_kv"]
+    _skip_keys_device_placement = ["past_key_values", "cache", "context_kv"]
     _supports_sdpa = True
     # transformers' flash path unpads queries by the key mask: wrong for a padded context (T5 and Mllama say no as well)
     _supports_flash_attn = False
@@ -62,9 +66,26 @@ class SemanticIdPreTrainedModel(PreTrainedModel):
         if config.has_experts:
             self._keep_in_fp32_modules_strict = ["e_score_correction_bias"]
 
+    def save_pretrained(self, save_directory: str | os.PathLike, *args: Any, **kwargs: Any) -> None:
+        """As `PreTrainedModel.save_pretrained`; of a model that FSDP2 has sharded, give the gathered `state_dict`."""
+        with unsharded_class(self):
+            super().save_pretrained(save_directory, *args, **kwargs)
+
     def _can_set_experts_implementation(self) -> bool:  # type: ignore[override]
         # no class method: whether there are experts is in the config. transformers looks for the decorator in the model's own file
         return self.config.has_experts
+
+    @property
+    def _decoder(self) -> SemanticIdDecoder:
+        return getattr(self, self.base_model_prefix, self).decoder  # type: ignore[return-value]
+
+    def get_input_embeddings(self) -> nn.Module:
+        """Embeddings of the decoder's tokens."""
+        return self._decoder.embed_tokens
+
+    def set_input_embeddings(self, value: Any) -> None:
+        """Puts a module in the place of the decoder's token embeddings."""
+        self._decoder.embed_tokens = value
 
     @torch.no_grad()
     def _init_weights(self, module):
@@ -75,158 +96,87 @@ class SemanticIdPreTrainedModel(PreTrainedModel):
         elif isinstance(module, Experts):
             init.normal_(module.gate_up_proj, std=self.config.initializer_range)
             init.normal_(module.down_proj, std=self.config.initializer_range)
-        elif isinstance(module, SemanticIdModel) and module.position_bias is not None:
-            init.zeros_(module.position_bias.weight)
+        elif isinstance(module, AgeBias):
+            init.zeros_(module.weight)
 
 
-class SemanticIdModel(SemanticIdPreTrainedModel):
+@dataclass
+class SemanticIdCausalLMOutput(CausalLMOutputWithCrossAttentions):
     """
-    A decoder over codes that attends to a context; a subclass says what encodes the context and how it is masked.
-
-    A subclass's `__init__` calls `build_decoder` after it has set `context_processor`.
+    Args:
+        loss (`torch.FloatTensor` of shape (1,)): Negative log-probability of the codes, in nats (`config.loss_reduction`).
+        logits (`torch.FloatTensor` of shape (R, C, vocab_size)): Scores of the next token; everything outside the level that
+            comes next is the lowest finite number, so a softmax over the vocabulary is the softmax over the level.
+        target_log_probs (`torch.FloatTensor` of shape (B, n, L)): Log-probability of each code of each target, in nats; with
+            `labels` of shape (R, items, L), one row per row of `input_ids`.
+        router_logits (`tuple[torch.FloatTensor]`): With `output_router_logits=True`, one (tokens, experts) tensor per mixture.
     """
 
-    decoder_layer_class = DecoderLayer
-    context_processor: nn.Module
-    embed_positions: nn.Embedding | None  # of the tokens of a session
-    position_bias: nn.Embedding | None  # over the ages of context items
-
-    def build_decoder(self, num_context_sets: int, num_norms: int = 1) -> None:
-        """`num_context_sets` key/value sets are shared out evenly over the blocks: floor(l * sets / blocks) (OneRec-V2, 2.2.3)."""
-        config = self.config
-        self.embed_positions = self.position_bias = None
-        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, config.pad_token_id)
-        self.dropout = nn.Dropout(config.dropout)
-        self.layers = nn.ModuleList(
-            [
-                self.decoder_layer_class(
-                    config,
-                    layer,
-                    SparseMoE(config)
-                    if config.is_moe_layer(layer)
-                    else FeedForward(config.hidden_size, config.intermediate_size, config.gated_mlp),
-                    context_set=layer * num_context_sets // config.num_hidden_layers,
-                )
-                for layer in range(config.num_hidden_layers)
-            ]
-        )
-        self.norm = PositionRMSNorm(num_norms, config.hidden_size, config.rms_norm_eps)
-        self.gradient_checkpointing = False
-
-    def encode_context(
-        self,
-        context_ids: torch.Tensor,
-        context_mask: torch.Tensor | None = None,
-        context_features: torch.Tensor | None = None,
-        user_features: torch.Tensor | None = None,
-    ) -> ContextKV:
-        """Keys and values of the context, once per user; shapes as in `forward`."""
-        return self.context_processor(context_ids, context_mask, context_features, user_features)
-
-    def cross_attention_mask(
-        self, context_kv: ContextKV, rows: int, length: int, target_positions: torch.Tensor | None, dtype: torch.dtype
-    ) -> torch.Tensor:
-        """Additive mask, broadcastable to (B, H_kv, groups * m * C, T): padding."""
-        if target_positions is not None:
-            raise ValueError(
-                f"target_positions: the encoder of {type(self).__name__} mixes the items of a context, so every target sees all of "
-                "them. Give one row per target, with the items before it as context."
-            )
-        mask = context_kv.mask[:, None, None]
-        return torch.zeros_like(mask, dtype=dtype).masked_fill(~mask, torch.finfo(dtype).min)
-
-    @merge_with_config_defaults
-    @capture_outputs
-    def forward(
-        self,
-        input_ids: torch.Tensor | None = None,
-        attention_mask: torch.Tensor | None = None,
-        position_ids: torch.Tensor | None = None,
-        past_key_values: Cache | None = None,
-        inputs_embeds: torch.Tensor | None = None,
-        use_cache: bool | None = None,
-        context_ids: torch.Tensor | None = None,
-        context_mask: torch.Tensor | None = None,
-        context_features: torch.Tensor | None = None,
-        user_features: torch.Tensor | None = None,
-        context_kv: ContextKV | None = None,
-        target_positions: torch.Tensor | None = None,
-        **kwargs,
-    ) -> BaseModelOutputWithPastAndCrossAttentions:
-        r"""
-        Args:
-            input_ids (`torch.LongTensor` of shape (R, C)): BOS and codes. R may be a multiple of the B contexts; the rows of one
-                context are adjacent.
-            context_ids (`torch.LongTensor` of shape (B, T, L)): Token ids of the history, oldest first.
-            context_mask (`torch.BoolTensor` of shape (B, T), *optional*): True for real items.
-            context_features (`torch.LongTensor` of shape (B, T, F), *optional*): As `config.context_features`.
-            user_features (`torch.LongTensor` of shape (B, F_u), *optional*): As `config.user_features`.
-            context_kv (`ContextKV`, *optional*): Instead of the four above, the context encoded before.
-            target_positions (`torch.LongTensor` of shape (R,), *optional*): OneRec-V2 only: how many history items each row may
-                see; default all. An item's keys and values depend on that item alone, so one context serves every target.
-        """
-        check_kwargs(self, kwargs)
-        if (input_ids is None) == (inputs_embeds is None):
-            raise ValueError("give exactly one of input_ids and inputs_embeds.")
-        if inputs_embeds is None:
-            check_range(
-                "input_ids", input_ids, self.config.vocab_size, "Rows are BOS and codes plus config.level_offsets."
-            )
-            inputs_embeds = self.embed_tokens(input_ids)
-        rows, length, _ = inputs_embeds.shape
-        if context_kv is None:
-            context_kv = self.encode_context(context_ids, context_mask, context_features, user_features)
-        if rows % context_kv.mask.shape[0]:
-            raise ValueError(f"{rows} rows of input_ids cannot share {context_kv.mask.shape[0]} contexts evenly.")
-        if use_cache and past_key_values is None:
-            past_key_values = DynamicCache(config=self.config)
-        # before the default positions: given ones are searched for packed rows, which reads a tensor back
-        causal_mask = create_causal_mask(
-            config=self.config,
-            inputs_embeds=inputs_embeds,
-            attention_mask=attention_mask,
-            past_key_values=past_key_values,
-            position_ids=position_ids,
-        )
-        if position_ids is None:
-            past = past_key_values.get_seq_length() if past_key_values is not None else 0
-            position_ids = torch.arange(past, past + length, device=inputs_embeds.device).unsqueeze(0)
-        dtype = context_kv.key_states[0].dtype
-        cross_mask = self.cross_attention_mask(context_kv, rows, length, target_positions, dtype)
-        # CUDA's fused attention is taken where positions are adjacent, and copies no mask where its rows start at multiples of 8;
-        # never without padding, so that an export need not know whether there is any
-        positions = cross_mask.shape[-1]
-        cross_mask = F.pad(cross_mask.contiguous(), (0, 8 - positions % 8))[..., :positions]
-        hidden_states = inputs_embeds
-        if self.embed_positions is not None:
-            hidden_states = hidden_states + self.embed_positions(position_ids)
-        hidden_states = self.dropout(hidden_states)
-        layer: Any
-        for layer in self.layers:
-            hidden_states = layer(
-                hidden_states,
-                context_kv.key_states[layer.context_set],
-                context_kv.value_states[layer.context_set],
-                cross_mask,  # positional, as all that carries gradients: reentrant checkpointing asks for it
-                attention_mask=causal_mask,
-                past_key_values=past_key_values,
-            )
-        hidden_states = self.norm(hidden_states, position_ids % (self.config.num_levels + 1))
-        return BaseModelOutputWithPastAndCrossAttentions(
-            last_hidden_state=hidden_states, past_key_values=past_key_values
-        )
+    target_log_probs: torch.Tensor | None = None
+    router_logits: tuple[torch.Tensor, ...] | None = None
 
 
-class SemanticIdMixin(CatalogueGenerationMixin):
-    """Head, loss, catalogue and `generate` of a model whose `self.model` turns a context and codes into hidden states."""
+def recorded(outputs: ModelOutput) -> dict[str, Any]:
+    """What a base model was asked to record, under the names of [`SemanticIdCausalLMOutput`]."""
+    names = ("hidden_states", "attentions", "cross_attentions", "router_logits")
+    return {name: outputs.get(name) for name in names}
 
-    def build_head(self) -> None:
-        """`lm_head`, and a generation config that stops after the last code."""
-        self.lm_head = LevelHead(self.config.hidden_size, self.config.vocab_size, bias=False)
+
+class RecommendedItems(NamedTuple):
+    """
+    Args:
+        items (`torch.LongTensor` of shape (B, k), sessions (B, k, m)): Item indices of the catalogue, best first, -1 for none.
+        scores (`torch.FloatTensor` of shape (B, k)): Natural log-probability of the semantic IDs of an item, or of all items of a
+            session; `-inf` for none.
+    """
+
+    items: torch.Tensor
+    scores: torch.Tensor
+
+
+class SemanticIdForCausalLM(CatalogueGenerationMixin, SemanticIdPreTrainedModel):
+    """
+    Head, loss, catalogue and `generate` around a base model that turns a context and codes into hidden states.
+
+    `lm_head` is one linear map whose rows are [specials | level 1 | ... | level L]; OneRec-V2's position-specific head is the slice
+    of the level (section 2.2.3). A subclass also names `GenerationMixin` among its bases, where transformers looks for it.
+    """
+
+    def __init__(self, config: Any, model: SemanticIdPreTrainedModel):
+        super().__init__(config)
+        self.model = model
+        self.lm_head = LevelHead(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
-        self.generation_config.max_new_tokens = self.config.num_levels
+        self.num_items = config.num_session_items if config.session_wise else 1
+        self.generation_config.max_new_tokens = self.num_items * (config.num_levels + 1) - 1
         # `transformers.Trainer` counts the codes in `labels`; its count fits a loss that is a mean over codes, and no other
-        self.accepts_loss_kwargs = self.config.loss_reduction == "mean"
+        self.accepts_loss_kwargs = config.loss_reduction == "mean"
+
+    def _require_catalogue(self, catalogue: Catalogue | None = None) -> Catalogue:
+        catalogue = catalogue if catalogue is not None else self.catalogue
+        if catalogue is None:
+            raise ValueError(
+                f"{type(self).__name__} has no catalogue. Set `model.catalogue = Catalogue(semantic_ids, codebook_sizes, "
+                "item_ids)`, pass `catalogue=...`, or, in `generate`, `constrained=False` for codes without a check."
+            )
+        if catalogue.codebook_sizes != self.config.codebook_sizes:
+            raise ValueError(
+                f"the catalogue has codebook_sizes={catalogue.codebook_sizes}, the model {self.config.codebook_sizes}: they "
+                "come from different semantic IDs. Use the catalogue that the model was trained with."
+            )
+        # where the head computes; under offloading its weights lie elsewhere
+        hook = getattr(self.lm_head, "_hf_hook", None)
+        return catalogue.to(getattr(hook, "execution_device", self.lm_head.weight.device))
+
+    def encode_context(self, **inputs) -> ContextKV:
+        """Keys and values of the context, once per user; the inputs are those of `context_input_names`."""
+        return self.model.encode_context(**inputs)
+
+    def next_hidden(self, tokens: torch.Tensor, context_kv: ContextKV, cache: Any) -> torch.Tensor:
+        """Last hidden state (R, D) after C more tokens (R, C) per row; `cache` grows by C positions."""
+        return self.model(tokens, context_kv=context_kv, past_key_values=cache, use_cache=True).last_hidden_state[
+            :, -1
+        ]
 
     # ---- the one place where scores become log-probabilities -----------------------------------------------------------
 
@@ -259,6 +209,25 @@ class SemanticIdMixin(CatalogueGenerationMixin):
             logits = logits.masked_fill(~valid.scatter_(1, spare, True)[:, :-1], torch.finfo(torch.float32).min)
         return logits.log_softmax(-1)
 
+    def level_distributions(self, hidden_states: torch.Tensor, token_ids: torch.Tensor) -> Iterator[torch.Tensor]:
+        """
+        The walk over the levels of given codes: the log-probabilities of every code of a level, behind the codes before it.
+
+        Args:
+            hidden_states (`torch.FloatTensor` of shape (R, L, D)): Position l is the one before code l.
+            token_ids (`torch.LongTensor` of shape (R, L)): Tokens of the codes; rows of pad tokens give meaningless numbers.
+
+        Yields:
+            `torch.FloatTensor` of shape (R, V_l) for each level l, in nats, one at a time: together they can be large.
+        """
+        node = None
+        check_codes(self.config, "target", token_ids, (self.config.pad_token_id, -100))
+        for level, offset in enumerate(self.config.level_offsets):
+            yield self.level_log_probs(hidden_states[:, level], level, node)
+            if self.config.score_normalization == "valid" and level + 1 < self.config.num_levels:
+                code = (token_ids[:, level] - offset).clamp(min=0)
+                node = self._require_catalogue().step(node, level, code).clamp(min=0)
+
     def code_log_probs(self, hidden_states: torch.Tensor, token_ids: torch.Tensor) -> torch.Tensor:
         """
         Log-probability of given codes: what the loss, preference losses, RL ratios and beam scores are made of.
@@ -270,15 +239,9 @@ class SemanticIdMixin(CatalogueGenerationMixin):
         Returns:
             `torch.FloatTensor` of shape (R, L), in nats.
         """
-        result, node = [], None
-        check_codes(self.config, "target", token_ids, (self.config.pad_token_id, -100))
-        for level, offset in enumerate(self.config.level_offsets):
-            code = (token_ids[:, level] - offset).clamp(min=0)
-            log_probs = self.level_log_probs(hidden_states[:, level], level, node)
-            result.append(log_probs.gather(1, code.unsqueeze(1)))
-            if self.config.score_normalization == "valid" and level + 1 < self.config.num_levels:
-                node = self._require_catalogue().step(node, level, code).clamp(min=0)
-        return torch.cat(result, dim=1)
+        codes = token_ids - torch.tensor(self.config.level_offsets, device=token_ids.device)
+        levels = zip(self.level_distributions(hidden_states, token_ids), codes.clamp(min=0).unbind(1))
+        return torch.stack([log_probs.gather(1, code.unsqueeze(1))[:, 0] for log_probs, code in levels], dim=1)
 
     def row_log_probs(self, hidden_states: torch.Tensor, token_ids: torch.Tensor) -> torch.Tensor:
         """
@@ -325,6 +288,64 @@ class SemanticIdMixin(CatalogueGenerationMixin):
         inside = torch.where(ends, token == follower.unsqueeze(-1), inside)
         return logits.masked_fill(~inside, torch.finfo(logits.dtype).min)
 
+    # ---- recommending --------------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def recommend_items(
+        self,
+        k: int = 10,
+        *,
+        num_beams: int | None = None,
+        allowed_items: torch.Tensor | None = None,
+        num_session_items: int | None = None,
+        catalogue: Catalogue | None = None,
+        **context: Any,
+    ) -> RecommendedItems:
+        r"""
+        The `k` best items of each user, or the `k` best sessions.
+
+        The items of one semantic ID follow each other, popular ones first, and share its score. In a session, the most popular
+        allowed item of a semantic ID stands for all of them.
+
+        Args:
+            k (`int`, defaults to 10): Items, or sessions, per user.
+            num_beams (`int`, *optional*, defaults to the larger of `k` and 50): K, the width of the search.
+            allowed_items (`torch.BoolTensor` of shape (B, N) or (1, N), *optional*): Items each user may get.
+            num_session_items (`int`, *optional*): m; returns sessions of m different items, in order. Left out, single items.
+            catalogue (`Catalogue`, *optional*): Instead of the model's own.
+            context: `context_ids` (B, T, L), `context_mask`, `context_features`, `user_features`, or `context_kv`.
+
+        Returns:
+            [`RecommendedItems`].
+
+        Raises:
+            ValueError: For a model in training mode; the mode is not changed here, since other threads may share the model. With
+                `k` above `num_beams`, without a catalogue, for a context or a mask of the wrong shape.
+        """
+        if self.training:
+            raise ValueError("the model is in training mode, with dropout: call `model.eval()` before you search.")
+        width, length = max(k, 50) if num_beams is None else num_beams, num_session_items or 1
+        if k < 1 or k > width:
+            raise ValueError(f"k={k} with num_beams={width}: at least 1, and at most num_beams.")
+        if unknown := sorted(set(context) - {*self.context_input_names, "context_kv"}):
+            raise TypeError(
+                f"recommend_items does not know {unknown}; a context has {list(self.context_input_names)}."
+            )
+        batch = check_generate(self.config, None, None, context, length)
+        catalogue = self._require_catalogue(catalogue)
+        allowed = None if allowed_items is None else allowed_items.to(catalogue.device)
+        context_kv = context.pop("context_kv", None)
+        if context_kv is None:
+            context_kv = self.encode_context(**context)
+        found = beam_search(self, catalogue, context_kv, width, allowed, length)
+        check_finite(found.scores, f"{type(self).__name__}.recommend_items")
+        if num_session_items is not None:
+            items = catalogue.item_of_each(found.leaves[:, :k].flatten(1), allowed).view(batch, k, length)
+            return RecommendedItems(items, found.scores[:, :k])
+        items, beam = catalogue._ranked_items(found.leaves[:, :, 0], k, allowed)
+        scores = found.scores.gather(1, beam.clamp(min=0)).masked_fill(items < 0, float("-inf"))
+        return RecommendedItems(items, scores)
+
     # ---- training ------------------------------------------------------------------------------------------------------
 
     @can_return_tuple
@@ -366,22 +387,22 @@ class SemanticIdMixin(CatalogueGenerationMixin):
             [`SemanticIdCausalLMOutput`]; the loss is -log p(s^l | BOS, s^{<l}, context), summed over the codes of a row (OneRec
             eq. 1; Technical Report, L_NTP) or averaged (OneRec-V2, L_Gen). With `target_ids` there are no `logits`.
         """
+        past_key_values = given_cache(past_key_values, kwargs)
         context: dict[str, Any]
         context = {"context_ids": context_ids, "context_mask": context_mask, "context_features": context_features}
         context |= {"user_features": user_features, "context_kv": context_kv}
+        if target_positions is not None:  # a model whose encoder mixes the items refuses it
+            context["target_positions"] = target_positions.flatten()
         if target_ids is not None:
-            others: dict[str, Any] = {
-                "input_ids": input_ids,
-                "attention_mask": attention_mask,
-                "position_ids": position_ids,
-            }
-            others |= {"past_key_values": past_key_values, "inputs_embeds": inputs_embeds, "labels": labels}
-            others |= {"shift_labels": shift_labels, "use_cache": use_cache or None}
+            others: dict[str, Any] = {"input_ids": input_ids, "inputs_embeds": inputs_embeds, "labels": labels}
+            others |= {"shift_labels": shift_labels, "attention_mask": attention_mask, "position_ids": position_ids}
+            others |= {"past_key_values": past_key_values, "use_cache": use_cache or None}
+            whole = isinstance(logits_to_keep, int) and logits_to_keep == 0
+            others["logits_to_keep"] = None if whole else logits_to_keep
             check_targets(self.config, target_ids, target_positions, others)
             rows = F.pad(target_ids, (1, 0), value=self.config.bos_token_id)  # (B, n, L + 1)
             rows = rows.flatten(1) if self.config.session_wise else rows.flatten(0, 1)
-            positions = None if target_positions is None else target_positions.flatten()
-            outputs = self.model(rows[:, :-1], target_positions=positions, use_cache=False, **context, **kwargs)
+            outputs = self.model(rows[:, :-1], use_cache=False, **context, **kwargs)
             log_probs = self.row_log_probs(outputs.last_hidden_state, rows).view(target_ids.shape)
             real = target_ids != self.config.pad_token_id
             loss = self._loss(log_probs, real, num_items_in_batch)
@@ -394,7 +415,6 @@ class SemanticIdMixin(CatalogueGenerationMixin):
             past_key_values=past_key_values,
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
-            target_positions=target_positions,
             **context,
             **kwargs,
         )
@@ -418,7 +438,7 @@ class SemanticIdMixin(CatalogueGenerationMixin):
             loss=loss,
             logits=logits,
             target_log_probs=log_probs,
-            past_key_values=outputs.past_key_values,
+            **{CACHE: outputs.get(CACHE)},
             **recorded(outputs),
         )
 
@@ -442,4 +462,4 @@ class SemanticIdMixin(CatalogueGenerationMixin):
         )
 
 
-__all__ = ["SemanticIdCausalLMOutput", "SemanticIdMixin", "SemanticIdModel", "SemanticIdPreTrainedModel"]
+__all__ = ["RecommendedItems", "SemanticIdCausalLMOutput", "SemanticIdForCausalLM", "SemanticIdPreTrainedModel"]

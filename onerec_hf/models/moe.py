@@ -1,4 +1,4 @@
-"""Sparse mixture of experts: router, SwiGLU experts, shared experts, loss-free balancing.
+"""Feed-forwards: dense, and the sparse mixture of experts with router, SwiGLU experts, shared experts, loss-free balancing.
 
 OneRec eq. 2 (arXiv:2502.18965); OneRec Technical Report, section 2.2.3 (arXiv:2506.13695); OneRec-V2, section 2.2.3
 (arXiv:2508.20900). Balancing: DeepSeek-V3, section 2.1.2 (arXiv:2412.19437). Legend: S tokens, D width, E experts.
@@ -11,7 +11,19 @@ import torch.nn.functional as F
 from torch import nn
 from transformers.integrations import use_experts_implementation
 
-from .layers import FeedForward
+
+class FeedForward(nn.Module):
+    """down(silu(gate(x)) * up(x)), or, without a gate, down(silu(up(x)))."""
+
+    def __init__(self, hidden_size: int, intermediate_size: int, gated: bool):
+        super().__init__()
+        self.gate_proj = nn.Linear(hidden_size, intermediate_size, bias=False) if gated else None
+        self.up_proj = nn.Linear(hidden_size, intermediate_size, bias=False)
+        self.down_proj = nn.Linear(intermediate_size, hidden_size, bias=False)
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        up = self.up_proj(hidden_states)
+        return self.down_proj(F.silu(up) if self.gate_proj is None else F.silu(self.gate_proj(hidden_states)) * up)
 
 
 class Router(nn.Module):
@@ -130,4 +142,4 @@ def balance_experts(model: nn.Module, rate: float) -> dict[str, float]:
     return dict(zip((name.removesuffix(".gate") for name in routers), violation))
 
 
-__all__ = ["Experts", "Router", "SparseMoE", "balance_experts"]
+__all__ = ["Experts", "FeedForward", "Router", "SparseMoE", "balance_experts"]

@@ -12,6 +12,7 @@ from .functions import (
     is_legal,
     select_for_format,
 )
+from .reward_model import RewardModel
 
 __all__ = [
     "CandidateCollator",
@@ -19,6 +20,7 @@ __all__ = [
     "HitReward",
     "IndustrialReward",
     "ModelReward",
+    "RewardModel",
     "WeightedSum",
     "completion_leaves",
     "duration_aware_advantages",

@@ -4,13 +4,14 @@ OneRec, reward model (arXiv:2502.18965, eq. 5 to 7); OneRec Technical Report, P-
 completions of a sample, m items of a completion.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 
 from ..models.catalogue import Catalogue
-from .functions import completion_leaves, is_legal, num_groups, own_column
+from .functions import completion_leaves, is_legal
 
 
 class ModelReward:
@@ -22,27 +23,25 @@ class ModelReward:
             with such `rewards` (as our reward models do).
         collate (`Callable[[list[dict]], dict]`): Tensors from B rows, one per **sample**: its own columns, and `completion_ids`,
             the list of its G completions. So the context is encoded once for all completions of a sample.
-        num_generations (`int`): G, completions per sample, adjacent.
-        sample_column (`str`, defaults to `"user"`): A column that tells samples apart; it must be one value inside a group.
         batch_size (`int`, defaults to 64): Samples per call of `score`.
         catalogue (`Catalogue`, *optional*): The policy's. Then a completion that spells no item, or a session with one that does
             not exist, has no reward (`None`), whatever `score` says of it.
 
+    Completions of one sample are adjacent; where one sample ends and the next begins is seen from their columns.
+
     Raises:
-        ValueError: When the groups are not the samples', or a score is NaN or infinite; the message names the first row.
+        ValueError: When a score is NaN or infinite; the message names the first row.
     """
 
     def __init__(
         self,
         score: Callable,
         collate: Callable,
-        num_generations: int,
-        sample_column: str = "user",
         batch_size: int = 64,
         catalogue: Catalogue | None = None,
     ):
-        self.score, self.collate, self.num_generations = score, collate, num_generations
-        self.sample_column, self.batch_size, self.catalogue = sample_column, batch_size, catalogue
+        self.score, self.collate = score, collate
+        self.batch_size, self.catalogue = batch_size, catalogue
         self.__name__ = "reward_model"
 
     @torch.no_grad()
@@ -53,22 +52,16 @@ class ModelReward:
         completion_ids: Sequence[Sequence[int]] = (),
         **columns,
     ) -> Sequence[float | None]:
-        size, total = self.num_generations, len(completion_ids)
+        total = len(completion_ids)
         if not total:
             return []
-        starts = range(0, num_groups(total, size) * size, size)
-        samples = own_column(columns, self.sample_column, total)
-        if mixed := [start for start in starts if any(samples[start] != other for other in samples[start:][:size])]:
-            raise ValueError(
-                f"completions {mixed[0]} to {mixed[0] + size - 1} belong to different samples (column {self.sample_column!r}): "
-                f"num_generations={size} is not the trainer's."
-            )
         own = {
             name: values for name, values in columns.items() if isinstance(values, Sequence) and len(values) == total
         }
+        size = _group_size(own, total)
         rows = [
             {name: values[start] for name, values in own.items()} | {"completion_ids": completion_ids[start:][:size]}
-            for start in starts
+            for start in range(0, total, size)
         ]
         rewards = torch.cat([self._score(rows[i : i + self.batch_size]) for i in range(0, len(rows), self.batch_size)])
         if len(rewards) != total:
@@ -86,6 +79,29 @@ class ModelReward:
     def _score(self, rows: list[dict]) -> torch.Tensor:
         found = self.score(**self.collate(rows))
         return (found.rewards if hasattr(found, "rewards") else found).float().reshape(-1)
+
+
+_PER_COMPLETION = {
+    "prompts",
+    "completions",
+    "completion_ids",
+    "sample_log_probs",
+}  # all others are those of the sample
+
+
+def _group_size(columns: dict[str, Sequence], total: int) -> int:
+    """The largest G for which every G adjacent completions are of one sample: what stands in its columns is the same."""
+    samples = [values for name, values in columns.items() if name not in _PER_COMPLETION]
+    starts = [i for i in range(1, total) if not all(_equal(values[i - 1], values[i]) for values in samples)]
+    return math.gcd(*(end - start for start, end in zip([0, *starts], [*starts, total])))
+
+
+def _equal(one: Any, other: Any) -> bool:
+    if one is other:
+        return True
+    if hasattr(one, "shape") and hasattr(other, "shape"):
+        return one.shape == other.shape and bool((one == other).all())
+    return bool(one == other)
 
 
 class CandidateCollator:
@@ -152,7 +168,6 @@ def reward_of_model(
     reward_model: Any,
     collator: Any,
     policy: Any,
-    num_generations: int,
     catalogue: Catalogue | None = None,
     batch_size: int = 64,
 ) -> ModelReward:
@@ -164,7 +179,6 @@ def reward_of_model(
             or one for each item of it (P-Score), whose mean then counts.
         collator: See [`CandidateCollator`].
         policy: The OneRec model that generates.
-        num_generations (`int`): Completions per sample, adjacent: `num_candidates` of [`IPAConfig`].
         catalogue (`Catalogue`, *optional*): The one that the reward model was trained with, to be compared with the policy's beside
             the fingerprint in the reward model's config.
         batch_size (`int`, defaults to 64): Samples per call of the reward model.
@@ -187,7 +201,7 @@ def reward_of_model(
     reward_model.eval()
     collate = CandidateCollator(collator, own, reward_model.device)
     score = lambda **batch: _score(reward_model, batch)  # noqa: E731
-    return ModelReward(score, collate, num_generations, batch_size=batch_size, catalogue=own)
+    return ModelReward(score, collate, batch_size, own)
 
 
 __all__ = ["CandidateCollator", "ModelReward", "reward_of_model"]

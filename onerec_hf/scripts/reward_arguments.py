@@ -134,4 +134,4 @@ def reward_function(
 ) -> RewardFunction:
     """The reward model of a folder that `onerec reward` wrote, as a reward function for the policy's completions."""
     model, collator, catalogue = load_reward(folder, data, policy_data)
-    return reward_of_model(model, collator, policy, num_generations, catalogue)
+    return reward_of_model(model, collator, policy, catalogue)

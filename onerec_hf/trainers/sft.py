@@ -123,7 +123,7 @@ class OneRecSFTTrainer(RepositoryMixin):
         return count.clamp(min=1)
 
     def _loss_items(self, batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
-        """What the loss of a batch is a mean over ([`~models.SemanticIdMixin.loss_items`])."""
+        """What the loss of a batch is a mean over ([`~models.SemanticIdForCausalLM.loss_items`])."""
         policy = self.accelerator.unwrap_model(self.model)
         policy = policy.get_base_model() if hasattr(policy, "peft_config") else policy
         if "target_ids" in batch:

@@ -1,7 +1,9 @@
-"""Blocks that the OneRec models share: attention over a shared context, self-attention, feed-forward, encoder and decoder blocks.
+"""Blocks that the OneRec models share: attention over a shared context, encoder and decoder blocks, the embedding of a context,
+and the decoder over codes.
 
 OneRec Technical Report, section 2.2 (arXiv:2506.13695); OneRec-V2, section 2.2 (arXiv:2508.20900). Legend: B users, T context
-positions, R = B * m rows (m targets, beams or samples per user, rows of one user adjacent), C target tokens, D width, H heads.
+positions, R = B * m rows (m targets, beams or samples per user, rows of one user adjacent), C target tokens, L levels, D width,
+H heads, n targets (or candidates) of a user.
 """
 
 from collections.abc import Sequence
@@ -11,11 +13,17 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from transformers.cache_utils import Cache, DynamicCache
+from transformers.masking_utils import create_causal_mask
 from transformers.modeling_layers import GradientCheckpointingLayer
-from transformers.modeling_outputs import ModelOutput
+from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttentions, ModelOutput
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from .input_checks import check_range
+from .moe import FeedForward, SparseMoE
+
+# transformers 5.24 renamed `past_key_values`; our forwards take both names, and give each version the one that it reads
+CACHE = "cache" if "cache" in BaseModelOutputWithPastAndCrossAttentions.__dataclass_fields__ else "past_key_values"
 
 
 @dataclass
@@ -93,7 +101,7 @@ class MultiHeadAttention(KeyValueProjection):
         self,
         hidden_states: Tensor,
         attention_mask: Tensor | None = None,
-        past_key_values: Any = None,
+        cache: Any = None,
         attended_states: Tensor | None = None,
         **kwargs,
     ) -> tuple[Tensor, Tensor]:
@@ -101,8 +109,8 @@ class MultiHeadAttention(KeyValueProjection):
         shape = (*hidden_states.shape[:2], -1, self.head_dim)
         query = self.q_proj(hidden_states).view(shape).transpose(1, 2)  # (R, H, C, head_dim)
         key, value = super().forward(hidden_states if attended_states is None else attended_states)
-        if past_key_values is not None:
-            key, value = past_key_values.update(key, value, self.layer_idx)
+        if cache is not None:
+            key, value = cache.update(key, value, self.layer_idx)
         attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
         output, weights = attend(self, query, key, value, attention_mask, scaling=self.scaling, **kwargs)
         return self.o_proj(output.reshape(*hidden_states.shape[:2], -1)), weights
@@ -153,20 +161,6 @@ class ContextAttention(nn.Module):
         return self.o_proj(output.reshape(rows, length, -1)), weights
 
 
-class FeedForward(nn.Module):
-    """down(silu(gate(x)) * up(x)), or, without a gate, down(silu(up(x)))."""
-
-    def __init__(self, hidden_size: int, intermediate_size: int, gated: bool):
-        super().__init__()
-        self.gate_proj = nn.Linear(hidden_size, intermediate_size, bias=False) if gated else None
-        self.up_proj = nn.Linear(hidden_size, intermediate_size, bias=False)
-        self.down_proj = nn.Linear(intermediate_size, hidden_size, bias=False)
-
-    def forward(self, hidden_states: Tensor) -> Tensor:
-        up = self.up_proj(hidden_states)
-        return self.down_proj(F.silu(up) if self.gate_proj is None else F.silu(self.gate_proj(hidden_states)) * up)
-
-
 class EncoderLayer(GradientCheckpointingLayer):
     """Technical Report, section 2.2.2: self-attention over everything, then `mlp` (dense or a mixture), pre-normed and residual."""
 
@@ -211,12 +205,12 @@ class DecoderLayer(GradientCheckpointingLayer):
         value: Tensor,
         context_mask: Tensor | None = None,
         attention_mask: Tensor | None = None,
-        past_key_values: Any = None,
+        cache: Any = None,
         **kwargs,
     ) -> Tensor:
         if self.context_first:
             hidden_states = self._attend_to_context(hidden_states, key, value, context_mask, **kwargs)
-        attended, _ = self.self_attn(self.self_attn_norm(hidden_states), attention_mask, past_key_values, **kwargs)
+        attended, _ = self.self_attn(self.self_attn_norm(hidden_states), attention_mask, cache, **kwargs)
         hidden_states = hidden_states + self.dropout(attended)
         if not self.context_first:
             hidden_states = self._attend_to_context(hidden_states, key, value, context_mask, **kwargs)
@@ -307,6 +301,39 @@ class FeatureEmbedding(nn.Module):
         table.copy_(F.pad(vectors, (0, 0, 1, 0)))
 
 
+class ContextEmbedding(nn.Module):
+    """
+    The tables that a context is read from; each system puts its own maps on top.
+
+    A subclass sets `static_slot`, the learned vector in front of the items, and `user_proj`, which adds the user features to it: a
+    user without a history has this slot alone.
+    """
+
+    static_slot: nn.Embedding
+    user_proj: nn.Module | None
+
+    def __init__(self, config: Any, code_width: int, fixed_features: Sequence[str] = ()):
+        super().__init__()
+        self.config = config
+        self.embed_codes = nn.Embedding(config.vocab_size, code_width, config.pad_token_id)
+        self.embed_features = FeatureEmbedding(config.context_features, config, "context_features", fixed_features)
+        self.embed_user = FeatureEmbedding(config.user_features, config, "user_features")
+        self.item_width = config.num_levels * code_width + self.embed_features.width
+
+    def item_vectors(self, context_ids: Tensor, context_features: Tensor | None) -> Tensor:
+        """Codes and features of each item side by side, (B, T, `item_width`)."""
+        codes = self.embed_codes(context_ids).flatten(2)  # (B, T, L * code width)
+        return torch.cat([codes, *self.embed_features(context_features, context_ids.shape[:2])], dim=-1)
+
+    def static_vector(self, context_ids: Tensor, user_features: Tensor | None, dropout: nn.Module) -> Tensor:
+        """The static slot of each user, (B, 1, width)."""
+        static = self.static_slot(context_ids.new_zeros(context_ids.shape[0], 1))
+        user = self.embed_user(user_features, context_ids.shape[:1])
+        if self.user_proj is None:
+            return static
+        return static + self.user_proj(dropout(torch.cat(user, dim=-1))).unsqueeze(1)
+
+
 def item_ages(mask: Tensor) -> Tensor:
     """Age of every item of a history (B, T), oldest first: 1 for the most recent one; wherever the padding stands."""
     order = mask.long().cumsum(1)
@@ -329,18 +356,187 @@ def age_buckets(age: Tensor, num_buckets: int, max_distance: int) -> Tensor:
     return torch.where(age < exact, age.clamp(min=0), large.clamp(max=num_buckets - 1))
 
 
+def visible_ages(
+    mask: Tensor, target_positions: Tensor | None, num_targets: int, name: str = "rows"
+) -> tuple[Tensor, Tensor]:
+    """
+    What each target sees of a context whose first position is the static slot.
+
+    Args:
+        mask (`torch.BoolTensor` of shape (B, 1 + T)): True for real positions.
+        target_positions (`torch.LongTensor` of B * n numbers, *optional*): History items each target may see; default all, for
+            every target alike.
+        num_targets (`int`): n, read where `target_positions` is given.
+
+    Returns:
+        Ages, `torch.LongTensor` of shape (B, n or 1, 1 + T): 1 for the most recent item a target sees, 0 for the static slot; and
+        which positions it sees, `torch.BoolTensor` of the same shape.
+    """
+    order = mask.long().cumsum(1) - 1  # 0 is the static slot, 1.. the items in time order
+    if target_positions is None:
+        seen = order[:, -1:]
+    else:
+        if target_positions.numel() != len(mask) * num_targets:
+            raise ValueError(
+                f"target_positions has shape {tuple(target_positions.shape)}: expected one number for each of the "
+                f"{len(mask) * num_targets} {name}."
+            )
+        check_range("target_positions", target_positions, mask.shape[1], "It counts the history items a target sees.")
+        seen = target_positions.reshape(len(mask), num_targets)
+    age = seen.unsqueeze(2) + 1 - order.unsqueeze(1)
+    static = order.unsqueeze(1) == 0
+    return age.masked_fill(static, 0), mask.unsqueeze(1) & ((age > 0) | static)
+
+
+class AgeBias(nn.Embedding):
+    """A learned number per head and bucket of ages, added to the attention scores: ages (...) -> (..., H). Starts at 0."""
+
+    def __init__(self, config: Any):
+        super().__init__(config.position_bias_buckets, config.num_attention_heads)
+        self.max_distance = config.position_bias_max_distance
+
+    def forward(self, age: Tensor) -> Tensor:
+        return super().forward(age_buckets(age, self.num_embeddings, self.max_distance))
+
+
+def given_cache(past_key_values: Any, kwargs: dict[str, Any]) -> Any:
+    """The cache, under the one or the other name of transformers; taken out of `kwargs`."""
+    cache = kwargs.pop("cache", None)
+    if cache is not None and past_key_values is not None:
+        raise ValueError("cache and past_key_values are two names for one thing: give one of them.")
+    return past_key_values if cache is None else cache
+
+
+class SemanticIdDecoder(nn.Module):
+    """
+    Token embeddings, blocks and norm.
+
+    Args:
+        num_context_sets (`int`): Key/value sets of the context, shared out evenly: block l of N reads set floor(l * sets / N)
+            (OneRec-V2, 2.2.3).
+        num_norms (`int`, defaults to 1): Output norms, one for each position of a semantic ID.
+        num_positions (`int`, *optional*): Learned positions of the tokens of a session; without, there are none.
+    """
+
+    def __init__(
+        self,
+        config: Any,
+        num_context_sets: int,
+        layer_class: type[DecoderLayer] = DecoderLayer,
+        num_norms: int = 1,
+        num_positions: int | None = None,
+    ):
+        super().__init__()
+        self.config = config
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, config.pad_token_id)
+        self.dropout = nn.Dropout(config.dropout)
+        blocks = config.num_hidden_layers
+        self.layers = nn.ModuleList(
+            [
+                layer_class(config, l, self._mlp(config, l), context_set=l * num_context_sets // blocks)
+                for l in range(blocks)
+            ]
+        )
+        self.norm = PositionRMSNorm(num_norms, config.hidden_size, config.rms_norm_eps)
+        self.embed_positions = None if num_positions is None else nn.Embedding(num_positions, config.hidden_size)
+
+    @staticmethod
+    def _mlp(config, layer) -> nn.Module:
+        if config.is_moe_layer(layer):
+            return SparseMoE(config)
+        return FeedForward(config.hidden_size, config.intermediate_size, config.gated_mlp)
+
+    def embed(self, input_ids: Tensor | None, inputs_embeds: Tensor | None) -> Tensor:
+        """Embeddings (R, C, D) of tokens, or the given ones."""
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("give exactly one of input_ids and inputs_embeds.")
+        if inputs_embeds is not None:
+            return inputs_embeds
+        hint = "Rows are BOS and codes plus config.level_offsets."
+        check_range("input_ids", input_ids, self.config.vocab_size, hint)
+        return self.embed_tokens(input_ids)
+
+    def forward(
+        self,
+        inputs_embeds: Tensor,
+        context_kv: ContextKV,
+        context_mask: Tensor,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        cache: Cache | None = None,
+        use_cache: bool | None = None,
+    ) -> BaseModelOutputWithPastAndCrossAttentions:
+        """
+        Args:
+            inputs_embeds (`torch.FloatTensor` of shape (R, C, D)): Of [`embed`].
+            context_kv ([`ContextKV`]): Of B users; R is a multiple of B.
+            context_mask (`torch.FloatTensor`): Added to the scores of the attention to the context, broadcastable to
+                (B, H_kv, groups * m * C, T).
+        """
+        rows, length, _ = inputs_embeds.shape
+        if rows % context_kv.mask.shape[0]:
+            raise ValueError(f"{rows} rows of input_ids cannot share {context_kv.mask.shape[0]} contexts evenly.")
+        if use_cache and cache is None:
+            cache = DynamicCache(config=self.config)
+        named: dict[str, Any] = {CACHE: cache}
+        # before the default positions: given ones are searched for packed rows, which reads a tensor back
+        causal_mask = create_causal_mask(
+            config=self.config,
+            inputs_embeds=inputs_embeds,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            **named,
+        )
+        if position_ids is None:
+            past = cache.get_seq_length() if cache is not None else 0
+            position_ids = torch.arange(past, past + length, device=inputs_embeds.device).unsqueeze(0)
+        # CUDA's fused attention is taken where positions are adjacent, and copies no mask where its rows start at multiples of 8;
+        # never without padding, so that an export need not know whether there is any
+        positions = context_mask.shape[-1]
+        context_mask = F.pad(context_mask.contiguous(), (0, 8 - positions % 8))[..., :positions]
+        hidden_states = inputs_embeds
+        if self.embed_positions is not None:
+            hidden_states = hidden_states + self.embed_positions(position_ids)
+        hidden_states = self.dropout(hidden_states)
+        layer: Any
+        for layer in self.layers:
+            hidden_states = layer(
+                hidden_states,
+                context_kv.key_states[layer.context_set],
+                context_kv.value_states[layer.context_set],
+                context_mask,  # positional, as all that carries gradients: reentrant checkpointing asks for it
+                attention_mask=causal_mask,
+                cache=cache,
+            )
+        hidden_states = self.norm(hidden_states, position_ids % (self.config.num_levels + 1))
+        return BaseModelOutputWithPastAndCrossAttentions(last_hidden_state=hidden_states, **named)
+
+
+def padding_mask(context_kv: ContextKV) -> Tensor:
+    """Additive mask (B, 1, 1, T) of a context that every row of a user sees whole."""
+    dtype = context_kv.key_states[0].dtype
+    mask = context_kv.mask[:, None, None]
+    return torch.zeros_like(mask, dtype=dtype).masked_fill(~mask, torch.finfo(dtype).min)
+
+
 __all__ = [
+    "CACHE",
+    "AgeBias",
     "ContextAttention",
+    "ContextEmbedding",
     "ContextKV",
     "DecoderLayer",
     "EncoderAttention",
     "EncoderLayer",
     "FeatureEmbedding",
-    "FeedForward",
     "KeyValueProjection",
     "LevelHead",
     "PositionRMSNorm",
     "SelfAttention",
+    "SemanticIdDecoder",
     "age_buckets",
+    "given_cache",
     "item_ages",
+    "padding_mask",
+    "visible_ages",
 ]

@@ -1,0 +1,82 @@
+"""Histories of item ids, as a model is served with them, and the rows that collators take."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
+
+import numpy as np
+
+from .collators import OneRecCollator
+
+
+def is_per_user(ids: Sequence | None) -> bool:
+    """Whether `allow` or `deny` is a list of lists, one per user; otherwise it holds for all of them."""
+    return ids is not None and len(ids) > 0 and isinstance(next(iter(ids)), (list, tuple, set, np.ndarray))
+
+
+def check_per_user(
+    n: int,
+    events: Mapping[str, Sequence] | None = None,
+    users: Mapping[str, Sequence] | None = None,
+    allow: Sequence | None = None,
+    deny: Sequence | None = None,
+) -> None:
+    """Raises a ValueError unless what is given per user is given for each of the `n` users."""
+    given = {f"events[{name!r}]": values for name, values in (events or {}).items()}
+    given |= {f"users[{name!r}]": values for name, values in (users or {}).items()}
+    given |= {name: ids for name, ids in (("allow", allow), ("deny", deny)) if ids is not None and is_per_user(ids)}
+    for name, values in given.items():
+        if isinstance(values, str) or not hasattr(values, "__len__") or len(values) != n:
+            count = (
+                f"{len(values)} values" if hasattr(values, "__len__") and not isinstance(values, str) else repr(values)
+            )
+            raise ValueError(f"{name} has {count} for {n} users: pass one value or list per user, in their order.")
+
+
+def history_rows(
+    catalogue: Any,
+    collator: OneRecCollator,
+    histories: Sequence[Sequence],
+    events: Mapping[str, Sequence[Sequence]],
+    unknown_items: Literal["error", "ignore"] = "error",
+) -> list[dict]:
+    """
+    Rows as the collator takes them: item indices, and every event column it reads, unknown where it is not given.
+
+    Args:
+        catalogue: The `Catalogue` of the model.
+        histories: Per user the ids of the items, oldest first; may be empty.
+        events: Event columns, parallel to `histories`.
+        unknown_items: What to do with ids that the catalogue does not have; `"ignore"` drops them, with their events.
+
+    Raises:
+        KeyError: Unknown item ids. ValueError: Columns that the collator does not read, or that do not run parallel to `histories`.
+    """
+    if unknown_items not in ("error", "ignore"):
+        raise ValueError(f"unknown_items={unknown_items!r}: allowed are 'error' and 'ignore'.")
+    columns = {*collator.event_features, *collator.settings.get("positive", ())}
+    if unknown := sorted(set(events) - columns):
+        raise ValueError(f"events has columns {unknown}; the model takes {sorted(columns)}.")
+    rows = []
+    for i, given in enumerate(histories):
+        listed = hasattr(given, "__len__") and not isinstance(given, str)
+        history = np.asarray(given, dtype=object) if listed else np.empty(0)
+        if history.ndim != 1 or not listed:
+            raise ValueError(f"histories[{i}] is {given!r}: a list of item ids per user, also for a single user.")
+        absent = np.full(len(history), np.nan)
+        own = {name: np.asarray(events[name][i], float) if name in events else absent for name in columns}
+        if odd := [name for name, values in own.items() if len(values) != len(history)]:
+            raise ValueError(
+                f"events[{odd[0]!r}][{i}] has {len(own[odd[0]])} values, the history {len(history)} items."
+            )
+        items = catalogue.index_of(given, unknown_items)
+        if unknown_items == "ignore":
+            known = items >= 0
+            items, own = items[known], {name: values[known] for name, values in own.items()}
+        row = {"user": i, "history": items, **own}
+        if collator.settings.get("lifelong") == "lifelong":  # not compressed: the history as it is
+            row |= {"lifelong": row["history"]} | {f"lifelong_{name}": values for name, values in own.items()}
+        rows.append(row)
+    return rows
+
+
+__all__ = ["check_per_user", "history_rows", "is_per_user"]
