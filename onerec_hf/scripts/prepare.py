@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from safetensors.numpy import save_file
 
-from .. import Catalogue, SemanticIdTokenizer
+from .. import Catalogue, SemanticIdTokenizer, item_embeddings
 from .. import data as logs
 from ..semantic_ids import RQVAE, ResidualKMeans, plot_codebook_usage, quality_report, resolve_collisions
 from .model_arguments import mapping, model_path
@@ -74,25 +74,27 @@ def embed(args: PrepareArguments, interactions: logs.Interactions, train: datase
     """Every embedding that was asked for, normalised and concatenated, (N, D)."""
     parts = []
     if args.embeddings:
-        parts.append(logs.load_embeddings(args.embeddings, interactions.num_items))
+        parts.append(item_embeddings.load_embeddings(args.embeddings, interactions.num_items))
     features: dict[str, Any] = interactions.items
-    texts = logs.item_texts(features, args.text_fields if args.text_model or args.caption_model else [])
+    texts = item_embeddings.item_texts(features, args.text_fields if args.text_model or args.caption_model else [])
     if args.text_model:
-        parts.append(logs.text_embeddings(texts, model_path(args.text_model)))
+        parts.append(item_embeddings.text_embeddings(texts, model_path(args.text_model)))
     if args.align:
-        content, histories = logs.concat_embeddings(*parts), train.with_format("numpy")["history"]
-        alignment, captions = logs.ItemAlignment(content.shape[1], seed=args.seed), None
+        content, histories = item_embeddings.concat_embeddings(*parts), train.with_format("numpy")["history"]
+        alignment, captions = item_embeddings.ItemAlignment(content.shape[1], seed=args.seed), None
         if args.caption_model:
             model = None if args.caption_model == "new" else model_path(args.caption_model)
-            captions = logs.CaptionDecoder(texts, alignment.settings["output_dim"], model, seed=args.seed)
-        pairs = logs.behaviour_pairs(histories, interactions.num_items, seed=args.seed)
+            captions = item_embeddings.CaptionDecoder(texts, alignment.settings["output_dim"], model, seed=args.seed)
+        pairs = item_embeddings.behaviour_pairs(histories, interactions.num_items, seed=args.seed)
         alignment.fit(content, np.concatenate(pairs), captions=captions).save_pretrained(f"{args.output}/tokenizer")
         parts = [alignment.embed(content)]
     if args.collaborative_dim:
         parts.append(
-            logs.collaborative_embeddings(train, interactions.num_items, args.collaborative_dim, seed=args.seed)
+            item_embeddings.collaborative_embeddings(
+                train, interactions.num_items, args.collaborative_dim, seed=args.seed
+            )
         )
-    return logs.concat_embeddings(*parts)
+    return item_embeddings.concat_embeddings(*parts)
 
 
 def main(args: PrepareArguments) -> dict:
