@@ -1,6 +1,7 @@
 """Logs -> interactions -> splits of events or sessions -> batches."""
 
 from .collators import OneRecCollator, SessionCollator
+from .data_folder import DataFolder
 from .features import EventFeature, category_codes, category_map, reaches
 from .interactions import Interactions, load_interactions
 from .labels import event_labels, session_labels
@@ -15,6 +16,7 @@ from .splits import arrow_dataset, global_time_split, k_core, leave_last_out, lo
 from .tables import match_ids, read_table
 
 __all__ = [
+    "DataFolder",
     "EventFeature",
     "Interactions",
     "OneRecCollator",

@@ -11,7 +11,6 @@ catalogue and codebooks), `semantic_ids.json` (quality report) and `codebook_usa
 from the training split alone.
 """
 
-import json
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,7 +18,6 @@ from typing import Any
 import datasets
 import numpy as np
 import torch
-from safetensors.numpy import save_file
 
 from .. import Catalogue, SemanticIdTokenizer, item_embeddings
 from .. import data as logs
@@ -106,7 +104,6 @@ def main(args: PrepareArguments) -> dict:
     check_items(args, interactions)
     for name, rows in splits.items():
         splits[name] = rows.add_column("length", [len(history) for history in rows["history"]])
-    tables = {name: table_of(interactions, name) for name in ("item", "user")}
     embeddings = embed(args, interactions, train)
     quantizer_class = RQVAE if args.quantizer == "rqvae" else partial(ResidualKMeans, balanced=args.balanced)
     quantizer = quantizer_class(args.num_levels, args.codebook_size, seed=args.seed)
@@ -119,13 +116,16 @@ def main(args: PrepareArguments) -> dict:
     train_items = np.concatenate(train.with_format("numpy")["history"])
     popularity = np.bincount(train_items, minlength=interactions.num_items)
     catalogue = Catalogue(codes, sizes, interactions.item_ids, popularity)
-    SemanticIdTokenizer(codebook_sizes=sizes, catalogue=catalogue).save_pretrained(output / "tokenizer")
-    quantizer.save_pretrained(output / "tokenizer")
-    splits.save_to_disk(output / "splits")
-    save_file({"item_embeddings": embeddings}, output / "item_embeddings.safetensors")
-    for name, table in tables.items():
-        table.to_parquet(output / f"{name}s.parquet")
-    (output / "semantic_ids.json").write_text(json.dumps(report, indent=2), encoding="utf-8")
+    logs.DataFolder.save(
+        output,
+        splits=splits,
+        items=table_of(interactions, "item"),
+        users=table_of(interactions, "user"),
+        tokenizer=SemanticIdTokenizer(codebook_sizes=sizes, catalogue=catalogue),
+        quantizer=quantizer,
+        item_embeddings=embeddings,
+        report=report,
+    )
     plot_codebook_usage(codes[:, : args.num_levels], args.codebook_size, output / "codebook_usage.png")
     counts = ", ".join(f"{len(rows)} {name} rows" for name, rows in splits.items())
     print(f"{catalogue}, {len(interactions)} events of {interactions.num_users} users, {counts} -> {output}")
