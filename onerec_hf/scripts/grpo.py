@@ -27,7 +27,7 @@ from ..data import DataFolder, OneRecCollator, load_interactions, read_table, ta
 from ..rewards import FormatReward, HitReward
 from ..rewards.functions import RewardFunction
 from ..trainers import OneRecGRPOConfig, OneRecGRPOTrainer, feedback_exposures, rejection_sample
-from .checks import check_beams, check_training, rehearse
+from .checks import check_beams, check_sharding, check_training, rehearse
 from .ending import finish_policy, some
 from .model_arguments import load_policy, mapping, training_rows
 from .parser import ScriptParser
@@ -61,6 +61,10 @@ class RLArguments:
         default="train", metadata={"help": "Rows of the supervised loss: the split, or the better half of exposures."}
     )
     lora_r: int | None = field(default=None, metadata={"help": "Rank of a LoRA adapter; default trains all weights."})
+    score: bool = field(
+        default=True,
+        metadata={"help": "Recommend for validation and test users and score it; false: `onerec score` later."},
+    )
     num_beams: int = 50
     test_users: int | None = field(default=None, metadata={"help": "Users of the test split to score; default all."})
 
@@ -153,11 +157,12 @@ def main(args: RLArguments, training: OneRecGRPOConfig, reward_funcs: list | Non
         sft_dataset=supervised,
         peft_config=LoraConfig(r=args.lora_r, task_type="CAUSAL_LM") if args.lora_r else None,
     )
-    rehearse(recommender, train, splits)
+    check_sharding(trainer, args.score)
+    rehearse(recommender, train, splits, args.score)
     start = time.perf_counter()
     trainer.train(resume_from_checkpoint=training.resume_from_checkpoint)
     report = {"train_seconds": time.perf_counter() - start}
-    return finish_policy(trainer, recommender, data, test, report)
+    return finish_policy(trainer, recommender, data, test if args.score else None, report)
 
 
 def run(argv: list[str] | None = None) -> None:
