@@ -19,12 +19,13 @@ from typing import Any, Literal
 
 import datasets
 import numpy as np
+import torch
 from peft import LoraConfig
 from transformers import AutoTokenizer, set_seed
 
 from .. import Catalogue
 from ..data import DataFolder, OneRecCollator, load_interactions, read_table, target_rows
-from ..rewards import FormatReward, HitReward
+from ..rewards import FormatReward, HitReward, IndustrialReward
 from ..rewards.functions import RewardFunction
 from ..trainers import OneRecGRPOConfig, OneRecGRPOTrainer, feedback_exposures, rejection_sample
 from .checks import check_beams, check_sharding, check_training, rehearse
@@ -46,6 +47,13 @@ class RLArguments:
     )
     reward: str | None = field(
         default=None, metadata={"help": "Folder that `onerec reward` wrote, from the same log."}
+    )
+    industrial: str = field(
+        default="{}",
+        metadata={
+            "help": "Scale hit and model down for a class of items while it takes more than its share: "
+            '{"column": "is_ad", "quota": 0.1, "factor": 0.5}, a 0/1 column of items.parquet.'
+        },
     )
     format_samples: int = field(default=5, metadata={"help": "K of the format reward."})
     exposures: str | None = field(
@@ -123,7 +131,30 @@ def make_rewards(args: RLArguments, data: DataFolder, policy: Any, num_generatio
     }
     if unknown := [name for name in args.rewards if name not in known]:
         raise ValueError(f"rewards={unknown}: allowed are {sorted(known)}.")
-    return [known[name]() for name in args.rewards]
+    rewards = {name: known[name]() for name in args.rewards}
+    if settings := mapping(args.industrial):
+        for name in ("hit", "model"):
+            if name in rewards:
+                rewards[name] = industrial_reward(name, rewards[name], settings, data, policy.catalogue)
+    return list(rewards.values())
+
+
+def industrial_reward(
+    name: str, reward: RewardFunction, settings: dict, data: DataFolder, catalogue: Catalogue
+) -> IndustrialReward:
+    """A reward that is scaled down for the items that a column marks; raises where it marks none, or is no column of 0 and 1."""
+    if set(settings) != {"column", "quota", "factor"}:
+        raise ValueError(f"industrial={settings}: give column, quota and factor, and nothing else.")
+    column = settings["column"]
+    values = data.columns("items", [column])[column]
+    if not set(values) <= {0, 1} or not any(values):
+        raise ValueError(
+            f"industrial: {column!r} of items.parquet must be 0 or 1 for every item, and 1 for some; it has values such as "
+            f"{list(dict.fromkeys(values))[:4]}."
+        )
+    scaled = IndustrialReward(reward, catalogue, torch.tensor(values).bool(), settings["quota"], settings["factor"])
+    scaled.__name__ = f"industrial_{name}"
+    return scaled
 
 
 def main(args: RLArguments, training: OneRecGRPOConfig, reward_funcs: list | None = None) -> dict:
