@@ -10,19 +10,15 @@ that picked the pairs. It is an opinion all the same, not what people would do.
 
 import argparse
 import json
-import sys
 from pathlib import Path
 
 import datasets
 import numpy as np
 import torch
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "recipes"))
-
-from reward_arguments import load_reward
-
 from onerec_hf.data import load_splits
 from onerec_hf.rewards import CandidateCollator
+from onerec_hf.scripts.reward_arguments import load_reward
 
 TOP = 10
 

@@ -12,29 +12,21 @@ true probability of a long view: what a perfect reward model would say. Simulate
 import argparse
 import json
 import logging as python_logging
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 
 import datasets
+import ipa
 import numpy as np
 import pandas as pd
 import torch
 from transformers.utils import logging
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "recipes"))
-
-import ab_test
-import grpo
-import ipa
-import prepare
-import quickstart
-import sft
-
 from onerec_hf.data import load_interactions, load_splits
 from onerec_hf.evaluation import evaluate
 from onerec_hf.recommender import Recommender
 from onerec_hf.rewards import FormatReward, completion_leaves, is_legal, reward_of_model
+from onerec_hf.scripts import ab_test, grpo, prepare, quickstart, sft
 from onerec_hf.simulator import ShortVideoWorld, serve
 from onerec_hf.trainers import OneRecGRPOConfig, OneRecSFTConfig
 

@@ -6,7 +6,6 @@ A test compares the committed cards with what this writes: run it after a change
 """
 
 import re
-import sys
 from pathlib import Path
 
 import torch
@@ -15,10 +14,9 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 import onerec_hf  # noqa: F401  registers the models
 from onerec_hf.hub import model_card
+from onerec_hf.scripts import quickstart as recipe
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT / "recipes"))
-import quickstart as recipe  # noqa: E402
 
 
 def table(marker: str, *labels: str) -> dict[str, tuple[dict[str, float], dict[str, float]]]:

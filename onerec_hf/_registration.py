@@ -1,17 +1,17 @@
 """Makes transformers know our models and our pipeline without importing what they need, which takes seconds.
 
-A model class needs all of torch's and transformers' modelling code. So the Auto classes are given stand-ins; the first one that is
-used imports `onerec_hf.models`, which registers the real classes. The pipeline is registered when transformers' own are imported.
+A model class needs all of torch's and transformers' modelling code. So the Auto classes are given stand-ins as soon as somebody
+imports them; the first stand-in that is used imports `onerec_hf.models`, which registers the real classes. The pipeline is
+registered when transformers' own are imported.
 """
 
 import importlib
 import importlib.abc
 import importlib.util
 import sys
+from collections.abc import Callable
 from importlib.machinery import ModuleSpec
 from typing import Any
-
-from transformers import AutoConfig, AutoTokenizer
 
 CONFIGS = {  # model type -> its config; `onerec_hf.models` registers the same ones
     "onerec": "OneRecConfig",
@@ -35,10 +35,13 @@ class StandIn(type):
         return cls.real()(*args, **kwargs)
 
 
-class AfterImport(importlib.abc.MetaPathFinder):
-    """Imports `then` as soon as `module` has been imported by whomever."""
+STAND_INS = {model_type: StandIn(name, (), {"__module__": "onerec_hf"}) for model_type, name in CONFIGS.items()}
 
-    def __init__(self, module: str, then: str):
+
+class AfterImport(importlib.abc.MetaPathFinder):
+    """Calls `then` as soon as `module` has been imported by whomever."""
+
+    def __init__(self, module: str, then: Callable[[], Any]):
         self.module, self.then = module, then
 
     def find_spec(self, name: str, path: Any = None, target: Any = None) -> ModuleSpec | None:
@@ -51,20 +54,41 @@ class AfterImport(importlib.abc.MetaPathFinder):
 
         def exec_module(module):
             execute(module)
-            importlib.import_module(self.then)
+            self.then()
 
         spec.loader.exec_module = exec_module  # type: ignore[method-assign]
         return spec
 
 
+def register_configs() -> None:
+    """Our model types, for `AutoConfig` and the `AutoModel` classes."""
+    from transformers.models.auto.configuration_auto import AutoConfig
+
+    for model_type, config in STAND_INS.items():
+        AutoConfig.register(model_type, config, exist_ok=True)
+
+
+def register_tokenizer() -> None:
+    """Our tokenizer, which `AutoTokenizer` finds by its name, whatever the config."""
+    from transformers.models.auto.tokenization_auto import AutoTokenizer
+
+    tokenizer = StandIn("SemanticIdTokenizer", (), {"__module__": "onerec_hf"})
+    AutoTokenizer.register(STAND_INS["onerec_v2"], tokenizer_class=tokenizer, exist_ok=True)
+
+
+def register_pipeline() -> None:
+    """Our task, for `pipeline`."""
+    importlib.import_module("onerec_hf.pipeline")
+
+
 def register() -> None:
     """Called once, by `import onerec_hf`."""
-    for model_type, name in CONFIGS.items():
-        config = StandIn(name, (), {"__module__": "onerec_hf"})
-        AutoConfig.register(model_type, config, exist_ok=True)
-    tokenizer = StandIn("SemanticIdTokenizer", (), {"__module__": "onerec_hf"})
-    AutoTokenizer.register(config, tokenizer_class=tokenizer, exist_ok=True)  # found by its name, whatever the config
-    if "transformers.pipelines" in sys.modules:
-        importlib.import_module("onerec_hf.pipeline")
-    else:
-        sys.meta_path.insert(0, AfterImport("transformers.pipelines", then="onerec_hf.pipeline"))
+    for module, then in (
+        ("transformers.models.auto.configuration_auto", register_configs),
+        ("transformers.models.auto.tokenization_auto", register_tokenizer),
+        ("transformers.pipelines", register_pipeline),
+    ):
+        if module in sys.modules:
+            then()
+        else:
+            sys.meta_path.insert(0, AfterImport(module, then))

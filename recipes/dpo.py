@@ -1,77 +1,10 @@
-"""Aligns a trained OneRec model with a reward by Iterative Preference Alignment (OneRec, Algorithm 2).
+"""`onerec dpo` from a checkout; `--help` says what it does.
 
-    accelerate launch recipes/dpo.py --config recipes/configs/small_dpo.yaml --data outputs/mydata --policy outputs/mymodel \
+    accelerate launch recipes/dpo.py --config recipes/configs/small_dpo.yaml --data outputs/mydata --policy outputs/mymodel \\
         --reward outputs/reward --output_dir outputs/aligned
-
-`--policy` is a folder that recipes/sft.py wrote, or a repository of the Hub; `--reward` a folder that recipes/reward.py wrote, from
-the same log. Without a reward model, `--pairs FOLDER` takes a saved `datasets` set of `row`, `chosen`, `rejected` (plain DPO; as
-another run's `pairs/iteration_000`). One epoch is one iteration. `--loss_type`, `--dpo_ratio`, `--beta` and all `TrainingArguments`
-work on the command line and in the YAML file; `--lora_r 8` trains an adapter and writes the merged model. Writes the model folder,
-`metrics.json` and predictions of the test split, and the pairs.
 """
 
-import time
-from dataclasses import dataclass, field
-
-from checks import check_beams, check_training, rehearse
-from ending import VALIDATION_METRICS, finish, generation_metrics, some
-from model_arguments import load_policy, training_rows
-from peft import LoraConfig
-from reward_arguments import reward_function
-from transformers import AutoTokenizer, set_seed
-from trl import TrlParser
-
-from onerec_hf.data import load_splits
-from onerec_hf.trainers import IPAConfig, IPATrainer, load_pairs
-
-
-@dataclass
-class DPOArguments:
-    policy: str = field(metadata={"help": "Folder of the model to align, with its tokenizer."})
-    data: str = field(metadata={"help": "Folder that recipes/prepare.py wrote."})
-    reward: str | None = field(default=None, metadata={"help": "Folder of the reward model, with its tokenizer."})
-    reward_data: str | None = field(default=None, metadata={"help": "Its data folder, where that has moved."})
-    pairs: str | None = field(default=None, metadata={"help": "Saved pairs instead of a reward model."})
-    lora_r: int | None = field(default=None, metadata={"help": "Rank of a LoRA adapter; default trains all weights."})
-    num_beams: int = 50
-    eval_users: int | None = field(
-        default=None, metadata={"help": "Validation users that are generated for; default all."}
-    )
-    test_users: int | None = field(default=None, metadata={"help": "Users of the test split to score; default all."})
-
-
-def main(args: DPOArguments, training: IPAConfig) -> dict:
-    """Runs the recipe; returns what it writes to `metrics.json`."""
-    check_training(training, VALIDATION_METRICS)
-    check_beams(args.num_beams)
-    set_seed(training.seed)
-    splits = load_splits(args.data)
-    tokenizer = AutoTokenizer.from_pretrained(args.policy)
-    recommender = load_policy(args.policy, args.data, args.num_beams)
-    model, ranker = recommender.model, recommender.ranker
-    train = training_rows(splits["train"], model.config, ranker.collator.max_history).with_format("numpy")
-    test = some(splits["test"], args.test_users, "test_users")
-    reward = None
-    if args.reward:
-        reward = reward_function(args.reward, args.reward_data, model, args.data, training.num_candidates)
-    trainer = IPATrainer(
-        model,
-        training,
-        data_collator=ranker.collator,
-        train_dataset=train,
-        eval_dataset=splits["validation"].with_format("numpy"),
-        processing_class=tokenizer,
-        generation_metrics=generation_metrics(ranker, splits["validation"], args.eval_users),
-        reward=reward,
-        pairs=load_pairs(args.pairs, len(train), model.catalogue) if args.pairs else None,
-        peft_config=LoraConfig(r=args.lora_r, task_type="CAUSAL_LM") if args.lora_r else None,
-    )
-    rehearse(recommender, train, splits)
-    start = time.perf_counter()
-    trainer.train(resume_from_checkpoint=training.resume_from_checkpoint)
-    report = {"train_seconds": time.perf_counter() - start}
-    return finish(trainer, recommender, args.data, test, report)
-
+from onerec_hf.scripts.dpo import run
 
 if __name__ == "__main__":
-    main(*TrlParser((DPOArguments, IPAConfig)).parse_args_and_config())
+    run()

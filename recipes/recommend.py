@@ -1,61 +1,9 @@
-"""Recommends items for every row of a data set of histories, and writes parquet.
+"""`onerec recommend` from a checkout; `--help` says what it does.
 
-    accelerate launch recipes/recommend.py --repo org/onerec-1b --dataset histories.parquet --output outputs/recommended --k 20
-
-Each row's `history` holds item ids, oldest first. Several processes share the rows, each row is served once; process r writes
-`part-<r>-of-<processes>.parquet` with the columns of the data set, `item_ids` and `scores`.
+accelerate launch recipes/recommend.py --repo org/onerec-1b --dataset histories.parquet --output outputs/recommended --k 20
 """
 
-from dataclasses import dataclass, field
-from pathlib import Path
-
-import datasets
-from trl import TrlParser
-
-import onerec_hf  # noqa: F401  registers the models
-from onerec_hf.data import arrow_dataset, read_table
-from onerec_hf.recommender import Recommender
-
-
-@dataclass
-class RecommendArguments:
-    repo: str = field(metadata={"help": "Folder or Hub repository of a trained model."})
-    dataset: str = field(
-        metadata={"help": "parquet or JSONL file, folder of parquet or of datasets.save_to_disk, or Hub data set."}
-    )
-    output: str = field(metadata={"help": "Folder to write."})
-    column: str = "history"
-    split: str = field(default="train", metadata={"help": "Of a Hub data set or a saved DatasetDict."})
-    k: int = 10
-    num_beams: int = 50
-    exclude_seen: bool = False
-    unknown_items: str = field(default="error", metadata={"help": "error, or ignore: drop unknown ids of a history."})
-    batch_size: int = 256
-    overwrite: bool = field(default=False, metadata={"help": "Replace the parts of an earlier run in the folder."})
-    device: str | None = None
-
-
-def load(args: RecommendArguments) -> datasets.Dataset:
-    """The rows, of any kind of source."""
-    return arrow_dataset(read_table(args.dataset, args.split))
-
-
-def main(args: RecommendArguments) -> Path:
-    """Runs the recipe; returns the file that this process wrote."""
-    recommender = Recommender.from_pretrained(args.repo, args.num_beams, args.device)
-    path = recommender.recommend_dataset(
-        load(args),
-        args.output,
-        args.k,
-        column=args.column,
-        batch_size=args.batch_size,
-        overwrite=args.overwrite,
-        exclude_seen=args.exclude_seen,
-        unknown_items=args.unknown_items,
-    )
-    print(f"-> {path}")
-    return path
-
+from onerec_hf.scripts.recommend import run
 
 if __name__ == "__main__":
-    main(TrlParser(RecommendArguments).parse_args_and_config()[0])
+    run()

@@ -1,50 +1,9 @@
-"""Scores a saved model on the test split, as the recipes that train do at their end: for one whose scoring failed.
+"""`onerec score` from a checkout; `--help` says what it does.
 
-    python recipes/score.py --model outputs/mymodel --data outputs/mydata
-
-Writes `predictions.parquet`, `predictions_exclude_seen.parquet` and the test metrics of `metrics.json` into the model's folder.
+python recipes/score.py --model outputs/mymodel --data outputs/mydata
 """
 
-import json
-from dataclasses import dataclass, field
-from pathlib import Path
-
-from checks import check_beams, check_catalogue, check_output, check_splits
-from ending import score, some, write_metrics
-from model_arguments import load_policy
-from trl import TrlParser
-
-from onerec_hf.data import load_splits
-
-
-@dataclass
-class ScoreArguments:
-    model: str = field(metadata={"help": "Folder that recipes/sft.py, dpo.py or grpo.py wrote."})
-    data: str = field(metadata={"help": "Folder that recipes/prepare.py wrote, of the same log."})
-    num_beams: int = 50
-    test_users: int | None = field(default=None, metadata={"help": "Users of the test split to score; default all."})
-    seed: int = 0
-    device: str | None = None
-
-
-def main(args: ScoreArguments) -> dict:
-    """Runs the recipe; returns what it writes to `metrics.json`."""
-    output = Path(args.model)
-    check_beams(args.num_beams)
-    check_catalogue(output, args.data)
-    check_output(args.model, replaces=False)
-    splits = load_splits(args.data)
-    check_splits(splits)
-    recommender = load_policy(args.model, args.data, args.num_beams)
-    recommender.model.to(args.device)
-    path = output / "metrics.json"
-    report = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    report["num_parameters"] = recommender.model.num_parameters()
-    report |= score(recommender.ranker, some(splits["test"], args.test_users, "test_users"), output, args.seed)
-    write_metrics(output, report)
-    return report
-
+from onerec_hf.scripts.score import run
 
 if __name__ == "__main__":
-    report = main(TrlParser(ScoreArguments).parse_args_and_config()[0])
-    print(json.dumps({name: report[name] for name in ("test", "test_exclude_seen")}, indent=2))
+    run()

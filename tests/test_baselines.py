@@ -2,9 +2,7 @@
 
 import json
 import math
-import sys
 from collections import defaultdict
-from pathlib import Path
 
 import datasets
 import numpy as np
@@ -17,8 +15,6 @@ from onerec_hf.evaluation import evaluate
 
 from .conftest import shared_data
 from .numeric import assert_close
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "recipes"))
 
 
 def generator(seed=0):
@@ -280,7 +276,7 @@ def test_sasrec_says_what_it_cannot_do():
 
 @pytest.mark.parametrize("name", ["popularity", "sasrec"])
 def test_recipe_writes_numbers_and_predictions(name, tmp_path):
-    from baseline import BaselineArguments, main
+    from onerec_hf.scripts.baseline import BaselineArguments, main
 
     columns = {"user_id": range(5), "item_ids": [[1, 2, 3, 4], [2, 3, 4, 1], [3, 4, 1], [4, 1, 2], [1, 2, 3]]}
     datasets.Dataset.from_dict(columns).to_parquet(str(tmp_path / "sequences.parquet"))
@@ -300,7 +296,7 @@ def test_recipe_writes_numbers_and_predictions(name, tmp_path):
 
 
 def test_session_rows_become_sequences_of_what_was_watched():
-    from baseline import sequences
+    from onerec_hf.scripts.baseline import sequences
 
     def row(user, start, history, long_view, targets):
         return {"user": user, "session_start": start, "history": history, "long_view": long_view, "targets": targets}

@@ -17,8 +17,6 @@ from onerec_hf.semantic_ids import RQVAE, load_quantizer
 
 from .test_baselines import cycles
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "recipes"))
-
 
 def test_recall_by_frequency_by_hand():
     counts = np.array([0, 1, 1, 4, 9, 9])
@@ -49,7 +47,7 @@ def test_strata_cover_every_target_once():
 @pytest.fixture(scope="module")
 def prepared(tmp_path_factory) -> Path:
     """Semantic IDs of an RQ-VAE over given embeddings that were aligned to behaviour."""
-    import prepare
+    from onerec_hf.scripts import prepare
 
     folder = tmp_path_factory.mktemp("leaderboard")
     histories = [row[-12:] for row in cycles(80) if len(row) > 4]
@@ -115,7 +113,7 @@ def entries(tmp_path) -> str:
 
 
 def test_leaderboard_runs_resumes_and_compares(prepared, tmp_path, monkeypatch):
-    import leaderboard
+    from onerec_hf.scripts import leaderboard
 
     monkeypatch.setattr(sys, "argv", [])
     arguments = leaderboard.LeaderboardArguments(str(prepared), str(tmp_path), entries(tmp_path), seeds=[0, 1])
@@ -160,7 +158,7 @@ def test_leaderboard_runs_resumes_and_compares(prepared, tmp_path, monkeypatch):
 
 
 def test_leaderboard_errors(prepared, tmp_path):
-    import leaderboard
+    from onerec_hf.scripts import leaderboard
 
     arguments = leaderboard.LeaderboardArguments(str(prepared), str(tmp_path), entries(tmp_path), run=False)
     with pytest.raises(ValueError, match="nothing to compare with"):
@@ -173,9 +171,10 @@ def test_leaderboard_errors(prepared, tmp_path):
 def test_every_default_entry_is_an_argument_of_its_recipe():
     import inspect
 
-    import baseline
-
     from onerec_hf.baselines.training import train_baseline
+    from onerec_hf.scripts import baseline
+    from onerec_hf.scripts.leaderboard import load_entries
+    from onerec_hf.scripts.parser import CONFIGS, config_path
 
     def parameters(name):
         classes = {
@@ -187,9 +186,8 @@ def test_every_default_entry_is_an_argument_of_its_recipe():
         fit = inspect.signature(classes[name].fit)
         return {*fit.parameters, *inspect.signature(train_baseline).parameters}
 
-    folder = Path(baseline.__file__).parent
-    for name, entry in yaml.safe_load((folder / "configs" / "leaderboard.yaml").read_text()).items():
-        assert (folder / entry["recipe"]).is_file(), name
+    for name, entry in load_entries("leaderboard.yaml").items():
+        assert Path(config_path(entry.get("config", "leaderboard.yaml"))).is_relative_to(CONFIGS), name
         if entry["recipe"] == "baseline.py":
             known = set(baseline.BaselineArguments.__dataclass_fields__)
             assert set(entry) - {"recipe", "seeds", "config"} <= known, name

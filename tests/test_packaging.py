@@ -1,7 +1,10 @@
 """What a fresh machine relies on: pinned versions, the version number, no traces of real data."""
 
 import configparser
+import json
+import os
 import re
+import shlex
 import subprocess
 import sys
 import sysconfig
@@ -9,6 +12,7 @@ import tarfile
 import zipfile
 from pathlib import Path
 
+import datasets
 import pytest
 
 import onerec_hf
@@ -116,27 +120,64 @@ assert "# Tiny" in str(model_card(config, title="Tiny", repo="org/tiny", data=""
 """
 
 
-@pytest.mark.parametrize("kind", ["wheel", "sdist"])
-def test_it_installs_into_an_empty_environment_and_works(distributions, tmp_path, kind):
+def install(distribution, folder):
     """
-    A new virtual environment that has torch, transformers and the rest from this one (they are gigabytes), and nothing of ours: an
-    editable install is a `.pth` file, which a path in another `.pth` file does not lead to.
+    A new virtual environment that has torch, transformers and the rest from this one (they are gigabytes), and of ours the
+    distribution alone: an editable install is a `.pth` file, which a path in another `.pth` file does not lead to.
     """
-    run("-m", "venv", "--without-pip", tmp_path / "venv")
-    python = tmp_path / "venv" / "bin" / "python"
+    run("-m", "venv", "--without-pip", folder / "venv")
+    python = folder / "venv" / "bin" / "python"
     site = Path(run("-c", "import sysconfig; print(sysconfig.get_path('purelib'))", python=python).strip())
     (site / "packages_of_the_test.pth").write_text(sysconfig.get_path("purelib"))
     # `python -I`: neither this folder, nor PYTHONPATH, nor a user's packages
-    failed = subprocess.run([python, "-I", "-c", "import onerec_hf"], capture_output=True, text=True, cwd=tmp_path)
+    failed = subprocess.run([python, "-I", "-c", "import onerec_hf"], capture_output=True, text=True, cwd=folder)
     assert "No module named 'onerec_hf'" in failed.stderr
     options = ["--quiet", "--no-deps", "--no-index", "--no-build-isolation", "--ignore-installed"]
-    run("-I", "-m", "pip", "install", *options, distributions[kind == "wheel"], python=python, cwd=tmp_path)
+    run("-I", "-m", "pip", "install", *options, distribution, python=python, cwd=folder)
+    return python, site
+
+
+@pytest.mark.parametrize("kind", ["wheel", "sdist"])
+def test_it_installs_into_an_empty_environment_and_works(distributions, tmp_path, kind):
+    python, site = install(distributions[kind == "wheel"], tmp_path)
     onerec_hf.SemanticIdTokenizer(codebook_sizes=[4, 4]).save_pretrained(tmp_path / "tokenizer")
     with zipfile.ZipFile(distributions[1]) as archive:
         names = {name for name in archive.namelist() if ".dist-info/" not in name}
     assert names == {str(f.relative_to(site)) for f in site.glob("onerec_hf/**/*.*") if f.suffix != ".pyc"}
     if kind == "wheel":  # the files of the other are the same
         run("-I", "-c", INSTALLED, site, tmp_path / "tokenizer", python=python, cwd=tmp_path)
+
+
+TINY = {"hidden_size": 8, "intermediate_size": 12, "num_hidden_layers": 1, "num_attention_heads": 2}
+
+
+@pytest.mark.slow
+def test_from_a_log_to_recommendations_with_the_wheel_alone(distributions, tmp_path):
+    """What a person without a checkout types, in a folder of their own."""
+    python, site = install(distributions[1], tmp_path)
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    environment["OMP_NUM_THREADS"] = "1"  # two processes share the machine
+
+    def onerec(line: str) -> str:
+        words = [python.parent / "onerec", *shlex.split(line)]
+        result = subprocess.run(words, capture_output=True, text=True, cwd=tmp_path, env=environment)
+        assert result.returncode == 0, f"{line}\n{result.stdout}{result.stderr}"
+        return result.stdout
+
+    rows = [f"u{user},{(user * 7 + step * step) % 30},{step}" for user in range(30) for step in range(6)]
+    (tmp_path / "log.csv").write_text("\n".join(["user_id,item_id,timestamp", *rows]))
+    (tmp_path / "histories.jsonl").write_text('{"history": [0, 1]}\n{"history": []}')
+    assert str(site / "onerec_hf" / "scripts" / "configs") in onerec("--help")
+    onerec("prepare --source log.csv --output data --collaborative_dim 8 --codebook_size 8 --num_levels 2")
+    small = f"--model '{json.dumps(TINY | {'context_embed_dim': 4})}' --num_beams 20 --use_cpu true"
+    onerec(f"sft --config small_sft.yaml --data data --output_dir model {small} --num_train_epochs 1")
+    report = onerec(
+        f"sft --accelerate_config cpu_2 --data data --output_dir two {small} --max_steps 2 --save_strategy no --report_to none"
+    )
+    assert '"test"' in report
+    onerec("recommend --repo model --dataset histories.jsonl --output served --k 3")
+    served = datasets.Dataset.from_parquet(str(tmp_path / "served" / "part-00000-of-00001.parquet"))
+    assert [len(row) for row in served["item_ids"]] == [3, 3] and set(served["item_ids"][0]) <= set(range(30))
 
 
 def test_stand_ins_are_those_that_the_models_register():

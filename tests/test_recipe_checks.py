@@ -4,7 +4,6 @@ import datetime
 import decimal
 import json
 import shutil
-import sys
 from pathlib import Path
 
 import datasets
@@ -19,7 +18,6 @@ from onerec_hf.evaluation import evaluate
 from onerec_hf.recommender import Recommender
 from onerec_hf.trainers import IPAConfig, OneRecGRPOConfig, OneRecSFTConfig, OneRecSFTTrainer
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "recipes"))
 MODEL = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2}
 MODEL = json.dumps(MODEL | {"context_embed_dim": 4})
 
@@ -27,7 +25,7 @@ MODEL = json.dumps(MODEL | {"context_embed_dim": 4})
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
     """Thirty users, thirty items, and a column of every kind that a table may hold."""
-    import prepare
+    from onerec_hf.scripts import prepare
 
     folder, rng = tmp_path_factory.mktemp("checks"), np.random.default_rng(0)
     rows = [(u, int(rng.integers(30)), j, j % 2) for u in range(30) for j in range(6)]
@@ -56,7 +54,7 @@ def arguments(data, folder, **settings):
 
 
 def sft(data, folder, **settings):
-    import sft
+    from onerec_hf.scripts import sft
 
     settings = {"model": MODEL, "max_steps": 2, "save_strategy": "no"} | settings
     parser = TrlParser((sft.ModelArguments, OneRecSFTConfig))
@@ -130,9 +128,7 @@ def test_sft_says_it_before_it_trains(data, tmp_path, no_training, settings, mes
 
 
 def test_output_folders_that_cannot_be_written(data, tmp_path, no_training):
-    import ab_test
-    import baseline
-    import quickstart
+    from onerec_hf.scripts import ab_test, baseline, quickstart
 
     (tmp_path / "file").write_text("x")
     for folder in (tmp_path / "file", tmp_path / "file" / "below"):
@@ -149,7 +145,7 @@ def test_output_folders_that_cannot_be_written(data, tmp_path, no_training):
 
 
 def dpo(data, folder, policy, **settings):
-    import dpo
+    from onerec_hf.scripts import dpo
 
     pairs = folder.parent / "pairs"
     tokenizer = AutoTokenizer.from_pretrained(policy)
@@ -162,7 +158,7 @@ def dpo(data, folder, policy, **settings):
 
 
 def grpo(data, folder, policy, **settings):
-    import grpo
+    from onerec_hf.scripts import grpo
 
     settings = {"policy": policy, "max_steps": 1, "num_generations": 2, "save_strategy": "no"} | settings
     settings = {"per_device_train_batch_size": 4} | settings
@@ -171,7 +167,7 @@ def grpo(data, folder, policy, **settings):
 
 
 def reward(data, folder, policy, **settings):
-    import reward
+    from onerec_hf.scripts import reward
 
     settings = {"targets": ["lvtr"], "num_train_epochs": 1} | settings
     argv = arguments(data, folder, **settings)
@@ -208,7 +204,7 @@ def test_the_alignments_end_as_the_training_does(data, policy, tmp_path, recipe)
 
 
 def test_the_names_of_the_validation_metrics_are_those_of_evaluate(data, policy):
-    import ending
+    from onerec_hf.scripts import ending
 
     ranker = Recommender.from_pretrained(policy).ranker
     split = datasets.load_from_disk(str(data / "splits"))["validation"].select(range(2))
@@ -217,8 +213,7 @@ def test_the_names_of_the_validation_metrics_are_those_of_evaluate(data, policy)
 
 def test_what_fails_after_the_training_costs_nothing_else(data, tmp_path, monkeypatch):
     """A card that cannot be drawn: model, metrics and predictions are there; and the other way round."""
-    import ending
-    import score
+    from onerec_hf.scripts import ending, score
 
     run = tmp_path / "run"
 
@@ -226,16 +221,16 @@ def test_what_fails_after_the_training_costs_nothing_else(data, tmp_path, monkey
         raise MemoryError("no room for a picture")
 
     monkeypatch.setattr(OneRecSFTTrainer, "create_model_card", fail)
-    with pytest.raises(RuntimeError, match=r"(?s)saved complete in .*run.*- card .*no room for a picture.*publish.py"):
+    with pytest.raises(
+        RuntimeError, match=r"(?s)saved complete in .*run.*- card .*no room for a picture.*onerec publish"
+    ):
         sft(data, run, metadata=["title"])
     assert json.loads((run / "metrics.json").read_text())["test"]["num_users"] == 30
     assert Recommender.from_pretrained(run).metadata[3] == {"title": "t3"} and not (run / "README.md").exists()
     monkeypatch.undo()
 
-    monkeypatch.setattr(ending, "score", fail)
-    with pytest.raises(
-        RuntimeError, match=r"(?s)- test metrics .*no room.*`python recipes/score.py --model \S+run --data"
-    ):
+    monkeypatch.setattr(ending, "score_model", fail)
+    with pytest.raises(RuntimeError, match=r"(?s)- test metrics .*no room.*`onerec score --model \S+run --data"):
         sft(data, run, metadata=["title"])
     assert (run / "README.md").is_file() and Recommender.from_pretrained(run).metadata
     assert (
@@ -248,7 +243,7 @@ def test_what_fails_after_the_training_costs_nothing_else(data, tmp_path, monkey
 
 
 def test_a_run_in_the_folder_of_another_says_so_and_leaves_none_of_its_results(data, tmp_path, caplog):
-    import checks
+    from onerec_hf.scripts import checks
 
     run = tmp_path / "run"
     run.mkdir()
@@ -290,7 +285,7 @@ def test_a_run_in_the_folder_of_another_says_so_and_leaves_none_of_its_results(d
     ],
 )
 def test_baselines_say_it_before_they_train(data, tmp_path, no_training, settings, message):
-    import baseline
+    from onerec_hf.scripts import baseline
 
     with pytest.raises(ValueError, match=message):
         baseline.main(baseline.BaselineArguments(data=str(data), output=str(tmp_path / "run"), **settings))
@@ -320,7 +315,7 @@ def test_baselines_say_it_before_they_train(data, tmp_path, no_training, setting
     ],
 )
 def test_the_leaderboard_checks_every_entry_before_the_first(data, tmp_path, entries, message):
-    import leaderboard
+    from onerec_hf.scripts import leaderboard
 
     (tmp_path / "entries.yaml").write_text(entries)
     arguments = leaderboard.LeaderboardArguments(str(data), str(tmp_path / "out"), str(tmp_path / "entries.yaml"))
@@ -335,7 +330,7 @@ def test_the_leaderboard_checks_every_entry_before_the_first(data, tmp_path, ent
 @pytest.fixture
 def desk(data, policy, tmp_path):
     """The model, and three baselines whose folders share names with each other and with the model's title."""
-    import baseline
+    from onerec_hf.scripts import baseline
 
     shutil.copytree(policy, tmp_path / "aligned")
     for name in ("mymodel", "x/sasrec", "y/sasrec"):
@@ -345,7 +340,7 @@ def desk(data, policy, tmp_path):
 
 
 def publish(desk, data, *baselines, **settings):
-    import publish
+    from onerec_hf.scripts import publish
 
     settings = {"model": str(desk / "aligned"), "data": str(data)} | settings
     publish.main(publish.PublishArguments(baselines=[str(desk / name) for name in baselines], **settings))
@@ -368,14 +363,14 @@ def test_systems_are_told_apart_by_their_folders(desk, data):
 
 
 def test_what_publish_refuses(desk, data, tmp_path):
-    import publish as recipe
+    from onerec_hf.scripts import publish as recipe
 
     with pytest.raises(ValueError, match=r"aligned'\] is named twice among the model and its baselines"):
         publish(desk, data, "aligned")
     with pytest.raises(ValueError, match=r"'a b' is no name of a repository"):
         publish(desk, data, repo="a b")
     (desk / "bare").mkdir()
-    with pytest.raises(ValueError, match=r"bare has no test metrics.*recipes/score.py --model \S+bare --data"):
+    with pytest.raises(ValueError, match=r"bare has no test metrics.*`onerec score --model \S+bare --data"):
         publish(desk, data, "bare")
     other = shutil.copytree(data, tmp_path / "other")
     tokenizer = AutoTokenizer.from_pretrained(other / "tokenizer")

@@ -38,9 +38,9 @@ def policy(data, tmp_path_factory):  # noqa: F811
 
 
 def align(data, policy, folder, *arguments):  # noqa: F811
-    import dpo
     from trl import TrlParser
 
+    from onerec_hf.scripts import dpo
     from onerec_hf.trainers import IPAConfig
 
     settings = {"data": data, "policy": policy, "output_dir": folder, "num_train_epochs": 1, "report_to": "none"}
@@ -104,9 +104,9 @@ def with_other_items(folder, output, change):
 
 
 def reinforce(data, policy, folder, *arguments):  # noqa: F811
-    import grpo
     from trl import TrlParser
 
+    from onerec_hf.scripts import grpo
     from onerec_hf.trainers import OneRecGRPOConfig
 
     argv = ["--data", str(data), "--policy", str(policy), "--output_dir", str(folder), "--max_steps", "1"]
@@ -137,7 +137,7 @@ def test_a_data_folder_of_other_items_is_refused(change, data, trained, policy, 
 
 
 def test_an_ab_test_of_other_items_or_of_another_world_is_refused(data, policy, tmp_path):  # noqa: F811
-    import ab_test
+    from onerec_hf.scripts import ab_test
 
     log = str(data.parent / "log.parquet")
     world = json.dumps({"num_users": 120, "num_items": 80, "num_days": 10, "mean_events": 30, "seed": 3})
@@ -152,9 +152,9 @@ def test_an_ab_test_of_other_items_or_of_another_world_is_refused(data, policy, 
 
 
 def test_reinforcement_learning_with_a_reward_model_and_an_adapter(data, trained, policy, tmp_path):  # noqa: F811
-    import grpo
     from trl import TrlParser
 
+    from onerec_hf.scripts import grpo
     from onerec_hf.trainers import OneRecGRPOConfig
 
     settings = {

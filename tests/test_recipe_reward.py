@@ -17,14 +17,13 @@ from onerec_hf.evaluation import auc
 from onerec_hf.simulator import ShortVideoWorld
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT / "recipes"))
 DAY = 86_400_000
 START = 1_704_067_200_000
 
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
-    import prepare
+    from onerec_hf.scripts import prepare
 
     folder = tmp_path_factory.mktemp("reward")
     world = ShortVideoWorld(num_users=120, num_items=80, num_days=10, mean_events=30, seed=3)
@@ -53,9 +52,10 @@ def data(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def trained(data, tmp_path_factory):
-    import reward
     from transformers import TrainingArguments
     from trl import TrlParser
+
+    from onerec_hf.scripts import reward
 
     output = tmp_path_factory.mktemp("model")
     argv = ["--data", str(data), "--output_dir", str(output), "--targets", "ctr", "swt", "--watch_cap_ms", "60000"]
@@ -136,9 +136,9 @@ def test_the_snippet_of_the_card_runs(trained):
 
 def test_sessions_are_judged_as_a_whole(tmp_path):
     """Requests of a simulated log, through prepare.py and reward.py; the folder scores sessions of items."""
-    import prepare
-    import reward
     from transformers import TrainingArguments
+
+    from onerec_hf.scripts import prepare, reward
 
     world = ShortVideoWorld(num_users=150, num_items=60, num_days=10, mean_events=40, request_size=5, seed=3)
     world.logs().to_parquet(tmp_path / "log.parquet")
@@ -173,8 +173,9 @@ def test_sessions_are_judged_as_a_whole(tmp_path):
 
 
 def test_it_pushes_itself_with_our_card(trained, data, hub, tmp_path):
-    import reward
     from transformers import TrainingArguments
+
+    from onerec_hf.scripts import reward
 
     settings = {"push_to_hub": True, "hub_model_id": "org/reward", "hub_private_repo": True, "max_steps": 1}
     training = TrainingArguments(str(tmp_path), report_to="none", save_strategy="no", **settings)
@@ -192,8 +193,9 @@ def test_it_pushes_itself_with_our_card(trained, data, hub, tmp_path):
 
 
 def test_an_unknown_column_is_named(data, tmp_path):
-    import reward
     from transformers import TrainingArguments
+
+    from onerec_hf.scripts import reward
 
     arguments = reward.RewardArguments(data=str(data), targets=["ctr"], item_categories=["colour"])
     with pytest.raises(ValueError, match=r"items.parquet has no \['colour'\]"):

@@ -1,8 +1,6 @@
 """Tables as a user gives them to the recipes, and a data folder that nobody may write to."""
 
 import importlib
-import sys
-from pathlib import Path
 
 import datasets
 import numpy as np
@@ -12,11 +10,9 @@ import pytest
 from onerec_hf import Catalogue
 from onerec_hf.data import OneRecCollator, load_splits
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "recipes"))
-
 
 def recipe(name):
-    return importlib.import_module(name)
+    return importlib.import_module(f"onerec_hf.scripts.{name}")
 
 
 @pytest.mark.parametrize("suffix", ["parquet", "csv", "jsonl", "save_to_disk"])

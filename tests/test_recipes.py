@@ -19,12 +19,11 @@ from transformers import AutoModel, AutoTokenizer
 from onerec_hf.recommender import Recommender
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT / "recipes"))
 
 
 @pytest.fixture(scope="module")
 def quickstart(tmp_path_factory):
-    import quickstart
+    from onerec_hf.scripts import quickstart
 
     output = tmp_path_factory.mktemp("quickstart")
     return output, quickstart.main(output, num_users=150, num_items=200, epochs=2)
@@ -78,9 +77,9 @@ def test_checkpoints_hold_everything(quickstart):
 
 
 def train(quickstart, folder, *arguments):
-    import sft
     from trl import TrlParser
 
+    from onerec_hf.scripts import sft
     from onerec_hf.trainers import OneRecSFTConfig
 
     model = {
@@ -124,8 +123,7 @@ ONE = {"model_type": "onerec", "num_session_items": 1, "context_tokens": "item"}
 @pytest.mark.parametrize("system", [V1, ONE], ids=["onerec_v1", "onerec"])
 def test_sft_trains_every_system(quickstart, tmp_path, system):
     """With experts, balanced and logged; one row per target; scored by the same search."""
-    import sft
-
+    from onerec_hf.scripts import sft
     from onerec_hf.trainers import OneRecSFTConfig
 
     model = system | {"hidden_size": 16, "num_hidden_layers": 1, "num_encoder_layers": 1, "num_attention_heads": 2}
@@ -141,7 +139,7 @@ def test_sft_trains_every_system(quickstart, tmp_path, system):
 
 
 def test_recommend_serves_every_row(quickstart, tmp_path):
-    import recommend
+    from onerec_hf.scripts import recommend
 
     rows = [{"history": [int(i)], "user": u} for u, i in enumerate(range(0, 60, 7))]
     (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
@@ -196,9 +194,9 @@ def test_prepare_learns_from_the_training_split_alone(quickstart):
 
 
 def train_grpo(quickstart, folder, *arguments):
-    import grpo
     from trl import TrlParser
 
+    from onerec_hf.scripts import grpo
     from onerec_hf.trainers import OneRecGRPOConfig
 
     argv = ["--policy", str(quickstart[0] / "onerec-v2-quickstart"), "--data", str(quickstart[0] / "data")]
@@ -249,8 +247,9 @@ def test_grpo_from_rollouts_leaves_and_pushes_a_repository(quickstart, hub, tmp_
 
 def test_feedback_of_own_exposures_then_an_ab_test(quickstart, impressions, tmp_path):
     """A model against itself: every lift is exactly 0. What it logged is its own probability, so the first ratio is 1."""
-    import ab_test
     import pandas as pd
+
+    from onerec_hf.scripts import ab_test
 
     policy = str(quickstart[0] / "onerec-v2-quickstart")
     same = ab_test.main(policy, policy, str(impressions), str(tmp_path / "aa"), WORLD, num_days=3, keep_logs=True)
@@ -273,7 +272,7 @@ def test_feedback_of_own_exposures_then_an_ab_test(quickstart, impressions, tmp_
 
 
 def test_exposures_carry_what_the_policy_reads_of_behaviours(quickstart, impressions):
-    import grpo
+    from onerec_hf.scripts import grpo
 
     policy, data = (str(quickstart[0] / name) for name in ("onerec-v2-quickstart", "data"))
     recommender = Recommender.from_pretrained(policy)
@@ -285,7 +284,7 @@ def test_exposures_carry_what_the_policy_reads_of_behaviours(quickstart, impress
 
 
 def test_publish_pushes_a_repository_that_can_be_served(quickstart, hub, tmp_path):
-    import publish
+    from onerec_hf.scripts import publish
 
     output, reports = quickstart
     folder = shutil.copytree(output / "onerec-v2-quickstart", tmp_path / "model")
@@ -322,7 +321,7 @@ def test_help(recipe, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", [f"recipes/{recipe}.py", "--help"])
     with pytest.raises(SystemExit) as end:
         runpy.run_path(str(ROOT / "recipes" / f"{recipe}.py"), run_name="__main__")
-    assert end.value.code == 0 and f"usage: {recipe}.py" in capsys.readouterr().out
+    assert end.value.code == 0 and f"usage: onerec {recipe}" in capsys.readouterr().out
 
 
 def test_an_unknown_column_is_named(quickstart, tmp_path):
@@ -331,9 +330,9 @@ def test_an_unknown_column_is_named(quickstart, tmp_path):
 
 
 def test_prepare_writes_sessions(tmp_path):
-    import prepare
     from trl import TrlParser
 
+    from onerec_hf.scripts import prepare
     from onerec_hf.simulator import ShortVideoWorld
 
     log = ShortVideoWorld(num_users=120, num_items=200, request_size=10, mean_events=60).logs()

@@ -57,10 +57,10 @@ def desk(tmp_path, monkeypatch):
     small = {name: yaml.safe_load((RECIPES / "configs" / name).read_text()) | own for name, own in TINY.items()}
     entries = yaml.safe_load((RECIPES / "configs" / "leaderboard.yaml").read_text())
     small["leaderboard.yaml"] = {name: entries[name] | {"seeds": [0]} for name in BASELINES}
+    small["leaderboard.yaml"]["sasrec"]["fit"] = TINY["sasrec.yaml"]["fit"]
     for name, settings in small.items():
         (tmp_path / "recipes" / "configs" / name).write_text(yaml.safe_dump(settings))
     monkeypatch.chdir(tmp_path)
-    monkeypatch.syspath_prepend(str(RECIPES))
     return tmp_path
 
 
@@ -101,7 +101,7 @@ def test_the_commands_run_as_printed(desk, hub, monkeypatch):
     before = log.timestamp < SETTINGS["validation_start"]
     train = datasets.load_from_disk(str(data / "splits"))["train"]
     assert sum(map(len, train["history"])) == (before & (log.long_view == 1)).sum()
-    import grpo
+    from onerec_hf.scripts import grpo
 
     served = Recommender.from_pretrained(desk / "outputs" / "mymodel")
     settings = yaml.safe_load((RECIPES / "configs" / "mydata" / "grpo.yaml").read_text())

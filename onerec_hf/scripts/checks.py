@@ -9,17 +9,17 @@ from pathlib import Path
 
 import datasets
 import numpy as np
-from ending import earlier_results, score, some
 from huggingface_hub import HfApi
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 from transformers import PreTrainedConfig, TrainingArguments
 from transformers.utils import logging
 
-from onerec_hf import Catalogue
-from onerec_hf.data import EventFeature
-from onerec_hf.evaluation import evaluate
-from onerec_hf.recommender import Recommender
+from .. import Catalogue
+from ..data import EventFeature
+from ..evaluation import evaluate
+from ..recommender import Recommender
+from .ending import earlier_results, score_model, some
 
 logger = logging.get_logger(__name__)
 
@@ -51,7 +51,7 @@ def check_push(repo: str, token: str | None = None) -> None:
     except Exception as error:  # of token, connection, offline mode
         raise OSError(
             f"{repo} could not be pushed: the Hub does not say who you are ({type(error).__name__}: {error}). Log in with `hf "
-            "auth login`, or leave out the push and do it later with recipes/publish.py."
+            "auth login`, or leave out the push and do it later with `onerec publish`."
         ) from error
 
 
@@ -88,7 +88,7 @@ def check_same_items(folder: str, catalogue: Catalogue, data: str) -> None:
     path = Path(data) / "tokenizer"
     if not (path / "catalogue.safetensors").is_file():
         raise ValueError(
-            f"{data} has no tokenizer/catalogue.safetensors: give the folder that recipes/prepare.py wrote."
+            f"{data} has no tokenizer/catalogue.safetensors: give the folder that `onerec prepare` wrote."
         )
     if difference := catalogue.difference(Catalogue.from_pretrained(path)):
         raise ValueError(
@@ -161,4 +161,4 @@ def rehearse(recommender: Recommender, train: datasets.Dataset, splits: datasets
     with tempfile.TemporaryDirectory() as folder:
         recommender.save_beside(folder)
         for name in ("validation", "test"):
-            score(recommender.ranker, some(splits[name], 2, name), Path(folder), seed=0)
+            score_model(recommender.ranker, some(splits[name], 2, name), Path(folder), seed=0)

@@ -1,4 +1,4 @@
-"""What recipes/reward.py and the recipes that judge with its model share: its arguments, its collator, the reward function."""
+"""What `onerec reward` and the recipes that judge with its model share: its arguments, its collator, the reward function."""
 
 import json
 from dataclasses import dataclass, field
@@ -6,11 +6,9 @@ from pathlib import Path
 
 import datasets
 import numpy as np
-from checks import check_same_items, event_features
-from model_arguments import mapping
-from transformers import AutoModel, AutoTokenizer
+from transformers import AutoModel, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from onerec_hf.data import (
+from ..data import (
     RewardCollator,
     category_codes,
     category_map,
@@ -19,14 +17,17 @@ from onerec_hf.data import (
     quantile_codes,
     rate_numbers,
 )
-from onerec_hf.rewards import reward_of_model
+from ..rewards import reward_of_model
+from ..rewards.functions import RewardFunction
+from .checks import check_same_items, event_features
+from .model_arguments import mapping
 
 ARGUMENTS_NAME = "arguments.json"
 
 
 @dataclass
 class RewardArguments:
-    data: str = field(metadata={"help": "Folder that recipes/prepare.py wrote with --sessions."})
+    data: str = field(metadata={"help": "Folder that `onerec prepare` wrote with --sessions."})
     targets: list[str] = field(metadata={"help": "Objectives, see data/labels.py."})
     model: str = field(default="{}", metadata={"help": "Arguments of OneRecPScoreConfig, YAML mapping or JSON."})
     max_history: int = field(default=30, metadata={"help": "Behaviours of context."})
@@ -72,15 +73,17 @@ def past_numbers(
     names = [name for name in train.column_names if name.startswith("target_")]
     feedback = {name.removeprefix("target_"): flat(train, name) for name in names}
     labels = event_labels(feedback, args.targets, watch_cap_ms=args.watch_cap_ms)
-    numbers = {}, {}
+    numbers: tuple[dict, dict] = ({}, {})
     for key in args.rates:
         index = user if key == "user" else flat(train, "targets")
-        found = rate_numbers(key, args.targets, feedback["timestamp"], index, labels, groups[key], boundaries)
+        found = rate_numbers(key, args.targets, feedback["timestamp"], index, labels, groups[key], boundaries.tolist())
         numbers[key == "user"].update(found)
     return numbers
 
 
-def make_collator(args: RewardArguments, tokenizer, splits: datasets.DatasetDict) -> RewardCollator:
+def make_collator(
+    args: RewardArguments, tokenizer: PreTrainedTokenizerBase, splits: datasets.DatasetDict
+) -> RewardCollator:
     """The collator, with features, past rates and the boundaries between periods."""
     starts = {name: np.array(rows["session_start"]) for name, rows in splits.items()}
     days = np.arange(starts["train"].min() + args.period, starts["validation"].min() - args.period / 2, args.period)
@@ -101,7 +104,7 @@ def make_collator(args: RewardArguments, tokenizer, splits: datasets.DatasetDict
         session_wise=args.session_wise,
         candidate_features=items | {"item_id": groups["item"] + 1},
         request_features=requests,
-        boundaries=boundaries,
+        boundaries=boundaries.tolist(),
         item_numbers=item_numbers,
         user_numbers=user_numbers,
         label_settings={"watch_cap_ms": args.watch_cap_ms}
@@ -110,7 +113,7 @@ def make_collator(args: RewardArguments, tokenizer, splits: datasets.DatasetDict
 
 
 def load_reward(folder: str, data: str | None, policy_data: str) -> tuple:
-    """Model, collator and catalogue of a folder that recipes/reward.py wrote, for the users of the policy's data folder."""
+    """Model, collator and catalogue of a folder that `onerec reward` wrote, for the users of the policy's data folder."""
     args = RewardArguments(**json.loads((Path(folder) / ARGUMENTS_NAME).read_text(encoding="utf-8")))
     args.data = data or args.data
     users = [
@@ -126,7 +129,9 @@ def load_reward(folder: str, data: str | None, policy_data: str) -> tuple:
     return AutoModel.from_pretrained(folder).eval(), collator, tokenizer.catalogue
 
 
-def reward_function(folder: str, data: str | None, policy, policy_data: str, num_generations: int):
-    """The reward model of a folder that recipes/reward.py wrote, as a reward function for the policy's completions."""
+def reward_function(
+    folder: str, data: str | None, policy: PreTrainedModel, policy_data: str, num_generations: int
+) -> RewardFunction:
+    """The reward model of a folder that `onerec reward` wrote, as a reward function for the policy's completions."""
     model, collator, catalogue = load_reward(folder, data, policy_data)
     return reward_of_model(model, collator, policy, catalogue)

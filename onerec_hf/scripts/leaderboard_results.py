@@ -1,19 +1,19 @@
-"""What recipes/leaderboard.py reads from its runs, and how it shows it: a table and a picture."""
+"""What `onerec leaderboard` reads from its runs, and how it shows it: a table and a picture."""
 
 import json
 from pathlib import Path
 
 import datasets
 import numpy as np
-from checks import check_catalogue
 from matplotlib.figure import Figure
 
-from onerec_hf.evaluation import recall_by_frequency
-from onerec_hf.hub import table_cell
-from onerec_hf.hub.pictures import plot_label
+from ..evaluation import recall_by_frequency
+from ..hub import table_cell
+from ..hub.pictures import plot_label
+from .checks import check_catalogue
+from .ending import PREDICTIONS
 
 METRICS = ("recall@5", "recall@10", "recall@20", "ndcg@10")
-KINDS = {"test": "predictions", "test_exclude_seen": "predictions_exclude_seen"}
 
 
 def check_runs(folders: list[Path], data: str, num_items: int) -> None:
@@ -34,7 +34,7 @@ def collect(folders: list[Path], test: datasets.Dataset, counts: np.ndarray, str
     result = {"seeds": len(folders), "seconds": [r.get("fit_seconds", r.get("train_seconds")) for r in reports]}
     if all("validation" in report for report in reports):
         result["validation"] = float(np.mean([report["validation"]["ndcg@10"] for report in reports]))
-    for kind, name in KINDS.items():
+    for kind, name in PREDICTIONS.items():
         tables = [datasets.Dataset.from_parquet(str(folder / f"{name}.parquet")) for folder in folders]
         if any(table["user"] != test["user"] for table in tables):
             raise ValueError(
@@ -63,8 +63,8 @@ def tables(results: dict, reference: str, strata: list) -> str:
         "|---" * 8 + "|",
     ]
     for name, result in results.items():
-        cells = [" / ".join(number(*result[kind][metric]) for kind in KINDS) for metric in METRICS]
-        intervals = " / ".join("[{:+.4f}, {:+.4f}]".format(*result["interval"][kind]) for kind in KINDS)
+        cells = [" / ".join(number(*result[kind][metric]) for kind in PREDICTIONS) for metric in METRICS]
+        intervals = " / ".join("[{:+.4f}, {:+.4f}]".format(*result["interval"][kind]) for kind in PREDICTIONS)
         against, seconds = "-" if name == reference else intervals, f"{np.mean(result['seconds']):.0f}"
         lines.append(f"| {' | '.join([table_cell(name), str(result['seeds']), *cells, against, seconds])} |")
     heads = ["recall@10, target seen so often in training", *(f"{low}-{high}" for low, high in strata)]

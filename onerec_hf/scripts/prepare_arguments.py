@@ -1,13 +1,12 @@
-"""The arguments of recipes/prepare.py, and what can be said against them before the long work starts."""
+"""The arguments of `onerec prepare`, and what can be said against them before the long work starts."""
 
 import os
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Literal
 
-from model_arguments import mapping, model_path
-
-from onerec_hf.data import Interactions, SessionConfig
+from ..data import Interactions, SessionConfig
+from .model_arguments import mapping, model_path
 
 LOAD_OPTIONS = {"drop_nulls", "drop_duplicates", "drop_unknown", "items_columns", "users_columns", "split"}
 

@@ -1,25 +1,34 @@
 """What the recipes that train do after their last step: the model is saved before anything else can fail."""
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
 import datasets
 import torch
-from transformers import Trainer
+from transformers import Trainer, TrainingArguments
 
-from onerec_hf.evaluation import evaluate
-from onerec_hf.hub import push_to_hub
-from onerec_hf.item_ranker import ItemRanker
-from onerec_hf.recommender import Recommender
-from onerec_hf.semantic_ids import load_quantizer
+from ..evaluation import evaluate
+from ..hub import push_to_hub
+from ..item_ranker import ItemRanker
+from ..recommender import Recommender
+from ..semantic_ids import load_quantizer
 
 # what a run leaves beside its weights: of an earlier run in the same folder, it would be taken for the new model's
-RESULTS = ("metrics.json", "predictions*.parquet", "*_scores.parquet", "README.md", "arguments.json", "items.jsonl")
+RESULTS: tuple[str, ...] = (
+    "metrics.json",
+    "predictions*.parquet",
+    "*_scores.parquet",
+    "README.md",
+    "arguments.json",
+    "items.jsonl",
+)
 RESULTS += ("quantizer*", "collator*", "model.safetensors.index.json", "training_curve.png", "codebook_usage.png")
 RESULTS += ("prediction_entropy.png", "recall_by_frequency.png")
 
+PREDICTIONS = {"test": "predictions", "test_exclude_seen": "predictions_exclude_seen"}
 VALIDATION_METRICS = ("recall@10", "ndcg@10", "hit@10", "coverage@10", "invalid_rate")
 
 
@@ -35,16 +44,22 @@ def earlier_results(folder: Path) -> list[Path]:
     return sorted({file for pattern in RESULTS for file in folder.glob(pattern) if file.is_file()})
 
 
-def score(ranker: ItemRanker, split: datasets.Dataset, output: Path, seed: int) -> dict:
-    """Metrics on a split, seen items kept and masked; writes each user's predictions."""
-    report, was_training = {}, ranker.model.training
-    ranker.model.eval()
-    for name, exclude_seen in (("predictions", False), ("predictions_exclude_seen", True)):
-        result = evaluate(
-            ranker, split, num_items=ranker.model.catalogue.num_items, exclude_seen=exclude_seen, seed=seed
-        )
+def score(system: Any, split: datasets.Dataset, num_items: int, output: Path, seed: int) -> dict:
+    """Test metrics of a model or baseline, seen items kept and masked; writes each user's predictions."""
+    report = {}
+    for kind, name in PREDICTIONS.items():
+        exclude_seen = kind == "test_exclude_seen"
+        result = evaluate(system, split, num_items=num_items, exclude_seen=exclude_seen, seed=seed)
         result.save(output / f"{name}.parquet")
-        report["test_exclude_seen" if exclude_seen else "test"] = result.to_dict()
+        report[kind] = result.to_dict()
+    return report
+
+
+def score_model(ranker: ItemRanker, split: datasets.Dataset, output: Path, seed: int) -> dict:
+    """[`score`] of a model, without dropout."""
+    was_training = ranker.model.training
+    ranker.model.eval()
+    report = score(ranker, split, ranker.model.catalogue.num_items, output, seed)
     ranker.model.train(was_training)
     return report
 
@@ -78,26 +93,39 @@ def write_metrics(output: Path, report: dict) -> None:
     partial.replace(output / "metrics.json")
 
 
-def save(trainer: Trainer, beside: Callable[[Path], None]) -> None:
-    """The model and what it is served with, by all processes; `beside` writes into the folder, in the first one."""
+def remove_earlier_results(folder: Path) -> None:
+    """Once the new model is there: what an earlier one left would be taken for its results."""
+    for file in earlier_results(folder):
+        file.unlink()
+
+
+def save(trainer: Trainer, save_beside: Callable[[Path], None]) -> None:
+    """The model and what it is served with, by all processes; `save_beside` writes into the folder, in the first one."""
     output = Path(trainer.args.output_dir)
     if trainer.is_world_process_zero():
-        for file in earlier_results(output):
-            file.unlink()
+        remove_earlier_results(output)
     trainer.save_model(_internal_call=True)  # not pushed yet
     if trainer.is_world_process_zero():
-        beside(output)
+        save_beside(output)
     trainer.accelerator.wait_for_everyone()
 
 
-def after_saving(trainer: Trainer, steps: dict[str, Callable[[], object]], advice: str) -> None:
+def finish(trainer: Trainer, steps: Mapping[str, Callable[[], object]], advice: str, push: bool) -> None:
     """
     What the first process does with the saved model while the others wait; one step that fails does not cost the next.
 
+    Args:
+        steps: By what each of them makes.
+        advice: How to get what is missing where a step fails.
+        push: Whether the folder goes to the Hub after them.
+
     Raises:
-        RuntimeError: At the end, where a step failed: what is missing, and how to get it.
+        RuntimeError: At the end, where a step failed: what is missing, and `advice`.
     """
-    group, failed = None, {}
+    training, group, failed = trainer.args, None, {}
+    if push:
+        repo = training.hub_model_id or Path(training.output_dir).absolute().name
+        steps = {**steps, f"push to {repo}": lambda: push_folder(training, repo)}
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         # scoring may take longer than the half hour after which the training's own group gives up
         group = torch.distributed.new_group(backend="gloo", timeout=timedelta(days=30))
@@ -112,13 +140,25 @@ def after_saving(trainer: Trainer, steps: dict[str, Callable[[], object]], advic
     if failed:
         reasons = "\n".join(f"- {name}: {type(error).__name__}: {error}" for name, error in failed.items())
         raise RuntimeError(
-            f"the model is trained, and saved complete in {trainer.args.output_dir}. What failed after that:\n{reasons}\n{advice}"
+            f"the model is trained, and saved complete in {training.output_dir}. What failed after that:\n{reasons}\n{advice}"
         ) from next(iter(failed.values()))
 
 
-def finish(trainer: Trainer, recommender: Recommender, data: str, test: datasets.Dataset, report: dict) -> dict:
+def push_folder(training: TrainingArguments, repo: str) -> None:
+    """The output folder of a training, in one commit."""
+    push_to_hub(
+        training.output_dir,
+        repo,
+        private=training.hub_private_repo,
+        revision=training.hub_revision,
+        token=training.hub_token,
+        commit_message="End of training",
+    )
+
+
+def finish_policy(trainer: Trainer, recommender: Recommender, data: str, test: datasets.Dataset, report: dict) -> dict:
     """
-    Saves the model, writes its card, scores it on the test split, pushes it; the ending of sft.py, dpo.py and grpo.py.
+    Saves the model, writes its card, scores it on the test split, pushes it: the ending of `sft`, `dpo` and `grpo`.
 
     Args:
         data: The data folder, for the advice where something fails.
@@ -132,21 +172,14 @@ def finish(trainer: Trainer, recommender: Recommender, data: str, test: datasets
     report |= {"num_parameters": ranker.model.num_parameters()}
     save(trainer, recommender.save_beside)
 
-    def metrics():
-        report.update(score(ranker, test, output, training.seed), log=trainer.state.log_history)
+    def metrics() -> None:
+        report.update(score_model(ranker, test, output, training.seed), log=trainer.state.log_history)
         write_metrics(output, report)
 
-    def push():
-        repo, private = training.hub_model_id or output.absolute().name, training.hub_private_repo
-        options = {"revision": training.hub_revision, "token": training.hub_token}
-        push_to_hub(output, repo, private=private, commit_message="End of training", **options)
-
-    steps = {"card (README.md)": trainer.create_model_card, "test metrics (metrics.json, predictions)": metrics}
-    steps |= {f"push to {training.hub_model_id or output.absolute().name}": push} if training.push_to_hub else {}
     place = f"--model {output} --data {data}"
-    advice = f"`python recipes/score.py {place}` scores the model, "
-    advice += f"`python recipes/publish.py {place}` writes its card and pushes it."
-    after_saving(trainer, steps, advice)
+    advice = f"`onerec score {place}` scores the model, `onerec publish {place}` writes its card and pushes it."
+    steps = {"card (README.md)": trainer.create_model_card, "test metrics (metrics.json, predictions)": metrics}
+    finish(trainer, steps, advice, training.push_to_hub)
     if trainer.is_world_process_zero():
         print(json.dumps({name: value for name, value in report.items() if name != "log"}, indent=2))
     return report

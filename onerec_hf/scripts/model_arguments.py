@@ -4,17 +4,16 @@ import json
 from dataclasses import dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import datasets
 import numpy as np
 import torch
 import yaml
-from checks import check_same_items, event_features, refuse_unknown
 from safetensors.torch import load_file
-from transformers import AutoConfig, PreTrainedConfig
+from transformers import AutoConfig, PreTrainedConfig, PreTrainedTokenizerBase
 
-import onerec_hf  # noqa: F401  registers the models
-from onerec_hf.data import (
+from ..data import (
     OneRecCollator,
     PathwayCollator,
     SessionCollator,
@@ -22,17 +21,20 @@ from onerec_hf.data import (
     category_map,
     target_rows,
 )
-from onerec_hf.recommender import Recommender
+from ..recommender import Recommender
+from .checks import check_same_items, event_features, refuse_unknown
+from .parser import config_path
 
 ITEM_VECTORS = "item_vectors"  # name of the context feature
 
 
 @dataclass
 class ModelArguments:
-    data: str = field(metadata={"help": "Folder that recipes/prepare.py wrote."})
+    data: str = field(metadata={"help": "Folder that `onerec prepare` wrote."})
     model: str = field(default="{}", metadata={"help": "Arguments of the model's config, YAML mapping or JSON."})
     model_config: str | None = field(
-        default=None, metadata={"help": "YAML file of such arguments; --model overrides it."}
+        default=None,
+        metadata={"help": "YAML file of such arguments, as models/onerec_v2_1b.yaml; --model overrides it."},
     )
     max_history: int = field(default=50, metadata={"help": "Items of context (onerec_v1: see its pathway lengths)."})
     positive: str = field(
@@ -86,11 +88,13 @@ def model_path(name: str) -> str:
     return str(Path(spec.origin).parent / folder)
 
 
-def make_config(args: ModelArguments, tokenizer, collator=None) -> PreTrainedConfig:
+def make_config(
+    args: ModelArguments, tokenizer: PreTrainedTokenizerBase, collator: OneRecCollator | None = None
+) -> PreTrainedConfig:
     """The config that `--model_config` and `--model` describe, with the tokenizer's codebooks and the collator's features."""
-    settings = {"model_type": "onerec_v2"}
+    settings: dict[str, Any] = {"model_type": "onerec_v2"}
     if args.model_config:
-        settings |= yaml.safe_load(Path(args.model_config).read_text(encoding="utf-8"))
+        settings |= yaml.safe_load(Path(config_path(args.model_config)).read_text(encoding="utf-8"))
     settings |= mapping(args.model)
     if collator is not None:
         settings |= {"context_features": collator.context_feature_sizes, "user_features": collator.user_feature_sizes}
@@ -108,7 +112,7 @@ def item_vectors(args: ModelArguments) -> torch.Tensor:
     return vectors / vectors.std()
 
 
-def make_collator(args: ModelArguments, tokenizer) -> OneRecCollator:
+def make_collator(args: ModelArguments, tokenizer: PreTrainedTokenizerBase) -> OneRecCollator:
     """The collator of the model's kind, with the features that were asked for."""
 
     def categories(table: str, names: list[str]) -> tuple[dict, dict]:
@@ -127,7 +131,7 @@ def make_collator(args: ModelArguments, tokenizer) -> OneRecCollator:
         if config.model_type != "onerec_v2":
             raise ValueError(f"item_vectors is for onerec_v2, the model is {config.model_type}.")
         item_features[ITEM_VECTORS] = np.arange(1, tokenizer.catalogue.num_items + 1)
-    features = {
+    features: dict[str, Any] = {
         "event_features": event_features(mapping(args.event_features)),
         "item_features": item_features,
         "user_features": user_features,
@@ -136,7 +140,7 @@ def make_collator(args: ModelArguments, tokenizer) -> OneRecCollator:
     item_token_ids = tokenizer.encode_semantic_ids(tokenizer.catalogue.semantic_ids)
     if config.model_type == "onerec_v1":
         lengths = {f"{name}_length": length for name, length in config.pathway_lengths.items()}
-        pathways = {"positive": mapping(args.positive), "lifelong": args.lifelong, **lengths}
+        pathways: dict[str, Any] = {"positive": mapping(args.positive), "lifelong": args.lifelong, **lengths}
         return PathwayCollator(item_token_ids, **pathways, **features)
     collator_class = SessionCollator if config.session_wise else OneRecCollator
     return collator_class(item_token_ids, args.max_history, **features)

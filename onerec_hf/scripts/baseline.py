@@ -1,0 +1,171 @@
+"""Fits one baseline and scores it on the test split, once with seen items allowed and once without them.
+
+    onerec baseline --name sasrec --data FOLDER --output outputs/sasrec --seed 0
+
+`--name`: popularity, cooccurrence, itemknn, sasrec (as published: `--model '{"temperature": null}' --fit '{"loss": "bce"}'`),
+bert4rec, fdsa (`--attributes brand category`), tiger (semantic IDs: `--tokenizer`).
+`--data` is a folder that
+`onerec prepare` wrote (same splits as our models) or, with `--layout`, a public data set, split leave-last-out.
+Rows of sessions (`onerec prepare --sessions`) become sequences: `--watched '{"long_view": 1}'` says which behaviours count.
+Writes `metrics.json`, `predictions.parquet`, `predictions_exclude_seen.parquet` (a row per user, for
+`evaluation.paired_bootstrap`) and, for what was trained, `model/`. Every field of `BaselineArguments` can also stand in a
+YAML file: `--config FILE`.
+"""
+
+import json
+import time
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import datasets
+
+from .. import Catalogue
+from .. import data as logs
+from ..baselines import FDSA, TIGER, BERT4Rec, CoOccurrence, ItemKNN, Popularity, SASRec, attribute_codes
+from ..baselines.training import train_baseline
+from ..evaluation import evaluate
+from .checks import check_keywords, check_output, check_splits
+from .ending import remove_earlier_results, score, some, write_metrics
+from .model_arguments import mapping
+from .parser import ScriptParser
+
+COUNTERS = {"popularity": Popularity, "cooccurrence": CoOccurrence, "itemknn": ItemKNN}
+
+
+@dataclass
+class BaselineArguments:
+    name: Literal["popularity", "cooccurrence", "itemknn", "sasrec", "bert4rec", "fdsa", "tiger"]
+    data: str = field(
+        metadata={"help": "Folder that `onerec prepare` wrote, or of a public layout.", "aliases": ["--dataset"]}
+    )
+    output: str = field(metadata={"help": "Folder to write."})
+    layout: Literal["prepared", "amazon", "kuairand", "kuairand_like_hate"] = "prepared"
+    seed: int = 0
+    model: str = field(default="{}", metadata={"help": "Arguments of the baseline's class, YAML mapping or JSON."})
+    fit: str = field(default="{}", metadata={"help": "Arguments of its fit, YAML mapping or JSON."})
+    attributes: list[str] = field(default_factory=list, metadata={"help": "fdsa: columns of the item table."})
+    tokenizer: str = field(
+        default="tokenizer", metadata={"help": "tiger: folder with the semantic IDs; not absolute: inside --data."}
+    )
+    eval_users: int | None = field(
+        default=None, metadata={"help": "Validation users that choose the epoch; default all (tiger generates)."}
+    )
+    test_users: int | None = field(default=None, metadata={"help": "Users of the test split to score; default all."})
+    watched: str = field(
+        default="{}", metadata={"help": "Of session rows: the behaviours that are read, columns and thresholds."}
+    )
+
+
+def load_splits(args: BaselineArguments) -> tuple[datasets.DatasetDict, int, Any]:
+    """The splits, the number of items, and the item table (columns by name)."""
+    if args.layout == "prepared":
+        splits = logs.load_splits(args.data)
+        items = datasets.Dataset.from_parquet(str(Path(args.data) / "items.parquet"))
+        return splits, len(items), items
+    interactions = getattr(logs, f"load_{args.layout}")(args.data)
+    return logs.leave_last_out(interactions), interactions.num_items, interactions.items
+
+
+def sequences(splits: datasets.DatasetDict, watched: dict[str, float]) -> datasets.DatasetDict:
+    """
+    Session rows for models of sequences. Train: all that a user watched, in time order. Elsewhere: the part of a history that was
+    watched, or all of it where nothing was.
+    """
+
+    def read(row: dict) -> list[int]:
+        counts = zip(row["history"], *(row[name] for name in watched))
+        own = [item for item, *values in counts if all(v >= w for v, w in zip(values, watched.values()))]
+        return own or row["history"]
+
+    users: dict[int, list[int]] = {}
+    for row in splits["train"].sort("session_start"):
+        users.setdefault(row["user"], read(row)).extend(row["targets"])
+    train = datasets.Dataset.from_dict({"user": list(users), "history": list(users.values())})
+    columns = ["user", "history", "targets"]
+    others = {name: splits[name].map(lambda row: {"history": read(row)}).select_columns(columns) for name in splits}
+    return datasets.DatasetDict(others | {"train": train})
+
+
+def make(args: BaselineArguments, num_items: int, items: Any, settings: dict) -> Any:
+    """The baseline, untrained."""
+    if args.name in COUNTERS:
+        return COUNTERS[args.name](num_items, **settings)
+    settings = {"seed": args.seed} | settings
+    if args.name == "tiger":
+        if args.layout != "prepared":
+            raise ValueError("tiger reads semantic IDs: run `onerec prepare` and pass the folder that it wrote.")
+        return TIGER(Catalogue.from_pretrained(Path(args.data) / args.tokenizer), **settings)
+    if args.name == "fdsa":
+        if not args.attributes:
+            raise ValueError(
+                "fdsa reads item attributes: name columns of the item table, --attributes brand category."
+            )
+        columns = getattr(items, "column_names", None) or list(items)
+        if absent := [name for name in args.attributes if name not in columns]:
+            raise ValueError(f"attributes={absent}: the item table has no such column; it has {columns}.")
+        return FDSA(attribute_codes(*(items[name] for name in args.attributes)), **settings)
+    return {"sasrec": SASRec, "bert4rec": BERT4Rec}[args.name](num_items, **settings)
+
+
+def fit(args: BaselineArguments, model: Any, splits: datasets.DatasetDict, num_items: int, settings: dict) -> None:
+    """Keeps the epoch with the best validation ndcg@10, seen items allowed: nothing is assumed about repeats."""
+    train = splits["train"]
+    sample = some(splits["validation"].shuffle(seed=0), args.eval_users, "eval_users")
+
+    def validate(model) -> float:
+        return evaluate(model, sample, num_items=num_items, ks=(10,), progress=False).metrics["ndcg@10"]
+
+    users = {"users": train["user"]} if args.name == "tiger" else {}
+    model.fit(train["history"], **users, **({"validate": validate, "seed": args.seed} | settings))
+
+
+def check(args: BaselineArguments) -> tuple:
+    """All that can be said before it is trained; returns splits, number of items, the baseline and the settings of its fit."""
+    check_output(args.output)
+    splits, num_items, items = load_splits(args)
+    settings = mapping(args.fit)
+    if "targets" in splits["train"].column_names:
+        splits = sequences(splits, mapping(args.watched))
+    elif mapping(args.watched):
+        raise ValueError(f"watched={args.watched}: only rows of sessions have columns to choose behaviours by.")
+    check_splits(splits)
+    model = make(args, num_items, items, mapping(args.model))
+    check_keywords("fit", settings, *([] if args.name in COUNTERS else [model.fit, train_baseline]))
+    return splits, num_items, model, settings
+
+
+def main(args: BaselineArguments) -> dict:
+    """Runs the recipe; returns what it writes to `metrics.json`."""
+    splits, num_items, model, fit_settings = check(args)
+    test, output = some(splits["test"], args.test_users, "test_users"), Path(args.output)
+    output.mkdir(parents=True, exist_ok=True)
+    report = {"arguments": asdict(args), "num_items": num_items}
+    start = time.perf_counter()
+    if args.name in COUNTERS:
+        model.fit(splits["train"]["history"])
+    else:
+        fit(args, model, splits, num_items, fit_settings)
+    remove_earlier_results(output)
+    if args.name not in COUNTERS:
+        model.save_pretrained(output / "model")
+        validated = [record for record in model.training_log if "validation" in record]
+        report["best_epoch"] = max(validated, key=lambda record: record["validation"])["epoch"]
+        report["num_parameters"] = model.model.num_parameters()
+        report["training_log"] = model.training_log
+    report["fit_seconds"] = time.perf_counter() - start
+    result = evaluate(model, splits["validation"], num_items=num_items, seed=args.seed)
+    report["validation"] = result.to_dict()
+    report |= score(model, test, num_items, output, args.seed)
+    write_metrics(output, report)
+    return report
+
+
+def run(argv: list[str] | None = None) -> None:
+    """`onerec baseline`; `argv`: its arguments, by default those of the command line."""
+    report = main(*ScriptParser("baseline", __doc__, [BaselineArguments]).parse(argv))
+    print(json.dumps({name: report[name] for name in ("test", "test_exclude_seen")}, indent=2))
+
+
+if __name__ == "__main__":
+    run()

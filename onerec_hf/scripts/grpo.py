@@ -1,0 +1,166 @@
+"""Reinforcement learning of a trained model by GRPO, ECPO or GBPO, from rollouts, from logged feedback, or from both.
+
+    onerec grpo --policy outputs/mymodel --data outputs/mydata --rewards hit format --rollout sample \\
+        --num_generations 16 --per_device_train_batch_size 64 --sft_weight 1 --output_dir outputs/mymodel_ecpo
+    onerec grpo --config mydata/grpo.yaml --policy outputs/mymodel --data outputs/mydata \\
+        --exposures logs.parquet --output_dir outputs/mymodel_gbpo
+
+`--exposures` holds **every** impression with play time, duration, dislike and what counts as watched; columns
+`log_prob_1` to `log_prob_L`, if any, are the log-probabilities of the codes at exposure (null or above 0: not known). The reward
+`model` is that of `--reward FOLDER`, which `onerec reward` wrote; rewards of your own: `main(args, training, [...])` from Python.
+Every field of `OneRecGRPOConfig` works on the command line and in a YAML file; `--lora_r 8` trains an adapter and writes the merged
+model. Writes a repository as `onerec sft` does.
+"""
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import datasets
+import numpy as np
+from peft import LoraConfig
+from transformers import AutoTokenizer, set_seed
+
+from .. import Catalogue
+from ..data import OneRecCollator, load_interactions, load_splits, read_table, target_rows
+from ..rewards import FormatReward, HitReward
+from ..rewards.functions import RewardFunction
+from ..trainers import OneRecGRPOConfig, OneRecGRPOTrainer, feedback_exposures, rejection_sample
+from .checks import check_beams, check_training, rehearse
+from .ending import finish_policy, some
+from .model_arguments import load_policy, mapping, training_rows
+from .parser import ScriptParser
+from .reward_arguments import reward_function
+
+
+@dataclass
+class RLArguments:
+    policy: str = field(metadata={"help": "Folder of the trained model: start, and KL reference."})
+    data: str = field(metadata={"help": "Folder that `onerec prepare` wrote."})
+    rewards: list[str] = field(
+        default_factory=lambda: ["hit"],
+        metadata={
+            "help": "hit (a true target), model (--reward), format (legality of K random samples, format_top: best)."
+        },
+    )
+    reward: str | None = field(
+        default=None, metadata={"help": "Folder that `onerec reward` wrote, from the same log."}
+    )
+    reward_data: str | None = field(default=None, metadata={"help": "Its data folder, where that has moved."})
+    format_samples: int = field(default=5, metadata={"help": "K of the format reward."})
+    exposures: str | None = field(
+        default=None, metadata={"help": "Table of all impressions (parquet, CSV, JSONL, ...)."}
+    )
+    columns: str = field(default="{}", metadata={"help": "Our names to yours in it, for user_id, item_id, timestamp."})
+    watched: str = field(default='{"long_view": 1}', metadata={"help": "What fills histories: columns, thresholds."})
+    request: str | None = field(default="request_id", metadata={"help": "Impressions of a request share a context."})
+    start: float | None = field(default=None, metadata={"help": "Train on impressions from this time on."})
+    end: float | None = field(default=None, metadata={"help": "And before this one: the start of the validation."})
+    ties: Literal["strict", "inclusive"] = field(default="strict", metadata={"help": "At the top quartile's edge."})
+    sft: Literal["train", "rsft"] = field(
+        default="train", metadata={"help": "Rows of the supervised loss: the split, or the better half of exposures."}
+    )
+    lora_r: int | None = field(default=None, metadata={"help": "Rank of a LoRA adapter; default trains all weights."})
+    num_beams: int = 50
+    test_users: int | None = field(default=None, metadata={"help": "Users of the test split to score; default all."})
+
+
+def load_exposures(args: RLArguments, catalogue: Catalogue, collator: OneRecCollator) -> datasets.Dataset:
+    """Requests with duration-aware advantages; `user` is -1 for users that the data folder does not have."""
+    columns, watched, levels = mapping(args.columns), mapping(args.watched), catalogue.num_levels
+    ids = ["user_id", "item_id", *([args.request] if args.request else [])]
+    table = read_table(args.exposures, ids=[columns.get(name, name) for name in ids])
+    names = [name for name in (f"log_prob_{level + 1}" for level in range(levels)) if name in table.column_names]
+    for name in names:
+        values = table[name].to_numpy().astype(float)
+        table = table.set_column(table.column_names.index(name), name, [np.where(np.isnan(values), 1.0, values)])
+    features = dict.fromkeys([*collator.event_features, *collator.settings.get("positive", ())])
+    features.pop("timestamp", None)  # every row has it
+    kept = dict.fromkeys([*watched, *features, "play_time_ms", "duration_ms", "is_hate", *ids[2:]])
+    log = load_interactions(table, columns=columns, feedback=[*kept, *names])
+    if args.end is not None:
+        log = log.where(log.timestamp < args.end)
+    log_probs = np.stack([log.feedback.pop(name) for name in names], axis=1) if names else None
+    rows = feedback_exposures(
+        log,
+        catalogue,
+        positive=watched,
+        request=args.request,
+        start=args.start,
+        log_probs=None if log_probs is None else np.where(log_probs > 0, np.nan, log_probs),
+        user_ids=read_table(Path(args.data) / "users.parquet")["user_id"].to_numpy(),
+        max_history=collator.max_history,
+        ties=args.ties,
+    )
+    read = {"user", "history", "timestamp", "targets", "advantage", "play_time", "log_probs", *features}
+    return rows.select_columns([name for name in rows.column_names if name in read])  # the rest would only cost time
+
+
+def make_rewards(args: RLArguments, policy: Any, token_ids: np.ndarray, num_generations: int) -> list[RewardFunction]:
+    """The reward functions that were named."""
+    if ("model" in args.rewards) != (args.reward is not None):
+        raise ValueError(
+            f"rewards={args.rewards} and reward={args.reward!r}: `model` in one needs a folder in the other."
+        )
+
+    def hit_reward(targets, completion_ids, **columns):
+        own = [token_ids[list(items)].tolist() for items in targets]
+        return HitReward("targets", policy.catalogue)(completion_ids=completion_ids, targets=own)
+
+    known: dict[str, Callable[[], RewardFunction]] = {
+        "hit": lambda: hit_reward,
+        "model": lambda: reward_function(args.reward, args.reward_data, policy, args.data, num_generations),
+        "format": lambda: FormatReward(policy.catalogue, num_generations, args.format_samples, "random"),
+        "format_top": lambda: FormatReward(policy.catalogue, num_generations, args.format_samples, "top"),
+    }
+    if unknown := [name for name in args.rewards if name not in known]:
+        raise ValueError(f"rewards={unknown}: allowed are {sorted(known)}.")
+    return [known[name]() for name in args.rewards]
+
+
+def main(args: RLArguments, training: OneRecGRPOConfig, reward_funcs: list | None = None) -> dict:
+    """Runs the recipe; returns what it writes to `metrics.json`."""
+    if training.logged_weight == 1 and args.reward:
+        raise ValueError(f"reward={args.reward!r} would score nothing: logged_weight=1 leaves no rollouts. Lower it.")
+    check_training(training)
+    check_beams(args.num_beams)
+    set_seed(training.seed)
+    recommender = load_policy(args.policy, args.data, args.num_beams)
+    model, collator, catalogue = recommender.model, recommender.ranker.collator, recommender.model.catalogue
+    splits = load_splits(args.data)
+    train, test = splits["train"], some(splits["test"], args.test_users, "test_users")
+    exposures = load_exposures(args, catalogue, collator) if args.exposures else None
+    supervised = None
+    if training.sft_weight > 0:
+        rsft = args.sft == "rsft"
+        supervised = rejection_sample(exposures) if rsft else training_rows(train, model.config, collator.max_history)
+    logged = exposures.filter(lambda row: any(row["advantage"])) if training.logged_weight > 0 and exposures else None
+    if reward_funcs is None and training.logged_weight < 1:
+        reward_funcs = make_rewards(args, model, collator.item_token_ids, training.num_generations)
+    trainer = OneRecGRPOTrainer(
+        model,
+        reward_funcs,
+        training,
+        train if "targets" in train.column_names else target_rows(train, collator.max_history),
+        processing_class=AutoTokenizer.from_pretrained(args.policy),
+        data_collator=collator,
+        logged_dataset=logged,
+        sft_dataset=supervised,
+        peft_config=LoraConfig(r=args.lora_r, task_type="CAUSAL_LM") if args.lora_r else None,
+    )
+    rehearse(recommender, train, splits)
+    start = time.perf_counter()
+    trainer.train(resume_from_checkpoint=training.resume_from_checkpoint)
+    report = {"train_seconds": time.perf_counter() - start}
+    return finish_policy(trainer, recommender, args.data, test, report)
+
+
+def run(argv: list[str] | None = None) -> None:
+    """`onerec grpo`; `argv`: its arguments, by default those of the command line."""
+    main(*ScriptParser("grpo", __doc__, [RLArguments, OneRecGRPOConfig]).parse(argv))
+
+
+if __name__ == "__main__":
+    run()

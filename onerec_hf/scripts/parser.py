@@ -1,0 +1,59 @@
+"""The arguments of a script: on the command line, in a YAML file of the user, or in one that the package carries."""
+
+import argparse
+import sys
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from trl import TrlParser
+
+CONFIGS = Path(__file__).parent / "configs"
+
+
+def config_path(name: str) -> str:
+    """
+    A file of that path, or else the package's config of that name, such as `small_sft.yaml` or `models/onerec_v2_1b.yaml`.
+
+    Raises:
+        FileNotFoundError: Where neither is there; the message lists the package's configs.
+    """
+    for path in (Path(name), CONFIGS / name):
+        if path.is_file():
+            return str(path)
+    known = sorted(path.relative_to(CONFIGS).as_posix() for path in CONFIGS.rglob("*.yaml"))
+    raise FileNotFoundError(f"{name!r} is no file here, and onerec_hf has no config of that name; it has {known}.")
+
+
+class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    """The description as it is written, and the default of every argument."""
+
+
+class ScriptParser(TrlParser):
+    """
+    `TrlParser` whose `--config` also takes the name of a config that the package carries.
+
+    Args:
+        name (`str`): Of the script, as in `onerec sft`.
+        description (`str`): The script's docstring, for `--help`.
+        dataclass_types: The dataclasses that hold the arguments.
+    """
+
+    def __init__(self, name: str, description: str | None, dataclass_types: Iterable[Any]):
+        super().__init__(
+            list(dataclass_types), prog=f"onerec {name}", description=description, formatter_class=_HelpFormatter
+        )
+
+    def parse(self, args: Sequence[str] | None = None) -> tuple:
+        """One object per dataclass, from `args` (default: those of the command line) and the YAML file they name."""
+        words = list(sys.argv[1:] if args is None else args)
+        words = [part for word in words for part in (word.split("=", 1) if word.startswith("--config=") else [word])]
+        if "--config" in words:
+            place = words.index("--config") + 1
+            if place == len(words):
+                self.error("--config needs a YAML file: a path, or the name of a config of onerec_hf.")
+            words[place] = config_path(words[place])
+        return self.parse_args_and_config(words)
+
+
+__all__ = ["CONFIGS", "ScriptParser", "config_path"]

@@ -1,0 +1,135 @@
+"""The whole path on a laptop, offline: simulated world -> semantic IDs -> OneRec-V2 -> recommendations -> metrics -> repository.
+
+    onerec quickstart --output outputs/quickstart
+
+A few minutes on 2 cores. Everything below the world is what one's own data go through: `onerec prepare`, `baseline` and `sft`.
+The numbers belong to a simulated world and say nothing about real users.
+"""
+
+import argparse
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from transformers.utils import logging
+
+from ..data import load_splits
+from ..hub import results_table
+from ..recommender import Recommender
+from ..simulator import ShortVideoWorld
+from ..trainers import OneRecSFTConfig
+from . import baseline, prepare, publish, sft
+from .checks import check_output
+
+MODEL: dict[str, Any] = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
+MODEL |= {"context_embed_dim": 32, "context_key_value_split": 2, "dropout": 0.2, "score_normalization": "valid"}
+
+TRAINING: dict[str, Any] = {"per_device_train_batch_size": 64, "per_device_eval_batch_size": 256}
+TRAINING |= {"learning_rate": 3e-3, "lr_scheduler_type": "cosine", "warmup_steps": 50}
+TRAINING |= {"optim": "adamw_torch_fused", "adam_beta2": 0.98, "weight_decay": 0.1}
+TRAINING |= {"eval_strategy": "epoch", "save_strategy": "epoch", "save_total_limit": 1, "logging_steps": 20}
+TRAINING |= {"load_best_model_at_end": True, "metric_for_best_model": "eval_ndcg@10", "report_to": "none"}
+BASELINES: dict[Any, dict] = {
+    "popularity": {},
+    "cooccurrence": {},
+    "sasrec": {"num_epochs": 15},
+}  # what their fit takes
+
+
+def simulate(output: Path, num_users: int, num_items: int, seed: int) -> ShortVideoWorld:
+    """Writes the log of effective views (`long_view`, what OneRec calls effectively watched), the videos and their embeddings."""
+    world = ShortVideoWorld(num_users=num_users, num_items=num_items, seed=seed)
+    log = world.logs()
+    print(f"simulated {len(log):,} impressions of {num_users:,} users on {num_items:,} videos")
+    output.mkdir(parents=True, exist_ok=True)
+    log[log.long_view == 1].to_parquet(output / "log.parquet")
+    world.items.to_parquet(output / "videos.parquet")
+    return world
+
+
+def prepare_data(output: Path, data: Path, world: ShortVideoWorld, seed: int) -> None:
+    """`onerec prepare` of the simulated log, with the content of the videos beside what users watched together."""
+    loaded = prepare.PrepareArguments(
+        source=str(output / "log.parquet"),
+        items=str(output / "videos.parquet"),
+        columns=json.dumps({"user_id": "user_id", "item_id": "video_id", "timestamp": "time_ms"}),
+        output=str(data),
+        collaborative_dim=64,
+        codebook_size=64,
+        seed=seed,
+    )
+    np.save(output / "content.npy", world.content_embeddings[prepare.load(loaded).item_ids])
+    loaded.embeddings = str(output / "content.npy")
+    prepare.main(loaded)
+
+
+def show(folder: Path, data: Path, world: ShortVideoWorld, users: int = 3) -> None:
+    """Loads the folder as any user would, and prints what a few users watched and would get."""
+    recommender = Recommender.from_pretrained(folder)
+    titles = dict(zip(world.items.video_id, world.items.title))
+    test = load_splits(data)["test"]
+    histories = [recommender.model.catalogue.item_ids[row["history"]].tolist() for row in test.select(range(users))]
+    for history, found in zip(histories, recommender.recommend(histories, k=5, exclude_seen=True)):
+        print("\nlast watched: " + "; ".join(titles[item] for item in history[-5:]))
+        print("  recommended: " + "; ".join(item.metadata["title"] for item in found))
+
+
+def main(output: Path, num_users: int = 2000, num_items: int = 2000, epochs: float = 12, seed: int = 0) -> dict:
+    """Runs everything; returns the reports of all systems."""
+    check_output(str(output))
+    data, folder = output / "data", output / "onerec-v2-quickstart"
+    world = simulate(output, num_users, num_items, seed)
+    prepare_data(output, data, world, seed)
+    for checkpoint in folder.glob("checkpoint-*"):  # of an earlier quickstart
+        shutil.rmtree(checkpoint)
+    training = OneRecSFTConfig(output_dir=str(folder), num_train_epochs=epochs, seed=seed, **TRAINING)
+    model = json.dumps(MODEL)
+    arguments = sft.ModelArguments(data=str(data), model=model, eval_users=500, metadata=["title", "category"])
+    reports = {"OneRec-V2": sft.main(arguments, training)}
+    for name, fit in BASELINES.items():
+        reports[name] = baseline.main(
+            baseline.BaselineArguments(name, str(data), str(output / name), seed=seed, fit=json.dumps(fit))
+        )
+    publish.main(
+        publish.PublishArguments(
+            model=str(folder),
+            data=str(data),
+            baselines=[str(output / name) for name in BASELINES],
+            title="OneRec-V2 quickstart",
+            summary="A small OneRec-V2 trained on a **simulated** short-video world; a demonstration, not a model for real users.",
+            dataset_name="simulated short videos",
+            simulated=True,
+        )
+    )
+    show(folder, data, world)
+    print(
+        "\n" + results_table({name: (report["test"], report["test_exclude_seen"]) for name, report in reports.items()})
+    )
+    print(
+        f"\nseen items kept / masked. Everything lies in {output}, the repository in {folder} (README.md is its card)."
+    )
+    print("Your own data next:  onerec prepare --source LOG.parquet --output outputs/mydata   (see recipes/README.md)")
+    (output / "metrics.json").write_text(
+        json.dumps({k: v["test"] for k, v in reports.items()}, indent=2), encoding="utf-8"
+    )
+    return reports
+
+
+def run(argv: list[str] | None = None) -> None:
+    """`onerec quickstart`; `argv`: its arguments, by default those of the command line."""
+    parser = argparse.ArgumentParser(
+        "onerec quickstart", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--output", type=Path, default=Path("outputs/quickstart"))
+    parser.add_argument("--num_users", type=int, default=2000)
+    parser.add_argument("--num_items", type=int, default=2000)
+    parser.add_argument("--epochs", type=float, default=12)
+    parser.add_argument("--seed", type=int, default=0)
+    logging.set_verbosity_error()
+    main(**vars(parser.parse_args(argv)))
+
+
+if __name__ == "__main__":
+    run()
