@@ -21,7 +21,8 @@ import numpy as np
 import torch
 from safetensors.numpy import load_file
 
-from onerec_hf.data import CaptionDecoder, ItemAlignment, behaviour_pairs, item_texts, load_splits
+from onerec_hf.data import load_splits
+from onerec_hf.item_embeddings import CaptionDecoder, ItemAlignment, behaviour_pairs, item_texts
 from onerec_hf.semantic_ids import ResidualKMeans, quality_report
 
 

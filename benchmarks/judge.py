@@ -16,7 +16,7 @@ import datasets
 import numpy as np
 import torch
 
-from onerec_hf.data import load_splits
+from onerec_hf.data import DataFolder, load_splits
 from onerec_hf.rewards import CandidateCollator
 from onerec_hf.scripts.reward_arguments import load_reward
 
@@ -35,11 +35,10 @@ def judged(lists: np.ndarray, rows: datasets.Dataset, model, collate, item_token
     return torch.cat(found).numpy()
 
 
-def main(
-    judge: str, data: str, runs: list[str], output: Path, judge_data: str | None = None, users: int | None = None
-) -> dict:
+def main(judge: str, data: str, runs: list[str], output: Path, users: int | None = None) -> dict:
     """Prints the table; returns what it writes."""
-    model, collator, catalogue = load_reward(judge, judge_data, data)
+    reward = load_reward(judge, DataFolder(data))
+    model, collator, catalogue = reward.model, reward.collator, reward.catalogue
     rows = load_splits(data)["test"]
     rows = rows.select(range(min(users or len(rows), len(rows))))
     collate = CandidateCollator(collator, catalogue)
@@ -71,7 +70,6 @@ def main(
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--judge", required=True, help="Folder that recipes/reward.py wrote.")
-    parser.add_argument("--judge_data", help="Its data folder, where that has moved.")
     parser.add_argument("--data", required=True, help="Data folder of the policies.")
     parser.add_argument("--runs", nargs="+", required=True)
     parser.add_argument("--users", type=int, help="Only the first test rows, as recipes' --test_users.")

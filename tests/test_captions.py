@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from onerec_hf.data import CaptionDecoder, ItemAlignment, small_caption_model
+from onerec_hf.item_embeddings import CaptionDecoder, ItemAlignment, small_caption_model
 
 COLOURS = ("red", "green", "blue", "white", "black", "yellow")
 TEXTS = ["a red brush", "a very long blue comb of wood", "", "soap"]

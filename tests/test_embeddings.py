@@ -11,15 +11,13 @@ from safetensors.torch import save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import BertConfig, BertModel, GPT2Config, GPT2Model, PreTrainedTokenizerFast, T5Config, T5Model
 
-from onerec_hf.data import (
+from onerec_hf.data import leave_last_out, load_amazon, load_interactions
+from onerec_hf.item_embeddings import (
     check_item_embeddings,
     collaborative_embeddings,
     concat_embeddings,
     item_texts,
-    leave_last_out,
-    load_amazon,
     load_embeddings,
-    load_interactions,
     text_embeddings,
 )
 

@@ -18,7 +18,11 @@ RULES = {
     "simulator": (set(), {"torch", "numpy", "pandas"}),
     "hub": (set(), {"huggingface_hub", "matplotlib", "numpy", "safetensors"}),
     "evaluation": (set(), {"torch", "numpy", "tqdm", "datasets"}),
-    "data": (set(), {"datasets", "torch", "transformers", "numpy", "pandas", "pyarrow", "safetensors", "tqdm"}),
+    "item_embeddings": (set(), {"datasets", "torch", "transformers", "numpy", "pyarrow", "safetensors"}),
+    "data": (
+        {"item_embeddings", "semantic_ids"},
+        {"datasets", "torch", "transformers", "numpy", "pandas", "pyarrow", "safetensors", "tqdm"},
+    ),
     "baselines": ({"models"}, {"torch", "transformers", "numpy", "scipy", "tqdm", "safetensors"}),
     "rewards": ({"models", "data"}, {"torch", "transformers"}),
     "trainers": (
@@ -32,6 +36,7 @@ RULES = {
             "data",
             "evaluation",
             "hub",
+            "item_embeddings",
             "item_ranker",
             "models",
             "recommender",

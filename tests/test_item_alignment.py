@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from onerec_hf.data import (
+from onerec_hf.item_embeddings import (
     ItemAlignment,
     item_contrastive_loss,
     item_to_item_pairs,

@@ -11,8 +11,8 @@ import torch
 import yaml
 
 from onerec_hf import Catalogue
-from onerec_hf.data import ItemAlignment
 from onerec_hf.evaluation import frequency_strata, paired_bootstrap, recall_by_frequency
+from onerec_hf.item_embeddings import ItemAlignment
 from onerec_hf.semantic_ids import RQVAE, load_quantizer
 
 from .test_baselines import cycles

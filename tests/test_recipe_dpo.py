@@ -77,9 +77,11 @@ def test_it_mines_with_a_reward_model_and_takes_its_pairs_again(data, trained, p
 
 
 def test_data_folders_of_two_logs_are_refused(data, trained, policy, tmp_path):  # noqa: F811
-    datasets.Dataset.from_dict({"user_id": [1, 2]}).to_parquet(str(tmp_path / "users.parquet"))
+    other = shutil.copytree(data, tmp_path / "other")
+    users = datasets.Dataset.from_parquet(str(data / "users.parquet"))
+    users.select(range(len(users) - 1, -1, -1)).to_parquet(str(other / "users.parquet"))
     with pytest.raises(ValueError, match="hold other users: prepare both from one log"):
-        align(data, policy, tmp_path / "ipa", "--reward", str(trained[0]), "--reward_data", str(tmp_path))
+        align(other, policy, tmp_path / "ipa", "--reward", str(trained[0]))
 
 
 CHANGES = {  # of the same size, so nothing else notices
@@ -121,10 +123,11 @@ def test_a_data_folder_of_other_items_is_refused(change, data, trained, policy, 
         with pytest.raises(ValueError, match=change) as error:
             run(other, policy, tmp_path / "out")
         assert str(other) in str(error.value) and str(policy) in str(error.value)
-        with pytest.raises(ValueError, match=change) as error:  # the reward model with the features of other items
-            arguments = ["--reward", str(trained[0]), "--reward_data", str(other)]
-            run(data, policy, tmp_path / "out", *arguments, *(["--rewards", "model"] if run is reinforce else []))
-        assert str(other) in str(error.value) and str(trained[0]) in str(error.value)
+        judge = with_other_items(trained[0], tmp_path / f"judge_{run.__name__}", change)
+        with pytest.raises(ValueError, match=change) as error:  # a reward model of other items
+            arguments = ["--rewards", "model"] if run is reinforce else []
+            run(data, policy, tmp_path / "out", "--reward", str(judge), *arguments)
+        assert str(data) in str(error.value) and str(judge) in str(error.value)
     with pytest.raises(
         ValueError, match=f"the pairs in {tmp_path / 'pairs'} do not fit this run: catalogue_fingerprint"
     ):

@@ -9,8 +9,8 @@ import datasets
 import numpy as np
 import pyarrow as pa
 
+from ..item_embeddings.embeddings import check_item_embeddings
 from .collators import event_column
-from .embeddings import check_item_embeddings
 from .splits import arrow_dataset
 
 # Lloyd iterations of one step: a cluster that has not settled by then is settled enough for a cache of representatives

@@ -25,7 +25,7 @@ def load_splits(folder: str | Path) -> datasets.DatasetDict:
     path = Path(folder) / "splits"
     if not path.is_dir():
         raise FileNotFoundError(
-            f"{folder} is no data folder: {path} is not there. Make it with `recipes/prepare.py --source LOG --output {folder}`, "
+            f"{folder} is no data folder: {path} is not there. Make it with `onerec prepare --source LOG --output {folder}`, "
             "or name the one that you made."
         )
     # a table that names no file has no folder for caches either

@@ -60,9 +60,8 @@ class BaselineArguments:
 def load_splits(args: BaselineArguments) -> tuple[datasets.DatasetDict, int, Any]:
     """The splits, the number of items, and the item table (columns by name)."""
     if args.layout == "prepared":
-        splits = logs.load_splits(args.data)
-        items = datasets.Dataset.from_parquet(str(Path(args.data) / "items.parquet"))
-        return splits, len(items), items
+        data = logs.DataFolder(args.data)
+        return data.splits, data.num_items, data.items
     interactions = getattr(logs, f"load_{args.layout}")(args.data)
     return logs.leave_last_out(interactions), interactions.num_items, interactions.items
 

@@ -15,7 +15,6 @@ from huggingface_hub.utils import validate_repo_id
 from transformers import PreTrainedConfig, TrainingArguments
 from transformers.utils import logging
 
-from .. import Catalogue
 from ..data import EventFeature
 from ..evaluation import evaluate
 from ..recommender import Recommender
@@ -68,33 +67,6 @@ def check_training(training: TrainingArguments, metrics: Iterable[str] = ()) -> 
         raise ValueError(f"metric_for_best_model={best!r}: an evaluation returns {known}, each also as eval_<name>.")
     if training.push_to_hub and training.process_index == 0:
         check_push(training.hub_model_id or Path(training.output_dir).absolute().name, training.hub_token)
-
-
-def check_catalogue(model: str | Path, data: str | Path) -> None:
-    """Refuses a data folder that is not the model's: its rows would name other items, or its items have other semantic IDs."""
-    if not (Path(data) / "tokenizer" / "catalogue.safetensors").is_file():
-        logger.warning(f"{data} has no tokenizer/catalogue.safetensors: nobody can say whether {model} belongs to it.")
-        return
-    own, other = Catalogue.from_pretrained(model), Catalogue.from_pretrained(Path(data) / "tokenizer")
-    if own.fingerprint() != other.fingerprint():
-        raise ValueError(
-            f"{model} was not trained on {data}: the catalogue of the model ({own.num_items} items, {own.fingerprint()}) is not "
-            f"that of the data folder ({other.num_items} items, {other.fingerprint()}). Give the folder that it was trained on."
-        )
-
-
-def check_same_items(folder: str, catalogue: Catalogue, data: str) -> None:
-    """Raises a ValueError unless a data folder is of a model's items: its rows hold numbers, which any model takes for its own."""
-    path = Path(data) / "tokenizer"
-    if not (path / "catalogue.safetensors").is_file():
-        raise ValueError(
-            f"{data} has no tokenizer/catalogue.safetensors: give the folder that `onerec prepare` wrote."
-        )
-    if difference := catalogue.difference(Catalogue.from_pretrained(path)):
-        raise ValueError(
-            f"{folder} (a model) and {data} (a data folder) do not belong together: {difference}. Give the data folder that the "
-            "model was trained on, or train the model again on this one."
-        )
 
 
 def refuse_unknown(settings: dict, config_class: type[PreTrainedConfig]) -> None:

@@ -16,13 +16,13 @@ from dataclasses import dataclass, field
 from peft import LoraConfig
 from transformers import AutoTokenizer, set_seed
 
-from ..data import load_splits
+from ..data import DataFolder
 from ..trainers import IPAConfig, IPATrainer, load_pairs
 from .checks import check_beams, check_training, rehearse
 from .ending import VALIDATION_METRICS, finish_policy, generation_metrics, some
 from .model_arguments import load_policy, training_rows
 from .parser import ScriptParser
-from .reward_arguments import reward_function
+from .reward_arguments import load_reward
 
 
 @dataclass
@@ -30,7 +30,6 @@ class DPOArguments:
     policy: str = field(metadata={"help": "Folder of the model to align, with its tokenizer."})
     data: str = field(metadata={"help": "Folder that `onerec prepare` wrote."})
     reward: str | None = field(default=None, metadata={"help": "Folder of the reward model, with its tokenizer."})
-    reward_data: str | None = field(default=None, metadata={"help": "Its data folder, where that has moved."})
     pairs: str | None = field(default=None, metadata={"help": "Saved pairs instead of a reward model."})
     lora_r: int | None = field(default=None, metadata={"help": "Rank of a LoRA adapter; default trains all weights."})
     num_beams: int = 50
@@ -45,15 +44,14 @@ def main(args: DPOArguments, training: IPAConfig) -> dict:
     check_training(training, VALIDATION_METRICS)
     check_beams(args.num_beams)
     set_seed(training.seed)
-    splits = load_splits(args.data)
+    data = DataFolder(args.data)
+    splits = data.splits
     tokenizer = AutoTokenizer.from_pretrained(args.policy)
-    recommender = load_policy(args.policy, args.data, args.num_beams)
+    recommender = load_policy(args.policy, data, args.num_beams)
     model, ranker = recommender.model, recommender.ranker
     train = training_rows(splits["train"], model.config, ranker.collator.max_history).with_format("numpy")
     test = some(splits["test"], args.test_users, "test_users")
-    reward = None
-    if args.reward:
-        reward = reward_function(args.reward, args.reward_data, model, args.data, training.num_candidates)
+    reward = load_reward(args.reward, data) if args.reward else None
     trainer = IPATrainer(
         model,
         training,
@@ -70,7 +68,7 @@ def main(args: DPOArguments, training: IPAConfig) -> dict:
     start = time.perf_counter()
     trainer.train(resume_from_checkpoint=training.resume_from_checkpoint)
     report = {"train_seconds": time.perf_counter() - start}
-    return finish_policy(trainer, recommender, args.data, test, report)
+    return finish_policy(trainer, recommender, data, test, report)
 
 
 def run(argv: list[str] | None = None) -> None:

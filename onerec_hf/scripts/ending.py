@@ -10,11 +10,11 @@ import datasets
 import torch
 from transformers import Trainer, TrainingArguments
 
+from ..data import DataFolder
 from ..evaluation import evaluate
 from ..hub import push_to_hub
 from ..item_ranker import ItemRanker
 from ..recommender import Recommender
-from ..semantic_ids import load_quantizer
 
 # what a run leaves beside its weights: of an earlier run in the same folder, it would be taken for the new model's
 RESULTS: tuple[str, ...] = (
@@ -64,16 +64,14 @@ def score_model(ranker: ItemRanker, split: datasets.Dataset, output: Path, seed:
     return report
 
 
-def serve(ranker: ItemRanker, data: str, columns: list[str]) -> Recommender:
+def serve(ranker: ItemRanker, data: DataFolder, columns: list[str]) -> Recommender:
     """The recommender that goes into the repository: with codebooks, and what it tells about an item."""
     metadata = {}
     if columns:
-        rows = datasets.Dataset.from_parquet(str(Path(data) / "items.parquet"))
-        if absent := [name for name in columns if name not in rows.column_names]:
-            raise ValueError(f"metadata={absent}: items.parquet has no such column; it has {rows.column_names}.")
-        names = dict.fromkeys(["item_id", *columns])
-        metadata = {row.pop("item_id"): row for row in rows.select_columns(list(names))}
-    return Recommender(ranker, metadata, load_quantizer(Path(data) / "tokenizer"))
+        values = data.columns("items", list(dict.fromkeys(columns)))
+        rows = (dict(zip(values, row)) for row in zip(*values.values()))
+        metadata = dict(zip(data.items["item_id"], rows))
+    return Recommender(ranker, metadata, data.quantizer)
 
 
 def generation_metrics(ranker: ItemRanker, validation: datasets.Dataset, users: int | None) -> Callable[..., dict]:
@@ -156,7 +154,9 @@ def push_folder(training: TrainingArguments, repo: str) -> None:
     )
 
 
-def finish_policy(trainer: Trainer, recommender: Recommender, data: str, test: datasets.Dataset, report: dict) -> dict:
+def finish_policy(
+    trainer: Trainer, recommender: Recommender, data: DataFolder, test: datasets.Dataset, report: dict
+) -> dict:
     """
     Saves the model, writes its card, scores it on the test split, pushes it: the ending of `sft`, `dpo` and `grpo`.
 
@@ -176,7 +176,7 @@ def finish_policy(trainer: Trainer, recommender: Recommender, data: str, test: d
         report.update(score_model(ranker, test, output, training.seed), log=trainer.state.log_history)
         write_metrics(output, report)
 
-    place = f"--model {output} --data {data}"
+    place = f"--model {output} --data {data.path}"
     advice = f"`onerec score {place}` scores the model, `onerec publish {place}` writes its card and pushes it."
     steps = {"card (README.md)": trainer.create_model_card, "test metrics (metrics.json, predictions)": metrics}
     finish(trainer, steps, advice, training.push_to_hub)

@@ -13,9 +13,8 @@ model. Writes a repository as `onerec sft` does.
 """
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, Literal
 
 import datasets
@@ -24,7 +23,7 @@ from peft import LoraConfig
 from transformers import AutoTokenizer, set_seed
 
 from .. import Catalogue
-from ..data import OneRecCollator, load_interactions, load_splits, read_table, target_rows
+from ..data import DataFolder, OneRecCollator, load_interactions, read_table, target_rows
 from ..rewards import FormatReward, HitReward
 from ..rewards.functions import RewardFunction
 from ..trainers import OneRecGRPOConfig, OneRecGRPOTrainer, feedback_exposures, rejection_sample
@@ -32,7 +31,7 @@ from .checks import check_beams, check_training, rehearse
 from .ending import finish_policy, some
 from .model_arguments import load_policy, mapping, training_rows
 from .parser import ScriptParser
-from .reward_arguments import reward_function
+from .reward_arguments import load_reward
 
 
 @dataclass
@@ -48,7 +47,6 @@ class RLArguments:
     reward: str | None = field(
         default=None, metadata={"help": "Folder that `onerec reward` wrote, from the same log."}
     )
-    reward_data: str | None = field(default=None, metadata={"help": "Its data folder, where that has moved."})
     format_samples: int = field(default=5, metadata={"help": "K of the format reward."})
     exposures: str | None = field(
         default=None, metadata={"help": "Table of all impressions (parquet, CSV, JSONL, ...)."}
@@ -67,7 +65,9 @@ class RLArguments:
     test_users: int | None = field(default=None, metadata={"help": "Users of the test split to score; default all."})
 
 
-def load_exposures(args: RLArguments, catalogue: Catalogue, collator: OneRecCollator) -> datasets.Dataset:
+def load_exposures(
+    args: RLArguments, user_ids: Sequence, catalogue: Catalogue, collator: OneRecCollator
+) -> datasets.Dataset:
     """Requests with duration-aware advantages; `user` is -1 for users that the data folder does not have."""
     columns, watched, levels = mapping(args.columns), mapping(args.watched), catalogue.num_levels
     ids = ["user_id", "item_id", *([args.request] if args.request else [])]
@@ -90,7 +90,7 @@ def load_exposures(args: RLArguments, catalogue: Catalogue, collator: OneRecColl
         request=args.request,
         start=args.start,
         log_probs=None if log_probs is None else np.where(log_probs > 0, np.nan, log_probs),
-        user_ids=read_table(Path(args.data) / "users.parquet")["user_id"].to_numpy(),
+        user_ids=np.asarray(user_ids),
         max_history=collator.max_history,
         ties=args.ties,
     )
@@ -98,12 +98,14 @@ def load_exposures(args: RLArguments, catalogue: Catalogue, collator: OneRecColl
     return rows.select_columns([name for name in rows.column_names if name in read])  # the rest would only cost time
 
 
-def make_rewards(args: RLArguments, policy: Any, token_ids: np.ndarray, num_generations: int) -> list[RewardFunction]:
+def make_rewards(args: RLArguments, data: DataFolder, policy: Any, num_generations: int) -> list[RewardFunction]:
     """The reward functions that were named."""
     if ("model" in args.rewards) != (args.reward is not None):
         raise ValueError(
             f"rewards={args.rewards} and reward={args.reward!r}: `model` in one needs a folder in the other."
         )
+
+    token_ids = data.tokenizer.encode_semantic_ids(data.catalogue.semantic_ids)
 
     def hit_reward(targets, completion_ids, **columns):
         own = [token_ids[list(items)].tolist() for items in targets]
@@ -111,7 +113,7 @@ def make_rewards(args: RLArguments, policy: Any, token_ids: np.ndarray, num_gene
 
     known: dict[str, Callable[[], RewardFunction]] = {
         "hit": lambda: hit_reward,
-        "model": lambda: reward_function(args.reward, args.reward_data, policy, args.data, num_generations),
+        "model": lambda: load_reward(str(args.reward), data),
         "format": lambda: FormatReward(policy.catalogue, num_generations, args.format_samples, "random"),
         "format_top": lambda: FormatReward(policy.catalogue, num_generations, args.format_samples, "top"),
     }
@@ -127,18 +129,19 @@ def main(args: RLArguments, training: OneRecGRPOConfig, reward_funcs: list | Non
     check_training(training)
     check_beams(args.num_beams)
     set_seed(training.seed)
-    recommender = load_policy(args.policy, args.data, args.num_beams)
+    data = DataFolder(args.data)
+    recommender = load_policy(args.policy, data, args.num_beams)
     model, collator, catalogue = recommender.model, recommender.ranker.collator, recommender.model.catalogue
-    splits = load_splits(args.data)
+    splits = data.splits
     train, test = splits["train"], some(splits["test"], args.test_users, "test_users")
-    exposures = load_exposures(args, catalogue, collator) if args.exposures else None
+    exposures = load_exposures(args, data.users["user_id"], catalogue, collator) if args.exposures else None
     supervised = None
     if training.sft_weight > 0:
         rsft = args.sft == "rsft"
         supervised = rejection_sample(exposures) if rsft else training_rows(train, model.config, collator.max_history)
     logged = exposures.filter(lambda row: any(row["advantage"])) if training.logged_weight > 0 and exposures else None
     if reward_funcs is None and training.logged_weight < 1:
-        reward_funcs = make_rewards(args, model, collator.item_token_ids, training.num_generations)
+        reward_funcs = make_rewards(args, data, model, training.num_generations)
     trainer = OneRecGRPOTrainer(
         model,
         reward_funcs,
@@ -154,7 +157,7 @@ def main(args: RLArguments, training: OneRecGRPOConfig, reward_funcs: list | Non
     start = time.perf_counter()
     trainer.train(resume_from_checkpoint=training.resume_from_checkpoint)
     report = {"train_seconds": time.perf_counter() - start}
-    return finish_policy(trainer, recommender, args.data, test, report)
+    return finish_policy(trainer, recommender, data, test, report)
 
 
 def run(argv: list[str] | None = None) -> None:

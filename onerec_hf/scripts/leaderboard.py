@@ -17,11 +17,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import datasets
 import numpy as np
 import yaml
 
-from ..data import load_splits
+from ..data import DataFolder
 from ..evaluation import frequency_strata, paired_bootstrap
 from ..trainers.resume import checkpoints_of, why_incomplete
 from . import baseline, sft
@@ -117,8 +116,8 @@ def main(args: LeaderboardArguments) -> dict:
     check_output(args.output, replaces=False)
     if unknown := set(args.only) - set(entries):
         raise ValueError(f"{args.entries} has no entries {sorted(unknown)}; it has {sorted(entries)}.")
-    splits = load_splits(args.data)
-    num_items = len(datasets.Dataset.from_parquet(str(Path(args.data) / "items.parquet")))
+    data = DataFolder(args.data)
+    splits, num_items = data.splits, data.num_items
     train = np.concatenate(splits["train"].with_format("numpy")["history"])
     counts, targets = np.bincount(train, minlength=num_items), splits["test"]["targets"]
     strata, results = frequency_strata(counts, targets), {}
@@ -133,7 +132,7 @@ def main(args: LeaderboardArguments) -> dict:
     for name in seeds:
         folders = [folder for own, _, folder in runs if own == name and (folder / "metrics.json").is_file()]
         if folders:
-            check_runs(folders, args.data, num_items)
+            check_runs(folders, data)
             results[name] = collect(folders, splits["test"], counts, strata)
     baselines = [name for name in results if "validation" in results[name]]
     if not baselines:

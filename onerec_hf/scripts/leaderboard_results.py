@@ -7,25 +7,26 @@ import datasets
 import numpy as np
 from matplotlib.figure import Figure
 
+from .. import Catalogue
+from ..data import DataFolder
 from ..evaluation import recall_by_frequency
 from ..hub import table_cell
 from ..hub.pictures import plot_label
-from .checks import check_catalogue
 from .ending import PREDICTIONS
 
 METRICS = ("recall@5", "recall@10", "recall@20", "ndcg@10")
 
 
-def check_runs(folders: list[Path], data: str, num_items: int) -> None:
+def check_runs(folders: list[Path], data: DataFolder) -> None:
     """Refuses runs on another data folder: their test users may be the same, their items are not."""
     for folder in folders:
-        known = json.loads((folder / "metrics.json").read_text(encoding="utf-8")).get("num_items", num_items)
-        if known != num_items:
+        known = json.loads((folder / "metrics.json").read_text(encoding="utf-8")).get("num_items", data.num_items)
+        if known != data.num_items:
             raise ValueError(
-                f"{folder} knows {known} items, {data} has {num_items}: of another log. Delete that folder."
+                f"{folder} knows {known} items, {data.path} has {data.num_items}: of another log. Delete that folder."
             )
         if (folder / "catalogue.safetensors").is_file():
-            check_catalogue(folder, data)
+            data.check_model(folder, Catalogue.from_pretrained(folder))
 
 
 def collect(folders: list[Path], test: datasets.Dataset, counts: np.ndarray, strata: list) -> dict:

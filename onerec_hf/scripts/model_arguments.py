@@ -10,10 +10,10 @@ import datasets
 import numpy as np
 import torch
 import yaml
-from safetensors.torch import load_file
-from transformers import AutoConfig, PreTrainedConfig, PreTrainedTokenizerBase
+from transformers import AutoConfig, PreTrainedConfig
 
 from ..data import (
+    DataFolder,
     OneRecCollator,
     PathwayCollator,
     SessionCollator,
@@ -22,7 +22,7 @@ from ..data import (
     target_rows,
 )
 from ..recommender import Recommender
-from .checks import check_same_items, event_features, refuse_unknown
+from .checks import event_features, refuse_unknown
 from .parser import config_path
 
 ITEM_VECTORS = "item_vectors"  # name of the context feature
@@ -88,10 +88,8 @@ def model_path(name: str) -> str:
     return str(Path(spec.origin).parent / folder)
 
 
-def make_config(
-    args: ModelArguments, tokenizer: PreTrainedTokenizerBase, collator: OneRecCollator | None = None
-) -> PreTrainedConfig:
-    """The config that `--model_config` and `--model` describe, with the tokenizer's codebooks and the collator's features."""
+def make_config(args: ModelArguments, data: DataFolder, collator: OneRecCollator | None = None) -> PreTrainedConfig:
+    """The config that `--model_config` and `--model` describe, with the data folder's codebooks and the collator's features."""
     settings: dict[str, Any] = {"model_type": "onerec_v2"}
     if args.model_config:
         settings |= yaml.safe_load(Path(config_path(args.model_config)).read_text(encoding="utf-8"))
@@ -99,38 +97,34 @@ def make_config(
     if collator is not None:
         settings |= {"context_features": collator.context_feature_sizes, "user_features": collator.user_feature_sizes}
         if args.item_vectors:
-            widths = settings.get("feature_embed_dims", {}) | {ITEM_VECTORS: item_vectors(args).shape[1]}
+            widths = settings.get("feature_embed_dims", {}) | {ITEM_VECTORS: data.item_embeddings.shape[1]}
             settings |= {"fixed_context_features": [ITEM_VECTORS], "feature_embed_dims": widths}
-    config = AutoConfig.for_model(**settings | {"codebook_sizes": tokenizer.codebook_sizes})
+    config = AutoConfig.for_model(**settings | {"codebook_sizes": data.tokenizer.codebook_sizes})
     refuse_unknown(settings, type(config))
     return config
 
 
-def item_vectors(args: ModelArguments) -> torch.Tensor:
+def item_vectors(data: DataFolder) -> torch.Tensor:
     """The item embeddings that the semantic IDs were made from, (N, D), at unit variance, as what comes out of a norm."""
-    vectors = load_file(Path(args.data) / "item_embeddings.safetensors")["item_embeddings"]
+    vectors = torch.from_numpy(data.item_embeddings)
     return vectors / vectors.std()
 
 
-def make_collator(args: ModelArguments, tokenizer: PreTrainedTokenizerBase) -> OneRecCollator:
+def make_collator(args: ModelArguments, data: DataFolder) -> OneRecCollator:
     """The collator of the model's kind, with the features that were asked for."""
 
     def categories(table: str, names: list[str]) -> tuple[dict, dict]:
-        if not names:
-            return {}, {}
-        rows = datasets.Dataset.from_parquet(str(Path(args.data) / table))
-        if absent := [name for name in names if name not in rows.column_names]:
-            raise ValueError(f"{table} has no {absent}; it has {rows.column_names}.")
-        known = {name: category_map(rows[name], args.max_categories) for name in names}
-        return {name: category_codes(rows[name], known[name]) for name in names}, known
+        columns = data.columns(table, names)
+        known = {name: category_map(values, args.max_categories) for name, values in columns.items()}
+        return {name: category_codes(values, known[name]) for name, values in columns.items()}, known
 
-    config = make_config(args, tokenizer)
-    item_features, _ = categories("items.parquet", args.item_features)
-    user_features, user_categories = categories("users.parquet", args.user_features)
+    config, tokenizer = make_config(args, data), data.tokenizer
+    item_features, _ = categories("items", args.item_features)
+    user_features, user_categories = categories("users", args.user_features)
     if args.item_vectors:
         if config.model_type != "onerec_v2":
             raise ValueError(f"item_vectors is for onerec_v2, the model is {config.model_type}.")
-        item_features[ITEM_VECTORS] = np.arange(1, tokenizer.catalogue.num_items + 1)
+        item_features[ITEM_VECTORS] = np.arange(1, data.num_items + 1)
     features: dict[str, Any] = {
         "event_features": event_features(mapping(args.event_features)),
         "item_features": item_features,
@@ -155,15 +149,13 @@ def training_rows(train: datasets.Dataset, config: PreTrainedConfig, max_history
     return train.filter(lambda length: length >= ("targets" not in train.column_names) + 1, input_columns="length")
 
 
-def load_policy(folder: str, data: str, num_beams: int) -> Recommender:
+def load_policy(folder: str, data: DataFolder, num_beams: int) -> Recommender:
     """A trained model with all that lies beside it, and the categories of the data folder's users, which are in no repository."""
     recommender = Recommender.from_pretrained(folder, num_beams)
-    check_same_items(folder, recommender.model.catalogue, data)
+    data.check_model(folder, recommender.model.catalogue)
     collator = recommender.ranker.collator
     if sizes := collator.user_feature_sizes:
-        users = datasets.Dataset.from_parquet(str(Path(data) / "users.parquet"))
-        if absent := [name for name in sizes if name not in users.column_names]:
-            raise ValueError(f"users.parquet has no {absent}, which {folder} reads; it has {users.column_names}.")
+        users = data.columns("users", list(sizes))
         known = {name: category_map(users[name], size) for name, size in sizes.items()} | collator.user_categories
         collator.user_features = {name: category_codes(users[name], known[name]) for name in sizes}
     return recommender

@@ -11,7 +11,6 @@ catalogue and codebooks), `semantic_ids.json` (quality report) and `codebook_usa
 from the training split alone.
 """
 
-import json
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,9 +18,8 @@ from typing import Any
 import datasets
 import numpy as np
 import torch
-from safetensors.numpy import save_file
 
-from .. import Catalogue, SemanticIdTokenizer
+from .. import Catalogue, SemanticIdTokenizer, item_embeddings
 from .. import data as logs
 from ..semantic_ids import RQVAE, ResidualKMeans, plot_codebook_usage, quality_report, resolve_collisions
 from .model_arguments import mapping, model_path
@@ -74,25 +72,27 @@ def embed(args: PrepareArguments, interactions: logs.Interactions, train: datase
     """Every embedding that was asked for, normalised and concatenated, (N, D)."""
     parts = []
     if args.embeddings:
-        parts.append(logs.load_embeddings(args.embeddings, interactions.num_items))
+        parts.append(item_embeddings.load_embeddings(args.embeddings, interactions.num_items))
     features: dict[str, Any] = interactions.items
-    texts = logs.item_texts(features, args.text_fields if args.text_model or args.caption_model else [])
+    texts = item_embeddings.item_texts(features, args.text_fields if args.text_model or args.caption_model else [])
     if args.text_model:
-        parts.append(logs.text_embeddings(texts, model_path(args.text_model)))
+        parts.append(item_embeddings.text_embeddings(texts, model_path(args.text_model)))
     if args.align:
-        content, histories = logs.concat_embeddings(*parts), train.with_format("numpy")["history"]
-        alignment, captions = logs.ItemAlignment(content.shape[1], seed=args.seed), None
+        content, histories = item_embeddings.concat_embeddings(*parts), train.with_format("numpy")["history"]
+        alignment, captions = item_embeddings.ItemAlignment(content.shape[1], seed=args.seed), None
         if args.caption_model:
             model = None if args.caption_model == "new" else model_path(args.caption_model)
-            captions = logs.CaptionDecoder(texts, alignment.settings["output_dim"], model, seed=args.seed)
-        pairs = logs.behaviour_pairs(histories, interactions.num_items, seed=args.seed)
+            captions = item_embeddings.CaptionDecoder(texts, alignment.settings["output_dim"], model, seed=args.seed)
+        pairs = item_embeddings.behaviour_pairs(histories, interactions.num_items, seed=args.seed)
         alignment.fit(content, np.concatenate(pairs), captions=captions).save_pretrained(f"{args.output}/tokenizer")
         parts = [alignment.embed(content)]
     if args.collaborative_dim:
         parts.append(
-            logs.collaborative_embeddings(train, interactions.num_items, args.collaborative_dim, seed=args.seed)
+            item_embeddings.collaborative_embeddings(
+                train, interactions.num_items, args.collaborative_dim, seed=args.seed
+            )
         )
-    return logs.concat_embeddings(*parts)
+    return item_embeddings.concat_embeddings(*parts)
 
 
 def main(args: PrepareArguments) -> dict:
@@ -104,7 +104,6 @@ def main(args: PrepareArguments) -> dict:
     check_items(args, interactions)
     for name, rows in splits.items():
         splits[name] = rows.add_column("length", [len(history) for history in rows["history"]])
-    tables = {name: table_of(interactions, name) for name in ("item", "user")}
     embeddings = embed(args, interactions, train)
     quantizer_class = RQVAE if args.quantizer == "rqvae" else partial(ResidualKMeans, balanced=args.balanced)
     quantizer = quantizer_class(args.num_levels, args.codebook_size, seed=args.seed)
@@ -117,13 +116,16 @@ def main(args: PrepareArguments) -> dict:
     train_items = np.concatenate(train.with_format("numpy")["history"])
     popularity = np.bincount(train_items, minlength=interactions.num_items)
     catalogue = Catalogue(codes, sizes, interactions.item_ids, popularity)
-    SemanticIdTokenizer(codebook_sizes=sizes, catalogue=catalogue).save_pretrained(output / "tokenizer")
-    quantizer.save_pretrained(output / "tokenizer")
-    splits.save_to_disk(output / "splits")
-    save_file({"item_embeddings": embeddings}, output / "item_embeddings.safetensors")
-    for name, table in tables.items():
-        table.to_parquet(output / f"{name}s.parquet")
-    (output / "semantic_ids.json").write_text(json.dumps(report, indent=2), encoding="utf-8")
+    logs.DataFolder.save(
+        output,
+        splits=splits,
+        items=table_of(interactions, "item"),
+        users=table_of(interactions, "user"),
+        tokenizer=SemanticIdTokenizer(codebook_sizes=sizes, catalogue=catalogue),
+        quantizer=quantizer,
+        item_embeddings=embeddings,
+        report=report,
+    )
     plot_codebook_usage(codes[:, : args.num_levels], args.codebook_size, output / "codebook_usage.png")
     counts = ", ".join(f"{len(rows)} {name} rows" for name, rows in splits.items())
     print(f"{catalogue}, {len(interactions)} events of {interactions.num_users} users, {counts} -> {output}")

@@ -18,10 +18,10 @@ from huggingface_hub import ModelCard
 from transformers import AutoConfig
 
 from .. import Catalogue
-from ..data import load_splits
+from ..data import DataFolder
 from ..hub import model_card, plot_recall_by_frequency, push_to_hub, repository_files, table_cell
 from ..recommender import Recommender
-from .checks import check_catalogue, check_push, unique_names
+from .checks import check_push, unique_names
 from .parser import ScriptParser
 
 
@@ -110,22 +110,22 @@ def draw_recall(recalls: dict[str, np.ndarray], splits: datasets.DatasetDict, pa
 
 def main(args: PublishArguments) -> str:
     """Runs the recipe; returns the URL of the commit, or the path of the card."""
-    folder, data = Path(args.model), Path(args.data)
+    folder, data = Path(args.model), DataFolder(args.data)
     if args.repo:
         check_push(args.repo)
     title = args.title or (args.repo or folder.absolute().name).split("/")[-1]
-    check_catalogue(folder, data)
-    splits = load_splits(data)
-    systems = load_systems(args, title, Catalogue.from_pretrained(folder).num_items)
+    data.check_model(folder, Catalogue.from_pretrained(folder))
+    splits = data.splits
+    systems = load_systems(args, title, data.num_items)
     recalls = read_recalls(systems, splits["test"]["user"][:], args.data)
-    for name in ("codebook_usage.png", "tokenizer/quantizer_config.json", "tokenizer/quantizer.safetensors"):
-        if (data / name).is_file():
-            shutil.copy(data / name, folder)
+    data.quantizer.save_pretrained(folder)
+    if (data.path / "codebook_usage.png").is_file():
+        shutil.copy(data.path / "codebook_usage.png", folder)
     draw_recall(recalls, splits, folder / "recall_by_frequency.png")
     # how it was trained stands in the card that the trainer wrote
     written = ModelCard.load(folder / "README.md").text if (folder / "README.md").is_file() else ""
     training = written.partition("\n## Training\n")[2].partition("\n## ")[0].strip()
-    dataset_name = args.dataset_name or data.absolute().name
+    dataset_name = args.dataset_name or data.path.absolute().name
     card = model_card(
         AutoConfig.from_pretrained(folder),
         title=title,

@@ -71,7 +71,8 @@ def show(folder: Path, data: Path, world: ShortVideoWorld, users: int = 3) -> No
     titles = dict(zip(world.items.video_id, world.items.title))
     test = load_splits(data)["test"]
     histories = [recommender.model.catalogue.item_ids[row["history"]].tolist() for row in test.select(range(users))]
-    for history, found in zip(histories, recommender.recommend(histories, k=5, exclude_seen=True)):
+    lists: Any = recommender.recommend(histories, k=5, exclude_seen=True)
+    for history, found in zip(histories, lists):
         print("\nlast watched: " + "; ".join(titles[item] for item in history[-5:]))
         print("  recommended: " + "; ".join(item.metadata["title"] for item in found))
 

@@ -18,11 +18,11 @@ from typing import Any, cast
 
 import datasets
 import numpy as np
-from transformers import AutoModel, AutoTokenizer, TrainingArguments, set_seed
+from transformers import AutoModel, TrainingArguments, set_seed
 from transformers.trainer_utils import PredictionOutput
 
 from .. import OneRecPScoreConfig, OneRecSessionRewardConfig
-from ..data import load_splits
+from ..data import DataFolder, RewardCollator
 from ..evaluation import feedback_report
 from ..hub import reward_card
 from ..trainers import ResumableTrainer, StopAtNonFinite
@@ -56,11 +56,12 @@ def report(
     return metrics, datasets.Dataset.from_dict(columns)
 
 
-def make_trainer(args: RewardArguments, training: TrainingArguments) -> tuple[RewardTrainer, datasets.DatasetDict]:
-    """The trainer, with an untrained model, and the splits; raises where an argument or a row cannot be used."""
-    splits = load_splits(args.data)
-    tokenizer = AutoTokenizer.from_pretrained(Path(args.data) / "tokenizer")
-    collator = make_collator(args, tokenizer, splits)
+def make_trainer(
+    args: RewardArguments, training: TrainingArguments
+) -> tuple[RewardTrainer, datasets.DatasetDict, DataFolder]:
+    """Untrained model and trainer, the splits as it reads them, their folder; raises where something cannot be used."""
+    data = DataFolder(args.data)
+    splits, tokenizer, collator = data.splits, data.tokenizer, make_collator(args, data)
     config_class = OneRecSessionRewardConfig if args.session_wise else OneRecPScoreConfig
     refuse_unknown(mapping(args.model), config_class)
     config = config_class(
@@ -80,7 +81,7 @@ def make_trainer(args: RewardArguments, training: TrainingArguments) -> tuple[Re
     train = splits["train"].select(np.flatnonzero(np.array(splits["train"]["session_start"]) >= begin))
     check_splits(splits | {"train": train})
     model = AutoModel.from_config(config)
-    return RewardTrainer(model, training, collator, train, splits["validation"], tokenizer), splits
+    return RewardTrainer(model, training, collator, train, splits["validation"], tokenizer), splits, data
 
 
 def main(args: RewardArguments, training: TrainingArguments) -> dict:
@@ -91,15 +92,17 @@ def main(args: RewardArguments, training: TrainingArguments) -> dict:
     set_seed(training.seed)
     training.remove_unused_columns, training.label_names = False, ["labels"]
     push, training.push_to_hub = training.push_to_hub, False  # once, at the end, with our card
-    trainer, splits = make_trainer(args, training)
+    trainer, splits, data = make_trainer(args, training)
     rehearsal = some(splits["test"], 2, "test")  # what would fail at the end fails now
     report(args, trainer.predict(rehearsal), rehearsal)
     trainer.train(resume_from_checkpoint=training.resume_from_checkpoint)
     output, model = Path(str(training.output_dir)), trainer.accelerator.unwrap_model(trainer.model)
     result: dict[str, Any] = {"num_parameters": model.num_parameters(), "log": trainer.state.log_history}
 
-    def save_arguments(folder: Path) -> None:
-        (folder / ARGUMENTS_NAME).write_text(json.dumps(asdict(args), indent=2), encoding="utf-8")
+    def save_beside(folder: Path) -> None:
+        cast(RewardCollator, trainer.data_collator).save_pretrained(folder)
+        arguments = json.dumps(asdict(args) | {"users": data.user_fingerprint}, indent=2)
+        (folder / ARGUMENTS_NAME).write_text(arguments, encoding="utf-8")
 
     def metrics() -> None:
         for name, prediction in predictions.items():
@@ -116,7 +119,7 @@ def main(args: RewardArguments, training: TrainingArguments) -> dict:
     advice = (
         "The same command with --resume_from_checkpoint and the last checkpoint scores the model without training it."
     )
-    save(trainer, save_arguments)
+    save(trainer, save_beside)
     try:  # all processes share the rows
         predictions = {name: trainer.predict(splits[name]) for name in ("validation", "test")}
     except Exception as error:

@@ -1,4 +1,4 @@
-"""What `onerec reward` and the recipes that judge with its model share: its arguments, its collator, the reward function."""
+"""What `onerec reward` and the recipes that judge with its model share: its arguments, its collator, the saved model."""
 
 import json
 from dataclasses import dataclass, field
@@ -6,20 +6,18 @@ from pathlib import Path
 
 import datasets
 import numpy as np
-from transformers import AutoModel, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from ..data import (
+    DataFolder,
     RewardCollator,
     category_codes,
     category_map,
     event_labels,
-    load_splits,
     quantile_codes,
     rate_numbers,
 )
-from ..rewards import reward_of_model
-from ..rewards.functions import RewardFunction
-from .checks import check_same_items, event_features
+from ..rewards import RewardModel
+from .checks import event_features
 from .model_arguments import mapping
 
 ARGUMENTS_NAME = "arguments.json"
@@ -50,14 +48,13 @@ class RewardArguments:
     session_cap_ms: int | None = field(default=None, metadata={"help": "The same of a session, with --session_wise."})
 
 
-def table_features(args: RewardArguments, table: str, categories: list[str], quantiles: list[str]) -> dict:
-    """Categories of the rows of items.parquet or users.parquet, by column."""
-    rows = datasets.Dataset.from_parquet(str(Path(args.data) / table))
-    if absent := [name for name in (*categories, *quantiles) if name not in rows.column_names]:
-        raise ValueError(f"{table} has no {absent}; it has {rows.column_names}.")
-    known = {name: category_map(rows[name], args.max_categories) for name in categories}
-    codes = {name: category_codes(rows[name], known[name]) for name in categories}
-    return codes | {name: quantile_codes(np.array(rows[name], dtype=float), args.num_buckets) for name in quantiles}
+def table_features(args: RewardArguments, data: DataFolder, table: str) -> dict:
+    """Categories of the rows of `"items"` or `"users"`, by column."""
+    of = table.removesuffix("s")
+    categories = data.columns(table, getattr(args, f"{of}_categories"))
+    numbers = data.columns(table, getattr(args, f"{of}_quantiles"))
+    codes = {name: category_codes(v, category_map(v, args.max_categories)) for name, v in categories.items()}
+    return codes | {name: quantile_codes(np.array(v, dtype=float), args.num_buckets) for name, v in numbers.items()}
 
 
 def flat(split: datasets.Dataset, column: str) -> np.ndarray:
@@ -81,17 +78,19 @@ def past_numbers(
     return numbers
 
 
-def make_collator(
-    args: RewardArguments, tokenizer: PreTrainedTokenizerBase, splits: datasets.DatasetDict
-) -> RewardCollator:
+def make_collator(args: RewardArguments, data: DataFolder) -> RewardCollator:
     """The collator, with features, past rates and the boundaries between periods."""
+    splits, tokenizer = data.splits, data.tokenizer
+    if lacking := [name for name, rows in splits.items() if "session_start" not in rows.column_names]:
+        raise ValueError(
+            f"the splits {lacking} of {data.path} have no session_start: a reward model reads rows of exposures or sessions. Make "
+            "them with `onerec prepare --sessions ...`."
+        )
     starts = {name: np.array(rows["session_start"]) for name, rows in splits.items()}
     days = np.arange(starts["train"].min() + args.period, starts["validation"].min() - args.period / 2, args.period)
     boundaries = np.array([*days, starts["validation"].min(), starts["test"].min()])
-    items = table_features(args, "items.parquet", args.item_categories, args.item_quantiles)
-    users = table_features(args, "users.parquet", args.user_categories, args.user_quantiles)
-    size = {n: len(datasets.Dataset.from_parquet(str(Path(args.data) / f"{n}s.parquet"))) for n in ("item", "user")}
-    groups = items | {name: np.arange(rows) for name, rows in size.items()}
+    items, users = table_features(args, data, "items"), table_features(args, data, "users")
+    groups = items | {"item": np.arange(data.num_items), "user": np.arange(data.num_users)}
     item_numbers, user_numbers = past_numbers(args, splits["train"], groups, boundaries)
     events, requests = (event_features(mapping(v)) for v in (args.event_features, args.request_features))
     return RewardCollator(
@@ -112,26 +111,19 @@ def make_collator(
     )
 
 
-def load_reward(folder: str, data: str | None, policy_data: str) -> tuple:
-    """Model, collator and catalogue of a folder that `onerec reward` wrote, for the users of the policy's data folder."""
-    args = RewardArguments(**json.loads((Path(folder) / ARGUMENTS_NAME).read_text(encoding="utf-8")))
-    args.data = data or args.data
-    users = [
-        datasets.Dataset.from_parquet(str(Path(f) / "users.parquet"))["user_id"][:] for f in (policy_data, args.data)
-    ]
-    if users[0] != users[1]:
+def load_reward(repo: str, data: DataFolder) -> RewardModel:
+    """
+    A folder that `onerec reward` wrote, for the items and users of a policy's data folder.
+
+    Raises:
+        ValueError: Where the reward model was trained on other items or users.
+    """
+    reward = RewardModel.from_pretrained(repo)
+    data.check_model(repo, reward.catalogue)
+    path = Path(repo) / ARGUMENTS_NAME
+    trained = json.loads(path.read_text(encoding="utf-8"))["users"] if path.is_file() else None
+    if trained not in (None, data.user_fingerprint):
         raise ValueError(
-            f"{policy_data} and {args.data} hold other users: prepare both from one log, with the same k_core."
+            f"{repo} (a reward model) and {data.path} hold other users: prepare both from one log, with the same k_core."
         )
-    tokenizer = AutoTokenizer.from_pretrained(folder)  # with the catalogue it was trained with
-    check_same_items(folder, tokenizer.catalogue, args.data)
-    collator = make_collator(args, tokenizer, load_splits(args.data))
-    return AutoModel.from_pretrained(folder).eval(), collator, tokenizer.catalogue
-
-
-def reward_function(
-    folder: str, data: str | None, policy: PreTrainedModel, policy_data: str, num_generations: int
-) -> RewardFunction:
-    """The reward model of a folder that `onerec reward` wrote, as a reward function for the policy's completions."""
-    model, collator, catalogue = load_reward(folder, data, policy_data)
-    return reward_of_model(model, collator, policy, catalogue)
+    return reward

@@ -9,8 +9,8 @@ import json
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from ..data import load_splits
-from .checks import check_beams, check_catalogue, check_output, check_splits
+from ..data import DataFolder
+from .checks import check_beams, check_output, check_splits
 from .ending import score_model, some, write_metrics
 from .model_arguments import load_policy
 from .parser import ScriptParser
@@ -30,16 +30,17 @@ def main(args: ScoreArguments) -> dict:
     """Runs the recipe; returns what it writes to `metrics.json`."""
     output = Path(args.model)
     check_beams(args.num_beams)
-    check_catalogue(output, args.data)
     check_output(args.model, replaces=False)
-    splits = load_splits(args.data)
-    check_splits(splits)
-    recommender = load_policy(args.model, args.data, args.num_beams)
+    data = DataFolder(args.data)
+    check_splits(data.splits)
+    recommender = load_policy(args.model, data, args.num_beams)
     recommender.model.to(args.device)
     path = output / "metrics.json"
     report = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
     report["num_parameters"] = recommender.model.num_parameters()
-    report |= score_model(recommender.ranker, some(splits["test"], args.test_users, "test_users"), output, args.seed)
+    report |= score_model(
+        recommender.ranker, some(data.splits["test"], args.test_users, "test_users"), output, args.seed
+    )
     write_metrics(output, report)
     return report
 

@@ -10,11 +10,10 @@ the predictions of every test user.
 """
 
 import time
-from pathlib import Path
 
-from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
+from transformers import AutoModelForCausalLM, set_seed
 
-from ..data import load_splits
+from ..data import DataFolder
 from ..recommender import ItemRanker
 from ..trainers import OneRecSFTConfig, OneRecSFTTrainer
 from .checks import check_beams, check_training, rehearse
@@ -24,24 +23,24 @@ from .parser import ScriptParser
 
 
 def check(args: ModelArguments, training: OneRecSFTConfig) -> tuple:
-    """All that can be said of the arguments before there is a model; returns splits, tokenizer, collator and config."""
+    """All that can be said of the arguments before there is a model; returns data folder, collator and config."""
     check_training(training, VALIDATION_METRICS)
     check_beams(args.num_beams)
-    splits = load_splits(args.data)
-    tokenizer = AutoTokenizer.from_pretrained(Path(args.data) / "tokenizer")
-    collator = make_collator(args, tokenizer)
-    return splits, tokenizer, collator, make_config(args, tokenizer, collator)
+    data = DataFolder(args.data)
+    collator = make_collator(args, data)
+    return data, collator, make_config(args, data, collator)
 
 
 def main(args: ModelArguments, training: OneRecSFTConfig) -> dict:
     """Runs the recipe; returns what it writes to `metrics.json`."""
-    splits, tokenizer, collator, config = check(args, training)
+    data, collator, config = check(args, training)
+    splits, tokenizer = data.splits, data.tokenizer
     set_seed(training.seed)
     model = AutoModelForCausalLM.from_config(config)
     model.catalogue = tokenizer.catalogue
     if args.item_vectors:
-        model.model.context_processor.embed_features.fill(ITEM_VECTORS, item_vectors(args))
-    recommender = serve(ItemRanker(model, collator, args.num_beams), args.data, args.metadata)
+        model.model.context_processor.embed_features.fill(ITEM_VECTORS, item_vectors(data))
+    recommender = serve(ItemRanker(model, collator, args.num_beams), data, args.metadata)
     train = training_rows(splits["train"], config, args.max_history).with_format("numpy")
     trainer = OneRecSFTTrainer(
         model,
@@ -56,7 +55,7 @@ def main(args: ModelArguments, training: OneRecSFTConfig) -> dict:
     start = time.perf_counter()
     trainer.train(resume_from_checkpoint=training.resume_from_checkpoint)
     report = {"train_seconds": time.perf_counter() - start, "best_metric": trainer.state.best_metric}
-    return finish_policy(trainer, recommender, args.data, splits["test"], report)
+    return finish_policy(trainer, recommender, data, splits["test"], report)
 
 
 def run(argv: list[str] | None = None) -> None:

@@ -1,0 +1,171 @@
+"""What `onerec prepare` writes and every later step reads: splits, items, users, semantic IDs and item embeddings in one folder."""
+
+import hashlib
+import json
+import os
+from collections.abc import Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import datasets
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import load_file, save_file
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+from ..semantic_ids.rqvae import RQVAE, ResidualKMeans, load_quantizer
+from .splits import arrow_dataset, load_splits
+
+SPLITS, TOKENIZER, EMBEDDINGS, REPORT = "splits", "tokenizer", "item_embeddings.safetensors", "semantic_ids.json"
+TABLES = {"items": "items.parquet", "users": "users.parquet"}
+REQUIRED = (f"{SPLITS}/dataset_dict.json", *TABLES.values(), f"{TOKENIZER}/catalogue.safetensors")
+REQUIRED += (f"{TOKENIZER}/quantizer_config.json", EMBEDDINGS, REPORT)
+
+
+class DataFolder:
+    r"""
+    A data folder. Its files are checked when it is opened, and read when they are asked for.
+
+    | file | attribute | |
+    |---|---|---|
+    | `splits/` | `splits` | `train`, `validation` and `test`; rows name items and users by index |
+    | `items.parquet`, `users.parquet` | `items`, `users` | a row per index: `item_id` or `user_id`, and features |
+    | `tokenizer/` | `tokenizer`, `catalogue`, `quantizer` | the semantic IDs and their codebooks |
+    | `item_embeddings.safetensors` | `item_embeddings` | float32 of shape (N, D), a row per item index |
+    | `semantic_ids.json` | | quality of the semantic IDs; written last |
+
+    Args:
+        path: The folder.
+
+    Raises:
+        FileNotFoundError: Where a file is missing: which one, and the command that makes it.
+        ValueError: Where a file is cut off, or the files are not of one run.
+    """
+
+    def __init__(self, path: str | os.PathLike):
+        self.path = Path(path)
+        advice = f"Make it with `onerec prepare --source LOG --output {path}`, or name the one that you made."
+        absent = [name for name in REQUIRED if not (self.path / name).is_file()]
+        if len(absent) == len(REQUIRED):
+            raise FileNotFoundError(f"{path} is no data folder: {self.path / SPLITS} is not there. {advice}")
+        if absent:
+            raise FileNotFoundError(
+                f"{path} is no complete data folder: {', '.join(absent)} {'is' if len(absent) == 1 else 'are'} not there. The run "
+                f"that made it was stopped, or files were moved. {advice}"
+            )
+        try:
+            rows = {name: pyarrow.parquet.read_metadata(self.path / file).num_rows for name, file in TABLES.items()}
+            with safe_open(self.path / EMBEDDINGS, framework="np") as file:
+                vectors = file.get_slice("item_embeddings").get_shape()[0]
+            with safe_open(self.path / TOKENIZER / "catalogue.safetensors", framework="np") as file:
+                catalogue = file.get_slice("semantic_ids").get_shape()[0]
+        except (pa.ArrowException, SafetensorError, OSError) as error:
+            raise ValueError(f"{path} cannot be read ({error}): a file is cut off. {advice}") from error
+        if not rows["items"] == vectors == catalogue:
+            raise ValueError(
+                f"{path} holds files of several runs: items.parquet has {rows['items']} items, the catalogue {catalogue}, "
+                f"{EMBEDDINGS} {vectors}. {advice}"
+            )
+        self.num_items, self.num_users = rows["items"], rows["users"]
+
+    @classmethod
+    def save(
+        cls,
+        path: str | os.PathLike,
+        *,
+        splits: datasets.DatasetDict,
+        items: datasets.Dataset,
+        users: datasets.Dataset,
+        tokenizer: PreTrainedTokenizerBase,
+        quantizer: ResidualKMeans | RQVAE,
+        item_embeddings: np.ndarray,
+        report: dict,
+    ) -> "DataFolder":
+        """
+        Writes a data folder. A run that is stopped here leaves a folder that cannot be opened.
+
+        Args:
+            tokenizer: With the catalogue, as `tokenizer.catalogue`.
+            report: What `quality_report` says of the semantic IDs.
+        """
+        folder = Path(path)
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / REPORT).unlink(missing_ok=True)  # of an earlier run: until the end this folder is not complete
+        tokenizer.save_pretrained(folder / TOKENIZER)
+        quantizer.save_pretrained(folder / TOKENIZER)
+        splits.save_to_disk(folder / SPLITS)
+        save_file({"item_embeddings": item_embeddings}, folder / EMBEDDINGS)
+        items.to_parquet(folder / TABLES["items"])
+        users.to_parquet(folder / TABLES["users"])
+        (folder / REPORT).write_text(json.dumps(report, indent=2), encoding="utf-8")
+        return cls(folder)
+
+    @cached_property
+    def splits(self) -> datasets.DatasetDict:
+        """`train`, `validation` and `test`, in memory."""
+        return load_splits(self.path)
+
+    @cached_property
+    def items(self) -> datasets.Dataset:
+        """A row per item index."""
+        return self._table("items")
+
+    @cached_property
+    def users(self) -> datasets.Dataset:
+        """A row per user index."""
+        return self._table("users")
+
+    @cached_property
+    def tokenizer(self) -> Any:
+        """The `SemanticIdTokenizer`, with the catalogue."""
+        return AutoTokenizer.from_pretrained(self.path / TOKENIZER)
+
+    @property
+    def catalogue(self) -> Any:
+        """The `Catalogue`: items and their semantic IDs."""
+        return self.tokenizer.catalogue
+
+    @cached_property
+    def quantizer(self) -> ResidualKMeans | RQVAE:
+        """What makes the codes of new items from their embeddings."""
+        return load_quantizer(self.path / TOKENIZER)
+
+    @cached_property
+    def item_embeddings(self) -> np.ndarray:
+        """What the semantic IDs were made from, float32 of shape (N, D)."""
+        return load_file(self.path / EMBEDDINGS)["item_embeddings"]
+
+    @cached_property
+    def user_fingerprint(self) -> str:
+        """Tells whether two folders have the same users in the same order."""
+        names = json.dumps([str(user) for user in self.users["user_id"]])
+        return hashlib.sha256(names.encode()).hexdigest()[:16]
+
+    def columns(self, table: str, names: Sequence[str]) -> dict[str, list]:
+        """
+        Columns of `"items"` or `"users"`, by name.
+
+        Raises:
+            ValueError: For a column that the table does not have; the message lists those it has.
+        """
+        rows: datasets.Dataset = getattr(self, table)
+        if absent := [name for name in names if name not in rows.column_names]:
+            raise ValueError(f"{TABLES[table]} has no {absent}; it has {rows.column_names}. ({self.path})")
+        return {name: rows[name][:] for name in names}
+
+    def check_model(self, model: str | os.PathLike, catalogue: Any) -> None:
+        """Raises a ValueError unless the folder is of a model's items: its rows hold numbers, which would fit any model."""
+        if difference := catalogue.difference(self.catalogue):
+            raise ValueError(
+                f"{model} (a model) and {self.path} (a data folder) do not belong together: {difference}. Give the data folder "
+                "the model was trained on, or train the model again on this one."
+            )
+
+    def _table(self, name: str) -> datasets.Dataset:
+        return arrow_dataset(pyarrow.parquet.read_table(self.path / TABLES[name]))
+
+
+__all__ = ["DataFolder"]
