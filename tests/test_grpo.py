@@ -15,8 +15,7 @@ from safetensors.torch import load_file, save_file
 from onerec_hf.data import OneRecCollator
 from onerec_hf.rewards import FormatReward, is_legal, reward_of_model
 from onerec_hf.trainers import OneRecGRPOConfig, OneRecGRPOTrainer
-from onerec_hf.trainers.grpo_batches import EndlessBatches, pad_logged
-from onerec_hf.trainers.grpo_rollouts import rollout
+from onerec_hf.trainers.grpo_rollouts import EndlessBatches, pad_logged, rollout
 
 from .tiny import ARCHITECTURES, tiny_catalogue, tiny_context, tiny_model
 
