@@ -22,7 +22,8 @@ class ModelReward:
             with such `rewards` (as our reward models do).
         collate (`Callable[[list[dict]], dict]`): Tensors from B rows, one per **sample**: its own columns, and `completion_ids`,
             the list of its G completions. So the context is encoded once for all completions of a sample.
-        num_generations (`int`): G, completions per sample, adjacent.
+        num_generations (`int`): G, completions per sample, adjacent. A call with a column `num_generations`, as a trainer's whose
+            evaluation has other groups, says otherwise for itself.
         sample_column (`str`, defaults to `"user"`): A column that tells samples apart; it must be one value inside a group.
         batch_size (`int`, defaults to 64): Samples per call of `score`.
         catalogue (`Catalogue`, *optional*): The policy's. Then a completion that spells no item, or a session with one that does
@@ -51,9 +52,11 @@ class ModelReward:
         prompts: Sequence | None = None,
         completions: Sequence | None = None,
         completion_ids: Sequence[Sequence[int]] = (),
+        num_generations: Sequence[int] | None = None,
         **columns,
     ) -> Sequence[float | None]:
-        size, total = self.num_generations, len(completion_ids)
+        size = self.num_generations if num_generations is None else num_generations[0]
+        total = len(completion_ids)
         if not total:
             return []
         starts = range(0, num_groups(total, size) * size, size)
