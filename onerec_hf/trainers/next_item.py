@@ -65,6 +65,9 @@ class NextItemArguments:
         default=None, metadata={"help": "Off by default: of three tokens a row it saves little."}
     )
     bf16: bool = field(default=False, metadata={"help": "As in transformers; TRL's default is True."})
+    pad_to_multiple_of: int | str | None = field(
+        default=None, metadata={"help": "Not read; TRL makes None of 'auto'."}
+    )
     weight_average_decay: float | None = field(
         default=None, metadata={"help": "Of the moving average of the weights."}
     )
@@ -132,27 +135,35 @@ class NextItemTrainer(OneRecTrainer):
             self._eval_loss += torch.stack([loss.double() * count, count.double()])
         return loss, *rest
 
-    def evaluation_loop(self, *args, **kwargs) -> EvalLoopOutput:
-        """As `Trainer`'s, whose loss is a mean of the batches' means; this one is a mean over targets, as in training."""
+    def evaluation_loop(
+        self,
+        dataloader: Any,
+        description: str,
+        prediction_loss_only: bool | None = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+    ) -> EvalLoopOutput:
+        """
+        As `Trainer`'s, whose loss is a mean of the batches' means; this one is a mean over targets, as in training.
+
+        Of an evaluation, `generation_metrics` are among its metrics, so that callbacks see them, too.
+        """
         self._eval_loss.zero_()
-        output = super().evaluation_loop(*args, **kwargs)
+        output = super().evaluation_loop(dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix)
         total, count = self.accelerator.reduce(self._eval_loss, "sum").tolist()
         for name in output.metrics:
             if count and name.endswith("_loss"):
                 output.metrics[name] = total / count
+        if self.generation_metrics is not None and description == "Evaluation":
+            found = self.generation_metrics(self.accelerator.unwrap_model(self.model))
+            output.metrics.update({f"{metric_key_prefix}_{name}": float(value) for name, value in found.items()})
         return output
 
     def evaluate(
         self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
     ) -> dict[str, float]:
         with self._averaged_weights():
-            metrics = Trainer.evaluate(self, eval_dataset, ignore_keys, metric_key_prefix)
-            if self.generation_metrics is not None and not isinstance(eval_dataset or self.eval_dataset, dict):
-                found = self.generation_metrics(self.accelerator.unwrap_model(self.model))
-                found = {f"{metric_key_prefix}_{name}": float(value) for name, value in found.items()}
-                self.log(found)
-                metrics.update(found)
-        return metrics
+            return Trainer.evaluate(self, eval_dataset, ignore_keys, metric_key_prefix)
 
     # ---- the moving average of the weights ------------------------------------------------------------------------------
 

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 from torch.utils.data import Sampler
-from transformers import Trainer
+from transformers import EarlyStoppingCallback, Trainer
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput
 from transformers.utils import logging
 
@@ -203,9 +203,16 @@ class ResumableTrainer(Trainer):
     def _run_epoch(self, *args, **kwargs):
         if hasattr(self._order, "set_epoch"):  # transformers does not reach it after a resume inside an epoch
             self._order.set_epoch(int(self.state.epoch or 0))
-        if self.state.global_step < self.state.max_steps:
+        if self.state.global_step < self.state.max_steps and not self._out_of_patience():
             return super()._run_epoch(*args, **kwargs)
         self.control.should_training_stop = True  # killed after the last step; transformers would train one more
+
+    def _out_of_patience(self) -> bool:
+        """Whether the run that is resumed had stopped early when it was killed."""
+        early = [
+            callback for callback in self.callback_handler.callbacks if isinstance(callback, EarlyStoppingCallback)
+        ]
+        return any(each.early_stopping_patience_counter >= each.early_stopping_patience for each in early)
 
 
 class StopAtNonFinite(Trainer):
