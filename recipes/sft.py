@@ -3,7 +3,7 @@
     accelerate launch recipes/sft.py --config recipes/configs/small_sft.yaml --data outputs/beauty --output_dir outputs/beauty_v2
 
 `--model '{"model_type": "onerec_v2", ...}'` names the system: `onerec` (sessions), `onerec_v1` (pathways) or `onerec_v2`; presets
-lie in recipes/configs/models (`--model_config FILE`). Built on `transformers.Trainer`: every `TrainingArguments` field works on the
+lie in recipes/configs/models (`--model_config FILE`). Built on TRL's `SFTTrainer`: every field of `OneRecSFTConfig` works on the
 command line and in the YAML file (`--report_to`, `--resume_from_checkpoint`, `--bf16`, `--seed`, ...). Model choice is on the
 validation split. Writes the model, tokenizer and catalogue (one folder that `AutoModel.from_pretrained` loads), `metrics.json` and
 the predictions of every test user.
