@@ -606,10 +606,12 @@ def run(folder, resume=None, **settings):
     return trainer
 
 
-def test_a_killed_run_goes_on_as_if_unbroken(tmp_path):
-    """Stopped in the middle of a batch of rollouts, which are four steps long: the checkpoint holds the other one."""
-    whole = run(tmp_path / "whole")
-    broken = run(tmp_path / "broken", resume=str(tmp_path / "whole" / "checkpoint-3"))
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_a_killed_run_goes_on_as_if_unbroken(accumulate, tmp_path):
+    """Stopped in the middle of rollouts, which are four micro-batches long: the checkpoint holds the others."""
+    settings = {"gradient_accumulation_steps": accumulate}
+    whole = run(tmp_path / "whole", **settings)
+    broken = run(tmp_path / "broken", resume=str(tmp_path / "whole" / "checkpoint-3"), **settings)
     assert [log["step"] for log in broken.state.log_history if "loss" in log] == [1, 2, 3, 4, 5, 6]
     for left, right in zip(whole.state.log_history[:6], broken.state.log_history[:6]):
         for name in ("loss", "reward", "loss/sft", "loss/logged", "clip_fraction", "entropy/level_1", "hit_rate"):

@@ -214,6 +214,7 @@ class IPATrainer(NextItemTrainer, DPOTrainer):
 
     def _use(self, pairs: datasets.Dataset) -> None:
         """The pairs as tensors, and which of them each row has."""
+        self.ref_model = None  # its log-probabilities are among the pairs
         columns, device = pairs.with_format("torch"), self.args.device
         shape = (len(pairs), -1, self.policy.num_items, self.policy.config.num_levels)
         chosen, rejected = (columns[name][:].view(shape) for name in ("chosen", "rejected"))
@@ -249,9 +250,7 @@ class IPATrainer(NextItemTrainer, DPOTrainer):
         """The given pairs with the log-probabilities of `ref_model`, or of the policy where there is none."""
         with self._generating() as policy:
             reference = policy if self.ref_model is None else self.accelerator.unwrap_model(self.ref_model).eval()
-            found = add_reference(reference, self.given_pairs, self.rows, self.collator, self.args.mining_batch_size)
-        self.ref_model = None
-        return found
+            return add_reference(reference, self.given_pairs, self.rows, self.collator, self.args.mining_batch_size)
 
     def _kl_to_seed(self) -> dict[str, float]:
         args = self.args
