@@ -118,7 +118,7 @@ class Recommender:
         users: Mapping[str, Sequence[int]] | None = None,
         unknown_items: Literal["error", "ignore"] = "error",
         session: bool = False,
-    ) -> list[list[Recommendation]] | list[list[RecommendedSession]]:
+    ) -> list[list[Any]]:
         """
         The `k` best items of each user, or, with `session=True`, the `k` best sessions, as OneRec writes them.
 

@@ -1,5 +1,6 @@
 """Reinforcement learning on tiny models: losses and gradients against closed forms, rollouts, rewards, logged exposures, resume."""
 
+import logging
 import math
 import os
 import subprocess
@@ -11,13 +12,14 @@ import datasets
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from trl.trainer import grpo_trainer
 
 from onerec_hf.data import OneRecCollator
 from onerec_hf.rewards import FormatReward, is_legal, reward_of_model
 from onerec_hf.trainers import OneRecGRPOConfig, OneRecGRPOTrainer
-from onerec_hf.trainers.grpo_batches import EndlessBatches, pad_logged
-from onerec_hf.trainers.grpo_rollouts import rollout
+from onerec_hf.trainers.grpo_rollouts import EndlessBatches, pad_logged, rollout
 
+from .numeric import TERMS, assert_close
 from .tiny import ARCHITECTURES, tiny_catalogue, tiny_context, tiny_model
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -230,6 +232,35 @@ def test_evaluation_generates_and_trains_nothing(tmp_path):
     assert not (tmp_path / "README.md").exists()
 
 
+def test_groups_of_an_evaluation_are_its_own(tmp_path):
+    """Two candidates per user in evaluation, four in training: no group runs over two users."""
+    catalogue, seen = tiny_catalogue(), []
+    formats = FormatReward(catalogue, G, 1)
+
+    def noted(completion_ids, user, num_generations, **columns):
+        kept = formats(completion_ids=completion_ids, num_generations=num_generations, **columns)
+        seen.append((user, num_generations, kept))
+        return kept
+
+    model = tiny_model(catalogue)
+    own = OneRecCollator(catalogue.semantic_ids.numpy() + torch.tensor(model.config.level_offsets).numpy())
+    own.candidates = lambda rows: {"item_ids": own.pad_targets([row["targets"] for row in rows])}
+    functions = [noted, reward_of_model(Judge(), own, model, G)]
+    rows = users().map(lambda row: {"history": [row["user"], 9]})
+    settings = {"num_generations_eval": 2, "per_device_eval_batch_size": 8, "sign_norm_steps": 0}
+    trainer = make(tmp_path, model, functions, rows=rows, trainer={"eval_dataset": rows}, **settings)
+    found = trainer.evaluate()
+    assert found["eval_legality"] == 1 and math.isfinite(found["eval_rewards/reward_model/mean"])
+    trainer.train()
+    assert [len(user) for user, _, _ in seen] == [8, 8, 8]  # two evaluation batches of 4 users, one of 2 users
+    for number, (user, sizes, kept) in enumerate(seen):
+        size = 2 if number < 2 else G
+        assert sizes == [size] * 8
+        for start in range(0, 8, size):
+            assert len(set(user[start : start + size])) == 1
+            assert [value is None for value in kept[start : start + size]].count(False) == 1
+
+
 @pytest.mark.parametrize("how", ["sample", "tree"])
 def test_sessions_are_sampled(how, tmp_path):
     trainer = make(tmp_path, architecture="onerec", rollout=how, rows=users(3))
@@ -401,6 +432,17 @@ def test_a_group_without_any_reward_has_advantage_zero(tmp_path):
     assert all(torch.equal(old, new) for old, new in zip(before, trainer.policy.parameters()))
 
 
+def test_no_warning_of_candidates_that_nobody_rewards(tmp_path, caplog):
+    """TRL's own trainer would print the row and the completion in every step."""
+    caplog.set_level(logging.WARNING)
+    trainer = make(tmp_path, reward_funcs=lambda completion_ids, **columns: [None, *range(1, len(completion_ids))])
+    trainer.train()
+    assert (trainer._buffered_inputs[0]["advantages"] == 0).sum() >= 1
+    assert not [record for record in caplog.records if "All reward functions" in record.getMessage()]
+    grpo_trainer.logger.warning("All reward functions returned None: of another trainer")
+    assert "of another trainer" in caplog.text
+
+
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 def test_rewards_that_are_no_numbers_stop_the_run(value, tmp_path):
     def broken(completion_ids, **columns):
@@ -471,6 +513,49 @@ def test_rollouts_and_logged_exposures_may_have_losses_of_their_own(tmp_path):
     assert abs(logs["ecpo"]["loss/logged"] - logs["gbpo"]["loss/logged"]) > 1e-2
 
 
+def beside(folder, batch_size, accumulate):
+    """Logged exposures and supervised targets alone: users have one to three of them, some exposures without advantage."""
+    rows = [
+        {"user": u, "targets": [7 * u, 7 * u + 1, 7 * u + 2][: 1 + u % 3], "advantage": [1.0, 0.0, -0.5][: 1 + u % 3]}
+        for u in range(USERS)
+    ]
+    rows = datasets.Dataset.from_list(rows)
+    catalogue, model = tiny_catalogue(), tiny_model(tiny_catalogue())
+    own = OneRecCollator(catalogue.semantic_ids.numpy() + torch.tensor(model.config.level_offsets).numpy())
+    settings = {"logged_weight": 1.0, "logged_batch_size": batch_size, "sft_batch_size": batch_size, "sft_weight": 0.5}
+    settings |= {"gradient_accumulation_steps": accumulate, "max_steps": 2, "sign_norm_steps": 0, "learning_rate": 0.1}
+    trainer = make(
+        folder,
+        model,
+        None,
+        rows=datasets.Dataset.from_dict({"user": [0]}),
+        trainer={
+            "logged_dataset": rows.add_column("history", [[1, 2]] * USERS),
+            "sft_dataset": rows.add_column("history", [[3]] * USERS),
+        },
+        **settings,
+    )
+    trainer.collator = own
+    trainer.train()
+    return trainer
+
+
+def test_losses_beside_rollouts_are_means_over_the_step(tmp_path):
+    """Rows of two micro-batches of 3 are those of one of 6; they hold different numbers of exposures and targets."""
+    whole, parts = beside(tmp_path / "whole", 6, 1), beside(tmp_path / "parts", 3, 2)
+    counts = [parts.loss_items(parts.collator(parts.supervised(k))).item() for k in (0, 1)]
+    assert counts[0] != counts[1]
+    before = tiny_model(tiny_catalogue())
+    moved = max((new - old).abs().max() for new, old in zip(whole.policy.parameters(), before.parameters()))
+    assert moved > 0.01
+    for (name, one), other in zip(whole.policy.named_parameters(), parts.policy.parameters()):
+        assert_close(other.detach(), one.detach(), terms=4 * TERMS, msg=name)
+    for one, other in zip(whole.state.log_history[:2], parts.state.log_history[:2]):
+        for name in ("loss/logged", "loss/sft", "bound_fraction", "loss"):
+            assert other[name] == pytest.approx(one[name], abs=2e-4 if name == "loss" else 1e-5), name
+        assert one["loss"] == pytest.approx(one["loss/logged"] + 0.5 * one["loss/sft"], abs=2e-4)
+
+
 def test_pad_logged():
     rows = [
         {"targets": [1, 2], "advantage": [1, -1], "log_probs": [[-1, -2], [-3, -4]]},
@@ -521,10 +606,12 @@ def run(folder, resume=None, **settings):
     return trainer
 
 
-def test_a_killed_run_goes_on_as_if_unbroken(tmp_path):
-    """Stopped in the middle of a batch of rollouts, which are four steps long: the checkpoint holds the other one."""
-    whole = run(tmp_path / "whole")
-    broken = run(tmp_path / "broken", resume=str(tmp_path / "whole" / "checkpoint-3"))
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_a_killed_run_goes_on_as_if_unbroken(accumulate, tmp_path):
+    """Stopped in the middle of rollouts, which are four micro-batches long: the checkpoint holds the others."""
+    settings = {"gradient_accumulation_steps": accumulate}
+    whole = run(tmp_path / "whole", **settings)
+    broken = run(tmp_path / "broken", resume=str(tmp_path / "whole" / "checkpoint-3"), **settings)
     assert [log["step"] for log in broken.state.log_history if "loss" in log] == [1, 2, 3, 4, 5, 6]
     for left, right in zip(whole.state.log_history[:6], broken.state.log_history[:6]):
         for name in ("loss", "reward", "loss/sft", "loss/logged", "clip_fraction", "entropy/level_1", "hit_rate"):

@@ -60,8 +60,9 @@ RULES = {
         },
     ),
     "": (
-        {"models", "data", "semantic_ids"},
+        {"models", "data", "semantic_ids", "scripts", "hub", "trainers"},
         {
+            "pandas",
             "accelerate",
             "yaml",
             "torch",

@@ -5,7 +5,9 @@ import json
 import math
 import multiprocessing
 import os
+import re
 import socket
+from dataclasses import fields, replace
 from functools import partial
 
 import datasets
@@ -14,10 +16,11 @@ import torch
 import torch.nn.functional as F
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
+from trl import DPOTrainer
 
 from onerec_hf import Catalogue, OneRecV2ForCausalLM
 from onerec_hf.data import OneRecCollator, PathwayCollator, SessionCollator
-from onerec_hf.trainers import IPAConfig, IPATrainer
+from onerec_hf.trainers import IPAConfig, IPATrainer, OneRecSFTConfig
 from onerec_hf.trainers.pair_files import load_pairs, load_rows, save_rows
 from onerec_hf.trainers.pair_mining import choose_pairs, completion_log_probs, context_inputs, mine_pairs
 from onerec_hf.trainers.seed_divergence import sample_candidates, seed_log_ratios
@@ -493,6 +496,25 @@ def test_given_pairs_serve_every_epoch_with_the_seed_as_reference(tmp_path):
     assert all(torch.equal(tensor, weights(trainer.model)[name]) for name, tensor in weights(again.model).items())
 
 
+def test_a_reference_model_is_the_reference_of_given_pairs(tmp_path):
+    """TRL's `ref_model`; left out, it is the policy before its first step."""
+    model, collator, rows = world("v2")
+    tokens, other = collator.item_token_ids, tiny_model(model.catalogue, 1, "v2")
+    pairs = datasets.Dataset.from_list([{"row": 3, "chosen": tokens[6].tolist(), "rejected": tokens[7].tolist()}])
+    make = partial(IPATrainer, model, data_collator=collator, train_dataset=rows, ref_model=other)
+    trainer = make(config(tmp_path, max_steps=1), pairs=pairs)
+    trainer.train()
+    (found,) = datasets.load_from_disk(str(tmp_path / "pairs" / "iteration_000"))
+    for name in ("chosen", "rejected"):
+        expected = row_log_prob(
+            tiny_model(model.catalogue, 1, "v2"), one_user(collator, rows[3]), torch.tensor([found[name]])
+        )
+        assert torch.tensor(found[f"ref_{name}_logps"]).sum().item() == pytest.approx(expected.item(), abs=1e-4)
+    assert trainer.ref_model is None  # let go
+    with pytest.raises(ValueError, match="ref_model with reward: in Algorithm 2 the reference is"):
+        make(config(tmp_path / "mined"), reward=token_reward)
+
+
 def test_bad_pairs(tmp_path):
     model, collator, rows = world("v2")
     one, two = collator.item_token_ids[:2].tolist()
@@ -585,6 +607,49 @@ def test_bad_arguments(tmp_path):
         make(train_dataset=rows, reward=token_reward)
 
 
+def test_fsdp_is_refused_at_the_start(tmp_path, monkeypatch):
+    model, collator, rows = world("v2")
+    make = partial(IPATrainer, model, data_collator=collator, train_dataset=rows, reward=token_reward)
+    sharded = config(tmp_path)
+    sharded.fsdp = True
+    with pytest.raises(ValueError, match=r"IPATrainer does not work under FSDP: .*Train data-parallel"):
+        make(sharded)
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")  # as `accelerate launch` says it
+    args = config(tmp_path)
+    with pytest.raises(ValueError, match="IPATrainer does not work under FSDP"):
+        make(args)
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "false")
+    assert make(args).ref_model is None
+
+
+@pytest.mark.parametrize(
+    "settings, why",
+    [
+        ({"sync_ref_model": True}, "log-probabilities are stored"),
+        ({"precompute_ref_log_probs": False}, "log-probabilities are stored"),
+        ({"precompute_ref_batch_size": 8}, "mining_batch_size"),
+        ({"f_divergence_type": "forward_kl"}, "Table 1"),
+        ({"loss_weights": [1.0]}, "Table 1"),
+        ({"max_length": 8}, "rows are tokens already"),
+        ({"pad_to_multiple_of": 8}, "rows are tokens already"),
+        ({"router_aux_loss_coef": 0.1}, "balanced without a loss"),
+    ],
+)
+def test_fields_of_dpo_that_nothing_reads_are_refused(settings, why, tmp_path):
+    (name, value), *_ = settings.items()
+    with pytest.raises(ValueError, match=f"{name}={re.escape(repr(value))} would do nothing: .*{why}.*Leave it out"):
+        config(tmp_path, **settings)
+
+
+@pytest.mark.parametrize("kind", [IPAConfig, OneRecSFTConfig])
+def test_arguments_of_a_run_make_the_arguments_of_another(kind, tmp_path):
+    args = kind(str(tmp_path), use_cpu=True)
+    again = replace(args, seed=7)
+    for entry in fields(args):
+        if entry.name != "seed":
+            assert getattr(again, entry.name) == getattr(args, entry.name), entry.name
+
+
 # ---- LoRA -------------------------------------------------------------------------------------------------------------
 
 
@@ -597,6 +662,27 @@ def test_lora_without_target_modules(architecture):
     }
     expected = {"q_proj", "k_proj", "v_proj", "o_proj"} | ({"item_proj"} if architecture.startswith("v2") else set())
     assert adapted == expected
+
+
+def test_an_adapter_that_came_with_the_model_goes_on_and_gets_no_copy(tmp_path):
+    """TRL would keep a copy of it as the reference."""
+    model, collator, rows = world("v2")
+    adapted = get_peft_model(model, LoraConfig(r=2, init_lora_weights=False, task_type="CAUSAL_LM"))
+    start = weights(adapted)
+    args = config(tmp_path, num_candidates=6, max_steps=1)
+    trainer = IPATrainer(adapted, args, data_collator=collator, train_dataset=rows, reward=token_reward)
+    assert isinstance(trainer, DPOTrainer) and list(trainer.model.peft_config) == ["default"]
+    assert weights(trainer.model).keys() == start.keys()
+    trainer.train()
+    moved = {name for name, tensor in weights(trainer.model).items() if not torch.equal(tensor, start[name])}
+    assert moved and all("lora_" in name for name in moved)
+    found = datasets.load_from_disk(str(tmp_path / "pairs" / "iteration_000"))[0]
+    before = get_peft_model(world("v2")[0], LoraConfig(r=2, task_type="CAUSAL_LM"))
+    before.load_state_dict(start)
+    token_ids = torch.tensor(found["chosen"]).view(1, 1, 1, 3)
+    with torch.no_grad():
+        expected = completion_log_probs(before.eval(), one_user(collator, rows[found["row"]]), token_ids)
+    assert found["ref_chosen_logps"] == pytest.approx(expected.item(), abs=1e-4)
 
 
 @pytest.mark.parametrize("architecture", ["onerec", "v2_moe"])

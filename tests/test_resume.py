@@ -5,7 +5,8 @@ import shutil
 
 import pytest
 import torch
-from transformers import TrainerState, trainer_pt_utils
+from transformers import EarlyStoppingCallback, TrainerState, trainer_pt_utils
+from transformers.trainer_utils import IntervalStrategy
 from transformers.utils import logging
 
 from benchmarks.survival import TRAINERS, Run, differences, make_trainer, survive
@@ -85,6 +86,32 @@ def test_every_order_of_the_rows_is_resumed(strategy, tmp_path):
     expected = forked("SFT", tmp_path, 2, **settings)
     shutil.rmtree(tmp_path / "checkpoint-10")
     assert differences(expected, forked("SFT", tmp_path, 2, **settings)) == []
+
+
+@pytest.mark.parametrize("name", ["SFT", "IPA"])
+@pytest.mark.parametrize("step", [9, 12])
+def test_patience_survives(name, step, tmp_path):
+    """It has run out at step 12; a run that resumes before that stops there too, and one that resumes after it at once."""
+
+    def run(folder, resume=None):
+        def change(trainer):
+            trainer.eval_dataset = trainer.train_dataset
+            trainer.add_callback(EarlyStoppingCallback(early_stopping_patience=4))
+            # every evaluation is worse than the first one
+            trainer.generation_metrics = lambda model: {"worse": float(trainer.state.global_step)}
+
+            trainer.args.eval_strategy, trainer.args.eval_steps = IntervalStrategy.STEPS, 3
+
+        settings = KEPT | {"metric_for_best_model": "worse"}
+        return train(name, folder, resume, change, **settings, greater_is_better=False).state
+
+    unbroken = run(tmp_path / "one")
+    assert unbroken.global_step == 15 and unbroken.best_metric == 3
+    for checkpoint in checkpoints_of(tmp_path / "one"):
+        if int(checkpoint.name.partition("-")[2]) > step:
+            shutil.rmtree(checkpoint)
+    assert run(tmp_path / "one", "true").global_step == 15
+    assert run(tmp_path / "one", "true").global_step == 15  # killed after the last evaluation
 
 
 @pytest.mark.parametrize(("name", "processes"), [("SFT, averaged weights", 1), ("IPA", 1), ("GRPO", 2)])

@@ -11,14 +11,17 @@ import datasets
 import numpy as np
 import pytest
 import torch
+from peft import LoraConfig
 from safetensors.torch import load_file
-from transformers import Trainer, TrainingArguments
+from transformers import Trainer, TrainerCallback, TrainingArguments
+from trl import SFTConfig, SFTTrainer
 
+from onerec_hf import SemanticIdTokenizer
 from onerec_hf.data import OneRecCollator, SessionCollator
 from onerec_hf.trainers import IPAConfig, IPATrainer, OneRecSFTConfig, OneRecSFTTrainer
 
 from .numeric import assert_close
-from .tiny import tiny_catalogue, tiny_model
+from .tiny import SIZES, tiny_catalogue, tiny_model
 
 ROOT = Path(__file__).resolve().parents[1]
 LENGTHS = [2, 2, 3, 2, 20, 3, 2, 2, 30, 2, 3, 2, 2, 2, 25, 2]  # a few long users, as in every log
@@ -228,6 +231,69 @@ def test_options_that_would_do_nothing_are_refused(name, value, tmp_path):
         OneRecSFTConfig(output_dir=str(tmp_path), **{name: value})
     with pytest.raises(ValueError, match=f"{name}=.* would do nothing"):
         IPAConfig(output_dir=str(tmp_path), **{name: value})
+
+
+@pytest.mark.parametrize(
+    "name, value",
+    [
+        ("packing", True),
+        ("max_length", 64),
+        ("pad_to_multiple_of", 8),
+        ("completion_only_loss", False),
+        ("dataset_kwargs", {}),
+        ("loss_type", "dft"),
+        ("router_aux_loss_coef", 0.01),
+    ],
+)
+def test_fields_of_trl_that_describe_text_are_refused(name, value, tmp_path):
+    with pytest.raises(ValueError, match=f"{name}=.* would do nothing: .*Leave it out"):
+        OneRecSFTConfig(output_dir=str(tmp_path), **{name: value})
+
+
+def test_sft_is_a_trainer_of_trl(tmp_path):
+    """A model by its folder, a LoRA adapter, a callback, a card beside the checkpoint."""
+    catalogue = tiny_catalogue()
+    tiny_model(catalogue).save_pretrained(tmp_path / "model")
+    SemanticIdTokenizer(codebook_sizes=SIZES, catalogue=catalogue).save_pretrained(tmp_path / "model")
+    collator = OneRecCollator(catalogue.semantic_ids.numpy() + np.array(tiny_model().config.level_offsets), 40)
+    seen = []
+
+    class Notes(TrainerCallback):
+        def on_log(self, args, state, control, logs=None, **kwargs):
+            seen.append(logs)
+
+    settings = ARGUMENTS | {
+        "max_steps": 2,
+        "save_strategy": "steps",
+        "save_steps": 1,
+        "output_dir": str(tmp_path / "run"),
+    }
+    trainer = OneRecSFTTrainer(
+        str(tmp_path / "model"),
+        OneRecSFTConfig(**settings, per_device_train_batch_size=4),
+        data_collator=collator,
+        train_dataset=rows_of("v2"),
+        peft_config=LoraConfig(r=2),
+        callbacks=[Notes()],
+    )
+    assert isinstance(trainer, SFTTrainer) and isinstance(trainer.args, SFTConfig)
+    trainer.train()
+    assert [step for logs in seen if (step := logs.get("loss"))] and trainer.policy.catalogue is not None
+    base = dict(tiny_model(catalogue).named_parameters())
+    adapted = {name: weight for name, weight in trainer.policy.named_parameters() if "lora_" in name}
+    assert any("lora_B" in name and weight.abs().max() > 0 for name, weight in adapted.items())
+    assert torch.equal(trainer.policy.lm_head.weight, base["lm_head.weight"])
+    assert (tmp_path / "run" / "checkpoint-2" / "adapter_model.safetensors").is_file()
+    assert "TRL's `SFTTrainer`" in (tmp_path / "run" / "README.md").read_text(encoding="utf-8")
+    with pytest.raises(ValueError, match="formatting_func and compute_loss_func would do nothing"):
+        OneRecSFTTrainer(trainer.model, trainer.args, data_collator=collator, formatting_func=str)
+
+
+def test_averaged_weights_are_refused_under_fsdp(tmp_path, monkeypatch):
+    args = OneRecSFTConfig(**ARGUMENTS, output_dir=str(tmp_path), weight_average_decay=0.9)
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    with pytest.raises(ValueError, match="under FSDP no process has whole weights"):
+        OneRecSFTTrainer(tiny_model(), args, data_collator=list, train_dataset=rows_of("v2"))
 
 
 def test_settings_of_another_preference_loss_are_refused(tmp_path):

@@ -1,17 +1,21 @@
 """The moving average of the weights against its recursion, and the swap around evaluation."""
 
+import datasets
 import pytest
 import torch
 from torch import nn
-from transformers import PreTrainedConfig
+from torch.utils.data import default_collate
+from transformers import PreTrainedModel
 
+from onerec_hf import OneRecV2Config
 from onerec_hf.trainers import OneRecSFTConfig, OneRecSFTTrainer
 
 
-class Quadratic(nn.Module):
+class Quadratic(PreTrainedModel):
+    config_class = OneRecV2Config
+
     def __init__(self):
-        super().__init__()
-        self.config = PreTrainedConfig(num_experts=0, pad_token_id=-1)
+        super().__init__(OneRecV2Config(codebook_sizes=[4], pad_token_id=0))
         self.weight = nn.Parameter(torch.tensor([4.0]))
         self.fixed = nn.Parameter(torch.tensor([7.0]), requires_grad=False)
 
@@ -32,10 +36,9 @@ def make(tmp_path, **kwargs):
     arguments = OneRecSFTConfig(
         tmp_path, report_to="none", train_sampling_strategy="random", disable_tqdm=True, **kwargs
     )
-    data = [{"target_ids": 0}] * 8
-    trainer = OneRecSFTTrainer(
-        Quadratic(), arguments, train_dataset=data, eval_dataset=data, generation_metrics=generation_metrics
-    )
+    data = datasets.Dataset.from_dict({"target_ids": [0] * 8})
+    sets = {"train_dataset": data, "eval_dataset": data, "data_collator": default_collate}
+    trainer = OneRecSFTTrainer(Quadratic(), arguments, **sets, generation_metrics=generation_metrics)
     return trainer, seen
 
 

@@ -26,12 +26,7 @@ def prediction_entropy(model: Any, batch: dict[str, torch.Tensor]) -> np.ndarray
     was_training = model.training
     model.eval()
     hidden = model.model(tokens[:, :-1], use_cache=False, **context).last_hidden_state  # (B, L, D)
-    entropies, node = [], None
-    for level, offset in enumerate(config.level_offsets):
-        log_probs = model.level_log_probs(hidden[:, level], level, node)
-        entropies.append(torch.special.entr(log_probs.exp()).sum(-1))
-        if config.score_normalization == "valid" and level + 1 < config.num_levels:
-            node = model.catalogue.step(node, level, (codes[:, level] - offset).clamp(min=0)).clamp(min=0)
+    entropies = [torch.special.entr(p.exp()).sum(-1) for p in model.level_distributions(hidden, codes)]
     model.train(was_training)
     real = codes[:, 0] != config.pad_token_id
     return torch.stack(entropies, dim=1)[real].float().cpu().numpy()

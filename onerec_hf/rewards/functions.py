@@ -89,8 +89,10 @@ class FormatReward:
 
     Args:
         catalogue (`Catalogue`): The existing items.
-        num_generations (`int`): G, completions per sample, adjacent.
-        num_samples (`int`, defaults to 5): K; the paper's test takes 5 of 128, the production value is not in the paper.
+        num_generations (`int`): G, completions per sample, adjacent. A call with a column `num_generations`, as a trainer's whose
+            evaluation has other groups, says otherwise for itself.
+        num_samples (`int`, defaults to 5): K, all of a smaller group; the paper's test takes 5 of 128, the production value is not
+            in the paper.
         selection: `"random"` (the paper's choice) or `"top"`, the K most probable, which needs the summed log-probabilities of the
             completions as the column `sample_log_probs` (of a TRL `rollout_func`).
         seed (`int`, *optional*): Of the random selection; default torch's global generator, which checkpoints of a trainer hold.
@@ -119,15 +121,17 @@ class FormatReward:
         completions: Sequence | None = None,
         completion_ids: Sequence[Sequence[int]] = (),
         sample_log_probs: Sequence | None = None,
+        num_generations: Sequence[int] | None = None,
         **columns,
     ) -> Sequence[float | None]:
-        groups = num_groups(len(completion_ids), self.num_generations)
+        size = self.num_generations if num_generations is None else num_generations[0]
+        groups = num_groups(len(completion_ids), size)
         log_probs = None
         if self.selection == "top":
             if sample_log_probs is None:
                 raise ValueError("selection='top' needs the column sample_log_probs, one number per completion.")
-            log_probs = torch.as_tensor(sample_log_probs, dtype=torch.float32).view(groups, self.num_generations)
-        selected = select_for_format(groups, self.num_generations, self.num_samples, log_probs, self.generator)
+            log_probs = torch.as_tensor(sample_log_probs, dtype=torch.float32).view(groups, size)
+        selected = select_for_format(groups, size, min(self.num_samples, size), log_probs, self.generator)
         legal = is_legal(completion_ids, self.catalogue)
         return [float(good) if chosen else None for good, chosen in zip(legal.tolist(), selected.flatten().tolist())]
 

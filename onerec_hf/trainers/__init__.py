@@ -2,16 +2,14 @@
 
 from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 
-from .balance import ExpertBalanceCallback
+from .base import ExpertBalanceCallback, OneRecTrainer
 from .exposures import feedback_exposures, rejection_sample
-from .finite import StopAtNonFinite
 from .grpo import OneRecGRPOTrainer
 from .grpo_config import OneRecGRPOConfig
 from .ipa import IPATrainer
 from .ipa_config import IPAConfig
 from .pair_files import load_pairs
-from .repository import RepositoryMixin
-from .resume import ResumableTrainer
+from .resume import ResumableTrainer, StopAtNonFinite
 from .sft import OneRecSFTConfig, OneRecSFTTrainer
 
 # What a `LoraConfig` without `target_modules` adapts. OneRec-V2's `item_proj` makes the keys and values of its context.
@@ -28,7 +26,7 @@ __all__ = [
     "OneRecGRPOTrainer",
     "OneRecSFTConfig",
     "OneRecSFTTrainer",
-    "RepositoryMixin",
+    "OneRecTrainer",
     "ResumableTrainer",
     "StopAtNonFinite",
     "feedback_exposures",

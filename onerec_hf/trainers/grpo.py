@@ -16,17 +16,26 @@ from trl import GRPOTrainer
 
 from ..models import SemanticIdTokenizer
 from ..rewards import finite_or_none
-from .balance import ExpertBalanceCallback
-from .grpo_batches import EndlessBatches, pad_logged
+from .base import OneRecTrainer
 from .grpo_config import OneRecGRPOConfig
-from .grpo_rollouts import load_rollouts, rollout, rollout_metrics, save_rollouts
+from .grpo_rollouts import (
+    EndlessBatches,
+    chunks,
+    load_rollouts,
+    no_reward,
+    pad_logged,
+    places,
+    rollout,
+    rollout_metrics,
+    save_rollouts,
+    silent_rewards_are_expected,
+)
 from .policy_losses import behaviour_log_probs, policy_loss, policy_loss_metrics, reward_advantages
-from .repository import RepositoryMixin
 
 _CONTEXT = "context/"  # prefix of a context's tensors among the rollouts of TRL's buffer
 
 
-class OneRecGRPOTrainer(RepositoryMixin, GRPOTrainer):
+class OneRecGRPOTrainer(OneRecTrainer, GRPOTrainer):
     r"""
     GRPO, ECPO or GBPO on groups that the policy generates, on logged exposures, or on both, beside a supervised loss.
 
@@ -36,8 +45,9 @@ class OneRecGRPOTrainer(RepositoryMixin, GRPOTrainer):
     Args:
         model: A OneRec model with a catalogue, or the folder of one.
         reward_funcs: TRL's reward functions, as in `onerec_hf.rewards`. `None` for a candidate: no reward of this function; where
-            no function has one, the advantage is 0 and the candidate has no part in the group's mean. NaN and infinite rewards are
-            refused. May be left out with `logged_weight=1`.
+            no function has one, the advantage is 0 and the candidate has no part in the group's mean. NaN and infinite
+            rewards are refused. Beside the columns of the rows they get `num_generations`, for each candidate the G of this call,
+            which `num_generations_eval` may say otherwise. May be left out with `logged_weight=1`.
         args ([`OneRecGRPOConfig`]).
         train_dataset, eval_dataset (`datasets.Dataset`): One row per user, whatever `data_collator.context` and the reward
             functions read; with a column `targets` (item indices) the share of groups that hold a target is logged.
@@ -49,9 +59,11 @@ class OneRecGRPOTrainer(RepositoryMixin, GRPOTrainer):
         sft_dataset (`datasets.Dataset`, *optional*): Rows of the supervised loss, as `data_collator` takes them.
         processing_class, callbacks, optimizers, peft_config, ...: As TRL's.
 
-    Logged beside TRL's numbers, means over the micro-batches since the last log: `loss/on_policy`, `loss/logged`, `loss/sft`;
-    `legality`; `hit_rate` (groups with a true target); `zero_advantage`; `entropy/level_<l>` in nats; `kl`; the numbers of
-    [`policy_loss_metrics`], of on-policy codes where there are any, else of logged ones; `grad_norm/positive` and
+    The losses of logged exposures and of supervised rows are means over the exposures and the targets of the whole optimizer step,
+    in all processes. Logged beside TRL's numbers are means over what was counted since the last log: `loss/on_policy` (of a
+    candidate), `loss/logged` (of an exposure whose advantage is not 0), `loss/sft` (of a target); `legality`; `hit_rate` (groups
+    with a true target); `zero_advantage`; `entropy/level_<l>` in nats; `kl` and the shares of [`policy_loss_metrics`] (of a code;
+    on-policy ones where there are any, else logged ones). Means over micro-batches: its largest weights; `grad_norm/positive` and
     `grad_norm/negative`, see `sign_norm_steps`; `rollout_seconds`.
     """
 
@@ -85,7 +97,7 @@ class OneRecGRPOTrainer(RepositoryMixin, GRPOTrainer):
             if (weight > 0) != (rows is not None):
                 raise ValueError(f"{name} is {'' if rows is not None else 'not '}given, but its weight is {weight}.")
         if args.logged_weight == 1:
-            train_dataset, reward_funcs = logged_dataset, reward_funcs or [_no_reward]
+            train_dataset, reward_funcs = logged_dataset, reward_funcs or [no_reward]
         if reward_funcs is not None:
             functions = reward_funcs if isinstance(reward_funcs, list) else [reward_funcs]
             reward_funcs = [finite_or_none(function) for function in functions]
@@ -94,7 +106,7 @@ class OneRecGRPOTrainer(RepositoryMixin, GRPOTrainer):
         self.collator: Any = data_collator
         self.context: dict[str, torch.Tensor] = {}
         self.rows = {"train": train_dataset, "eval": eval_dataset}
-        prompts = {name: None if rows is None else _places(rows) for name, rows in self.rows.items()}
+        prompts = {name: None if rows is None else places(rows) for name, rows in self.rows.items()}
         super().__init__(
             model,
             reward_funcs,
@@ -109,9 +121,7 @@ class OneRecGRPOTrainer(RepositoryMixin, GRPOTrainer):
         place = (args.seed, self.accelerator.process_index, self.accelerator.num_processes)
         self.logged = logged_dataset and EndlessBatches(logged_dataset, args.logged_batch_size, *place)
         self.supervised = sft_dataset and EndlessBatches(sft_dataset, args.sft_batch_size, *place)
-        if self.policy.config.num_experts:
-            self.expert_balance = ExpertBalanceCallback(self.policy.config.router_bias_update_rate)
-            self.add_callback(self.expert_balance)
+        self._beside: dict[int, tuple] = {}  # what the micro-batches of an optimizer step train on beside rollouts
 
     def _check_policy(self):
         policy, names = self.policy, self.reward_func_names
@@ -129,29 +139,9 @@ class OneRecGRPOTrainer(RepositoryMixin, GRPOTrainer):
             )
 
     @property
-    def policy(self) -> Any:
-        """The OneRec model itself: no DDP around it, adapters inside."""
-        model = self.accelerator.unwrap_model(self.model)
-        return model.get_base_model() if hasattr(model, "peft_config") else model
-
-    @property
     def group_size(self) -> int:
         """G of the current mode."""
         return self.num_generations if self.model.training else self.num_generations_eval
-
-    def record(self, metrics: dict[str, float | torch.Tensor]) -> None:
-        """Adds numbers to the next log, each the mean over the processes that have it (NaN: it has none)."""
-        values = torch.stack(
-            [torch.as_tensor(value, device=self.accelerator.device).float() for value in metrics.values()]
-        )
-        means = self.accelerator.gather(values.unsqueeze(0)).nanmean(0)
-        for name, value in zip(metrics, means.tolist()):
-            self._metrics["train" if self.model.training else "eval"][name].append(value)
-
-    def log(self, logs: dict[str, float], *args, **kwargs) -> None:
-        if self.expert_balance is not None and "loss" in logs:
-            logs |= self.expert_balance.logs()
-        super().log(logs, *args, **kwargs)
 
     # ---- resuming ------------------------------------------------------------------------------------------------------
 
@@ -176,7 +166,8 @@ class OneRecGRPOTrainer(RepositoryMixin, GRPOTrainer):
         rows = self.rows["train" if self.model.training else "eval"]
         users = [dict(rows[row["prompt"]]) for row in inputs[::group]]
         self.context = self._on_device(self.collator.context(users))
-        inputs = [user | row for user, repeats in zip(users, _chunks(inputs, group)) for row in repeats]
+        own = {"num_generations": group}
+        inputs = [user | row | own for user, repeats in zip(users, chunks(inputs, group)) for row in repeats]
         found = super()._generate_and_score_completions(inputs)
         found["advantages"] = self._advantages  # TRL's are normalised in another way
         found["rows"] = torch.cat([found["prompt_ids"], found["completion_ids"]], dim=1)
@@ -188,7 +179,8 @@ class OneRecGRPOTrainer(RepositoryMixin, GRPOTrainer):
         return {name: self._prepare_input(tensor) for name, tensor in batch.items()}
 
     def _calculate_rewards(self, inputs, prompts, completions, completion_ids_list):
-        rewards = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)  # of all processes
+        with silent_rewards_are_expected():
+            rewards = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)  # of all processes
         raw = [name in self.args.unnormalized_rewards for name in self.reward_func_names]
         weighted = rewards * self.reward_weights.to(rewards.device)
         advantages = reward_advantages(weighted, self.group_size, torch.tensor(raw, device=rewards.device))
@@ -241,73 +233,98 @@ class OneRecGRPOTrainer(RepositoryMixin, GRPOTrainer):
 
     # ---- loss ----------------------------------------------------------------------------------------------------------
 
+    def _look_ahead(self) -> None:
+        """Takes what the micro-batches of the step that begins train on beside rollouts, and counts it in all processes."""
+        steps = range(self._step, self._step + self.current_gradient_accumulation_steps)
+        self._beside = {step: (self._logged_batch(step), self._supervised_batch(step)) for step in steps}
+        exposures, targets = torch.tensor(0), torch.tensor(0)
+        for logged, supervised in self._beside.values():
+            exposures += 0 if logged is None else (logged[1] != 0).sum()
+            targets += 0 if supervised is None else self.loss_items(supervised)
+        # `Trainer` divides by the micro-batches, and DDP averages over the processes
+        shares = len(steps) * self.gradient_shares
+        self._exposures_per_share = self.of_all_processes(exposures, self.args.device) / shares
+        self._targets_per_share = self.of_all_processes(targets, self.args.device) / shares
+
+    def _logged_batch(self, step: int) -> tuple | None:
+        """A collated batch of logged exposures, their advantages and logged log-probabilities."""
+        if self.logged is None:
+            return None
+        rows = self.logged(step)
+        batch = self.collator(rows)
+        return batch, *pad_logged(rows, tuple(batch["target_ids"].shape))
+
+    def _supervised_batch(self, step: int) -> dict[str, torch.Tensor] | None:
+        return None if self.supervised is None else self.collator(self.supervised(step))
+
     def compute_loss(
         self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
         """The weighted sum of the losses, see [`OneRecGRPOConfig`]."""
         args, training = self.args, self.model.training
+        if training and (self.logged or self.supervised) and self._step not in self._beside:
+            self._look_ahead()
+        logged, supervised = self._beside.get(self._step, (None, None)) if training else (None, None)
         logged_weight = args.logged_weight if training else 0.0
-        metrics: dict[str, float | torch.Tensor] = {}
         parts = []
         if logged_weight < 1:
-            parts.append((1 - logged_weight, *self._on_policy_loss(model, inputs, metrics)))
-        if logged_weight > 0:
-            parts.append((logged_weight, *self._logged_loss(model, metrics)))
+            parts.append((1 - logged_weight, *self._on_policy_loss(model, inputs)))
+        if logged is not None:
+            parts.append((logged_weight, *self._logged_loss(model, not parts, *logged)))
         loss = sum(weight * (per_sample.sum() / count) for weight, per_sample, _, count in parts)
         if training and args.sign_norm_steps and self._step % args.sign_norm_steps == 0:
-            metrics |= self._norms_by_sign(parts)
+            self.record(self._norms_by_sign(parts))
         loss = args.rl_weight * loss
-        if training and args.sft_weight > 0:
-            supervised = model(**self._on_device(self.collator(self.supervised(self._step)))).loss
-            metrics["loss/sft"] = supervised.detach()
-            loss = loss + args.sft_weight * supervised
-        self.record(metrics)
+        if supervised is not None:
+            batch = self._on_device(supervised)
+            found = model(**batch, num_items_in_batch=self._targets_per_share).loss
+            own = self.loss_items(batch)
+            self.record({"loss/sft": found.detach() * self._targets_per_share / own}, own)
+            loss = loss + args.sft_weight * found
         return (loss, None) if return_outputs else loss
 
-    def _on_policy_loss(self, model, inputs, metrics):
-        """Loss (R,), advantage (R,) and count of the candidates; numbers for the log go to `metrics`."""
+    def _on_policy_loss(self, model, inputs):
+        """Loss (R,) and advantage (R,) of the candidates, and what the sum of the losses is divided by."""
         context = {n.removeprefix(_CONTEXT): tensor for n, tensor in inputs.items() if n.startswith(_CONTEXT)}
         rows = inputs["rows"].flatten(0, 1)
         mask, advantages = inputs["tool_mask"].flatten(0, 1), inputs["advantages"].flatten()
         log_probs, hidden = self.row_log_probs(model, context, rows)
         old = inputs.get("old_per_token_logps")
         old = log_probs.detach() if old is None else old.flatten(0, 1)
-        per_code = self._policy_loss(self.args.loss_type, log_probs, old, advantages.unsqueeze(1), mask, metrics)
+        per_code = self._policy_loss(self.args.loss_type, log_probs, old, advantages.unsqueeze(1), mask)
         if self.beta:
             gap = inputs["ref_per_token_logps"].flatten(0, 1) - log_probs
             kl = gap.exp() - gap - 1
-            metrics["kl"] = (kl.detach() * mask).sum() / mask.sum()
+            self.record({"kl": (kl.detach() * mask).sum() / mask.sum()}, mask.sum())
             per_code = per_code + self.beta * kl
         per_sample = (per_code * mask).sum(1) / mask.sum(1)
-        metrics["loss/on_policy"] = per_sample.detach().mean()
-        metrics |= self._entropies(hidden, rows)
+        self.record({"loss/on_policy": per_sample.detach().mean()} | self._entropies(hidden, rows), len(rows))
         return per_sample, advantages, len(rows)
 
-    def _logged_loss(self, model, metrics):
-        """As `_on_policy_loss`, of the next logged exposures; advantages of 0 are filtered out (OneRec-V2)."""
-        rows = self.logged(self._step)
-        batch = self._on_device(self.collator(rows))
-        log_probs = model(**batch).target_log_probs  # (B, n, L)
-        advantages, logged = (x.to(log_probs.device) for x in pad_logged(rows, tuple(log_probs.shape)))
+    def _logged_loss(self, model, with_metrics, batch, advantages, logged):
+        """As `_on_policy_loss`, of logged exposures; those with an advantage of 0 are filtered out (OneRec-V2)."""
+        log_probs = model(**self._on_device(batch)).target_log_probs  # (B, n, L)
+        advantages, logged = (tensor.to(log_probs.device) for tensor in (advantages, logged))
         old = behaviour_log_probs(log_probs, logged)
-        mask = (advantages != 0).unsqueeze(2).expand(log_probs.shape)
-        loss_type = self.args.logged_loss_type or self.args.loss_type
-        per_code = self._policy_loss(loss_type, log_probs, old, advantages.unsqueeze(2), mask, metrics)
-        per_sample = per_code.mean(2)  # (B, n)
         kept = advantages != 0
-        count = kept.sum().clamp(min=1)
-        metrics["loss/logged"] = per_sample.detach()[kept].sum() / count
-        return torch.where(kept, per_sample, 0.0).flatten(), advantages.flatten(), count
+        loss_type = self.args.logged_loss_type or self.args.loss_type
+        mask = kept.unsqueeze(2).expand(log_probs.shape)
+        per_code = self._policy_loss(loss_type, log_probs, old, advantages.unsqueeze(2), mask, with_metrics)
+        per_sample = torch.where(kept, per_code.mean(2), 0.0).flatten()  # (B * n,)
+        self.record({"loss/logged": per_sample.detach().sum() / kept.sum()}, kept.sum())
+        return per_sample, advantages.flatten(), self._exposures_per_share
 
-    def _policy_loss(self, loss_type, log_probs, old, advantages, mask, metrics):
+    def _policy_loss(self, loss_type, log_probs, old, advantages, mask, with_metrics=True):
         """Loss of each code, shape of `log_probs`; `advantages` broadcast to it, `mask` says which codes the log counts."""
         settings: dict[str, Any] = {
             "loss_type": loss_type,
             "epsilon": self.args.epsilon,
             "delta": self.args.delta,
         }
-        if "bound_fraction" not in metrics:
-            metrics |= policy_loss_metrics(log_probs, old, advantages, mask, **settings)
+        if with_metrics:
+            found = policy_loss_metrics(log_probs, old, advantages, mask, **settings)
+            self.record({name: found.pop(name) for name in list(found) if name.startswith("weight/")})
+            self.record(found, (mask.bool() & (advantages != 0)).sum())
         return policy_loss(log_probs, old, advantages, **settings)
 
     def _norms_by_sign(self, parts) -> dict[str, torch.Tensor]:
@@ -323,19 +340,6 @@ class OneRecGRPOTrainer(RepositoryMixin, GRPOTrainer):
             grads = torch.autograd.grad(loss, parameters, retain_graph=True, allow_unused=True)
             norms[f"grad_norm/{name}"] = get_total_norm([grad for grad in grads if grad is not None])
         return norms
-
-
-def _no_reward(completion_ids=(), **columns):
-    return [None] * len(completion_ids)
-
-
-def _places(rows: datasets.Dataset) -> datasets.Dataset:
-    """Row numbers for prompts: TRL repeats prompts G times in its loader, and numbers are cheap to repeat."""
-    return datasets.Dataset.from_dict({"prompt": range(len(rows))})
-
-
-def _chunks(rows: list, size: int) -> list[list]:
-    return [rows[start : start + size] for start in range(0, len(rows), size)]
 
 
 __all__ = ["OneRecGRPOTrainer"]

@@ -72,8 +72,13 @@ class OneRecGRPOConfig(GRPOConfig):
         default=20, metadata={"help": "Micro-batches between gradient norms by sign; 0: never."}
     )
     disable_dropout: bool = field(default=True, metadata={"help": "So that the ratio on policy is exactly 1."})
-    gradient_checkpointing: bool = field(default=False, metadata={"help": "Of three tokens a row it saves little."})
+    gradient_checkpointing: bool | None = field(  # not False, of which transformers says that the name is old
+        default=None, metadata={"help": "Off by default: of three tokens a row it saves little."}
+    )
     hub_strategy: str = field(default="end", metadata={"help": "One commit of the finished model."})
+    restore_callback_states_from_checkpoint: bool = field(
+        default=True, metadata={"help": "A resumed run goes on with the patience that its callbacks have left."}
+    )
     bf16: bool = field(default=False, metadata={"help": "As in transformers; TRL's default is True."})
 
     def __post_init__(self):

@@ -1,13 +1,19 @@
-"""Rollouts of reinforcement learning: groups of candidates from the policy, and their place in a checkpoint.
+"""What a step of reinforcement learning trains on: rollouts, their place in a checkpoint, and logged exposures by number.
 
-OneRec Technical Report, RL (arXiv:2506.13695): beam search on the current policy did best. Legend: B users, G candidates of a user,
-R = B * G rows, C tokens of a completion.
+OneRec Technical Report, RL (arXiv:2506.13695): beam search on the current policy did best, and RL runs beside a supervised loss;
+OneRec-V2 (arXiv:2508.20900): only some logged exposures have a logged probability. Legend: B users or contexts, G candidates of a
+user, R = B * G rows, C tokens of a completion, n exposures of a context, L levels.
 """
 
+import logging
 import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import datasets
+import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
 from trl.models import unwrap_model_for_generation
@@ -116,4 +122,96 @@ def _reference(trainer: Any) -> dict[str, torch.Tensor]:
     }
 
 
-__all__ = ["load_rollouts", "rollout", "rollout_metrics", "save_rollouts"]
+@contextmanager
+def silent_rewards_are_expected() -> Iterator[None]:
+    """Without TRL's warning of a completion that no function rewards, which here is one that is no item."""
+
+    def wanted(record: logging.LogRecord) -> bool:
+        return "All reward functions returned None" not in str(record.msg)
+
+    logger = logging.getLogger("trl.trainer.grpo_trainer")
+    logger.addFilter(wanted)
+    try:
+        yield
+    finally:
+        logger.removeFilter(wanted)
+
+
+def no_reward(completion_ids: Sequence = (), **columns) -> list[None]:
+    """Stands where TRL asks for a reward function and nothing is rolled out."""
+    return [None] * len(completion_ids)
+
+
+def places(rows: datasets.Dataset) -> datasets.Dataset:
+    """Row numbers for prompts: TRL repeats prompts G times in its loader, and numbers are cheap to repeat."""
+    return datasets.Dataset.from_dict({"prompt": range(len(rows))})
+
+
+def chunks(rows: list, size: int) -> list[list]:
+    """`rows` in lists of `size`, in order."""
+    return [rows[start : start + size] for start in range(0, len(rows), size)]
+
+
+class EndlessBatches:
+    """
+    Batch k of an endless pass over a data set, reshuffled each time round: a function of k, so a resumed run needs no state.
+
+    Args:
+        rows (`datasets.Dataset`): At least one row.
+        batch_size (`int`): Rows per call and process.
+        seed, process, num_processes (`int`): Each process gets its own share of every round.
+    """
+
+    def __init__(
+        self, rows: datasets.Dataset, batch_size: int, seed: int = 0, process: int = 0, num_processes: int = 1
+    ):
+        self.rows, self.batch_size, self.seed = rows, batch_size, seed
+        self.process, self.num_processes = process, num_processes
+        self._round, self._order = -1, np.arange(len(rows))
+
+    def __call__(self, k: int) -> list[dict]:
+        first = (k * self.num_processes + self.process) * self.batch_size
+        places = []
+        for place in range(first, first + self.batch_size):
+            number, index = divmod(place, len(self.rows))
+            if number != self._round:
+                self._round = number
+                self._order = np.random.default_rng([self.seed, number]).permutation(len(self.rows))
+            places.append(int(self._order[index]))
+        batch = self.rows[places]
+        return [dict(zip(batch, values)) for values in zip(*batch.values())]
+
+
+def pad_logged(rows: list[dict], shape: tuple[int, int, int]) -> tuple[torch.Tensor, torch.Tensor]:
+    """
+    Advantages (B, n), 0 where a row has fewer exposures, and logged log-probabilities (B, n, L), NaN where none are known.
+
+    Raises:
+        ValueError: Where a row has not one advantage, or not L log-probabilities, per target.
+    """
+    advantages, logged = torch.zeros(shape[:2]), torch.full(shape, torch.nan)
+    for i, row in enumerate(rows):
+        count = len(row["targets"])
+        if len(row["advantage"]) != count:
+            raise ValueError(f"a logged row has {count} targets and {len(row['advantage'])} advantages: one each.")
+        advantages[i, :count] = torch.as_tensor(np.asarray(row["advantage"], dtype=np.float32))
+        if row.get("log_probs") is not None:
+            values = np.asarray([list(item) for item in row["log_probs"]], dtype=np.float32)
+            if values.shape != (count, shape[2]):
+                raise ValueError(f"log_probs of a logged row is {values.shape}, expected {(count, shape[2])}.")
+            logged[i, :count] = torch.as_tensor(values)
+    return advantages, logged
+
+
+__all__ = [
+    "EndlessBatches",
+    "chunks",
+    "load_rollouts",
+    "no_reward",
+    "pad_logged",
+    "places",
+    "rollout",
+    "rollout_metrics",
+    "save_rollouts",
+    "silent_rewards_are_expected",
+]

@@ -4,31 +4,44 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 import torch
+from trl import DPOConfig
 
 from . import preference_losses as losses
-from .sft import OneRecSFTConfig, refuse_unread
+from .next_item import NOT_READ, NextItemArguments, refuse_unread
 
 # beta of each loss where none is given: those of the losses' own papers and of TRL (IPO's is its tau)
 DEFAULT_BETA = {"dpo": 0.1, "ipo": 0.1, "cdpo": 0.1, "rdpo": 0.1, "cpo": 0.1, "simpo": 2.5, "sdpo": 1.0}
 
 _READ_BY = {"label_smoothing": ["cdpo", "rdpo"], "simpo_gamma": ["simpo"], "cpo_alpha": ["cpo"]}
+_REFERENCE = "the reference is the model that made an iteration's pairs; its log-probabilities are stored with them"
+_TABLE_1 = "the losses are those of OneRec's Table 1, one at a time"
+IPA_NOT_READ = NOT_READ | {"precompute_ref_batch_size": "mining_batch_size says how many users are taken at once"}
+IPA_NOT_READ |= dict.fromkeys(
+    ("precompute_ref_log_probs", "sync_ref_model", "ref_model_mixup_alpha", "ref_model_sync_steps"), _REFERENCE
+)
+IPA_NOT_READ |= dict.fromkeys(
+    ("loss_weights", "ld_alpha", "f_divergence_type", "f_alpha_divergence_coef", "use_weighting", "discopop_tau"),
+    _TABLE_1,
+)
 
 
 @dataclass
-class IPAConfig(OneRecSFTConfig):
+class IPAConfig(NextItemArguments, DPOConfig):
     r"""
-    [`OneRecSFTConfig`] plus Algorithm 2. One epoch is one iteration: `num_train_epochs` is the paper's T, the rows of the training
-    set are its N_sample, the weights at the start of an epoch are M_t.
+    TRL's `DPOConfig` plus Algorithm 2. One epoch is one iteration: `num_train_epochs` is the paper's T, the rows of the training
+    set are its N_sample, the weights at the start of an epoch are M_t. Fields of TRL's config that nothing here reads are refused.
 
     The paper gives N = 128 and r_DPO = 1% and neither beta, lambda, T, N_sample nor the hyper-parameters of any other loss.
 
     Args:
+        remove_unused_columns, label_names, hub_strategy, learning_rate, weight_average_decay, ...: See [`OneRecSFTConfig`].
         train_sampling_strategy: Random, as in Algorithm 2.
         ddp_broadcast_buffers: Off: a process whose batch has no pair runs one forward pass less, so passes must not wait for each
             other. The only buffers, router biases, are equal everywhere without it.
         dpo_ratio (`float`, defaults to 0.01): r_DPO, the share of the rows that get a pair, drawn anew in every iteration.
         num_candidates (`int`, defaults to 128): N, beams per user.
-        loss_type (`str`, defaults to `"dpo"`): Of Table 1: `"dpo"`, `"ipo"`, `"cdpo"`, `"rdpo"`, `"cpo"`, `"simpo"`, `"sdpo"`.
+        loss_type (`str`, defaults to `"dpo"`): Of Table 1: `"dpo"`, `"ipo"`, `"cdpo"`, `"rdpo"`, `"cpo"`, `"simpo"`, `"sdpo"`. TRL
+            calls `"dpo"` `sigmoid` and `"rdpo"` `robust`.
         num_rejected (`int`, defaults to 1): Rejected candidates per pair; more than one for `"sdpo"` only (its authors: 3).
         beta (`float`, *optional*): Of the loss; defaults to [`DEFAULT_BETA`].
         preference_weight (`float`, defaults to 1.0): lambda. In our simulated worlds 1 / `dpo_ratio` with pairs for 1% of the rows
@@ -37,6 +50,7 @@ class IPAConfig(OneRecSFTConfig):
         simpo_gamma (`float`, defaults to 1.375): Margin of `"simpo"`.
         cpo_alpha (`float`, defaults to 1.0): Weight of the winner's negative log-likelihood in `"cpo"`.
         disable_dropout (`bool`, defaults to `True`): As TRL does, so that the ratio to the reference starts at 1.
+        precompute_ref_log_probs: On, and not to be changed: pairs are stored with the log-probabilities of their reference.
         mining_batch_size (`int`, defaults to 32): Users per beam search and process.
         kl_users (`int`, defaults to 64): Rows, fixed for the run, on which the divergence from the seed model is estimated; 0 for
             none.
@@ -46,21 +60,24 @@ class IPAConfig(OneRecSFTConfig):
     ddp_broadcast_buffers: bool | None = field(default=False)
     dpo_ratio: float = field(default=0.01)
     num_candidates: int = field(default=128)
-    loss_type: Literal["dpo", "ipo", "cdpo", "rdpo", "cpo", "simpo", "sdpo"] = field(default="dpo")
+    loss_type: Literal["dpo", "ipo", "cdpo", "rdpo", "cpo", "simpo", "sdpo"] = field(  # type: ignore[assignment]  # TRL: a list
+        default="dpo"
+    )
     num_rejected: int = field(default=1)
-    beta: float | None = field(default=None)
+    beta: float | None = field(default=None)  # filled in below
     preference_weight: float = field(default=1.0)
     label_smoothing: float = field(default=0.1)
     simpo_gamma: float = field(default=1.375)
     cpo_alpha: float = field(default=1.0)
     disable_dropout: bool = field(default=True)
+    precompute_ref_log_probs: bool = field(default=True)
     mining_batch_size: int = field(default=32)
     kl_users: int = field(default=64)
 
     def __post_init__(self):
-        super().__post_init__()
         if self.loss_type not in DEFAULT_BETA:
             raise ValueError(f"loss_type={self.loss_type!r}: allowed are {sorted(DEFAULT_BETA)}.")
+        refuse_unread(self, IPA_NOT_READ)
         others = {name: kinds for name, kinds in _READ_BY.items() if self.loss_type not in kinds}
         refuse_unread(
             self, {name: f"loss_type={self.loss_type!r} has none, {kinds} read it" for name, kinds in others.items()}
@@ -75,6 +92,9 @@ class IPAConfig(OneRecSFTConfig):
             )
         if self.beta is None:
             self.beta = DEFAULT_BETA[self.loss_type]
+        loss_type = self.loss_type
+        super().__post_init__()
+        self.loss_type = loss_type  # of which TRL makes a list
 
     def preference_loss(
         self,

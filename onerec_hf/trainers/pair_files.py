@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 from pathlib import Path
+from typing import Any
 
 import datasets
 from transformers.utils import logging
@@ -48,6 +49,52 @@ def load_rows(folder: Path, metadata: dict) -> datasets.Dataset:
     return datasets.load_from_disk(str(folder))
 
 
+class PairFiles:
+    """What a run of [`IPATrainer`] keeps in `output_dir/pairs`: the pairs of each iteration, and the samples of the seed model."""
+
+    def __init__(self, trainer: Any):
+        self.trainer, self.folder = trainer, Path(trainer.args.output_dir) / "pairs"
+
+    def read_pairs(self, iteration: int) -> datasets.Dataset:
+        """Those that this run, or the one that it resumes, mined; given pairs are those of iteration 0 for ever."""
+        return self._read(*self._pairs(iteration))
+
+    def write_pairs(self, iteration: int, rows: list[dict], logs: dict[str, float]) -> None:
+        name, settings = self._pairs(iteration)
+        self._write(name, rows, settings | {"logs": logs})
+        self.trainer.accelerator.wait_for_everyone()
+
+    def read_seed_samples(self) -> list[dict]:
+        return list(self._read("seed_samples", self._settings("kl_users", "seed")))
+
+    def write_seed_samples(self, rows: list[dict]) -> None:
+        self._write("seed_samples", rows, self._settings("kl_users", "seed"))
+
+    def _pairs(self, iteration: int) -> tuple[str, dict]:
+        mined = self.trainer.reward is not None
+        number = iteration if mined else 0
+        names = ("dpo_ratio", "num_candidates", "num_rejected", "seed") if mined else ("num_rejected",)
+        fingerprint = {"catalogue_fingerprint": self.trainer.policy.catalogue.fingerprint()}
+        return f"iteration_{number:03d}", {"iteration": number} | fingerprint | self._settings(*names)
+
+    def _settings(self, *names: str) -> dict:
+        return {"num_rows": len(self.trainer.rows)} | {name: getattr(self.trainer.args, name) for name in names}
+
+    def _write(self, name: str, rows: list[dict], settings: dict) -> None:
+        if self.trainer.is_world_process_zero():
+            save_rows(rows, self.folder / name, settings)
+
+    def _read(self, name: str, settings: dict) -> datasets.Dataset:
+        source = self.folder
+        if self.trainer.resumed_from is not None:
+            source = self.trainer.resumed_from.parent / "pairs"
+        rows = load_rows(source / name, settings)
+        self.trainer.accelerator.wait_for_everyone()
+        if source.resolve() != self.folder.resolve():
+            self._write(name, list(rows), settings)  # to be there when this run is resumed
+        return rows
+
+
 def load_pairs(folder: str | os.PathLike, num_rows: int, catalogue: Catalogue) -> datasets.Dataset:
     """
     Pairs that somebody brings, for [`IPATrainer`]: a folder that another run of it left (`pairs/iteration_000`), or a table of
@@ -87,4 +134,4 @@ def load_pairs(folder: str | os.PathLike, num_rows: int, catalogue: Catalogue) -
     return pairs
 
 
-__all__ = ["load_pairs", "load_rows", "save_rows"]
+__all__ = ["PairFiles", "load_pairs", "load_rows", "save_rows"]

@@ -137,6 +137,20 @@ def mine_pairs(
     return pairs, sums
 
 
+def mining_logs(pairs: list[dict], sums: list[dict[str, float]]) -> dict[str, float]:
+    """What [`IPATrainer`] logs of an iteration: of the pairs of all processes, and of the sums of each ([`mine_pairs`])."""
+    total = {name: sum(part[name] for part in sums) for name in sums[0]}
+    names = {"tied": "tied", "few": "few", "hits": "hit_rate"}
+    logs = {f"ipa/{new}": total[name] / total["users"] for name, new in names.items()} | {"ipa/pairs": len(pairs)}
+    if total["rewarded"]:
+        logs["ipa/reward_candidates"] = total["reward"] / total["rewarded"]
+    if pairs:
+        logs["ipa/reward_chosen"] = sum(pair["chosen_reward"] for pair in pairs) / len(pairs)
+        rejected = [sum(pair["rejected_reward"]) / len(pair["rejected_reward"]) for pair in pairs]
+        logs["ipa/reward_rejected"] = sum(rejected) / len(pairs)
+    return logs
+
+
 def _pair(row: int, token_ids, log_probs, rewards) -> dict:
     log_probs, rewards = log_probs.tolist(), rewards.tolist()
     return {
@@ -265,5 +279,6 @@ __all__ = [
     "context_inputs",
     "generate_candidates",
     "mine_pairs",
+    "mining_logs",
     "seeded",
 ]

@@ -16,9 +16,7 @@ from .._version import __version__
 from ..data import OneRecCollator
 from ..evaluation import prediction_entropy
 from ..hub import model_card, plot_prediction_entropy, plot_training_curve, push_to_hub, table_cell
-from .balance import ExpertBalanceCallback
-from .finite import StopAtNonFinite
-from .resume import ResumableTrainer
+from .resume import ResumableTrainer, StopAtNonFinite
 
 logger = logging.get_logger(__name__)
 
@@ -34,7 +32,6 @@ class RepositoryMixin(StopAtNonFinite, ResumableTrainer):
     _card_method = ""
     _card_settings: tuple[str, ...] = ()
     _card_papers: tuple[str, ...] = ()
-    expert_balance: ExpertBalanceCallback | None = None
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
@@ -108,15 +105,6 @@ class RepositoryMixin(StopAtNonFinite, ResumableTrainer):
             token=token or self.args.hub_token,
         )
 
-    def _progress(self, folder):
-        loads = self.expert_balance.since_last_log if self.expert_balance else []
-        return super()._progress(folder) | {"expert_loads": loads}
-
-    def _restore_progress(self, progress, folder):
-        super()._restore_progress(progress, folder)
-        if self.expert_balance:
-            self.expert_balance.since_last_log = progress["expert_loads"]
-
     def _last_evaluation(self) -> dict[str, float]:
         """The latest validation metrics of generation, `recall@10` and the like."""
         for record in reversed(self.state.log_history):
@@ -157,9 +145,12 @@ class RepositoryMixin(StopAtNonFinite, ResumableTrainer):
                 "the card gets no pictures: `pip install matplotlib`, then `trainer.create_model_card()`."
             )
             return []
-        if any({"loss", "eval_loss"} & record.keys() for record in self.state.log_history):
+        drawn = (
+            not self.is_in_train
+        )  # TRL writes a card beside every checkpoint; its pictures can wait for the last one
+        if drawn and any({"loss", "eval_loss"} & record.keys() for record in self.state.log_history):
             plot_training_curve(self.state.log_history, folder / "training_curve.png")
-        if (rows := self._entropy_rows()) and not (self.is_fsdp_enabled or self.is_deepspeed_enabled):
+        if drawn and (rows := self._entropy_rows()) and not (self.is_fsdp_enabled or self.is_deepspeed_enabled):
             entropies = prediction_entropy(model, self._collator(rows))
             plot_prediction_entropy(
                 {"model": entropies}, model.config.codebook_sizes, folder / "prediction_entropy.png"

@@ -1,4 +1,7 @@
-"""Checkpoints that a killed run goes on from as if it had never stopped: complete or skipped, of the same run or refused."""
+"""Runs that stop: killed ones go on from their checkpoint as if unbroken, and one whose numbers are no numbers saves nothing of it.
+
+A checkpoint is complete or skipped, of the same run or refused.
+"""
 
 import json
 import os
@@ -10,7 +13,7 @@ from typing import Any
 
 import torch
 from torch.utils.data import Sampler
-from transformers import Trainer
+from transformers import EarlyStoppingCallback, Trainer
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput
 from transformers.utils import logging
 
@@ -200,9 +203,57 @@ class ResumableTrainer(Trainer):
     def _run_epoch(self, *args, **kwargs):
         if hasattr(self._order, "set_epoch"):  # transformers does not reach it after a resume inside an epoch
             self._order.set_epoch(int(self.state.epoch or 0))
-        if self.state.global_step < self.state.max_steps:
+        if self.state.global_step < self.state.max_steps and not self._out_of_patience():
             return super()._run_epoch(*args, **kwargs)
         self.control.should_training_stop = True  # killed after the last step; transformers would train one more
+
+    def _out_of_patience(self) -> bool:
+        """Whether the run that is resumed had stopped early when it was killed."""
+        early = [
+            callback for callback in self.callback_handler.callbacks if isinstance(callback, EarlyStoppingCallback)
+        ]
+        return any(each.early_stopping_patience_counter >= each.early_stopping_patience for each in early)
+
+
+class StopAtNonFinite(Trainer):
+    r"""
+    To be named before `Trainer` among the bases. Raises a `FloatingPointError` before a loss or a gradient that is NaN or infinite
+    reaches the weights; `Trainer` itself logs such a loss as the mean of the earlier ones and goes on. What was saved stays.
+
+    Reads one number per micro-batch back to the host, as `Trainer` does for its `logging_nan_inf_filter`, which this replaces, and
+    one per step. Under float16 a scaler skips steps whose gradients overflow; there the loss alone is looked at.
+    """
+
+    _micro_batch = 0
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.args.logging_nan_inf_filter = False
+
+    def training_step(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
+        loss = super().training_step(model, inputs, *args, **kwargs)
+        self._micro_batch += 1
+        if not torch.isfinite(loss):
+            shapes = {name: tuple(value.shape) for name, value in inputs.items() if isinstance(value, torch.Tensor)}
+            self._stop(
+                f"the loss is {loss.item()} in batch {self._micro_batch} of step {self.state.global_step + 1}, of {shapes}"
+            )
+        return loss
+
+    def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
+        self._micro_batch = 0
+        norm = super()._get_grad_norm(model, grad_norm=grad_norm)
+        scaled = getattr(self.accelerator, "scaler", None) is not None
+        if norm is not None and not scaled and not torch.isfinite(torch.as_tensor(norm)):
+            self._stop(f"the norm of the gradients is {float(norm)} in step {self.state.global_step + 1}")
+        return norm
+
+    def _stop(self, what: str) -> None:
+        raise FloatingPointError(
+            f"{what}: training stops, and no model of it is saved. Look for NaN or infinite values in the data or the weights it "
+            f"started from; else lower learning_rate ({self.args.learning_rate:g}) or max_grad_norm, or train in bf16 or float32. "
+            f"Earlier checkpoints, if any, are in {self.args.output_dir}."
+        )
 
 
 class _EpochSampler(Sampler):
@@ -241,4 +292,4 @@ def _set_newer_aside(checkpoint: Path, folder: Path) -> None:
             logger.warning(f"{newer} is newer than the checkpoint that training goes on from: it is now {aside.name}.")
 
 
-__all__ = ["MANIFEST_NAME", "ResumableTrainer", "checkpoints_of", "why_incomplete"]
+__all__ = ["MANIFEST_NAME", "ResumableTrainer", "StopAtNonFinite", "checkpoints_of", "why_incomplete"]
