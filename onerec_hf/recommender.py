@@ -61,7 +61,7 @@ class Recommender:
         cls, repo: str | os.PathLike, num_beams: int = 50, device: str | torch.device | None = None, **hub_kwargs
     ) -> "Recommender":
         """
-        Load a folder that `recipes/sft.py` (or an alignment recipe) wrote, or a Hub repository.
+        Load a folder that `onerec sft` (or `dpo`, `grpo`) wrote, or a Hub repository.
 
         Args:
             num_beams: Width of the search.

@@ -38,7 +38,7 @@ class TIGER:
     """An encoder-decoder over tokens [pad | level 1 | ... | level L | users]; `self.model` is a [`TIGERModel`].
 
     The encoder reads a user token and the semantic IDs of the last items, the decoder writes L codes. The paper's catalogue:
-    three levels of 256 codes of an RQ-VAE and a level that tells apart items with the same codes (`recipes/prepare.py
+    three levels of 256 codes of an RQ-VAE and a level that tells apart items with the same codes (`onerec prepare
     --quantizer rqvae --collisions extra_level`); any other works as well. Defaults are the paper's sizes.
     Different: generation is always constrained to the catalogue, by the same search as our own models (the paper lets beams
     leave it and counts them as misses).

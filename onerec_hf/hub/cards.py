@@ -11,7 +11,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 TEMPLATE = Path(__file__).with_name("card_template.md")
 METRICS = ("recall@5", "recall@10", "recall@20", "ndcg@10", "coverage@10", "invalid_rate")
-ITEM_VECTORS = "item_vectors"  # the context feature that recipes/sft.py fills with the items' own vectors
+ITEM_VECTORS = "item_vectors"  # the context feature that `onerec sft` fills with the items' own vectors
 TAGS = ["recommendation", "generative-retrieval", "semantic-ids", "onerec"]
 
 

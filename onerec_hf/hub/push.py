@@ -60,7 +60,7 @@ def _mapping(path: Path) -> dict:
 def _missing(folder: Path, files: list[str]) -> list[str]:
     problems = []
     if "README.md" not in files:
-        problems.append("README.md, the card: `model_card(...).save(folder / 'README.md')`, or recipes/publish.py")
+        problems.append("README.md, the card: `model_card(...).save(folder / 'README.md')`, or `onerec publish`")
     if "adapter_config.json" in files:
         wanted = {"adapter_model.safetensors": _SAVE_MODEL}
         base = _mapping(folder / "adapter_config.json").get("base_model_name_or_path")

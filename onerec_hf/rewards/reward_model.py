@@ -61,7 +61,7 @@ class RewardModel:
         **hub_kwargs,
     ) -> "RewardModel":
         """
-        Load a folder that `recipes/reward.py` wrote, or a Hub repository.
+        Load a folder that `onerec reward` wrote, or a Hub repository.
 
         Args:
             hub_kwargs: `revision`, `token`, `cache_dir`, ... as `from_pretrained` takes them.
@@ -77,7 +77,7 @@ class RewardModel:
         if not isinstance(collator, RewardCollator):
             raise ValueError(
                 f"{repo} holds the {type(collator).__name__} of a model that recommends: give the folder of a reward model, as "
-                "recipes/reward.py writes it."
+                "`onerec reward` writes it."
             )
         return cls(model, collator, catalogue, batch_size)
 
