@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN = .venv/bin
 export HF_HUB_DISABLE_TELEMETRY = 1
 
-.PHONY: quickstart test test-matrix check format clean
+.PHONY: quickstart test test-matrix check results format clean
 
 $(BIN)/.installed: setup.cfg pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; assert sys.version_info >= (3, 11), "Python 3.11 or newer is needed, this is " + sys.version'
@@ -25,6 +25,9 @@ check: $(BIN)/.installed  ## lint, format, types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+results: $(BIN)/.installed  ## the tables of the documentation and the model cards, from results/*.json
+	$(BIN)/python results/render.py
 
 format: $(BIN)/.installed
 	$(BIN)/ruff check --fix .
