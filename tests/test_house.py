@@ -127,6 +127,16 @@ def test_recipes_are_short_and_say_their_command():
         assert len(source.splitlines()) <= 170, path
 
 
+@pytest.mark.parametrize("folder", ["benchmarks", "experiments"])
+def test_scripts_say_their_command(folder):
+    for path in (ROOT / folder).glob("*.py"):
+        source = path.read_text(encoding="utf-8")
+        assert len(source.split("\n")) <= 351, path
+        assert "__main__" not in source or f"{folder}/{path.name}" in ast.get_docstring(ast.parse(source)), (
+            f"{path}: the docstring shows the command"
+        )
+
+
 def test_what_the_library_never_does():
     for path in FILES:
         source = path.read_text()

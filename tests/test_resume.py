@@ -8,7 +8,7 @@ import torch
 from transformers import TrainerState, trainer_pt_utils
 from transformers.utils import logging
 
-from benchmarks.survival import TRAINERS, Run, differences, make_trainer, survive
+from experiments.survival import TRAINERS, Run, differences, make_trainer, survive
 from onerec_hf import Catalogue
 from onerec_hf.trainers.resume import checkpoints_of, why_incomplete
 
