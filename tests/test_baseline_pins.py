@@ -45,7 +45,11 @@ def training_loss(model) -> torch.Tensor:
 
 
 CASES = {
-    "SASRec": (lambda: trained(SASRec(12, **SIZES), learning_rate=0.01), 2.757583, [[1, 2, 8, 5], [2, 1, 5, 9]]),
+    "SASRec": (
+        lambda: trained(SASRec(12, **SIZES), learning_rate=0.01),
+        2.757583,
+        [[1, 2, 8, 5], [2, 1, 5, 9]],
+    ),
     "SASRec, average": (
         lambda: trained(SASRec(12, **SIZES), learning_rate=0.01, weight_average_decay=0.9),
         2.623707,
@@ -66,9 +70,21 @@ CASES = {
         3.624048,
         [[8, 4, 5, 2], [5, 7, 8, 3]],
     ),
-    "BERT4Rec": (lambda: trained(bert(dropout=0.1), learning_rate=0.01), 2.476768, [[10, 6, 5, 0], [10, 6, 5, 8]]),
-    "FDSA": (lambda: trained(fdsa(dropout=0.1), learning_rate=0.01), 2.333940, [[6, 3, 0, 1], [5, 2, 10, 8]]),
-    "TIGER": (lambda: trained(tiger(dropout=0.1)), 1.741432, [[0, 2, 6, 3], [0, 6, 2, 4]]),
+    "BERT4Rec": (
+        lambda: trained(bert(dropout=0.1), learning_rate=0.01),
+        2.476768,
+        [[10, 6, 5, 0], [10, 6, 5, 8]],
+    ),
+    "FDSA": (
+        lambda: trained(fdsa(dropout=0.1), learning_rate=0.01),
+        2.333940,
+        [[6, 3, 0, 1], [5, 2, 10, 8]],
+    ),
+    "TIGER": (
+        lambda: trained(tiger(dropout=0.1)),
+        1.741432,
+        [[0, 2, 6, 3], [0, 6, 2, 4]],
+    ),
     "TIGER, causal items": (
         lambda: trained(tiger(dropout=0.1, causal_items=True)),
         2.227905,

@@ -17,7 +17,7 @@ RULES = {
     "semantic_ids": (set(), {"torch", "numpy", "safetensors", "tqdm", "transformers", "matplotlib"}),
     "simulator": (set(), {"torch", "numpy", "pandas"}),
     "hub": (set(), {"huggingface_hub", "matplotlib", "numpy", "safetensors"}),
-    "evaluation": (set(), {"torch", "numpy", "tqdm", "datasets"}),
+    "evaluation": (set(), {"torch", "numpy", "scipy", "tqdm", "datasets"}),
     "data": (set(), {"datasets", "torch", "transformers", "numpy", "pandas", "pyarrow", "safetensors", "tqdm"}),
     "baselines": ({"models"}, {"torch", "transformers", "numpy", "scipy", "tqdm", "safetensors"}),
     "rewards": ({"models"}, {"torch"}),
