@@ -190,20 +190,21 @@ def main(arguments) -> dict:
     before = (setting.log, setting.item_token_ids, setting.validation_time, setting.seed)
     reward_model, reward_collator, cap = reward_before(*before, arguments.reward_epochs)
     seed_model = setting.policy()
-    training = OneRecSFTConfig(
-        "unused",
-        num_train_epochs=arguments.sft_epochs,
-        per_device_train_batch_size=64,
-        learning_rate=3e-3,
-        adam_beta2=0.98,
-        weight_decay=0.1,
-        lr_scheduler_type="cosine",
-        warmup_steps=20,
-        train_sampling_strategy="random",
-        seed=arguments.seed,
-        **QUIET,
-    )
-    OneRecSFTTrainer(seed_model, training, data_collator=setting.collator, train_dataset=setting.train).train()
+    with TemporaryDirectory() as folder:
+        training = OneRecSFTConfig(
+            folder,
+            num_train_epochs=arguments.sft_epochs,
+            per_device_train_batch_size=64,
+            learning_rate=3e-3,
+            adam_beta2=0.98,
+            weight_decay=0.1,
+            lr_scheduler_type="cosine",
+            warmup_steps=20,
+            train_sampling_strategy="random",
+            seed=arguments.seed,
+            **QUIET,
+        )
+        OneRecSFTTrainer(seed_model, training, data_collator=setting.collator, train_dataset=setting.train).train()
     judged = (reward_model, reward_collator, cap)
     quality = reward_quality(setting, reward_model, reward_collator)
     report = {

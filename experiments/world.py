@@ -4,6 +4,7 @@ One seed is one world. What is trained reads the log; the simulator's expected f
 """
 
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import datasets
 import numpy as np
@@ -82,18 +83,19 @@ def train_reward(
     set_seed(seed)
     sizes = {"user_features": collator.user_feature_sizes, "item_features": collator.item_feature_sizes}
     model = OneRecPScoreModel(OneRecPScoreConfig(codebook_sizes=CODEBOOK_SIZES, targets=["swt"], dropout=0.2, **sizes))
-    arguments = TrainingArguments(
-        "unused",
-        remove_unused_columns=False,
-        num_train_epochs=epochs,
-        per_device_train_batch_size=batch_size,
-        learning_rate=2e-3,
-        lr_scheduler_type="cosine",
-        weight_decay=0.1,
-        seed=seed,
-        **QUIET,
-    )
-    Trainer(model, arguments, data_collator=collator, train_dataset=rows.with_format("numpy")).train()
+    with TemporaryDirectory() as folder:
+        arguments = TrainingArguments(
+            folder,
+            remove_unused_columns=False,
+            num_train_epochs=epochs,
+            per_device_train_batch_size=batch_size,
+            learning_rate=2e-3,
+            lr_scheduler_type="cosine",
+            weight_decay=0.1,
+            seed=seed,
+            **QUIET,
+        )
+        Trainer(model, arguments, data_collator=collator, train_dataset=rows.with_format("numpy")).train()
     return model.eval(), collator, cap_ms / 1000
 
 

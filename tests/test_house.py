@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from .conftest import SLOW
+
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "onerec_hf"
 FILES = sorted(path for path in PACKAGE.rglob("*.py"))
@@ -143,6 +145,19 @@ def test_what_the_library_never_does():
         assert not re.search(r"\bpickle\b|torch\.load\(", source), f"{path}: no pickle"
         assert not re.search(r"getattr\(\s*config\s*,", source), f"{path}: config fields are declared, not guessed"
         assert path.name != "utils.py"
+
+
+def test_ruff_before_a_commit_is_ruff_in_make_check():
+    pinned = re.search(r"^ruff==(.*)$", (ROOT / "constraints.txt").read_text(encoding="utf-8"), re.M)[1]
+    hooks = (ROOT / ".pre-commit-config.yaml").read_text(encoding="utf-8")
+    assert f"ruff-pre-commit\n    rev: v{pinned}\n" in hooks, f".pre-commit-config.yaml: ruff is pinned to {pinned}"
+
+
+def test_slow_tests_exist():
+    for name in SLOW:
+        module, _, function = name.partition("::")
+        path = ROOT / "tests" / f"test_{module}.py"
+        assert path.is_file() and f"def {function}" in path.read_text(encoding="utf-8"), f"no {name} in the tests"
 
 
 def test_first_docstring_line():
