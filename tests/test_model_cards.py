@@ -1,7 +1,7 @@
 """Model cards: valid metadata, snippets that run as printed, pictures, and the committed cards."""
 
 import contextlib
-import importlib.util
+import importlib
 import io
 import math
 from pathlib import Path
@@ -230,38 +230,13 @@ def test_the_entropy_picture(tmp_path):
 # ---- the committed cards -----------------------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def write():
-    spec = importlib.util.spec_from_file_location("write_cards", ROOT / "model_cards" / "write.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-def test_the_committed_cards_are_what_the_command_writes(write, tmp_path):
-    write.main(tmp_path)
-    for name in write.CARDS:
+def test_the_committed_cards_are_what_the_command_writes(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "results"))
+    cards = importlib.import_module("cards")
+    cards.main(tmp_path)
+    for name in cards.CARDS:
         committed = ROOT / "model_cards" / f"{name}.md"
-        assert committed.read_text() == (tmp_path / f"{name}.md").read_text(), (
-            f"{committed.name} is out of date: run `python model_cards/write.py`"
+        assert committed.read_text(encoding="utf-8") == (tmp_path / f"{name}.md").read_text(encoding="utf-8"), (
+            f"{committed.name} is out of date: run `python results/render.py`"
         )
-    assert {path.stem for path in (ROOT / "model_cards").glob("onerec*.md")} == set(write.CARDS)
-
-
-def test_numbers_are_read_from_the_results_page(write, tmp_path, monkeypatch):
-    (tmp_path / "docs").mkdir()
-    (tmp_path / "docs" / "results.md").write_text(
-        "<!-- a -->\n| model | seeds | recall@5 | training |\n|---|---|---|---|\n"
-        "| SASRec, full | 3 | 0.0495 ±0.0009 / .0604 ±.0012 | 11 minutes |\n<!-- /a -->\n"
-    )
-    monkeypatch.setattr(write, "ROOT", tmp_path)
-    assert write.table("a", "SASRec") == {"SASRec": ({"recall@5": 0.0495}, {"recall@5": 0.0604})}
-    with pytest.raises(ValueError, match=r"no rows of .* begin with 'OneRec'"):
-        write.table("a", "OneRec")
-    page = (tmp_path / "docs" / "results.md").read_text(encoding="utf-8")
-    row = "| SASRec, one negative | 3 | 0.03 / 0.04 | 1 minute |\n<!-- /a -->"
-    (tmp_path / "docs" / "results.md").write_text(page.replace("<!-- /a -->", row), encoding="utf-8")
-    with pytest.raises(ValueError, match=r"2 rows of .* begin with 'SASRec', one must"):  # which of the two is it?
-        write.table("a", "SASRec")
-    with pytest.raises(ValueError, match="no table between"):
-        write.table("b", "OneRec")
+    assert {path.stem for path in (ROOT / "model_cards").glob("onerec*.md")} == set(cards.CARDS)
