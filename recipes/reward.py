@@ -27,7 +27,8 @@ from trl import TrlParser
 from onerec_hf import OneRecPScoreConfig, OneRecSessionRewardConfig
 from onerec_hf.data import load_splits
 from onerec_hf.evaluation import feedback_report
-from onerec_hf.hub import push_to_hub, reward_card
+from onerec_hf.hub import model_card as reward_card
+from onerec_hf.hub import push_to_hub
 from onerec_hf.trainers import ResumableTrainer, StopAtNonFinite
 
 
