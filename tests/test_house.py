@@ -18,7 +18,7 @@ RULES = {
     "models": (set(), {"torch", "transformers", "numpy", "safetensors", "tokenizers", "huggingface_hub"}),
     "semantic_ids": (set(), {"torch", "numpy", "safetensors", "tqdm", "transformers", "matplotlib"}),
     "simulator": (set(), {"torch", "numpy", "pandas"}),
-    "hub": (set(), {"huggingface_hub", "matplotlib", "numpy", "safetensors"}),
+    "hub": (set(), {"huggingface_hub", "jinja2", "matplotlib", "numpy", "safetensors"}),
     "evaluation": (set(), {"torch", "numpy", "scipy", "tqdm", "datasets"}),
     "item_embeddings": (set(), {"datasets", "torch", "transformers", "numpy", "pyarrow", "safetensors"}),
     "data": (
