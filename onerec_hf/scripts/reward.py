@@ -111,7 +111,7 @@ def main(args: RewardArguments, training: TrainingArguments) -> dict:
         write_metrics(output, result)
 
     def card() -> None:
-        texts = {"title": "Session-wise reward model" if args.session_wise else "P-Score reward model"}
+        texts: dict[str, Any] = {"title": "Session-wise reward model" if args.session_wise else "P-Score reward model"}
         texts |= {"repo": str(output), "data": f"Logged exposures: {args.data}.", "dataset_name": Path(args.data).name}
         texts["training"] = f"`onerec reward`, {training.num_train_epochs:g} epochs."
         model_card(model.config, **texts, metrics=result.get("test")).save(output / "README.md")
