@@ -310,3 +310,7 @@ def test_session_rows_become_sequences_of_what_was_watched():
     assert dict(zip(found["train"]["user"], found["train"]["history"])) == {0: [2, 3, 4], 1: [5, 6]}
     assert found["test"][:] == {"user": [0], "history": [[2, 3, 4]], "targets": [[7]]}
     assert sequences(splits, {})["test"]["history"][:] == [[1, 2, 3, 4, 9]]
+    with pytest.raises(
+        ValueError, match=r"for --watched, has no columns \['is_like'\]; it has \['user', 'session_start'"
+    ):
+        sequences(splits, {"is_like": 1})

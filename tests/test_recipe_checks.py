@@ -4,6 +4,7 @@ import datetime
 import decimal
 import json
 import shutil
+from functools import partial
 from pathlib import Path
 
 import datasets
@@ -74,6 +75,39 @@ def no_training(monkeypatch):
         pytest.fail("the training began")
 
     monkeypatch.setattr(Trainer, "train", train)
+
+
+@pytest.mark.parametrize("recipe", ["sft", "grpo"])
+def test_sharded_weights_and_a_search_in_one_process_are_refused(
+    data, policy, tmp_path, no_training, monkeypatch, recipe
+):
+    """No process group is needed: transformers reads the plugin of accelerate when a trainer is made."""
+    make = Trainer.create_accelerator_and_postprocess
+
+    def with_fsdp(trainer):
+        make(trainer)
+        trainer.is_fsdp_enabled = True
+
+    monkeypatch.setattr(Trainer, "create_accelerator_and_postprocess", with_fsdp)
+    run = {"sft": partial(sft, data), "grpo": partial(grpo, data, policy=policy)}
+    with pytest.raises(ValueError, match=r"under FSDP no process has whole weights.* --score false"):
+        run[recipe](tmp_path / "run")
+    if recipe != "sft":
+        with pytest.raises(ValueError, match=r"under FSDP an adapter cannot be merged: leave out --lora_r"):
+            run[recipe](tmp_path / "run", score="false", lora_r=2)
+    with pytest.raises(pytest.fail.Exception, match="the training began"):
+        run[recipe](tmp_path / "run", score="false")
+
+
+def test_a_model_that_is_not_scored_is_saved_and_scored_later(data, tmp_path):
+    from onerec_hf.scripts import score
+
+    report = sft(data, tmp_path, score="false", eval_strategy="steps", eval_steps=1)
+    assert "test" not in report and any("eval_loss" in record for record in report["log"])
+    assert not any("eval_recall@10" in record for record in report["log"])
+    assert not list(tmp_path.glob("predictions*")) and json.loads((tmp_path / "metrics.json").read_text()) == report
+    scored = score.main(score.ScoreArguments(str(tmp_path), str(data)))
+    assert scored["log"] == report["log"] and scored["test"]["num_users"] == 30
 
 
 def test_every_kind_of_column_can_be_told_with_an_item(data, policy):
@@ -230,7 +264,7 @@ def test_what_fails_after_the_training_costs_nothing_else(data, tmp_path, monkey
     monkeypatch.undo()
 
     monkeypatch.setattr(ending, "score_model", fail)
-    with pytest.raises(RuntimeError, match=r"(?s)- test metrics .*no room.*`onerec score --model \S+run --data"):
+    with pytest.raises(RuntimeError, match=r"(?s)- metrics .*no room.*`onerec score --model \S+run --data"):
         sft(data, run, metadata=["title"])
     assert (run / "README.md").is_file() and Recommender.from_pretrained(run).metadata
     assert (

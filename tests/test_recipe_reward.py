@@ -1,6 +1,7 @@
 """recipes/reward.py as a person runs it, on a simulated log."""
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -13,7 +14,9 @@ from huggingface_hub import ModelCard
 from transformers import AutoModel, AutoTokenizer
 
 from onerec_hf import OneRecPScoreModel, OneRecSessionRewardModel
+from onerec_hf.data import DataFolder
 from onerec_hf.evaluation import auc
+from onerec_hf.scripts.reward_arguments import RewardArguments, make_collator
 from onerec_hf.simulator import ShortVideoWorld
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -200,3 +203,27 @@ def test_an_unknown_column_is_named(data, tmp_path):
     arguments = reward.RewardArguments(data=str(data), targets=["ctr"], item_categories=["colour"])
     with pytest.raises(ValueError, match=r"items.parquet has no \['colour'\]"):
         reward.main(arguments, TrainingArguments(str(tmp_path), report_to="none"))
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"rates": ["author"]}, r"rates=\['author'\]: allowed are item, user and the item_categories"),
+        ({"context_item_features": ["category"]}, r"context_item_features=\['category'\]: they are some of"),
+        ({"warm_up": 99}, r"warm_up=99: the log has \d+ boundaries"),
+        ({"item_categories": ["colour"]}, r"items.parquet has no \['colour'\]; it has"),
+    ],
+)
+def test_what_the_tables_do_not_have_is_named(data, settings, message):
+    arguments = RewardArguments(str(data), ["ctr"], period=DAY, **settings)
+    with pytest.raises(ValueError, match=message):
+        make_collator(arguments, DataFolder(data))
+
+
+def test_rows_without_sessions_are_refused(data, tmp_path):
+    other = shutil.copytree(data, tmp_path / "other")
+    splits = datasets.load_from_disk(str(data / "splits"))
+    shutil.rmtree(other / "splits")
+    splits.remove_columns("session_start").save_to_disk(str(other / "splits"))
+    with pytest.raises(ValueError, match=r"have no session_start: .*onerec prepare --sessions"):
+        make_collator(RewardArguments(str(other), ["ctr"]), DataFolder(other))

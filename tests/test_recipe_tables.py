@@ -9,6 +9,7 @@ import pytest
 
 from onerec_hf import Catalogue
 from onerec_hf.data import OneRecCollator, load_splits
+from onerec_hf.trainers import load_pairs
 
 
 def recipe(name):
@@ -72,6 +73,39 @@ def test_what_is_made_of_splits_never_goes_into_the_data_folder(tmp_path):
     assert sorted(folder.rglob("*")) == before
     for path in before:  # so that they can be deleted
         path.chmod(0o755 if path.is_dir() else 0o644)
+
+
+def test_a_log_without_a_column_is_refused_before_a_model_is_loaded(tmp_path):
+    log = {"user_id": [1], "video_id": [2], "time_ms": [3.0], "play_time_ms": [4.0]}
+    pd.DataFrame(log).to_csv(tmp_path / "log.csv", index=False)
+    with pytest.raises(
+        ValueError, match=r"--log \S+log.csv has no columns \['duration_ms'.*'long_view'.*it has \['user_id'"
+    ):
+        recipe("ab_test").main("no_model", "no_model", str(tmp_path / "log.csv"), str(tmp_path / "out"))
+    recommend = recipe("recommend")
+    args = recommend.RecommendArguments("no_model", str(tmp_path / "log.csv"), str(tmp_path / "out"))
+    with pytest.raises(ValueError, match=r"--dataset \S+log.csv has no columns \['history'\]; it has \['user_id'"):
+        recommend.main(args)
+    assert not (tmp_path / "out").exists()
+
+
+PAIRS = {"row": [1, 0], "chosen": [[4, 6], [5, 7]], "rejected": [[4, 7], [5, 6]]}
+
+
+@pytest.mark.parametrize("suffix", ["parquet", "csv", "jsonl", "save_to_disk"])
+def test_pairs_of_any_table(suffix, tmp_path):
+    path, catalogue = tmp_path / f"pairs.{suffix}", Catalogue([[0, 0], [0, 1], [1, 0], [1, 1]], [2, 2])
+    frame = pd.DataFrame(PAIRS)
+    write = {"parquet": frame.to_parquet, "csv": lambda p: frame.to_csv(p, index=False)}
+    write |= {"jsonl": lambda p: frame.to_json(p, orient="records", lines=True)}
+    write |= {"save_to_disk": lambda p: datasets.Dataset.from_dict(PAIRS).save_to_disk(str(p))}
+    write[suffix](path)
+    assert load_pairs(str(path), 2, catalogue)[:] == PAIRS
+    frame.drop(columns="chosen").to_parquet(tmp_path / "lacking.parquet")
+    with pytest.raises(
+        ValueError, match=r"lacking.parquet have no columns \['chosen'\]; they have \['row', 'rejected'\]"
+    ):
+        load_pairs(tmp_path / "lacking.parquet", 2, catalogue)
 
 
 @pytest.mark.parametrize(

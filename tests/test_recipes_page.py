@@ -27,6 +27,8 @@ TINY = {
     "mydata/prepare.yaml": {"codebook_size": 16, "collaborative_dim": 16},
     "mydata/reward.yaml": {"num_train_epochs": 1},
     "mydata/grpo.yaml": {"max_steps": 2, "logging_steps": 1},
+    "mydata/lifelong_prepare.yaml": {"codebook_size": 16, "collaborative_dim": 16},
+    "mydata/lifelong_sft.yaml": {"num_train_epochs": 1, "eval_users": 20},
     "small_sft.yaml": {"num_train_epochs": 1},
     "small_dpo.yaml": {"num_train_epochs": 1, "dpo_ratio": 0.3, "num_candidates": 20, "logging_steps": 1},
     "sasrec.yaml": {"fit": {"num_epochs": 1}},

@@ -22,7 +22,9 @@ from ..data import read_table
 from ..evaluation import bootstrap_lift
 from ..recommender import ItemRanker, Recommender
 from ..simulator import ShortVideoWorld, serve, user_totals
-from .checks import check_output
+from ..simulator.serving import EVENT_COLUMNS
+from .checks import check_columns, check_output
+from .model_arguments import mapping
 
 COLD_VIEWS = 5  # a video with at most so many long views in the training log is cold
 
@@ -140,13 +142,16 @@ def main(
         raise ValueError(f"seeds={list(seeds)}: a seed that is named twice would count twice.")
     check_output(output, replaces=False)
     folder = Path(output)
-    impressions = read_table(log).to_pandas()
+    world_settings = mapping(world)
+    rows = read_table(log)
+    check_columns(f"--log {log}", rows.column_names, ("user_id", "video_id", *EVENT_COLUMNS))
+    impressions = rows.to_pandas()
     users = np.unique(impressions.user_id[impressions.long_view == 1]).tolist()
     servers = {
         name: Server(Recommender.from_pretrained(path, num_beams).ranker, users)
         for name, path in (("control", a), ("treatment", b))
     }
-    simulated = ShortVideoWorld(**json.loads(world))
+    simulated = ShortVideoWorld(**world_settings)
     first, second = (set(server.model.catalogue.item_ids.tolist()) for server in servers.values())
     if first != second:
         only = f"{len(first - second)} items are in the first alone, {len(second - first)} in the second alone"

@@ -25,7 +25,7 @@ from .. import data as logs
 from ..baselines import FDSA, TIGER, BERT4Rec, CoOccurrence, ItemKNN, Popularity, SASRec, attribute_codes
 from ..baselines.training import train_baseline
 from ..evaluation import evaluate
-from .checks import check_keywords, check_output, check_splits
+from .checks import check_columns, check_keywords, check_output, check_splits
 from .ending import remove_earlier_results, score, some, write_metrics
 from .model_arguments import mapping
 from .parser import ScriptParser
@@ -71,6 +71,8 @@ def sequences(splits: datasets.DatasetDict, watched: dict[str, float]) -> datase
     Session rows for models of sequences. Train: all that a user watched, in time order. Elsewhere: the part of a history that was
     watched, or all of it where nothing was.
     """
+
+    check_columns("the splits of --data, for --watched,", splits["train"].column_names, ["session_start", *watched])
 
     def read(row: dict) -> list[int]:
         counts = zip(row["history"], *(row[name] for name in watched))

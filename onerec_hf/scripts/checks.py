@@ -12,7 +12,8 @@ import numpy as np
 from huggingface_hub import HfApi
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
-from transformers import PreTrainedConfig, TrainingArguments
+from transformers import PreTrainedConfig, Trainer, TrainingArguments
+from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.utils import logging
 
 from ..data import EventFeature
@@ -36,6 +37,15 @@ def check_output(folder: str, replaces: bool = True) -> None:
         logger.warning(
             f"{folder} holds an earlier run: {', '.join(old)}. They are removed as soon as the new model is saved. To keep "
             "them, stop now and name another folder."
+        )
+
+
+def check_columns(table: str, there: Iterable[str], needed: Iterable[str]) -> None:
+    """Refuses a table that lacks columns; `table` is how the user named it, as `--log impressions.parquet`."""
+    there = list(there)
+    if absent := [name for name in dict.fromkeys(needed) if name not in there]:
+        raise ValueError(
+            f"{table} has no columns {absent}; it has {there}. Name the file that has them, or rename yours."
         )
 
 
@@ -126,11 +136,34 @@ def check_splits(splits: Mapping[str, datasets.Dataset]) -> None:
             raise ValueError(f"the {name} split has rows without targets, which cannot be scored: prepare it again.")
 
 
-def rehearse(recommender: Recommender, train: datasets.Dataset, splits: datasets.DatasetDict) -> None:
+def check_sharding(trainer: Trainer, score: bool) -> None:
+    """
+    Refuses what one process does alone where each process holds a part of the weights: it would wait for the others forever.
+
+    Args:
+        score: Whether the first process shall search for recommendations, in evaluations and at the end.
+    """
+    zero3 = trainer.is_deepspeed_enabled and is_deepspeed_zero3_enabled()
+    if not (trainer.is_fsdp_enabled or zero3):
+        return
+    what = "DeepSpeed ZeRO-3" if zero3 else "FSDP"
+    if score:
+        raise ValueError(
+            f"under {what} no process has whole weights, and a search in one of them would wait for the others forever. Set "
+            "--score false, which saves the model without metrics, and then run `onerec score`; or leave out the sharding "
+            "(--accelerate_config multi_gpu)."
+        )
+    if hasattr(trainer.accelerator.unwrap_model(trainer.model), "merge_and_unload"):
+        raise ValueError(f"under {what} an adapter cannot be merged: leave out --lora_r, or the sharding.")
+
+
+def rehearse(
+    recommender: Recommender, train: datasets.Dataset, splits: datasets.DatasetDict, scoring: bool = True
+) -> None:
     """Does with a few rows all that comes during and after the training, so that what would fail then fails now."""
     check_splits(splits | {"train": train})
     recommender.ranker.collator([train[i] for i in range(min(2, len(train)))])
     with tempfile.TemporaryDirectory() as folder:
         recommender.save_beside(folder)
-        for name in ("validation", "test"):
+        for name in ("validation", "test") if scoring else ():
             score_model(recommender.ranker, some(splits[name], 2, name), Path(folder), seed=0)

@@ -4,7 +4,7 @@
         --reward outputs/reward --output_dir outputs/aligned
 
 `--policy` is a folder that `onerec sft` wrote, or a repository of the Hub; `--reward` a folder that `onerec reward` wrote, from
-the same log. Without a reward model, `--pairs FOLDER` takes a saved `datasets` set of `row`, `chosen`, `rejected` (plain DPO; as
+the same log. Without a reward model, `--pairs TABLE` takes columns `row`, `chosen`, `rejected` of any table (plain DPO; as
 another run's `pairs/iteration_000`). One epoch is one iteration. `--loss_type`, `--dpo_ratio`, `--beta` and all `TrainingArguments`
 work on the command line and in the YAML file; `--lora_r 8` trains an adapter and writes the merged model. Writes the model folder,
 `metrics.json` and predictions of the test split, and the pairs.
@@ -18,7 +18,7 @@ from transformers import AutoTokenizer, set_seed
 
 from ..data import DataFolder
 from ..trainers import IPAConfig, IPATrainer, load_pairs
-from .checks import check_beams, check_training, rehearse
+from .checks import check_beams, check_sharding, check_training, rehearse
 from .ending import VALIDATION_METRICS, finish_policy, generation_metrics, some
 from .model_arguments import load_policy, training_rows
 from .parser import ScriptParser
@@ -30,8 +30,14 @@ class DPOArguments:
     policy: str = field(metadata={"help": "Folder of the model to align, with its tokenizer."})
     data: str = field(metadata={"help": "Folder that `onerec prepare` wrote."})
     reward: str | None = field(default=None, metadata={"help": "Folder of the reward model, with its tokenizer."})
-    pairs: str | None = field(default=None, metadata={"help": "Saved pairs instead of a reward model."})
+    pairs: str | None = field(
+        default=None, metadata={"help": "Table of pairs (row, chosen, rejected) instead of a reward model."}
+    )
     lora_r: int | None = field(default=None, metadata={"help": "Rank of a LoRA adapter; default trains all weights."})
+    score: bool = field(
+        default=True,
+        metadata={"help": "Recommend for validation and test users and score it; false: `onerec score` later."},
+    )
     num_beams: int = 50
     eval_users: int | None = field(
         default=None, metadata={"help": "Validation users that are generated for; default all."}
@@ -41,7 +47,7 @@ class DPOArguments:
 
 def main(args: DPOArguments, training: IPAConfig) -> dict:
     """Runs the recipe; returns what it writes to `metrics.json`."""
-    check_training(training, VALIDATION_METRICS)
+    check_training(training, VALIDATION_METRICS if args.score else ())
     check_beams(args.num_beams)
     set_seed(training.seed)
     data = DataFolder(args.data)
@@ -59,16 +65,17 @@ def main(args: DPOArguments, training: IPAConfig) -> dict:
         train_dataset=train,
         eval_dataset=splits["validation"].with_format("numpy"),
         processing_class=tokenizer,
-        generation_metrics=generation_metrics(ranker, splits["validation"], args.eval_users),
+        generation_metrics=generation_metrics(ranker, splits["validation"], args.eval_users) if args.score else None,
         reward=reward,
         pairs=load_pairs(args.pairs, len(train), model.catalogue) if args.pairs else None,
         peft_config=LoraConfig(r=args.lora_r, task_type="CAUSAL_LM") if args.lora_r else None,
     )
-    rehearse(recommender, train, splits)
+    check_sharding(trainer, args.score)
+    rehearse(recommender, train, splits, args.score)
     start = time.perf_counter()
     trainer.train(resume_from_checkpoint=training.resume_from_checkpoint)
     report = {"train_seconds": time.perf_counter() - start}
-    return finish_policy(trainer, recommender, data, test, report)
+    return finish_policy(trainer, recommender, data, test if args.score else None, report)
 
 
 def run(argv: list[str] | None = None) -> None:

@@ -155,13 +155,14 @@ def push_folder(training: TrainingArguments, repo: str) -> None:
 
 
 def finish_policy(
-    trainer: Trainer, recommender: Recommender, data: DataFolder, test: datasets.Dataset, report: dict
+    trainer: Trainer, recommender: Recommender, data: DataFolder, test: datasets.Dataset | None, report: dict
 ) -> dict:
     """
     Saves the model, writes its card, scores it on the test split, pushes it: the ending of `sft`, `dpo` and `grpo`.
 
     Args:
-        data: The data folder, for the advice where something fails.
+        data: For the advice where something fails.
+        test: Rows to score the model on; None: it is not scored.
         report: What is known of the training; becomes `metrics.json` together with the test metrics.
     """
     training, ranker = trainer.args, recommender.ranker
@@ -173,12 +174,13 @@ def finish_policy(
     save(trainer, recommender.save_beside)
 
     def metrics() -> None:
-        report.update(score_model(ranker, test, output, training.seed), log=trainer.state.log_history)
+        report.update(score_model(ranker, test, output, training.seed) if test is not None else {})
+        report["log"] = trainer.state.log_history
         write_metrics(output, report)
 
     place = f"--model {output} --data {data.path}"
     advice = f"`onerec score {place}` scores the model, `onerec publish {place}` writes its card and pushes it."
-    steps = {"card (README.md)": trainer.create_model_card, "test metrics (metrics.json, predictions)": metrics}
+    steps = {"card (README.md)": trainer.create_model_card, "metrics (metrics.json, predictions)": metrics}
     finish(trainer, steps, advice, training.push_to_hub)
     if trainer.is_world_process_zero():
         print(json.dumps({name: value for name, value in report.items() if name != "log"}, indent=2))

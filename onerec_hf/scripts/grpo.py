@@ -19,15 +19,16 @@ from typing import Any, Literal
 
 import datasets
 import numpy as np
+import torch
 from peft import LoraConfig
 from transformers import AutoTokenizer, set_seed
 
 from .. import Catalogue
 from ..data import DataFolder, OneRecCollator, load_interactions, read_table, target_rows
-from ..rewards import FormatReward, HitReward
+from ..rewards import FormatReward, HitReward, IndustrialReward
 from ..rewards.functions import RewardFunction
 from ..trainers import OneRecGRPOConfig, OneRecGRPOTrainer, feedback_exposures, rejection_sample
-from .checks import check_beams, check_training, rehearse
+from .checks import check_beams, check_sharding, check_training, rehearse
 from .ending import finish_policy, some
 from .model_arguments import load_policy, mapping, training_rows
 from .parser import ScriptParser
@@ -47,6 +48,13 @@ class RLArguments:
     reward: str | None = field(
         default=None, metadata={"help": "Folder that `onerec reward` wrote, from the same log."}
     )
+    industrial: str = field(
+        default="{}",
+        metadata={
+            "help": "Scale hit and model down for a class of items while it takes more than its share: "
+            '{"column": "is_ad", "quota": 0.1, "factor": 0.5}, a 0/1 column of items.parquet.'
+        },
+    )
     format_samples: int = field(default=5, metadata={"help": "K of the format reward."})
     exposures: str | None = field(
         default=None, metadata={"help": "Table of all impressions (parquet, CSV, JSONL, ...)."}
@@ -61,6 +69,10 @@ class RLArguments:
         default="train", metadata={"help": "Rows of the supervised loss: the split, or the better half of exposures."}
     )
     lora_r: int | None = field(default=None, metadata={"help": "Rank of a LoRA adapter; default trains all weights."})
+    score: bool = field(
+        default=True,
+        metadata={"help": "Recommend for validation and test users and score it; false: `onerec score` later."},
+    )
     num_beams: int = 50
     test_users: int | None = field(default=None, metadata={"help": "Users of the test split to score; default all."})
 
@@ -119,7 +131,30 @@ def make_rewards(args: RLArguments, data: DataFolder, policy: Any, num_generatio
     }
     if unknown := [name for name in args.rewards if name not in known]:
         raise ValueError(f"rewards={unknown}: allowed are {sorted(known)}.")
-    return [known[name]() for name in args.rewards]
+    rewards = {name: known[name]() for name in args.rewards}
+    if settings := mapping(args.industrial):
+        for name in ("hit", "model"):
+            if name in rewards:
+                rewards[name] = industrial_reward(name, rewards[name], settings, data, policy.catalogue)
+    return list(rewards.values())
+
+
+def industrial_reward(
+    name: str, reward: RewardFunction, settings: dict, data: DataFolder, catalogue: Catalogue
+) -> IndustrialReward:
+    """A reward that is scaled down for the items that a column marks; raises where it marks none, or is no column of 0 and 1."""
+    if set(settings) != {"column", "quota", "factor"}:
+        raise ValueError(f"industrial={settings}: give column, quota and factor, and nothing else.")
+    column = settings["column"]
+    values = data.columns("items", [column])[column]
+    if not set(values) <= {0, 1} or not any(values):
+        raise ValueError(
+            f"industrial: {column!r} of items.parquet must be 0 or 1 for every item, and 1 for some; it has values such as "
+            f"{list(dict.fromkeys(values))[:4]}."
+        )
+    scaled = IndustrialReward(reward, catalogue, torch.tensor(values).bool(), settings["quota"], settings["factor"])
+    scaled.__name__ = f"industrial_{name}"
+    return scaled
 
 
 def main(args: RLArguments, training: OneRecGRPOConfig, reward_funcs: list | None = None) -> dict:
@@ -153,11 +188,12 @@ def main(args: RLArguments, training: OneRecGRPOConfig, reward_funcs: list | Non
         sft_dataset=supervised,
         peft_config=LoraConfig(r=args.lora_r, task_type="CAUSAL_LM") if args.lora_r else None,
     )
-    rehearse(recommender, train, splits)
+    check_sharding(trainer, args.score)
+    rehearse(recommender, train, splits, args.score)
     start = time.perf_counter()
     trainer.train(resume_from_checkpoint=training.resume_from_checkpoint)
     report = {"train_seconds": time.perf_counter() - start}
-    return finish_policy(trainer, recommender, data, test, report)
+    return finish_policy(trainer, recommender, data, test if args.score else None, report)
 
 
 def run(argv: list[str] | None = None) -> None:

@@ -59,6 +59,10 @@ class ModelArguments:
     metadata: list[str] = field(
         default_factory=list, metadata={"help": "Columns of items.parquet to return with an item."}
     )
+    score: bool = field(
+        default=True,
+        metadata={"help": "Recommend for validation and test users and score it; false: `onerec score` later."},
+    )
     num_beams: int = 50
     eval_users: int | None = field(
         default=None, metadata={"help": "Validation users that are generated for; default all."}

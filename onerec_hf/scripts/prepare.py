@@ -24,7 +24,14 @@ from .. import data as logs
 from ..semantic_ids import RQVAE, ResidualKMeans, plot_codebook_usage, quality_report, resolve_collisions
 from .model_arguments import mapping, model_path
 from .parser import ScriptParser
-from .prepare_arguments import PrepareArguments, check_arguments, check_items, session_config
+from .prepare_arguments import (
+    PrepareArguments,
+    check_arguments,
+    check_items,
+    check_lifelong,
+    lifelong_settings,
+    session_config,
+)
 
 
 def load(args: PrepareArguments) -> logs.Interactions:
@@ -102,9 +109,13 @@ def main(args: PrepareArguments) -> dict:
     interactions = load(args)
     splits, train = split(args, interactions)
     check_items(args, interactions)
+    if lifelong := lifelong_settings(args):
+        check_lifelong(lifelong, splits["train"].column_names)
     for name, rows in splits.items():
         splits[name] = rows.add_column("length", [len(history) for history in rows["history"]])
     embeddings = embed(args, interactions, train)
+    for name in splits if lifelong else ():
+        splits[name] = logs.compress_lifelong(splits[name], embeddings, **lifelong)
     quantizer_class = RQVAE if args.quantizer == "rqvae" else partial(ResidualKMeans, balanced=args.balanced)
     quantizer = quantizer_class(args.num_levels, args.codebook_size, seed=args.seed)
     codes = quantizer.fit(torch.from_numpy(embeddings)).train_codes

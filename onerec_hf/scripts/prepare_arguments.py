@@ -2,10 +2,12 @@
 
 import os
 from dataclasses import dataclass, field, fields
+from inspect import signature
 from pathlib import Path
 from typing import Literal
 
-from ..data import Interactions, SessionConfig
+from ..data import Interactions, SessionConfig, compress_lifelong
+from .checks import check_keywords
 from .model_arguments import mapping, model_path
 
 LOAD_OPTIONS = {"drop_nulls", "drop_duplicates", "drop_unknown", "items_columns", "users_columns", "split"}
@@ -42,6 +44,10 @@ class PrepareArguments:
         default=None,
         metadata={"help": "Rows of high-quality sessions: arguments of SessionConfig, YAML mapping or JSON."},
     )
+    lifelong: str | None = field(
+        default=None,
+        metadata={"help": "onerec_v1: compress long histories; arguments of compress_lifelong, YAML mapping or JSON."},
+    )
     embeddings: str | None = field(default=None, metadata={"help": ".npy or .safetensors with one row per item."})
     text_model: str | None = field(default=None, metadata={"help": "Encoder: Hub name, folder, package:NAME/FOLDER."})
     text_fields: list[str] = field(default_factory=list)
@@ -71,6 +77,32 @@ def session_config(args: PrepareArguments) -> SessionConfig | None:
     return SessionConfig(**settings)
 
 
+def lifelong_settings(args: PrepareArguments) -> dict | None:
+    """What `lifelong` describes, with the seed; None where histories stay as they are."""
+    if args.lifelong is None:
+        return None
+    settings = mapping(args.lifelong)
+    check_keywords("lifelong", settings, compress_lifelong)
+    config = session_config(args)
+    if config is None or config.history != "all":
+        raise ValueError(
+            "lifelong compresses what was shown before a row's targets: give sessions, with history: all. One row per watched item "
+            'is {"max_gap": 0, "max_events": 1, "history": "all", ...}, as in mydata/lifelong_prepare.yaml.'
+        )
+    return {"seed": args.seed} | settings
+
+
+def check_lifelong(settings: dict, columns: list[str]) -> None:
+    """Before embeddings are made: event columns of the lifelong pathway that the rows do not have."""
+    defaults = {name: parameter.default for name, parameter in signature(compress_lifelong).parameters.items()}
+    wanted = [*settings.get("sparse", defaults["sparse"]), *settings.get("averaged", defaults["averaged"])]
+    if absent := [name for name in wanted if name not in columns]:
+        raise ValueError(
+            f"lifelong takes the event columns {wanted}; {absent} are not among those of the rows, {columns}. Name them in "
+            "feedback, or others in sparse and averaged."
+        )
+
+
 def check_arguments(args: PrepareArguments) -> None:
     """Before anything is read: arguments that contradict each other, files that are not there, an output that is not writable."""
     if args.layout != "logs":
@@ -87,6 +119,7 @@ def check_arguments(args: PrepareArguments) -> None:
             f"validation_start={start} and test_start={test}: give both, the earlier one first, or none (leave last out)."
         )
     session_config(args)
+    lifelong_settings(args)
     _check_embedding_arguments(args)
     output = Path(args.output)
     if output.exists() and not output.is_dir():

@@ -20,7 +20,7 @@ from .. import Catalogue
 from ..data import DataFolder
 from ..hub import model_card, plot_recall_by_frequency, push_to_hub, repository_files, table_cell, training_text
 from ..recommender import Recommender
-from .checks import check_push, unique_names
+from .checks import check_columns, check_push, unique_names
 from .parser import ScriptParser
 
 
@@ -86,6 +86,7 @@ def read_recalls(systems: dict[str, tuple[Path, dict]], users: list[int], data: 
     tables = {n: datasets.Dataset.from_parquet(str(f / "predictions.parquet")) for n, (f, _) in systems.items()}
     size = len(next(iter(tables.values())))
     for name, table in tables.items():
+        check_columns(f"{systems[name][0]}/predictions.parquet", table.column_names, ["recall@10"])
         own = table["user"][:] if "user" in table.column_names else users[: len(table)]
         if len(table) != size or own != users[:size]:
             raise ValueError(

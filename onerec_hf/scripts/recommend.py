@@ -13,6 +13,7 @@ import datasets
 
 from ..data import arrow_dataset, read_table
 from ..recommender import Recommender
+from .checks import check_columns
 from .parser import ScriptParser
 
 
@@ -41,9 +42,11 @@ def load(args: RecommendArguments) -> datasets.Dataset:
 
 def main(args: RecommendArguments) -> Path:
     """Runs the recipe; returns the file that this process wrote."""
+    rows = load(args)
+    check_columns(f"--dataset {args.dataset}", rows.column_names, [args.column])
     recommender = Recommender.from_pretrained(args.repo, args.num_beams, args.device)
     path = recommender.recommend_dataset(
-        load(args),
+        rows,
         args.output,
         args.k,
         column=args.column,

@@ -91,6 +91,14 @@ def make_collator(args: RewardArguments, data: DataFolder) -> RewardCollator:
     boundaries = np.array([*days, starts["validation"].min(), starts["test"].min()])
     items, users = table_features(args, data, "items"), table_features(args, data, "users")
     groups = items | {"item": np.arange(data.num_items), "user": np.arange(data.num_users)}
+    if unknown := [name for name in args.rates if name not in groups]:
+        raise ValueError(f"rates={unknown}: allowed are item, user and the item_categories, {sorted(groups)}.")
+    if unknown := [name for name in args.context_item_features if name not in items]:
+        raise ValueError(
+            f"context_item_features={unknown}: they are some of item_categories and item_quantiles, {sorted(items)}."
+        )
+    if not 0 <= args.warm_up <= len(boundaries):
+        raise ValueError(f"warm_up={args.warm_up}: the log has {len(boundaries)} boundaries between its periods.")
     item_numbers, user_numbers = past_numbers(args, splits["train"], groups, boundaries)
     events, requests = (event_features(mapping(v)) for v in (args.event_features, args.request_features))
     return RewardCollator(

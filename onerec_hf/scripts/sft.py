@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, set_seed
 from ..data import DataFolder
 from ..recommender import ItemRanker
 from ..trainers import OneRecSFTConfig, OneRecSFTTrainer
-from .checks import check_beams, check_training, rehearse
+from .checks import check_beams, check_sharding, check_training, rehearse
 from .ending import VALIDATION_METRICS, finish_policy, generation_metrics, serve
 from .model_arguments import ITEM_VECTORS, ModelArguments, item_vectors, make_collator, make_config, training_rows
 from .parser import ScriptParser
@@ -24,7 +24,7 @@ from .parser import ScriptParser
 
 def check(args: ModelArguments, training: OneRecSFTConfig) -> tuple:
     """All that can be said of the arguments before there is a model; returns data folder, collator and config."""
-    check_training(training, VALIDATION_METRICS)
+    check_training(training, VALIDATION_METRICS if args.score else ())
     check_beams(args.num_beams)
     data = DataFolder(args.data)
     collator = make_collator(args, data)
@@ -49,13 +49,16 @@ def main(args: ModelArguments, training: OneRecSFTConfig) -> dict:
         train_dataset=train,
         eval_dataset=splits["validation"].with_format("numpy"),
         processing_class=tokenizer,
-        generation_metrics=generation_metrics(recommender.ranker, splits["validation"], args.eval_users),
+        generation_metrics=generation_metrics(recommender.ranker, splits["validation"], args.eval_users)
+        if args.score
+        else None,
     )
-    rehearse(recommender, train, splits)
+    check_sharding(trainer, args.score)
+    rehearse(recommender, train, splits, args.score)
     start = time.perf_counter()
     trainer.train(resume_from_checkpoint=training.resume_from_checkpoint)
     report = {"train_seconds": time.perf_counter() - start, "best_metric": trainer.state.best_metric}
-    return finish_policy(trainer, recommender, data, splits["test"], report)
+    return finish_policy(trainer, recommender, data, splits["test"] if args.score else None, report)
 
 
 def run(argv: list[str] | None = None) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 import datasets
 from transformers.utils import logging
 
+from ..data import arrow_dataset, read_table
 from ..models import Catalogue
 
 logger = logging.get_logger(__name__)
@@ -96,15 +97,16 @@ class PairFiles:
 
 def load_pairs(folder: str | os.PathLike, num_rows: int, catalogue: Catalogue) -> datasets.Dataset:
     """
-    Pairs that somebody brings, for [`IPATrainer`]: a folder that another run of it left (`pairs/iteration_000`), or a `datasets`
-    set of one's own, which says nothing of where it comes from; then a warning says what is assumed.
+    Pairs that somebody brings, for [`IPATrainer`]: a folder that another run of it left (`pairs/iteration_000`), or a table of
+    one's own, which says nothing of where it comes from; then a warning says what is assumed.
 
     Args:
+        folder: Of any kind that `data.read_table` reads: a folder of `datasets`, parquet, JSONL, CSV (token ids as `[4, 20, 36]`).
         num_rows (`int`): Rows of the training set, which the column `row` of the pairs counts.
         catalogue (`Catalogue`): The policy's.
 
     Raises:
-        ValueError: When the pairs were mined with other items, or for another training set.
+        ValueError: When the pairs were mined with other items, or for another training set, or lack a column.
     """
     path, known = Path(folder) / _METADATA, {}
     if path.is_file():
@@ -122,7 +124,14 @@ def load_pairs(folder: str | os.PathLike, num_rows: int, catalogue: Catalogue) -
             f"{folder} does not say of which items and rows its pairs are ({_METADATA} has no {', '.join(absent)}). Assumed is: "
             f"`row` counts the {num_rows} training rows of this run from 0, and token ids are those of {catalogue}."
         )
-    return datasets.load_from_disk(str(folder))
+    pairs = arrow_dataset(read_table(folder))
+    if lacking := [name for name in ("row", "chosen", "rejected") if name not in pairs.column_names]:
+        raise ValueError(f"the pairs in {folder} have no columns {lacking}; they have {pairs.column_names}.")
+    for name in ("chosen", "rejected"):
+        if isinstance(pairs[0][name], str):  # a CSV file has no lists
+            pairs = pairs.add_column(f"{name}_ids", [json.loads(text) for text in pairs[name]])
+            pairs = pairs.remove_columns(name).rename_column(f"{name}_ids", name)
+    return pairs
 
 
 __all__ = ["PairFiles", "load_pairs", "load_rows", "save_rows"]
