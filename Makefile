@@ -1,9 +1,12 @@
-# Two commands do all the set-up: `make quickstart` and `make test`. Each makes .venv, installs what it needs, and runs.
+# Every target makes .venv and installs what it needs. `make` alone lists them.
 PYTHON ?= python3
 BIN = .venv/bin
 export HF_HUB_DISABLE_TELEMETRY = 1
 
-.PHONY: quickstart test test-matrix check format clean
+.PHONY: help quickstart test test-fast test-matrix check results format clean
+
+help:  ## what each target does
+	@sed -n 's/^\([a-z-]*\):.*##/\1:/p' $(MAKEFILE_LIST) | awk -F': *' '{printf "make %-12s %s\n", $$1, $$2}'
 
 $(BIN)/.installed: setup.cfg pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; assert sys.version_info >= (3, 11), "Python 3.11 or newer is needed, this is " + sys.version'
@@ -18,6 +21,9 @@ quickstart: $(BIN)/.installed  ## simulated world -> semantic IDs -> OneRec-V2 -
 test: $(BIN)/.installed  ## the whole suite, offline
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n 2 --dist loadfile tests
 
+test-fast: $(BIN)/.installed  ## under a minute on 2 cores, without runs of recipes and trainers, other processes, real data
+	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow and not shared_data" tests
+
 test-matrix: $(BIN)/.installed  ## the numeric tests on other kernels, threads, addresses and versions of transformers
 	$(BIN)/python tests/matrix.py
 
@@ -26,9 +32,12 @@ check: $(BIN)/.installed  ## lint, format, types
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-format: $(BIN)/.installed
+results: $(BIN)/.installed  ## the tables of the documentation and the model cards, from results/*.json
+	$(BIN)/python results/render.py
+
+format: $(BIN)/.installed  ## formats the code
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-clean:
+clean:  ## removes .venv, outputs and what was built
 	rm -rf .venv outputs build dist *.egg-info

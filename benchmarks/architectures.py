@@ -5,7 +5,7 @@
 OneRec-V2 (arXiv:2508.20900), Tables 1 to 4, redone. Five impressions of one request share its context, a context item is one token
 everywhere, widths and depths are those of the paper's Table 5 (1:1 and 1:2 share out the blocks), and the feed-forward of every
 contestant is as wide as it takes for equally many parameters in the blocks. Encoder-decoders are `OneRecV1ForCausalLM` with the
-positive-feedback pathway alone; the naive decoder is transformers' stock Llama over [context items | BOS s1 s2 of each target],
+positive-feedback pathway alone; the naive decoder is transformers' own Llama over [context items | BOS s1 s2 of each target],
 where a target sees the context and itself.
 
 FLOPs (forward and backward, every matrix product) and elements saved for the backward pass (attention fused) are counted on tensors
@@ -63,7 +63,7 @@ SHARING = {
 
 
 class NaiveDecoder(nn.Module):
-    """A stock causal language model over items: context items as one token each, then three tokens of every target."""
+    """A plain causal language model over items: context items as one token each, then three tokens of every target."""
 
     def __init__(self, settings: dict, intermediate_size: int, attention: str):
         super().__init__()
@@ -157,7 +157,7 @@ def batch(requests: int, context: int, device: str = "cpu", seed: int = 0) -> di
 
 
 def blocks_of(model) -> int:
-    parts = [model.decoder.layers] if isinstance(model, NaiveDecoder) else [model.model.layers]
+    parts = [model.decoder.layers] if isinstance(model, NaiveDecoder) else [model.model.decoder.layers]
     if isinstance(model, OneRecV1ForCausalLM):
         parts += [model.model.context_processor.layers, model.model.context_processor.key_values]
     return sum(parameter.numel() for part in parts for parameter in part.parameters())

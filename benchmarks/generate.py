@@ -23,12 +23,12 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from peers import allowed_tokens, alternate, count_flops, dict_trie, machine_flops, read_catalogue, zipf_catalogue
+from other_ways import allowed_tokens, alternate, count_flops, dict_trie, machine_flops, read_catalogue, zipf_catalogue
 from pictures import bars
-from stock import make_qwen3, make_t5
 from torch.profiler import ProfilerActivity, profile
 from transformers import CompileConfig, GenerationConfig, LogitsProcessorList
 from transformers.generation import GenerationMixin
+from transformers_models import make_qwen3, make_t5
 
 import onerec_hf
 from onerec_hf import Catalogue, CatalogueLogitsProcessor, ContextKV, OneRecV2Config, catalogue_generate
@@ -191,13 +191,13 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     rows = []
-    peers = ("unconstrained", "dict trie", "processor") + ("ours, compiled",) * args.compile
+    others = ("unconstrained", "dict trie", "processor") + ("ours, compiled",) * args.compile
     print(
         "| items | batch | context | beams | ours, s | "
-        + " | ".join(f"{n} / ours" for n in peers)
+        + " | ".join(f"{n} / ours" for n in others)
         + " | processor / unconstrained | floor |"
     )
-    print("|---" * (7 + len(peers)) + "|")
+    print("|---" * (7 + len(others)) + "|")
     for num_items in args.items if args.parquet is None else [None]:
         if num_items is None:
             codes = read_catalogue(args.parquet, args.column)
@@ -220,7 +220,7 @@ def main() -> None:
                     row = measure(model, catalogue, trie, batch, context, beams, args.repeats, args.compile)
                     rows.append(row | {"build_seconds": build})
                     seconds = row["seconds"]
-                    ratios = " | ".join(f"{seconds[name] / seconds['ours']:.1f}x" for name in peers)
+                    ratios = " | ".join(f"{seconds[name] / seconds['ours']:.1f}x" for name in others)
                     overhead = seconds["processor"] / seconds["unconstrained"] - 1
                     print(
                         f"| {len(codes):,} | {batch} | {context} | {beams} | {seconds['ours']:.3f} | {ratios} | {overhead:+.0%} "

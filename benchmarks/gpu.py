@@ -1,4 +1,4 @@
-"""The presets on a GPU: latency of constrained generation, and training time and MFU per target, against peers in the same run.
+"""The presets on a GPU: latency of generation, and time and MFU of training per target, against other models and searches.
 
     python benchmarks/gpu.py --output outputs/gpu.json
     python benchmarks/gpu.py --parts train --names "lazy decoder-only" --requests 256 128 --output outputs/gpu_lazy.json
@@ -26,7 +26,7 @@ from statistics import median
 import architectures
 import torch
 from generate import ways_of
-from peers import count_flops, dict_trie, zipf_catalogue
+from other_ways import count_flops, dict_trie, zipf_catalogue
 from selection import Given
 from transformers import CompileConfig
 
@@ -96,7 +96,7 @@ def generation(model, catalogue, trie, batch: int, beams: int, args, speed: dict
     device = args.device
     ways = ways_of(model, catalogue, trie, batch, args.context, beams)
     ours, levels = ways["ours"], catalogue.num_levels
-    if batch > 1:  # of the peers' copies of the context there would be thousands
+    if batch > 1:  # of the other searches' copies of the context there would be thousands
         ways = {"ours": ours}
 
     @torch.no_grad()
@@ -123,7 +123,7 @@ def generation(model, catalogue, trie, batch: int, beams: int, args, speed: dict
         print(f"compiled in {time.perf_counter() - start:.0f} s", flush=True)
     found, flops = count_flops(whole)
     assert (found.leaves >= 0).all()
-    weights = sum(p.numel() * p.element_size() for layer in model.model.layers for p in layer.parameters())
+    weights = sum(p.numel() * p.element_size() for layer in model.model.decoder.layers for p in layer.parameters())
     read = 1e3 * weights / speed["bytes"]
     product = 1e3 * flops / speed["flops"] / (levels - 1)  # the first step has one row per user
     row = {"batch": batch, "beams": beams, "context": args.context, "tera_flop": flops / 1e12}

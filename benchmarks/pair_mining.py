@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 from generate import make_model, ways_of
-from peers import alternate, dict_trie, zipf_catalogue
+from other_ways import alternate, dict_trie, zipf_catalogue
 
 from onerec_hf import Catalogue, OneRecPScoreConfig, OneRecPScoreModel
 from onerec_hf.data import OneRecCollator, RewardCollator
@@ -37,19 +37,24 @@ def main(num_items: int, users: int, context: int, candidates: int, repeats: int
     judge = RewardCollator(tokens, max_history=context, targets=["swt"], session_wise=False)
     torch.manual_seed(0)
     reward_model = OneRecPScoreModel(OneRecPScoreConfig(codebook_sizes=sizes, targets=["swt"]))
-    reward = reward_of_model(reward_model, judge, policy, candidates)
-    stock = ways_of(policy, catalogue, dict_trie(catalogue.semantic_ids.numpy(), offsets), users, context, candidates)
+    reward = reward_of_model(reward_model, judge, policy)
+    searches = ways_of(
+        policy, catalogue, dict_trie(catalogue.semantic_ids.numpy(), offsets), users, context, candidates
+    )
 
     def mined(generate) -> list[dict]:
         policy.generate = generate
         return mine_pairs(policy, rows, list(range(users)), collator, reward, candidates, batch_size=users)[0]
 
     own = policy.generate
-    ways = {"ours": partial(mined, own), "transformers": partial(mined, lambda **_: stock["dict trie"]()["sequences"])}
+    ways = {
+        "ours": partial(mined, own),
+        "transformers": partial(mined, lambda **_: searches["dict trie"]()["sequences"]),
+    }
     pairs = [[(pair["chosen"], pair["rejected"]) for pair in way()] for way in ways.values()]
     if pairs[0] != pairs[1]:
         raise AssertionError("the two searches led to other pairs.")
-    ways |= {"generation, ours": stock["ours"], "generation, transformers": stock["dict trie"]}
+    ways |= {"generation, ours": searches["ours"], "generation, transformers": searches["dict trie"]}
     report = {name: value * 1000 / users for name, value in alternate(ways, repeats)[0].items()}
     report["ratio"] = report["transformers"] / report["ours"]
     for name, value in report.items():

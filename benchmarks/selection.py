@@ -1,4 +1,4 @@
-"""Selection alone: from the log-probabilities of a model's steps to the K best items, ours against the peers.
+"""Selection alone: from the log-probabilities of a model's steps to the K best items, ours against other searches.
 
     pip install --no-deps flashrec==0.1.2   # its dependencies want CUDA and transformers 4; its selection needs torch alone
     python benchmarks/selection.py --output outputs/selection.json
@@ -23,7 +23,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from peers import allowed_tokens, alternate, dict_trie, read_catalogue, zipf_catalogue
+from other_ways import allowed_tokens, alternate, dict_trie, read_catalogue, zipf_catalogue
 from pictures import curves
 from transformers.generation import PrefixConstrainedLogitsProcessor
 

@@ -26,6 +26,22 @@ if os.environ.get("ONEREC_TEST_UNALIGNED") == "1":  # what is loaded lies at oth
 
     PreTrainedModel.from_pretrained = classmethod(_load_unaligned)
 
+# What takes more than a few seconds: runs of recipes and trainers, other processes. `make test-fast` leaves these out.
+SLOW = {
+    *("auto_classes", "baselines", "captions", "docs", "grpo", "hub", "ipa", "leaderboard", "modeling_common"),
+    *("modeling_platform", "modeling_reward", "more_baselines", "packaging", "presets", "recipe_checks", "recipe_dpo"),
+    *("recipe_reward", "recipe_tables", "recipes", "recipes_page", "recommender", "resume", "training_step"),
+    *("beam_search::test_decoding_is_one_graph", "moe::test_two_processes_count_together"),
+}
+
+
+def pytest_collection_modifyitems(items):
+    for item in items:
+        module, name = item.module.__name__.rpartition("test_")[2], getattr(item, "originalname", item.name)
+        if {module, f"{module}::{name}"} & SLOW:
+            item.add_marker(pytest.mark.slow)
+
+
 _SHARED = Path(os.environ.get("ONEREC_SHARED_DATA", Path(__file__).resolve().parents[2] / "shared" / "data"))
 
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from transformers import CompileConfig, GenerationConfig, LogitsProcessor
 
-from benchmarks.validity import check_validity
+from experiments.validity import check_validity
 from onerec_hf import Catalogue, beam_search, sample_items
 from onerec_hf.models.beam_search import BeamSearch
 
@@ -172,7 +172,7 @@ def test_users_may_be_worked_off_in_parts(monkeypatch):
 
 
 def test_nothing_invalid_and_nothing_twice():
-    """Random models, catalogues, subsets and beam widths; a million items of this are benchmarks/validity.py."""
+    """Random models, catalogues, subsets and beam widths; a million items of this are experiments/validity.py."""
     assert sum(check_validity(seed) for seed in range(15)) > 300
 
 

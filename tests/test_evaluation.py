@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from onerec_hf.evaluation import evaluate, paired_bootstrap
+from onerec_hf.evaluation import bootstrap_lift, evaluate, paired_bootstrap
 from onerec_hf.evaluation.metrics import coverage_at_k, diversity_at_k, match_targets, ndcg_at_k, recall_at_k
 
 from .conftest import shared_data
@@ -183,6 +183,24 @@ def test_paired_bootstrap_separates_a_real_difference_from_noise():
     assert low < 0 < high
     with pytest.raises(ValueError, match="same users"):
         paired_bootstrap(base, base[1:])
+
+
+def test_the_bootstraps_equal_their_definition():
+    """Users drawn with replacement, one draw after the other from one generator; also where a draw has nothing in the control."""
+    rng = np.random.default_rng(0)
+    for users in (2, 7, 120):  # of 120, more than one batch of resamples would be cut wrongly if it mattered
+        a, b = rng.random(users), rng.random(users) * (rng.random(users) < 0.7)
+        b[0] = 1.0
+        draw = np.random.default_rng(4)
+        drawn = [draw.integers(users, size=users) for _ in range(1000)]
+        expected = np.quantile([(a - b)[rows].mean() for rows in drawn], [0.05, 0.95])
+        np.testing.assert_allclose(paired_bootstrap(a, b, seed=4, confidence=0.9), expected, rtol=1e-12)
+        lifts = [a[rows].sum() / b[rows].sum() - 1 if b[rows].sum() else np.nan for rows in drawn]
+        found = bootstrap_lift(b, a, level=0.9, num_samples=1000, seed=4)
+        np.testing.assert_allclose(found[1:], np.nanquantile(lifts, [0.05, 0.95]), rtol=1e-12)
+    assert paired_bootstrap(np.array([0.5]), np.array([0.25])) == (0.25, 0.25)  # one user is always drawn
+    a, b = np.arange(8) / 8, np.array([3, 1, 4, 1, 5, 9, 2, 6]) / 9
+    np.testing.assert_allclose(paired_bootstrap(a, b, seed=4), (-0.190972222, 0.203298611), rtol=1e-8)
 
 
 @pytest.mark.shared_data

@@ -245,7 +245,7 @@ def test_groups_of_an_evaluation_are_its_own(tmp_path):
     model = tiny_model(catalogue)
     own = OneRecCollator(catalogue.semantic_ids.numpy() + torch.tensor(model.config.level_offsets).numpy())
     own.candidates = lambda rows: {"item_ids": own.pad_targets([row["targets"] for row in rows])}
-    functions = [noted, reward_of_model(Judge(), own, model, G)]
+    functions = [noted, reward_of_model(Judge(), own, model)]
     rows = users().map(lambda row: {"history": [row["user"], 9]})
     settings = {"num_generations_eval": 2, "per_device_eval_batch_size": 8, "sign_norm_steps": 0}
     trainer = make(tmp_path, model, functions, rows=rows, trainer={"eval_dataset": rows}, **settings)

@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from .conftest import SLOW
+
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "onerec_hf"
 FILES = sorted(path for path in PACKAGE.rglob("*.py"))
@@ -16,8 +18,8 @@ RULES = {
     "models": (set(), {"torch", "transformers", "numpy", "safetensors", "tokenizers", "huggingface_hub"}),
     "semantic_ids": (set(), {"torch", "numpy", "safetensors", "tqdm", "transformers", "matplotlib"}),
     "simulator": (set(), {"torch", "numpy", "pandas"}),
-    "hub": (set(), {"huggingface_hub", "matplotlib", "numpy", "safetensors"}),
-    "evaluation": (set(), {"torch", "numpy", "tqdm", "datasets"}),
+    "hub": (set(), {"huggingface_hub", "jinja2", "matplotlib", "numpy", "safetensors"}),
+    "evaluation": (set(), {"torch", "numpy", "scipy", "tqdm", "datasets"}),
     "item_embeddings": (set(), {"datasets", "torch", "transformers", "numpy", "pyarrow", "safetensors"}),
     "data": (
         {"item_embeddings", "semantic_ids"},
@@ -164,12 +166,35 @@ def test_recipes_are_short_and_say_their_command():
         assert len(source.splitlines()) <= 170, path
 
 
+@pytest.mark.parametrize("folder", ["benchmarks", "experiments"])
+def test_scripts_say_their_command(folder):
+    for path in (ROOT / folder).glob("*.py"):
+        source = path.read_text(encoding="utf-8")
+        assert len(source.split("\n")) <= 351, path
+        assert "__main__" not in source or f"{folder}/{path.name}" in ast.get_docstring(ast.parse(source)), (
+            f"{path}: the docstring shows the command"
+        )
+
+
 def test_what_the_library_never_does():
     for path in FILES:
         source = path.read_text()
         assert not re.search(r"\bpickle\b|torch\.load\(", source), f"{path}: no pickle"
         assert not re.search(r"getattr\(\s*config\s*,", source), f"{path}: config fields are declared, not guessed"
         assert path.name != "utils.py"
+
+
+def test_ruff_before_a_commit_is_ruff_in_make_check():
+    pinned = re.search(r"^ruff==(.*)$", (ROOT / "constraints.txt").read_text(encoding="utf-8"), re.M)[1]
+    hooks = (ROOT / ".pre-commit-config.yaml").read_text(encoding="utf-8")
+    assert f"ruff-pre-commit\n    rev: v{pinned}\n" in hooks, f".pre-commit-config.yaml: ruff is pinned to {pinned}"
+
+
+def test_slow_tests_exist():
+    for name in SLOW:
+        module, _, function = name.partition("::")
+        path = ROOT / "tests" / f"test_{module}.py"
+        assert path.is_file() and f"def {function}" in path.read_text(encoding="utf-8"), f"no {name} in the tests"
 
 
 def test_first_docstring_line():

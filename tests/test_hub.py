@@ -162,7 +162,7 @@ def test_a_wrong_token_and_a_wrong_name(hub, folder):
 @pytest.mark.parametrize(
     "name, advice",
     [
-        ("README.md", "publish.py"),
+        ("README.md", "onerec publish"),
         ("model.safetensors", "model.save_pretrained"),
         ("generation_config.json", "model.save_pretrained"),
         ("tokenizer.json", "tokenizer.save_pretrained"),

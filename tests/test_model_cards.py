@@ -1,7 +1,7 @@
 """Model cards: valid metadata, snippets that run as printed, pictures, and the committed cards."""
 
 import contextlib
-import importlib.util
+import importlib
 import io
 import math
 from pathlib import Path
@@ -14,12 +14,17 @@ from transformers import AutoConfig
 
 from onerec_hf import SemanticIdTokenizer
 from onerec_hf.evaluation import prediction_entropy
-from onerec_hf.hub import model_card, plot_prediction_entropy, results_table, usage_snippet
+from onerec_hf.hub import model_card, plot_prediction_entropy, results_table, training_text
 
 from .tiny import ARCHITECTURES, SIZES, tiny_catalogue, tiny_context, tiny_model
 
 ROOT = Path(__file__).resolve().parents[1]
 KEPT, MASKED = {"recall@10": 0.123456, "ndcg@10": 0.06, "invalid_rate": 0.0}, {"recall@10": 0.2, "ndcg@10": 0.1}
+
+
+def snippet_of(config, repo="folder"):
+    """The Python of a card."""
+    return model_card(config, title="T", repo=repo, data="", training="").text.split("```python\n")[1].split("```")[0]
 
 
 def card_of(architecture="v2", **arguments):
@@ -45,6 +50,14 @@ def test_metadata_survive_the_way_through_a_file(tmp_path):
     ]
 
 
+def test_the_training_section_of_a_card_is_found_again(tmp_path):
+    assert training_text(tmp_path) == ""
+    card_of(training="Three epochs.\n\n| steps | 3 |", pictures=[("a.png", "A")]).save(tmp_path / "README.md")
+    assert training_text(tmp_path).startswith("Three epochs.\n\n| steps | 3 |")
+    (tmp_path / "README.md").write_text("# Somebody's card\n", encoding="utf-8")
+    assert training_text(tmp_path) == ""
+
+
 def test_an_adapter_says_what_it_needs():
     data = card_of(adapter=True, base_model="org/base").data
     assert (data.library_name, data.base_model, data.base_model_relation) == ("peft", "org/base", "adapter")
@@ -66,6 +79,8 @@ def test_what_a_card_refuses():
         card_of(results={"Tiny": (KEPT, None)})
     with pytest.raises(ValueError, match=r"papers=\['nobody'\] are unknown"):
         card_of(papers=["nobody"])
+    with pytest.raises(ValueError, match="the card of 'onerec_v2' shows `results`"):
+        card_of(metrics={"swt_auc": 0.7}, dataset_name="log")
     with pytest.raises(ValueError, match="no card for model_type='bert'"):
         model_card(AutoConfig.for_model("bert"), title="", repo="", data="", training="")
 
@@ -138,8 +153,7 @@ def test_the_snippet_runs_as_printed(tmp_path, architecture, overrides, lists):
     model = tiny_model(catalogue, architecture=architecture, **overrides)
     model.save_pretrained(tmp_path)
     SemanticIdTokenizer(codebook_sizes=SIZES, catalogue=catalogue).save_pretrained(tmp_path)
-    snippet = usage_snippet(model.config, str(tmp_path))
-    assert snippet in model_card(model.config, title="T", repo=str(tmp_path), data="", training="").text
+    snippet = snippet_of(model.config, str(tmp_path))
     printed = io.StringIO()
     with contextlib.redirect_stdout(printed):
         exec(snippet, {})
@@ -148,7 +162,7 @@ def test_the_snippet_runs_as_printed(tmp_path, architecture, overrides, lists):
 
 
 def test_the_snippet_names_the_features():
-    snippet = usage_snippet(tiny_model(**FEATURES).config, "folder")
+    snippet = snippet_of(tiny_model(**FEATURES).config, "folder")
     assert (
         'context_features = torch.zeros(1, 5, 2, dtype=torch.long)  # 0 is "unknown"; columns: age, author' in snippet
     )
@@ -159,7 +173,7 @@ def test_the_snippet_names_the_features():
         "history": [1000, 1063, 1001, 1002, 1064],
     }
     line = next(
-        line for line in usage_snippet(tiny_model(**VECTORS).config, "folder").splitlines() if "[0, :, 1]" in line
+        line for line in snippet_of(tiny_model(**VECTORS).config, "folder").splitlines() if "[0, :, 1]" in line
     )
     exec(line, names | {"tokenizer": SemanticIdTokenizer(codebook_sizes=SIZES, catalogue=tiny_catalogue())})
     assert names["context_features"][0].T.tolist() == [[0] * 5, [1, 64, 2, 3, 65]]  # row 0 is "unknown"
@@ -167,7 +181,7 @@ def test_the_snippet_names_the_features():
 
 def test_the_snippet_pads_the_pathways():
     """As the collator does: each pathway to its length, the real items first."""
-    snippet = usage_snippet(tiny_model(architecture="v1").config, "folder")
+    snippet = snippet_of(tiny_model(architecture="v1").config, "folder")
     body = snippet.partition("oldest first\n")[2].partition("found =")[0]
 
     class Tokenizer:
@@ -230,38 +244,13 @@ def test_the_entropy_picture(tmp_path):
 # ---- the committed cards -----------------------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def write():
-    spec = importlib.util.spec_from_file_location("write_cards", ROOT / "model_cards" / "write.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-def test_the_committed_cards_are_what_the_command_writes(write, tmp_path):
-    write.main(tmp_path)
-    for name in write.CARDS:
+def test_the_committed_cards_are_what_the_command_writes(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "results"))
+    cards = importlib.import_module("cards")
+    cards.main(tmp_path)
+    for name in cards.CARDS:
         committed = ROOT / "model_cards" / f"{name}.md"
-        assert committed.read_text() == (tmp_path / f"{name}.md").read_text(), (
-            f"{committed.name} is out of date: run `python model_cards/write.py`"
+        assert committed.read_text(encoding="utf-8") == (tmp_path / f"{name}.md").read_text(encoding="utf-8"), (
+            f"{committed.name} is out of date: run `python results/render.py`"
         )
-    assert {path.stem for path in (ROOT / "model_cards").glob("onerec*.md")} == set(write.CARDS)
-
-
-def test_numbers_are_read_from_the_results_page(write, tmp_path, monkeypatch):
-    (tmp_path / "docs").mkdir()
-    (tmp_path / "docs" / "results.md").write_text(
-        "<!-- a -->\n| model | seeds | recall@5 | training |\n|---|---|---|---|\n"
-        "| SASRec, full | 3 | 0.0495 ±0.0009 / .0604 ±.0012 | 11 minutes |\n<!-- /a -->\n"
-    )
-    monkeypatch.setattr(write, "ROOT", tmp_path)
-    assert write.table("a", "SASRec") == {"SASRec": ({"recall@5": 0.0495}, {"recall@5": 0.0604})}
-    with pytest.raises(ValueError, match=r"no rows of .* begin with 'OneRec'"):
-        write.table("a", "OneRec")
-    page = (tmp_path / "docs" / "results.md").read_text(encoding="utf-8")
-    row = "| SASRec, one negative | 3 | 0.03 / 0.04 | 1 minute |\n<!-- /a -->"
-    (tmp_path / "docs" / "results.md").write_text(page.replace("<!-- /a -->", row), encoding="utf-8")
-    with pytest.raises(ValueError, match=r"2 rows of .* begin with 'SASRec', one must"):  # which of the two is it?
-        write.table("a", "SASRec")
-    with pytest.raises(ValueError, match="no table between"):
-        write.table("b", "OneRec")
+    assert {path.stem for path in (ROOT / "model_cards").glob("onerec*.md")} == set(cards.CARDS)

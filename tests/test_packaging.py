@@ -83,7 +83,7 @@ def test_the_distributions_hold_the_package_and_nothing_else(distributions):
         for path in (ROOT / "onerec_hf").rglob("*")
         if path.is_file() and "__pycache__" not in path.parts
     }
-    assert "onerec_hf/hub/card_template.md" in package
+    assert {"onerec_hf/hub/card_template.md", "onerec_hf/hub/reward_card_template.md"} <= set(package)
     with zipfile.ZipFile(wheel) as archive:
         names = set(archive.namelist())
     assert {name for name in names if ".dist-info/" not in name} == package

@@ -9,7 +9,7 @@ from transformers import EarlyStoppingCallback, TrainerState, trainer_pt_utils
 from transformers.trainer_utils import IntervalStrategy
 from transformers.utils import logging
 
-from benchmarks.survival import TRAINERS, Run, differences, make_trainer, survive
+from experiments.survival import TRAINERS, Run, differences, make_trainer, survive
 from onerec_hf import Catalogue
 from onerec_hf.trainers.resume import checkpoints_of, why_incomplete
 

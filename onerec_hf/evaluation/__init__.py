@@ -1,10 +1,9 @@
 """Metrics and `evaluate()`: the same call for our models and for every baseline."""
 
-from .bootstrap import Lift, bootstrap_lift
+from .bootstrap import Lift, bootstrap_lift, paired_bootstrap
 from .classification import auc, calibration, feedback_report, gauc
 from .entropy import prediction_entropy
 from .evaluate import EvaluationResult, Recommender, evaluate
-from .metrics import paired_bootstrap
 from .strata import frequency_strata, recall_by_frequency
 
 __all__ = [

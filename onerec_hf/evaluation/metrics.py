@@ -81,27 +81,6 @@ def diversity_at_k(predictions: np.ndarray, k: int, item_embeddings: np.ndarray)
     return diversity
 
 
-def paired_bootstrap(
-    a: np.ndarray, b: np.ndarray, *, seed: int = 0, num_samples: int = 1000, confidence: float = 0.95
-) -> tuple[float, float]:
-    """Percentile interval of mean(a - b), users drawn anew with replacement (Efron and Tibshirani 1993, ch. 13).
-
-    Args:
-        a, b (`np.ndarray` of shape `(U,)`): one metric of the same users, in the same order, for two recommenders.
-        seed (`int`): the same seed gives the same interval.
-
-    Returns:
-        `(low, high)`: the difference is significant at `1 - confidence` where 0 lies outside.
-    """
-    a, b = np.asarray(a, dtype=np.float64), np.asarray(b, dtype=np.float64)
-    if a.ndim != 1 or a.shape != b.shape or len(a) == 0:
-        raise ValueError(f"a and b must be two non-empty vectors over the same users, got {a.shape} and {b.shape}.")
-    difference, rng = a - b, np.random.default_rng(seed)
-    means = [difference[rng.integers(len(difference), size=len(difference))].mean() for _ in range(num_samples)]
-    low, high = np.quantile(means, [(1 - confidence) / 2, (1 + confidence) / 2])
-    return float(low), float(high)
-
-
 def _first(array: np.ndarray, k: int) -> np.ndarray:
     if not 1 <= k <= array.shape[1]:
         raise ValueError(f"k must be in 1..{array.shape[1]} (the slots of the lists), got {k}.")

@@ -1,9 +1,8 @@
 """A model at home on the Hub: its card, the pictures in it, and one commit that uploads everything."""
 
-from .cards import model_card, results_table, table_cell, usage_snippet
+from .cards import model_card, results_table, table_cell, training_text
 from .pictures import plot_prediction_entropy, plot_recall_by_frequency, plot_training_curve
 from .push import push_to_hub, repository_files
-from .reward_cards import reward_card, reward_snippet
 
 __all__ = [
     "model_card",
@@ -13,8 +12,6 @@ __all__ = [
     "push_to_hub",
     "repository_files",
     "results_table",
-    "reward_card",
-    "reward_snippet",
     "table_cell",
-    "usage_snippet",
+    "training_text",
 ]

@@ -14,12 +14,11 @@ from pathlib import Path
 
 import datasets
 import numpy as np
-from huggingface_hub import ModelCard
 from transformers import AutoConfig
 
 from .. import Catalogue
 from ..data import DataFolder
-from ..hub import model_card, plot_recall_by_frequency, push_to_hub, repository_files, table_cell
+from ..hub import model_card, plot_recall_by_frequency, push_to_hub, repository_files, table_cell, training_text
 from ..recommender import Recommender
 from .checks import check_columns, check_push, unique_names
 from .parser import ScriptParser
@@ -124,8 +123,7 @@ def main(args: PublishArguments) -> str:
         shutil.copy(data.path / "codebook_usage.png", folder)
     draw_recall(recalls, splits, folder / "recall_by_frequency.png")
     # how it was trained stands in the card that the trainer wrote
-    written = ModelCard.load(folder / "README.md").text if (folder / "README.md").is_file() else ""
-    training = written.partition("\n## Training\n")[2].partition("\n## ")[0].strip()
+    training = training_text(folder)
     dataset_name = args.dataset_name or data.path.absolute().name
     card = model_card(
         AutoConfig.from_pretrained(folder),

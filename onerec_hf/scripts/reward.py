@@ -24,7 +24,7 @@ from transformers.trainer_utils import PredictionOutput
 from .. import OneRecPScoreConfig, OneRecSessionRewardConfig
 from ..data import DataFolder, RewardCollator
 from ..evaluation import feedback_report
-from ..hub import reward_card
+from ..hub import model_card
 from ..trainers import ResumableTrainer, StopAtNonFinite
 from .checks import check_splits, check_training, refuse_unknown
 from .ending import finish, save, some, write_metrics
@@ -111,10 +111,10 @@ def main(args: RewardArguments, training: TrainingArguments) -> dict:
         write_metrics(output, result)
 
     def card() -> None:
-        texts = {"title": "Session-wise reward model" if args.session_wise else "P-Score reward model"}
+        texts: dict[str, Any] = {"title": "Session-wise reward model" if args.session_wise else "P-Score reward model"}
         texts |= {"repo": str(output), "data": f"Logged exposures: {args.data}.", "dataset_name": Path(args.data).name}
         texts["training"] = f"`onerec reward`, {training.num_train_epochs:g} epochs."
-        reward_card(model.config, **texts, metrics=result.get("test")).save(output / "README.md")
+        model_card(model.config, **texts, metrics=result.get("test")).save(output / "README.md")
 
     advice = (
         "The same command with --resume_from_checkpoint and the last checkpoint scores the model without training it."

@@ -1,7 +1,7 @@
 """Iterative Preference Alignment in a simulated world, where the truth is known: what IPA, plain DPO and the losses of Table 1 do.
 
-    OMP_NUM_THREADS=1 python benchmarks/ipa.py --seed 0 --output outputs/ipa_0.json     # and seeds 1, 2
-    python benchmarks/ipa.py --summary outputs/ipa_*.json
+    OMP_NUM_THREADS=1 python experiments/ipa.py --seed 0 --output outputs/ipa_0.json     # and seeds 1, 2
+    python experiments/ipa.py --summary outputs/ipa_*.json
 
 One seed is one world, one log, one reward model and one OneRec-V2. The reward model (P-Score with the one objective watch time) is
 trained on the logged feedback before each user's validation event; the seed model by SFT on long views. Every system starts from
@@ -19,45 +19,25 @@ from tempfile import TemporaryDirectory
 import datasets
 import numpy as np
 import torch
-from transformers import Trainer, TrainingArguments, set_seed
+from transformers import set_seed
+from world import CODEBOOK_SIZES, QUIET, World, align, first_pairs, rank_correlation, train_reward
 
-from onerec_hf import Catalogue, OneRecPScoreConfig, OneRecPScoreModel, OneRecV2Config, OneRecV2ForCausalLM
-from onerec_hf.data import (
-    OneRecCollator,
-    RewardCollator,
-    SessionConfig,
-    leave_last_out,
-    load_interactions,
-    session_splits,
-)
+from onerec_hf import OneRecV2Config, OneRecV2ForCausalLM
+from onerec_hf.data import OneRecCollator, SessionConfig, leave_last_out, session_splits
 from onerec_hf.evaluation import evaluate
 from onerec_hf.recommender import ItemRanker
 from onerec_hf.rewards import reward_of_model
-from onerec_hf.semantic_ids import ResidualKMeans, resolve_collisions
-from onerec_hf.simulator import ShortVideoWorld
-from onerec_hf.trainers import IPAConfig, IPATrainer, OneRecSFTConfig, OneRecSFTTrainer
+from onerec_hf.trainers import OneRecSFTConfig, OneRecSFTTrainer
 
 MODEL = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
 MODEL |= {"context_embed_dim": 32, "context_key_value_split": 2, "dropout": 0.2}
-FEEDBACK = ["play_time_ms", "duration_ms", "long_view", "is_like", "is_follow", "is_forward", "request_id"]
-QUIET = {"report_to": "none", "disable_tqdm": True, "save_strategy": "no", "logging_steps": 50, "use_cpu": True}
 
 
-class Setting:
-    """World, log, splits, catalogue and collators of one seed."""
+class Setting(World):
+    """A world with the splits of its long views and their collator."""
 
     def __init__(self, seed: int, num_users: int, num_items: int):
-        self.seed = seed
-        self.world = ShortVideoWorld(num_users=num_users, num_items=num_items, seed=seed)
-        columns = {"user_id": "user_id", "item_id": "video_id", "timestamp": "time_ms"}
-        items = self.world.items.rename(columns={"video_id": "item_id"})[["item_id"]]
-        self.log = load_interactions(
-            self.world.logs(seed),
-            columns=columns,
-            feedback=FEEDBACK,
-            items=items,
-            items_columns={"item_id": "item_id"},
-        )
+        super().__init__(seed, num_users, num_items, draw_seed=seed)
         long = self.log.feedback["long_view"] == 1
         self.views = replace(
             self.log,
@@ -69,11 +49,6 @@ class Setting:
         splits = leave_last_out(self.views)
         self.train = splits["train"].filter(lambda row: len(row["history"]) > 1)
         self.test = splits["test"].filter(lambda row: len(row["history"]) > 2)
-        embeddings = torch.from_numpy(self.world.content_embeddings[self.log.item_ids]).float()
-        quantizer = ResidualKMeans(3, 32, balanced=True, seed=seed)
-        codes = resolve_collisions(quantizer.fit(embeddings).train_codes, quantizer, embeddings, policy="next_free")
-        self.catalogue = Catalogue(codes, [32] * 3, self.log.item_ids)
-        self.item_token_ids = codes.numpy() + np.array([4, 36, 68])
         self.collator = OneRecCollator(self.item_token_ids, max_history=20)
         # the time of each user's last and next-to-last long view: test and validation events, where there are so many
         end, count = self.views.user_offsets[1:], np.diff(self.views.user_offsets)
@@ -84,66 +59,29 @@ class Setting:
     def true_watch_time(self, users, items) -> np.ndarray:
         """Expected seconds (B, k) of showing each user the items (B, k) at the time of the test event."""
         times = np.array([self.test_time[user] for user in users])
-        shown = self.world.expected_feedback(
-            self.log.user_ids[users][:, None], self.log.item_ids[items], times[:, None]
-        )
-        return shown["play_time_ms"] / 1000
+        return self.expected_feedback(users, items, times)["play_time_ms"] / 1000
 
-    def policy(self, state=None) -> OneRecV2ForCausalLM:
+    def policy(self) -> OneRecV2ForCausalLM:
+        """An untrained model."""
         set_seed(self.seed)
-        model = OneRecV2ForCausalLM(OneRecV2Config(codebook_sizes=[32] * 3, **MODEL))
+        model = OneRecV2ForCausalLM(OneRecV2Config(codebook_sizes=CODEBOOK_SIZES, **MODEL))
         model.catalogue = self.catalogue
-        if state is not None:
-            model.load_state_dict(state)
         return model.eval()
 
 
-def train_reward(setting: Setting, epochs: float):
-    """P-Score of one objective: watch time as a share of the log's 95th percentile."""
+def reward_before(log, item_token_ids: np.ndarray, time: np.ndarray, seed: int, epochs: float):
+    """The reward model of watch time, from each user's impressions before their own `time` (U,), in ms."""
     every = {"min_watched": 0, "min_watch_time_ms": 0, "min_interactions": 0, "cut": "first", "max_events": 1}
     config = SessionConfig(
         request="request_id", watched={"long_view": 1}, interactions={}, max_history=20, min_history=0, **every
     )
-    rows = datasets.concatenate_datasets(list(session_splits(setting.log, config).values())).with_format("numpy")
-    known = np.flatnonzero(rows["session_start"][:] < setting.validation_time[rows["user"][:]])
-    cap = float(np.percentile(setting.log.feedback["play_time_ms"], 95))
-    duration = np.zeros(setting.log.num_items)
-    duration[setting.log.item_index] = setting.log.feedback["duration_ms"]
-    collator = RewardCollator(
-        setting.item_token_ids,
-        max_history=20,
-        user_features={"user": np.arange(setting.log.num_users)},
-        targets=["swt"],
-        session_wise=False,
-        candidate_features={
-            "item": np.arange(setting.log.num_items) + 1,
-            "duration": np.digitize(duration, np.percentile(duration, np.arange(5, 100, 5))),
-        },
-        label_settings={"watch_cap_ms": cap},
-    )
-    set_seed(setting.seed)
-    model = OneRecPScoreModel(
-        OneRecPScoreConfig(
-            codebook_sizes=[32] * 3,
-            targets=["swt"],
-            user_features=collator.user_feature_sizes,
-            item_features=collator.item_feature_sizes,
-            dropout=0.2,
-        )
-    )
-    arguments = TrainingArguments(
-        "unused",
-        remove_unused_columns=False,
-        num_train_epochs=epochs,
-        per_device_train_batch_size=512,
-        learning_rate=2e-3,
-        lr_scheduler_type="cosine",
-        weight_decay=0.1,
-        seed=setting.seed,
-        **QUIET,
-    )
-    Trainer(model, arguments, data_collator=collator, train_dataset=rows.select(known)).train()
-    return model.eval(), collator, cap / 1000
+    rows = datasets.concatenate_datasets(list(session_splits(log, config).values())).with_format("numpy")
+    known = np.flatnonzero(rows["session_start"][:] < time[rows["user"][:]])
+    duration = np.zeros(log.num_items)
+    duration[log.item_index] = log.feedback["duration_ms"]
+    classes = np.digitize(duration, np.percentile(duration, np.arange(5, 100, 5)))
+    settings = {"max_history": 20, "batch_size": 512, "epochs": epochs, "seed": seed, "duration": classes}
+    return train_reward(log, rows.select(known), item_token_ids, **settings)
 
 
 @torch.no_grad()
@@ -202,9 +140,8 @@ def reward_quality(setting: Setting, reward_model, reward_collator, num_users: i
     items, found = np.arange(setting.log.num_items), []
     for row in setting.test.select(range(min(num_users, len(setting.test)))):
         batch = reward_collator.context([row]) | reward_collator.candidates([row | {"targets": items}])
-        both = (reward_model(**batch).rewards[0].numpy(), setting.true_watch_time([row["user"]], items[None])[0])
-        ranks = [values.argsort().argsort() for values in both]
-        found.append(np.corrcoef(*ranks)[0, 1])
+        truth = setting.true_watch_time([row["user"]], items[None])[0]
+        found.append(rank_correlation(reward_model(**batch).rewards[0].numpy(), truth))
     return float(np.mean(found))
 
 
@@ -225,34 +162,17 @@ def logged_pairs(setting: Setting) -> datasets.Dataset:
     return datasets.Dataset.from_list(pairs)
 
 
-def align(setting: Setting, state, folder: Path, settings: dict, reward=None, pairs=None):
-    """One system: the seed model, trained further."""
-    model = setting.policy(state)
-    common = {"per_device_train_batch_size": 32, "lr_scheduler_type": "constant", "seed": setting.seed, **QUIET}
-    if reward is None and pairs is None:
-        args = OneRecSFTConfig(str(folder), train_sampling_strategy="random", **common | settings)
-        trainer = OneRecSFTTrainer(model, args, data_collator=setting.collator, train_dataset=setting.train)
-    else:
-        args = IPAConfig(str(folder), **common | settings)
-        trainer = IPATrainer(
-            model, args, data_collator=setting.collator, train_dataset=setting.train, reward=reward, pairs=pairs
-        )
-    start = time.perf_counter()
-    trainer.train()
-    log = [record for record in trainer.state.log_history if any(name.startswith("ipa/") for name in record)]
-    return model, {"seconds": time.perf_counter() - start, "log": log}
-
-
 def systems(setting: Setting, arguments) -> dict[str, dict]:
     """Name -> settings; `pairs` says where they come from: mined in every iteration, in the first one, logged, or nowhere."""
     base = {"num_train_epochs": arguments.iterations, "learning_rate": arguments.learning_rate}
+    base |= {"per_device_train_batch_size": 32}
     pairs = base | {
         "dpo_ratio": arguments.dpo_ratio,
         "num_candidates": arguments.num_candidates,
         "preference_weight": arguments.preference_weight,
         "kl_users": 256,
     }
-    found = {"SFT, more steps": base | {"pairs": None}, "IPA (iterated DPO)": pairs | {"pairs": "mined"}}
+    found = {"SFT, the same number of steps": base | {"pairs": None}, "IPA (iterated DPO)": pairs | {"pairs": "mined"}}
     found["DPO, logged pairs"] = pairs | {"pairs": "logged"}
     for loss_type in ("dpo", "ipo", "cdpo", "rdpo", "cpo", "simpo"):
         found[f"{loss_type}, pairs of the seed model"] = pairs | {"pairs": "first", "loss_type": loss_type}
@@ -267,23 +187,24 @@ def main(arguments) -> dict:
     torch.set_num_threads(1)
     setting = Setting(arguments.seed, arguments.num_users, arguments.num_items)
     print(f"{len(setting.log)} impressions, {len(setting.views)} long views, {len(setting.train)} rows", flush=True)
-    reward_model, reward_collator, cap = train_reward(setting, arguments.reward_epochs)
+    before = (setting.log, setting.item_token_ids, setting.validation_time, setting.seed)
+    reward_model, reward_collator, cap = reward_before(*before, arguments.reward_epochs)
     seed_model = setting.policy()
-    training = OneRecSFTConfig(
-        "unused",
-        num_train_epochs=arguments.sft_epochs,
-        per_device_train_batch_size=64,
-        learning_rate=3e-3,
-        adam_beta2=0.98,
-        weight_decay=0.1,
-        lr_scheduler_type="cosine",
-        warmup_steps=20,
-        train_sampling_strategy="random",
-        seed=arguments.seed,
-        **QUIET,
-    )
-    OneRecSFTTrainer(seed_model, training, data_collator=setting.collator, train_dataset=setting.train).train()
-    state = {name: tensor.clone() for name, tensor in seed_model.state_dict().items()}
+    with TemporaryDirectory() as folder:
+        training = OneRecSFTConfig(
+            folder,
+            num_train_epochs=arguments.sft_epochs,
+            per_device_train_batch_size=64,
+            learning_rate=3e-3,
+            adam_beta2=0.98,
+            weight_decay=0.1,
+            lr_scheduler_type="cosine",
+            warmup_steps=20,
+            train_sampling_strategy="random",
+            seed=arguments.seed,
+            **QUIET,
+        )
+        OneRecSFTTrainer(seed_model, training, data_collator=setting.collator, train_dataset=setting.train).train()
     judged = (reward_model, reward_collator, cap)
     quality = reward_quality(setting, reward_model, reward_collator)
     report = {
@@ -295,20 +216,20 @@ def main(arguments) -> dict:
     best_of_n = Reranker(seed_model, setting.collator, arguments.num_candidates, reward_model, reward_collator)
     report["systems"]["seed model, re-ranked"] = judge(setting, seed_model, *judged, ranker=best_of_n)
     print(f"reward model: rank correlation with the truth {quality:.3f}", json.dumps(report["systems"]), flush=True)
-    reward = reward_of_model(reward_model, reward_collator, seed_model, arguments.num_candidates)
+    reward = reward_of_model(reward_model, reward_collator, seed_model)
     first = {}  # num_rejected -> pairs that the seed model's beams give
+    given = seed_model, setting.collator, setting.train
     for name, settings in systems(setting, arguments).items():
-        source, count = settings.pop("pairs"), settings.get("num_rejected", 1)
+        source, count, start = settings.pop("pairs"), settings.get("num_rejected", 1), time.perf_counter()
         with TemporaryDirectory() as folder:
             pairs = logged_pairs(setting) if source == "logged" else None
             if source == "first":
                 if count not in first:
-                    align(setting, state, Path(folder), settings | {"max_steps": 1}, reward)
-                    first[count] = list(datasets.load_from_disk(f"{folder}/pairs/iteration_000"))
-                pairs = datasets.Dataset.from_list(first[count]).select_columns(["row", "chosen", "rejected"])
-            model, details = align(
-                setting, state, Path(folder), settings, reward if source == "mined" else None, pairs
-            )
+                    align(*given, folder, settings | {"max_steps": 1}, setting.seed, reward)
+                    first[count] = first_pairs(folder)
+                pairs = first[count]
+            model, log = align(*given, folder, settings, setting.seed, reward if source == "mined" else None, pairs)
+        details = {"seconds": time.perf_counter() - start, "log": log}
         report["systems"][name] = judge(setting, model, *judged) | details
         print(name, json.dumps({k: v for k, v in report["systems"][name].items() if k != "log"}), flush=True)
         arguments.output.parent.mkdir(parents=True, exist_ok=True)

@@ -1,6 +1,6 @@
 """Zero invalid and zero repeated items, over random models, catalogues, subsets, beam widths, sessions and samples.
 
-    python benchmarks/validity.py --items 1000000 --threads 1
+    python experiments/validity.py --items 1000000 --threads 1
 
 Every seed makes another small OneRec-V2 and another catalogue (sizes, skew, collisions), and generates under a random subset per
 user; whatever comes out is looked up in the plain set of the allowed semantic IDs. The suite runs the first seeds.

@@ -1,13 +1,9 @@
-"""Writes the card of every published recipe from docs/results.md, so that no result is typed twice.
-
-    python model_cards/write.py
-
-A test compares the committed cards with what this writes: run it after a change of docs/results.md or of the template.
-"""
+"""The card of every published recipe, with numbers from results/*.json. `python results/render.py` writes them."""
 
 import re
 from pathlib import Path
 
+import render
 import torch
 import yaml
 from transformers import AutoConfig, AutoModelForCausalLM
@@ -19,33 +15,6 @@ from onerec_hf.scripts import quickstart as recipe
 ROOT = Path(__file__).resolve().parents[1]
 
 
-def table(marker: str, *labels: str) -> dict[str, tuple[dict[str, float], dict[str, float]]]:
-    """
-    Rows of the table between `<!-- marker -->` and `<!-- /marker -->` of docs/results.md: (seen items kept, masked) per row. Each
-    of `labels` is the beginning of the first cell of one row and of no other. `0.0760 ±0.0007 / 0.0844 ±0.0008` reads as .0760 and
-    .0844.
-    """
-    text = (ROOT / "docs" / "results.md").read_text(encoding="utf-8")
-    block = text.partition(f"<!-- {marker} -->")[2].partition(f"<!-- /{marker} -->")[0]
-    rows = [
-        [cell.strip() for cell in line.strip("|").split("|")] for line in block.splitlines() if line.startswith("|")
-    ]
-    if not rows:
-        raise ValueError(f"docs/results.md has no table between <!-- {marker} --> and <!-- /{marker} -->.")
-    found = {}
-    for label in labels:
-        begin = [row for row in rows if row[0].startswith(label)]
-        if len(begin) != 1:
-            raise ValueError(
-                f"{len(begin) or 'no'} rows of the table {marker!r} in docs/results.md begin with {label!r}, one must: "
-                f"{[r[0] for r in rows]}"
-            )
-        (row,) = begin
-        cells = {name: re.findall(r"(?<![±\d.])\d*\.\d+", cell) for name, cell in zip(rows[0], row) if "@" in name}
-        found[label] = tuple({name: float(values[side]) for name, values in cells.items()} for side in (0, 1))
-    return found
-
-
 # What the row of the table was measured with; the recipe's own configs take its place when they have a row.
 def beauty():
     settings = yaml.safe_load((ROOT / "recipes/configs/small_sft.yaml").read_text(encoding="utf-8"))
@@ -55,7 +24,7 @@ def beauty():
     features = {"context_features": {"item_vectors": 12101 + 1}, "fixed_context_features": ["item_vectors"]}
     features["feature_embed_dims"] = {"item_vectors": width}
     config = AutoConfig.for_model("onerec_v2", codebook_sizes=sizes, **features, **settings["model"])
-    rows = table(
+    rows = render.metrics(
         "beauty", "OneRec-V2, 0.83M", "popularity", "co-occurrence counter", "SASRec, full softmax, 40 epochs"
     )
     return model_card(
@@ -91,7 +60,7 @@ def count(config, label: str) -> int:
 
 def quickstart():
     config = AutoConfig.for_model("onerec_v2", codebook_sizes=[64] * 3, **recipe.MODEL)
-    rows = table("quickstart", "OneRec-V2, 0.14M", "popularity", "co-occurrence counter", "SASRec")
+    rows = render.metrics("quickstart", "OneRec-V2, 0.14M", "popularity", "co-occurrence counter", "SASRec")
     return model_card(
         config,
         title="OneRec-V2 quickstart",
@@ -113,7 +82,3 @@ def main(folder: Path = ROOT / "model_cards") -> None:
     for name, make in CARDS.items():
         make().save(folder / f"{name}.md")
         print(folder / f"{name}.md")
-
-
-if __name__ == "__main__":
-    main()

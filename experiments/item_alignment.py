@@ -1,7 +1,7 @@
 """What item pairs do to content embeddings and to semantic IDs (OneRec Technical Report 2.1.1), before any model is trained.
 
-    python benchmarks/item_alignment.py --data outputs/beauty --columns 0 384 --output outputs/item_alignment.json
-    python benchmarks/item_alignment.py ... --text_fields title brand --label category_path     # the caption loss, too
+    python experiments/item_alignment.py --data outputs/beauty --columns 0 384 --output outputs/item_alignment.json
+    python experiments/item_alignment.py ... --text_fields title brand --label category_path     # the caption loss, too
 
 `--data` is a folder that recipes/prepare.py wrote; `--columns` the content part of its embeddings (text comes first). Pairs and
 projection see the training split. On the validation split: how often a user's target is among the 10 nearest neighbours of his last

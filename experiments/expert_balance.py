@@ -1,6 +1,6 @@
 """How evenly a mixture of experts is used with and without loss-free balancing, and what that costs in loss.
 
-    python benchmarks/expert_balance.py --data outputs/beauty --threads 1 --output outputs/expert_balance.json
+    python experiments/expert_balance.py --data outputs/beauty --threads 1 --output outputs/expert_balance.json
 
 A small OneRec-V2 (4 blocks of width 64, the last two mixtures of 24 experts of width 32, 2 per token, and a shared one) on a folder
 that recipes/prepare.py wrote; the same seed, batches and weights for every rate of DeepSeek-V3's bias update. Reported per block:
@@ -60,7 +60,7 @@ def train(data: Path, rate: float, steps: int, batch_size: int, seed: int) -> di
             arguments,
             data_collator=OneRecCollator(tokenizer.encode_semantic_ids(tokenizer.catalogue.semantic_ids), 30),
             train_dataset=splits["train"].filter(lambda n: n > 1, input_columns="length").with_format("numpy"),
-            eval_dataset=splits["validation"].select(range(4000)).with_format("numpy"),
+            eval_dataset=splits["validation"].select(range(min(4000, len(splits["validation"])))).with_format("numpy"),
             processing_class=tokenizer,
         )
         start = time.process_time()

@@ -1,7 +1,7 @@
 """Kills runs with SIGKILL at random moments, resumes them, and compares their end with that of a run that nobody killed.
 
-    python benchmarks/survival.py --kills 20
-    python benchmarks/survival.py --kills 4 --trainers SFT GRPO --processes 1
+    python experiments/survival.py --kills 20
+    python experiments/survival.py --kills 4 --trainers SFT GRPO --processes 1
 
 Every trainer, on one and on two processes (gloo), on a CPU. Half of the kills wait until a checkpoint begins to be written and
 strike within that write. A killed run is resumed from its newest complete checkpoint, may be killed again, and goes on to the

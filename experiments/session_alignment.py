@@ -1,6 +1,6 @@
 """Iterative Preference Alignment of whole sessions in a simulated world: OneRec as its paper trains it (arXiv:2502.18965).
 
-    OMP_NUM_THREADS=1 python benchmarks/session_alignment.py --seeds 0 1 2 --output outputs/session_alignment.json
+    OMP_NUM_THREADS=1 python experiments/session_alignment.py --seeds 0 1 2 --output outputs/session_alignment.json
 
 Table 1 of the paper (`--baselines`, `--ablations`) and its Figure 5. Each seed is a world, a log, a reward model (P-Score of
 watch time, trained on every impression of the training days; a session's reward is the mean of its items', since a few thousand
@@ -20,87 +20,36 @@ import datasets
 import numpy as np
 import sessions
 import torch
-from transformers import Trainer, TrainingArguments, set_seed
+from world import World, align, rank_correlation, train_reward
 
-from onerec_hf import OneRecPScoreConfig, OneRecPScoreModel
 from onerec_hf.baselines import FDSA, TIGER, BERT4Rec, SASRec, attribute_codes
-from onerec_hf.data import RewardCollator, SessionConfig, session_splits
+from onerec_hf.data import SessionConfig, session_splits
 from onerec_hf.evaluation import evaluate, prediction_entropy
 from onerec_hf.hub import plot_prediction_entropy
 from onerec_hf.rewards import reward_of_model
-from onerec_hf.simulator import ShortVideoWorld
-from onerec_hf.trainers import IPAConfig, IPATrainer, OneRecSFTConfig, OneRecSFTTrainer
 from onerec_hf.trainers.pair_mining import mine_pairs
 
-QUIET = {"report_to": "none", "disable_tqdm": True, "save_strategy": "no", "logging_steps": 50, "use_cpu": True}
 
-
-def train_reward(world, interactions, catalogue, seed: int, epochs: float = 6):
+def reward_of_requests(world: World, epochs: float = 6):
     """The reward model of watch time, from all requests of the training days."""
     every = {"min_watched": 0, "min_watch_time_ms": 0, "min_interactions": 0, "cut": "first"}
     config = SessionConfig(request="request_id", session_size=sessions.ITEMS, max_history=50, **every)
-    edges = [world.start_time_ms + day * sessions.DAY_MS for day in (world.num_days - 4, world.num_days - 2)]
-    rows = session_splits(interactions, config, *edges)["train"]
-    collator = RewardCollator(
-        catalogue.semantic_ids.numpy() + np.array([4, 36, 68]),
-        max_history=50,
-        user_features={"user": np.arange(interactions.num_users)},
-        targets=["swt"],
-        session_wise=False,
-        candidate_features={"item": np.arange(interactions.num_items) + 1},
-        label_settings={"watch_cap_ms": int(np.percentile(interactions.feedback["play_time_ms"], 95))},
-    )
-    set_seed(seed)
-    sizes = {"user_features": collator.user_feature_sizes, "item_features": collator.item_feature_sizes}
-    model = OneRecPScoreModel(
-        OneRecPScoreConfig(codebook_sizes=catalogue.codebook_sizes, targets=["swt"], dropout=0.2, **sizes)
-    )
-    arguments = TrainingArguments(
-        "unused",
-        remove_unused_columns=False,
-        num_train_epochs=epochs,
-        per_device_train_batch_size=128,
-        learning_rate=2e-3,
-        lr_scheduler_type="cosine",
-        weight_decay=0.1,
-        seed=seed,
-        **QUIET,
-    )
-    Trainer(model, arguments, data_collator=collator, train_dataset=rows.with_format("numpy")).train()
-    return model.eval(), collator
+    rows = session_splits(world.log, config, *sessions.split_times(world))["train"]
+    settings = {"max_history": 50, "batch_size": 128, "epochs": epochs, "seed": world.seed}
+    return train_reward(world.log, rows, world.item_token_ids, **settings)[:2]
 
 
 @torch.no_grad()
-def reward_quality(world, interactions, rows, model, collator) -> float:
+def reward_quality(world: World, rows, model, collator) -> float:
     """Rank correlation of the reward with the truth over random sessions, mean over 150 requests."""
     draw, found = np.random.default_rng(0), []
     for row in rows.select(range(min(150, len(rows)))):
-        items = draw.integers(0, interactions.num_items, (40, sessions.ITEMS))
-        users = interactions.user_ids[[row["user"]]][:, None]
+        items = draw.integers(0, world.log.num_items, (40, sessions.ITEMS))
         times = int(row["session_start"]) + 30_000 * np.arange(sessions.ITEMS)[None]
-        truth = world.expected_feedback(users, interactions.item_ids[items], times)["play_time_ms"].sum(1)
+        truth = world.expected_feedback([row["user"]], items, times)["play_time_ms"].sum(1)
         batch = collator.context([row]) | collator.candidates([row | {"targets": own.tolist()} for own in items])
-        both = truth, model(**batch).rewards.mean(1).numpy()
-        found.append(np.corrcoef(*(values.argsort().argsort() for values in both))[0, 1])
+        found.append(rank_correlation(truth, model(**batch).rewards.mean(1).numpy()))
     return float(np.mean(found))
-
-
-def align(seed_model, collator, rows, settings: dict, seed: int, reward=None, pairs=None):
-    """The seed model, trained further; the aligned model and what IPA logged."""
-    model = type(seed_model)(seed_model.config)
-    model.load_state_dict(seed_model.state_dict())
-    model.catalogue = seed_model.catalogue
-    settings = {"per_device_train_batch_size": 64, "lr_scheduler_type": "constant", "seed": seed, **QUIET} | settings
-    with TemporaryDirectory() as folder:
-        if reward is None and pairs is None:
-            arguments = OneRecSFTConfig(folder, train_sampling_strategy="random", **settings)
-            trainer = OneRecSFTTrainer(model, arguments, data_collator=collator, train_dataset=rows)
-        else:
-            arguments = IPAConfig(folder, kl_users=128, **settings)
-            data = {"data_collator": collator, "train_dataset": rows, "reward": reward, "pairs": pairs}
-            trainer = IPATrainer(model, arguments, **data)
-        trainer.train()
-    return model.eval(), [entry for entry in trainer.state.log_history if "ipa/pairs" in entry]
 
 
 def seed_pairs(seed_model, collator, rows, reward, args, seed: int, num_rejected: int) -> datasets.Dataset:
@@ -111,10 +60,11 @@ def seed_pairs(seed_model, collator, rows, reward, args, seed: int, num_rejected
     return datasets.Dataset.from_list(found).select_columns(["row", "chosen", "rejected"])
 
 
-def train_baselines(world, interactions, watched, catalogue, rows, seed: int) -> dict:
+def train_baselines(world: World, watched, rows) -> dict:
     """Table 1's baselines; the epoch with the best ndcg@10 on the validation sessions."""
     validation = rows["validation"].filter(lambda history: len(history) > 0, input_columns="history")
-    category = world.items.category.to_numpy()[interactions.item_ids]
+    category = world.simulator.items.category.to_numpy()[world.log.item_ids]
+    catalogue, seed = world.catalogue, world.seed
     small = {
         "hidden_size": 64,
         "intermediate_size": 128,
@@ -123,8 +73,8 @@ def train_baselines(world, interactions, watched, catalogue, rows, seed: int) ->
         "head_dim": 16,
     }
     models = {
-        "SASRec": SASRec(interactions.num_items, seed=seed, dropout=0.2),
-        "BERT4Rec": BERT4Rec(interactions.num_items, seed=seed),
+        "SASRec": SASRec(catalogue.num_items, seed=seed, dropout=0.2),
+        "BERT4Rec": BERT4Rec(catalogue.num_items, seed=seed),
         "FDSA": FDSA(attribute_codes(category), seed=seed),
         "TIGER": TIGER(catalogue, num_user_tokens=0, causal_items=True, dropout=0.0, seed=seed, **small),
     }
@@ -152,10 +102,10 @@ def best_of(reward, model, collator, rows, num_candidates: int) -> np.ndarray:
     return np.concatenate(shown)
 
 
-def judge(world, interactions, rows, items: np.ndarray, opinion, collator) -> dict[str, float]:
+def judge(world: World, rows, items: np.ndarray, opinion, collator) -> dict[str, float]:
     """The truth about the five items of each request, sum and largest of the five, and the reward model's opinion."""
-    truth = sessions.expected_feedback(world, interactions, rows, items)
-    report = sessions.judge(world, interactions, rows, items, truth)
+    truth = sessions.expected_feedback(world, rows, items)
+    report = sessions.judge(world, rows, items, truth)
     report["follows"] = float(truth["is_follow"].sum(1).mean())
     names = {"watch_s": "play_time_ms", "long_views": "long_view", "follows": "is_follow", "likes": "is_like"}
     report |= {f"{name} max": float(truth[column].max(1).mean()) for name, column in names.items()}
@@ -170,9 +120,10 @@ def judge(world, interactions, rows, items: np.ndarray, opinion, collator) -> di
 def systems(args, reward) -> dict[str, tuple]:
     """What starts from the seed model: settings, a reward, and how many rejected sessions its pairs of the seed model have."""
     common = {"num_train_epochs": args.iterations, "learning_rate": args.learning_rate}
-    alignment = common | {"dpo_ratio": args.dpo_ratio, "num_candidates": args.num_candidates}
+    common |= {"per_device_train_batch_size": 64}
+    alignment = common | {"dpo_ratio": args.dpo_ratio, "num_candidates": args.num_candidates, "kl_users": 128}
     alignment |= {"preference_weight": args.preference_weight}
-    found = {"SFT, as long again": (common, None, 0), "IPA": (alignment, reward, 0)}
+    found = {"SFT, the same number of steps": (common, None, 0), "IPA": (alignment, reward, 0)}
     for loss in args.losses:
         settings = alignment | {"loss_type": loss, "num_rejected": 3 if loss == "sdpo" else 1}
         found[f"{loss}, pairs of the seed model"] = (settings, None, settings["num_rejected"])
@@ -195,20 +146,20 @@ def systems(args, reward) -> dict[str, tuple]:
 
 def run(seed: int, args) -> dict[str, dict[str, float]]:
     """Every system of one world."""
-    world = ShortVideoWorld(args.num_users, args.num_items, request_size=10, seed=seed)
-    interactions, rows, catalogue, watched = sessions.prepare(world)
+    world = World(seed, args.num_users, args.num_items, request_size=10)
+    (rows, watched), catalogue = sessions.split_sessions(world), world.catalogue
     whole = rows.filter(lambda targets: len(targets) == sessions.ITEMS, input_columns="targets")
     test, fit = whole["test"], whole["train"].with_format("numpy")
-    reward_model, reward_collator = train_reward(world, interactions, catalogue, seed)
-    quality = reward_quality(world, interactions, test, reward_model, reward_collator)
+    reward_model, reward_collator = reward_of_requests(world)
+    quality = reward_quality(world, test, reward_model, reward_collator)
     print(f"seed {seed}: rank correlation of the reward model with the truth {quality:.3f}", flush=True)
     seed_model, collator, _ = sessions.train(sessions.ITEMS, rows, catalogue, args.epochs, seed)
-    reward = reward_of_model(reward_model, reward_collator, seed_model, args.num_candidates)
-    opinion = reward_of_model(reward_model, reward_collator, seed_model, 1)
+    reward = reward_of_model(reward_model, reward_collator, seed_model)
+    opinion = reward_of_model(reward_model, reward_collator, seed_model)
     report, entropies, targets = {}, {}, collator(list(test.select(range(min(400, len(test))))))
 
     def say(name: str, items: np.ndarray, model=None, log=()):
-        report[name] = judge(world, interactions, test, items, opinion, collator)
+        report[name] = judge(world, test, items, opinion, collator)
         report[name] |= {key: log[-1][f"ipa/{key}"] for key in ("kl_to_seed", "tied") if log}
         if model is not None:
             entropies[name] = prediction_entropy(model, targets)
@@ -220,7 +171,7 @@ def run(seed: int, args) -> dict[str, dict[str, float]]:
     say("logged", np.array(test["targets"]))
     if args.baselines:
         examples = {name: test[name][:] for name in ("user", "history")}
-        for name, model in train_baselines(world, interactions, watched, catalogue, whole, seed).items():
+        for name, model in train_baselines(world, watched, whole).items():
             say(name, np.asarray(model.recommend(examples, sessions.ITEMS)))
         point_wise, point_collator, _ = sessions.train(1, rows, catalogue, args.epochs, seed)
         say("OneRec, point-wise", sessions.serve(point_wise, point_collator, test, "top 5"))
@@ -234,11 +185,13 @@ def run(seed: int, args) -> dict[str, dict[str, float]]:
         pairs[1] = pairs[3].map(lambda rejected: {"rejected": rejected[:tokens]}, input_columns="rejected")
     for name, (settings, judge_of, num_rejected) in chosen.items():
         if judge_of is not None and settings["num_candidates"] != args.num_candidates:
-            judge_of = reward_of_model(reward_model, reward_collator, seed_model, settings["num_candidates"])
-        model, log = align(seed_model, collator, fit, settings, seed, judge_of, pairs[num_rejected])
+            judge_of = reward_of_model(reward_model, reward_collator, seed_model)
+        with TemporaryDirectory() as folder:
+            model, log = align(seed_model, collator, fit, folder, settings, seed, judge_of, pairs[num_rejected])
+        log = [entry for entry in log if "ipa/pairs" in entry]  # one an iteration
         say(name, sessions.serve(model, collator, test, "session"), model, log)
     if seed == args.seeds[0] and not args.systems:
-        both = {name: entropies[name] for name in ("seed model", "SFT, as long again", "IPA")}
+        both = {name: entropies[name] for name in ("seed model", "SFT, the same number of steps", "IPA")}
         args.output.parent.mkdir(parents=True, exist_ok=True)
         plot_prediction_entropy(both, catalogue.codebook_sizes, args.output.with_suffix(".png"))
     return report

@@ -1,6 +1,6 @@
 """Session-wise against point-wise: which serves a whole session better, by the simulator's truth (OneRec, section 3.2).
 
-    python benchmarks/sessions.py --seeds 0 1 2 --output outputs/sessions.json
+    python experiments/sessions.py --seeds 0 1 2 --output outputs/sessions.json
 
 One encoder-decoder, trained on the same sessions: session-wise (five items per row, each decoded after the ones before it), and
 point-wise (each item of a session a row of its own). They serve the sessions of the last days, five items each: `session` decodes
@@ -17,11 +17,10 @@ import datasets
 import numpy as np
 import torch
 from transformers import set_seed
+from world import World
 
 from onerec_hf import Catalogue, OneRecConfig, OneRecForCausalLM
-from onerec_hf.data import SessionCollator, SessionConfig, load_interactions, session_splits, training_events
-from onerec_hf.semantic_ids import ResidualKMeans, resolve_collisions
-from onerec_hf.simulator import ShortVideoWorld
+from onerec_hf.data import SessionCollator, SessionConfig, session_splits, training_events
 from onerec_hf.trainers import OneRecSFTConfig, OneRecSFTTrainer
 
 DAY_MS = 86_400_000
@@ -43,21 +42,18 @@ MODEL |= {
 MODEL |= {"dropout": 0.2, "score_normalization": "valid", "router_bias_update_rate": 0.001}
 
 
-def prepare(world: ShortVideoWorld):
-    """The log, session rows split by time, the catalogue, and what each user watched in the training days."""
-    log = {name: column.to_numpy() for name, column in world.logs().items()}
-    feedback = ["request_id", "play_time_ms", "is_click", "is_like", "is_follow", "is_forward"]
-    columns = {"user_id": "user_id", "item_id": "video_id", "timestamp": "time_ms"}
-    interactions = load_interactions(log, columns=columns, feedback=feedback)
+def split_sessions(world: World):
+    """Session rows split by time, and what each user watched in the training days."""
     config = SessionConfig(request="request_id", min_watched=3, min_interactions=0, session_size=ITEMS, max_history=50)
-    edges = [world.start_time_ms + day * DAY_MS for day in (world.num_days - 4, world.num_days - 2)]
-    rows = session_splits(interactions, config, *edges)
-    watched = training_events(interactions, config, rows, edges[0])["history"][:]
-    embeddings = torch.from_numpy(world.content_embeddings[interactions.item_ids])
-    quantizer = ResidualKMeans(3, 32, balanced=True, seed=0).fit(embeddings)
-    codes = resolve_collisions(quantizer.train_codes, quantizer, embeddings, policy="next_free")
-    catalogue = Catalogue(codes, [32] * 3, interactions.item_ids)
-    return interactions, rows, catalogue, watched
+    edges = split_times(world)
+    rows = session_splits(world.log, config, *edges)
+    return rows, training_events(world.log, config, rows, edges[0])["history"][:]
+
+
+def split_times(world: World) -> list[int]:
+    """Where validation and test begin, in ms: four and two days before the end of the log."""
+    start, days = world.simulator.start_time_ms, world.simulator.num_days
+    return [start + day * DAY_MS for day in (days - 4, days - 2)]
 
 
 def one_row_per_item(rows: datasets.Dataset) -> datasets.Dataset:
@@ -131,22 +127,19 @@ def items_of(sequences, catalogue: Catalogue, model) -> np.ndarray:
     return catalogue.items_of(catalogue.leaves_of(codes).view(-1, 1), 1).numpy()
 
 
-def expected_feedback(world: ShortVideoWorld, interactions, rows: datasets.Dataset, items: np.ndarray) -> dict:
+def expected_feedback(world: World, rows: datasets.Dataset, items: np.ndarray) -> dict:
     """The simulator's truth about the items (S, 5) of each request: arrays (S, 5) by feedback."""
-    users = interactions.user_ids[np.array(rows["user"])][:, None]
     times = np.array(rows["session_start"]).astype(np.int64)[:, None] + 30_000 * np.arange(items.shape[1])
-    return world.expected_feedback(users, interactions.item_ids[items], times)
+    return world.expected_feedback(rows["user"][:], items, times)
 
 
-def judge(
-    world: ShortVideoWorld, interactions, rows: datasets.Dataset, items: np.ndarray, truth: dict
-) -> dict[str, float]:
+def judge(world: World, rows: datasets.Dataset, items: np.ndarray, truth: dict) -> dict[str, float]:
     """Expected feedback of the five items by the simulator's truth, and what the sets look like."""
-    vectors = world.content_embeddings[interactions.item_ids[items]]  # (S, 5, D)
+    vectors = world.simulator.content_embeddings[world.log.item_ids[items]]  # (S, 5, D)
     vectors = vectors / np.linalg.norm(vectors, axis=2, keepdims=True)
     similar = np.einsum("sid,sjd->sij", vectors, vectors)
     off = ~np.eye(items.shape[1], dtype=bool)
-    categories = world.items.category.to_numpy()[interactions.item_ids[items]]
+    categories = world.simulator.items.category.to_numpy()[world.log.item_ids[items]]
     real = [set(targets) for targets in rows["targets"]]
     return {
         "watch_s": float(truth["play_time_ms"].sum(1).mean() / 1000),
@@ -156,13 +149,13 @@ def judge(
         "categories": float(np.mean([len(set(row)) for row in categories])),
         "duplicates": float(np.mean([len(row) - len(set(row)) for row in items.tolist()])),
         "hits": float(np.mean([len(set(row) & own) for row, own in zip(items.tolist(), real)])),
-        "coverage": len(np.unique(items)) / interactions.num_items,
+        "coverage": len(np.unique(items)) / world.log.num_items,
     }
 
 
 def run(seed: int, args) -> dict[str, dict[str, float]]:
-    world = ShortVideoWorld(args.num_users, args.num_items, request_size=10, seed=seed)
-    interactions, rows, catalogue, watched = prepare(world)
+    world = World(seed, args.num_users, args.num_items, request_size=10)
+    (rows, watched), catalogue = split_sessions(world), world.catalogue
     counts = np.bincount(np.concatenate(watched), minlength=catalogue.num_items)
     test = rows["test"].filter(lambda targets: len(targets) == ITEMS, input_columns="targets")
     popular = np.tile(np.argsort(-counts)[:ITEMS], (len(test), 1))
@@ -172,10 +165,7 @@ def run(seed: int, args) -> dict[str, dict[str, float]]:
         model, collator, losses[name] = train(items, rows, catalogue, args.epochs, seed)
         for how in ("session", "top 5", "one by one") if items > 1 else ("top 5", "one by one"):
             shown[f"{name}: {how}"] = serve(model, collator, test, how)
-    report = {
-        name: judge(world, interactions, test, items, expected_feedback(world, interactions, test, items))
-        for name, items in shown.items()
-    }
+    report = {name: judge(world, test, items, expected_feedback(world, test, items)) for name, items in shown.items()}
     print(f"seed {seed}: {[len(split) for split in rows.values()]} sessions, {len(test)} served, {losses}", flush=True)
     return report
 

@@ -1,7 +1,7 @@
 """RQ-VAE, plain and balanced residual k-means on the same item embeddings: the OneRec Technical Report's Table 11, redone.
 
-    python benchmarks/quantizers.py --data outputs/beauty --output outputs/quantizers.json
-    python benchmarks/quantizers.py --data outputs/beauty --columns 0 384 --output outputs/quantizers_text.json
+    python experiments/quantizers.py --data outputs/beauty --output outputs/quantizers.json
+    python experiments/quantizers.py --data outputs/beauty --columns 0 384 --output outputs/quantizers_text.json
 
 `--data` is a folder that recipes/prepare.py wrote; `--columns` takes a part of the embeddings (the text part comes first). Every
 quantizer runs with every seed; prints means over seeds of reconstruction, utilisation, entropy (in percent of ln K) and collisions.

@@ -1,6 +1,6 @@
 """Reinforcement learning in a simulated world: legality, gradient norms, a simulated A/B test, time per step.
 
-    python benchmarks/reinforcement.py --part all --seeds 0 1 2 --output outputs/reinforcement
+    python experiments/reinforcement.py --part all --seeds 0 1 2 --output outputs/reinforcement
 
 Each seed is a world of its own with its own supervised model (OneRec-V2 with the papers' softmax within the level). Parts:
 `legality` (unconstrained samples under ECPO, alone and with the format reward on random or on the most probable samples),
@@ -13,14 +13,15 @@ import argparse
 import json
 import logging as python_logging
 from pathlib import Path
-from types import SimpleNamespace
 
 import datasets
 import ipa
 import numpy as np
 import pandas as pd
 import torch
+from reinforcement_report import plot, table
 from transformers.utils import logging
+from world import COLUMNS, FEEDBACK
 
 from onerec_hf.data import load_interactions, load_splits
 from onerec_hf.evaluation import evaluate
@@ -30,7 +31,6 @@ from onerec_hf.scripts import ab_test, grpo, prepare, quickstart, sft
 from onerec_hf.simulator import ShortVideoWorld, serve
 from onerec_hf.trainers import OneRecGRPOConfig, OneRecSFTConfig
 
-COLUMNS = {"user_id": "user_id", "item_id": "video_id", "timestamp": "time_ms"}
 USERS, ITEMS, TEST_USERS = 1000, 1000, 400
 COMMON = {"report_to": "none", "save_strategy": "no", "use_cpu": True, "disable_tqdm": True, "logging_steps": 10}
 RL = COMMON | {"learning_rate": 1e-3, "lr_scheduler_type": "constant", "optim": "adamw_torch"}
@@ -179,21 +179,20 @@ def gradients(output: Path, seed: int, steps: int = 100) -> dict:
     return report
 
 
-def learned_reward(output: Path, data: Path, policy, group: int, seed: int):
+def learned_reward(output: Path, data: Path, policy, seed: int):
     """A P-Score of watch time, from the log before each user's held-out views."""
     users = datasets.Dataset.from_parquet(str(data / "users.parquet"))["user_id"][:]
     log = pd.read_parquet(output / "impressions.parquet")
     log = log[log.user_id.isin(users) & log.video_id.isin(policy.catalogue.item_ids)]
     known = {"items": pd.DataFrame({"item_id": policy.catalogue.item_ids}), "items_columns": {"item_id": "item_id"}}
-    log = load_interactions(log, columns=COLUMNS, feedback=ipa.FEEDBACK, **known)
+    log = load_interactions(log, columns=COLUMNS, feedback=FEEDBACK, **known)
     assert log.user_ids.tolist() == users and log.item_ids.tolist() == policy.catalogue.item_ids.tolist()
     held_out = np.full(len(users), np.inf)
     for row in load_splits(data)["test"]:
         held_out[row["user"]] = row["timestamp"][-1]  # the validation event
     tokens = policy.catalogue.semantic_ids.numpy() + np.array(policy.config.level_offsets)
-    setting = SimpleNamespace(seed=seed, log=log, item_token_ids=tokens, validation_time=held_out)
-    model, collator, _ = ipa.train_reward(setting, epochs=3)
-    return reward_of_model(model, collator, policy, group)
+    model, collator, _ = ipa.reward_before(log, tokens, held_out, seed, epochs=3)
+    return reward_of_model(model, collator, policy)
 
 
 def ab(output: Path, seed: int, steps: int = 200) -> dict:
@@ -210,7 +209,7 @@ def ab(output: Path, seed: int, steps: int = 200) -> dict:
     rollouts = {"rollout": "beam", "num_generations": group, "per_device_train_batch_size": 8 * group}
     logged = {"logged_batch_size": 64}
     arms = {
-        "sft, as long again": (own, logged | {"logged_weight": 1.0, "rl_weight": 0.0}),
+        "SFT, the same number of steps": (own, logged | {"logged_weight": 1.0, "rl_weight": 0.0}),
         "feedback on others' samples": ((output / "impressions.parquet", None), logged | {"logged_weight": 1.0}),
         "feedback on own samples": (own, logged | {"logged_weight": 1.0}),
         "reward model": ((None, None), rollouts),
@@ -220,7 +219,7 @@ def ab(output: Path, seed: int, steps: int = 200) -> dict:
     for name, ((path, start), settings) in arms.items():
         folder = output / "ab" / name.replace(" ", "_").replace(",", "").replace("'", "")
         if settings.get("logged_weight") != 1 and reward is None:
-            reward = learned_reward(output, data, Recommender.from_pretrained(policy).model, group, seed)
+            reward = learned_reward(output, data, Recommender.from_pretrained(policy).model, seed)
         found = train(
             folder,
             data,
@@ -264,7 +263,7 @@ def rollouts(output: Path, seed: int, steps: int = 100, users: int = 8) -> dict:
             "recall@10": found.metrics["recall@10"]
         }
 
-    arms = {"sft, as long again": {"rl_weight": 0.0, "num_generations": 2}}
+    arms = {"SFT, the same number of steps": {"rl_weight": 0.0, "num_generations": 2}}
     arms |= {f"beam, G={group}": {"num_generations": group} for group in (32, 128, 512)}
     arms |= {f"{how}, G=128": {"rollout": how, "num_generations": 128} for how in ("sample", "tree")}
     arms["beam, G=128, of the supervised model"] = {"num_generations": 128, "steps_per_generation": steps}
@@ -292,68 +291,6 @@ def speed(output: Path, seed: int, steps: int = 8) -> dict:
         step, rolled = (float(np.median([log[key] for log in logs])) for key in ("step_time", "rollout_seconds"))
         report[f"{rollout}, G={group}"] = {"step": step, "rollouts": rolled / step}
     return report
-
-
-def table(output: Path, seeds: list[int]) -> None:
-    """Markdown of `ab` (lift in %, mean over worlds and interval of each), of `rollouts` and of `legality` (mean ± deviation)."""
-    for part in ("ab", "rollouts", "legality"):
-        files = [output / f"{part}_{seed}.json" for seed in seeds]
-        reports = [json.loads(file.read_text()) for file in files if file.exists()]
-        for arm in reports[0] if reports else ():
-            found = [report[arm] for report in reports]
-            if part != "ab":
-                values = ([f[name] for f in found] for name in found[0] if name != "curve")
-                cells = [f"{np.mean(v):.4f} ±{np.std(v, ddof=len(v) > 1):.4f}" for v in values]
-            elif "lifts" not in found[0]:
-                continue
-            else:
-                cells = [f"{np.mean([f['test']['recall@10'] for f in found]):.4f}"]
-                for name in (
-                    "app_stay_time",
-                    "watch_time",
-                    "views",
-                    "likes",
-                    "dislikes",
-                    "cold_start_views",
-                    "diversity",
-                ):
-                    lifts = [f["lifts"][name] for f in found]
-                    spans = ", ".join(f"{100 * lift['low']:.1f} to {100 * lift['high']:.1f}" for lift in lifts)
-                    cells.append(f"{100 * np.mean([lift['value'] for lift in lifts]):+.1f} ({spans})")
-            print(f"| {arm} | " + " | ".join(cells) + " |")
-
-
-def plot(output: Path, seeds: list[int]) -> None:
-    """Figure 9 of OneRec-V2 in small, and the legality of rollouts; thin lines are seeds, thick ones their means."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    def curves(axis, name, column, arms, label):
-        for arm, colour in zip(arms, ("tab:red", "tab:orange", "tab:blue", "tab:green")):
-            files = [output / f"{name}_{seed}.json" for seed in seeds]
-            reports = [json.loads(file.read_text()) for file in files if file.exists()]
-            runs = [report[arm]["curve"] for report in reports if arm in report]
-            if not runs:
-                continue
-            for run in runs:
-                axis.plot(
-                    [row[0] for row in run], [row[column] for row in run], color=colour, linewidth=0.6, alpha=0.5
-                )
-            mean = np.mean([[row[column] for row in run] for run in runs], axis=0)
-            axis.plot([row[0] for row in runs[0]], mean, color=colour, linewidth=2, label=arm)
-        axis.set(xlabel="step", ylabel=label)
-        axis.legend(frameon=False)
-        axis.spines[["top", "right"]].set_visible(False)
-
-    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 3.8))
-    curves(left, "gradients", 1, ("grpo", "ecpo", "gbpo"), "gradient norm, negative advantages")
-    arms = ("ecpo", "ecpo + format, top K", "ecpo + format, random K", "ecpo + 20 format, random K")
-    curves(right, "legality", 1, arms, "legality of rollouts")
-    figure.tight_layout()
-    figure.savefig(output / "reinforcement.png", dpi=120)
-    plt.close(figure)
 
 
 def main(part: str, seeds: list[int], output: Path) -> None:

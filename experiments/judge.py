@@ -1,6 +1,6 @@
 """Table 1 of OneRec (arXiv:2502.18965) on a real log: what a reward model that nobody trained against says about served lists.
 
-    python benchmarks/judge.py --judge outputs/reward_judge --data outputs/policy --runs outputs/sft outputs/ipa
+    python experiments/judge.py --judge outputs/reward_judge --data outputs/policy --runs outputs/sft outputs/ipa
 
 `--runs` are folders with `predictions.parquet`, as every recipe writes them, for the test split of `--data`; several seeds of a
 system are given as `NAME=FOLDER,FOLDER`. For every objective of the judge: its probability, mean over the first ten items of a list
