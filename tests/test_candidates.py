@@ -15,6 +15,7 @@ from onerec_hf import (
 )
 from onerec_hf.data import EventFeature, OneRecCollator
 from onerec_hf.rewards import CandidateCollator, reward_of_model
+from onerec_hf.trainers import pair_mining
 from onerec_hf.trainers.pair_mining import mine_pairs
 
 from .test_ipa import world
@@ -89,7 +90,7 @@ def test_dead_beams_and_shared_semantic_ids():
     assert found[3] is None and None not in found[:3]  # it is not scored as item 0
 
 
-def test_candidates_that_are_no_items_are_never_chosen_or_rejected():
+def test_candidates_that_are_no_items_are_never_chosen_or_rejected(monkeypatch):
     """A search that leaves the catalogue; the reward model would like its illegal candidates best and least."""
     policy, collator, rows = world("v2", num_rows=2)
     legal, offset = collator.item_token_ids[:3], torch.tensor(policy.config.level_offsets)
@@ -97,7 +98,11 @@ def test_candidates_that_are_no_items_are_never_chosen_or_rejected():
     free = [ids for ids in (torch.cartesian_prod(*[torch.arange(8)] * 3) + offset).tolist() if tuple(ids) not in taken]
     found = torch.tensor([free[-1], *legal.tolist(), free[0]])
     found = torch.nn.functional.pad(found, (1, 0), value=policy.config.bos_token_id)
-    policy.generate = lambda **inputs: found.repeat(2, 1)
+    monkeypatch.setattr(
+        pair_mining,
+        "generate_candidates",
+        lambda *_: (found[None, :, None, 1:].expand(2, 5, 1, 3), torch.ones(2, 5) > 0),
+    )
 
     class Judge(torch.nn.Module):
         config, device = policy.config, torch.device("cpu")

@@ -19,7 +19,6 @@ from onerec_hf.data import (
     load_amazon,
     load_interactions,
     load_kuairand,
-    load_kuairand_like_hate,
     session_splits,
     target_rows,
     training_events,
@@ -627,12 +626,6 @@ def test_kuairand_has_the_counts_of_its_readme():
 
 
 @pytest.mark.shared_data
-def test_kuairand_like_hate_has_the_counts_of_its_readme():
-    x = load_kuairand_like_hate(shared_data("kuairand27k_like_hate"))
-    assert (len(x), x.num_users, x.num_items) == (41_828, 664, 9_359)
-    assert (x.feedback["is_like"].sum(), x.feedback["is_hate"].sum()) == (33_745, 8_083)
-
-
 def test_target_rows_are_every_event_with_the_events_before_it():
     train = datasets.Dataset.from_dict(
         {"user": [3, 5, 9], "history": [[7, 8, 9, 7], [1], [4, 2]], "play": [[1.0, 2.0, 3.0, 4.0], [5.0], [6.0, 7.0]]}

@@ -420,6 +420,7 @@ def train_and_save(folder, batch_size):
         "dpo_ratio": 0.25,
         "num_candidates": 8,
         "mining_batch_size": 1,
+        "optim": "sgd",  # Adam would make whole steps of the rounding of gradients that are zero
     }
     trainer = IPATrainer(
         model,

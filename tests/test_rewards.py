@@ -16,7 +16,6 @@ from onerec_hf.rewards import (
     HitReward,
     IndustrialReward,
     ModelReward,
-    WeightedSum,
     completion_leaves,
     duration_aware_advantages,
     duration_buckets,
@@ -302,15 +301,6 @@ def test_industrial_reward_above_the_quota():
     assert above(completion_ids=[[4, 11]] * 4) == [1.0, 2.0, 4.0, 8.0]
     with pytest.raises(ValueError, match="1 rewards are negative"):
         IndustrialReward(constant([-1.0, 0, 0, 0]), CATALOGUE, tagged, 0.1, 0.5)(completion_ids=completions)
-
-
-def test_weighted_sum_leaves_out_what_does_not_apply():
-    logged = {}
-    total = WeightedSum({"a": (constant([1.0, None, 2.0]), 2.0), "b": (constant([10.0, None, None]), 0.1)})
-    assert total(completion_ids=[[], [], []], log_metric=logged.__setitem__) == [3.0, None, 4.0]
-    assert logged == {"reward/a": 1.5, "reward/b": 10.0}
-    with pytest.raises(ValueError, match="'a' returned 1 values for 2"):
-        WeightedSum({"a": (constant([1.0]), 1.0)})(completion_ids=[[], []])
 
 
 def test_trl_takes_the_functions():

@@ -8,7 +8,7 @@ from .labels import event_labels, session_labels
 from .lifelong import compress_lifelong, hierarchical_kmeans
 from .past_rates import past_rates, period_of, quantile_codes, rate_numbers
 from .pathways import PathwayCollator
-from .public_datasets import load_amazon, load_kuairand, load_kuairand_like_hate
+from .public_datasets import load_amazon, load_kuairand
 from .reward_collator import RewardCollator
 from .session_splits import session_splits, training_events
 from .sessions import SessionConfig, session_criteria, session_index
@@ -36,7 +36,6 @@ __all__ = [
     "load_amazon",
     "load_interactions",
     "load_kuairand",
-    "load_kuairand_like_hate",
     "load_splits",
     "match_ids",
     "past_rates",

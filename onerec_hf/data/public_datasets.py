@@ -89,22 +89,6 @@ def _watched_before(history: pa.Table, schema: pa.Schema) -> pa.Table:
     return pa.table(columns).select(schema.names).cast(schema)
 
 
-def load_kuairand_like_hate(folder: str | Path) -> Interactions:
-    """Explicit likes and dislikes of 664 users of KuaiRand-27K (Gao et al., CIKM 2022).
-
-    Reads `interactions.parquet`; its `label` becomes `is_like` (label 1) and `is_hate` (label 0). Video ids are not
-    those of KuaiRand-Pure.
-
-    Returns:
-        [`Interactions`] without item features; timestamps in ms since 1970 UTC.
-    """
-    log = _read(folder, "interactions.parquet")
-    label = log["label"]
-    log = log.append_column("is_like", label).append_column("is_hate", pc.subtract(pa.scalar(1, label.type), label))
-    feedback = [name for name in KUAIRAND_FEEDBACK if name in log.column_names]
-    return load_interactions(log, columns=KUAIRAND_COLUMNS, feedback=feedback)
-
-
 def _read(folder: str | Path, name: str) -> pa.Table:
     path = Path(folder) / name
     if not path.is_file():

@@ -224,43 +224,6 @@ class IndustrialReward:
         return [self.factor * r if r is not None and hit else r for r, hit in zip(rewards, tagged.tolist())]
 
 
-class WeightedSum:
-    r"""
-    Weighted sum of reward functions. A part that is `None` (does not apply) is left out; where all are, the sum is `None`.
-
-    Args:
-        parts (`Mapping[str, tuple[RewardFunction, float]]`): Name -> function and weight. Where TRL passes `log_metric`, the mean
-            of every part is logged as `reward/<name>`.
-    """
-
-    def __init__(self, parts: Mapping[str, tuple[RewardFunction, float]]):
-        if not parts:
-            raise ValueError("parts is empty: give at least one reward function and its weight.")
-        self.parts, self.__name__ = dict(parts), "weighted_sum"
-
-    def __call__(
-        self,
-        prompts: Sequence | None = None,
-        completions: Sequence | None = None,
-        completion_ids: Sequence[Sequence[int]] = (),
-        log_metric: Callable | None = None,
-        **columns,
-    ) -> Sequence[float | None]:
-        total: list[float | None] = [None] * len(completion_ids)
-        for name, (function, weight) in self.parts.items():
-            rewards = function(prompts=prompts, completions=completions, completion_ids=completion_ids, **columns)
-            if len(rewards) != len(total):
-                raise ValueError(f"reward {name!r} returned {len(rewards)} values for {len(total)} completions.")
-            known = [reward for reward in rewards if reward is not None]
-            if log_metric is not None and known:
-                log_metric(f"reward/{name}", sum(known) / len(known))
-            total = [
-                old if reward is None else weight * reward + (0.0 if old is None else old)
-                for old, reward in zip(total, rewards)
-            ]
-        return total
-
-
 def finite_or_none(function: RewardFunction) -> RewardFunction:
     """
     A reward function that refuses what is no number: TRL would take NaN for "no reward", which is `None`, and one infinite reward
@@ -310,7 +273,6 @@ __all__ = [
     "FormatReward",
     "HitReward",
     "IndustrialReward",
-    "WeightedSum",
     "completion_leaves",
     "finite_or_none",
     "is_legal",

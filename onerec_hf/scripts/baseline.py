@@ -40,7 +40,7 @@ class BaselineArguments:
         metadata={"help": "Folder that `onerec prepare` wrote, or of a public layout.", "aliases": ["--dataset"]}
     )
     output: str = field(metadata={"help": "Folder to write."})
-    layout: Literal["prepared", "amazon", "kuairand", "kuairand_like_hate"] = "prepared"
+    layout: Literal["prepared", "amazon", "kuairand"] = "prepared"
     seed: int = 0
     model: str = field(default="{}", metadata={"help": "Arguments of the baseline's class, YAML mapping or JSON."})
     fit: str = field(default="{}", metadata={"help": "Arguments of its fit, YAML mapping or JSON."})

@@ -19,7 +19,7 @@ class PrepareArguments:
         metadata={"help": "parquet, CSV or JSONL file, folder of datasets or of a public layout, or Hub data set."}
     )
     output: str = field(metadata={"help": "Folder to write."})
-    layout: Literal["logs", "amazon", "kuairand", "kuairand_like_hate"] = "logs"
+    layout: Literal["logs", "amazon", "kuairand"] = "logs"
     shown_before: bool = field(
         default=False, metadata={"help": "kuairand: put what users were shown before the log into their histories."}
     )

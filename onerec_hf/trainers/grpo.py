@@ -223,13 +223,9 @@ class OneRecGRPOTrainer(OneRecTrainer, GRPOTrainer):
         """Entropy of each level in nats, mean over the rows' items."""
         policy, size = self.policy, self.policy.config.num_levels + 1
         hidden = F.pad(hidden.detach(), (0, 0, 0, 1)).unflatten(1, (-1, size)).flatten(0, 1)
-        tokens, node, entropies = rows.view(-1, size), None, {}
-        for level, offset in enumerate(policy.config.level_offsets):
-            log_probs = policy.level_log_probs(hidden[:, level], level, node)
-            entropies[f"entropy/level_{level + 1}"] = -(log_probs.exp() * log_probs).sum(1).mean()
-            if policy.config.score_normalization == "valid" and level + 1 < size - 1:
-                node = policy.catalogue.step(node, level, tokens[:, level + 1] - offset).clamp(min=0)
-        return entropies
+        levels = policy.level_distributions(hidden[:, : size - 1], rows.view(-1, size)[:, 1:])
+        entropy = [torch.special.entr(log_probs.exp()).sum(1).mean() for log_probs in levels]
+        return {f"entropy/level_{level + 1}": value for level, value in enumerate(entropy)}
 
     # ---- loss ----------------------------------------------------------------------------------------------------------
 

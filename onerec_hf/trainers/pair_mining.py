@@ -29,16 +29,19 @@ def generate_candidates(
 
     Args:
         model: A OneRec model with a catalogue, or a PEFT model around one.
-        context (`dict[str, torch.Tensor]`): Inputs of `generate` for B users.
+        context (`dict[str, torch.Tensor]`): The context of B users.
 
     Returns:
         `token_ids`, `torch.LongTensor` of shape (B, N, m, L), and `alive`, `torch.BoolTensor` of shape (B, N): False where the
         catalogue holds fewer items, or the session fewer combinations; pad tokens stand there.
     """
-    found = model.generate(**context, num_beams=num_candidates, num_return_sequences=num_candidates)
-    levels = model.config.num_levels
-    token_ids = found.view(-1, num_candidates, found.shape[1] // (levels + 1), levels + 1)[..., 1:]
-    return token_ids, token_ids[:, :, 0, 0] != model.config.pad_token_id
+    found = model.recommend_items(
+        num_candidates, num_beams=num_candidates, num_session_items=model.num_items, **context
+    ).items  # (B, N, m)
+    codes = model.catalogue.semantic_ids[found.clamp(min=0)].long()
+    token_ids = codes + torch.tensor(model.config.level_offsets, device=codes.device)
+    alive = found[:, :, 0] >= 0
+    return token_ids.masked_fill(~alive[:, :, None, None], model.config.pad_token_id), alive
 
 
 def completion_log_probs(model: Any, context: dict[str, torch.Tensor], token_ids: torch.Tensor) -> torch.Tensor:
