@@ -63,7 +63,9 @@ def run(name: str) -> tuple[str, bool]:
         found = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, check=True)
         version = " ({}, huggingface_hub {})".format(*found.stdout.split()[-2:])
     start = time.perf_counter()
-    files = [f"tests/test_{test}.py" for test in (CORE if name == "foreign" else TESTS)]
+    wanted = {f"test_{test}.py" for test in (CORE if name == "foreign" else TESTS)}
+    files = sorted(str(path) for path in (ROOT / "tests").rglob("test_*.py") if path.name in wanted)
+    assert len(files) == len(wanted), f"there are not exactly these tests: {wanted}"
     command = [sys.executable, "-m", "pytest", "-n", "2", "--dist", "loadfile", *files]
     result = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
     if result.returncode:

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
+from .models.test_modeling_common import every_architecture, prepared
 from .numeric import assert_close, assert_gradients_close, assert_same_ranking, tolerance, unaligned
-from .test_modeling_common import every_architecture, prepared
 
 
 @pytest.fixture(scope="module")

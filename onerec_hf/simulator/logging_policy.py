@@ -2,7 +2,7 @@
 
 Two stages, as in industry: some seventy candidates (by the user's mood, interests and passing interests, by popularity, and
 relatives of the last long-viewed video), then a noisy ranking by affinity and popularity. A part of the impressions goes to
-popular and to random videos whatever the user's taste. It is decent, not optimal: `tests/test_simulator.py` bounds it on
+popular and to random videos whatever the user's taste. It is decent, not optimal: `tests/simulator/test_simulator.py` bounds it on
 both sides. Its constants were chosen by hand for the published popularity skew and for histories that tell the next video.
 """
 

@@ -1,0 +1,104 @@
+"""The command `onerec`: its list, its errors, and how it starts what accelerate starts."""
+
+import configparser
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from onerec_hf import cli
+from onerec_hf.scripts.parser import CONFIGS, ScriptParser, config_path
+from onerec_hf.scripts.score import ScoreArguments
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def test_the_list_of_commands_needs_no_torch():
+    code = "import sys; from onerec_hf.cli import main; main(['--help']); assert 'torch' not in sys.modules"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    assert result.returncode == 0, result.stderr
+    assert all(f"\n  {name} " in result.stdout for name in cli.COMMANDS)
+
+
+def test_every_script_is_a_command_and_every_command_a_recipe():
+    scripts = {path.stem for path in cli.SCRIPTS.glob("*.py") if "\ndef run(" in path.read_text(encoding="utf-8")}
+    assert scripts == set(cli.COMMANDS) == {path.stem for path in (ROOT / "recipes").glob("*.py")}
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["stf"], "no command 'stf'; allowed are prepare, sft, baseline"),
+        (["sft", "--accelerate_config", "tpu"], "'tpu' is no file; allowed are cpu_2, deepspeed_zero3, fsdp2"),
+    ],
+)
+def test_what_it_refuses(argv, message):
+    with pytest.raises(SystemExit, match=message):
+        cli.main(argv)
+
+
+def test_without_the_packages_of_training_it_names_them(monkeypatch):
+    monkeypatch.setattr(cli, "TRAIN", (*cli.TRAIN, "no_such_package"))
+    with pytest.raises(SystemExit, match=r"not installed, no_such_package: pip install 'onerec_hf\[train\]'"):
+        cli.main(["prepare", "--help"])
+
+
+def test_the_packages_of_training_are_those_of_the_extra():
+    config = configparser.ConfigParser()
+    config.read(ROOT / "setup.cfg")
+    wanted = {re.split("[<>=]", line)[0] for line in config["options.extras_require"]["train"].split()}
+    assert {"pyyaml" if name == "yaml" else name for name in cli.TRAIN} == wanted
+
+
+def test_gpus_are_counted_where_the_file_does_not_say(monkeypatch):
+    """`multi_gpu` on a machine with 3 GPUs, with 0, and with a number that was given."""
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 3)
+    found = cli.launch_arguments("dpo", ["--accelerate_config", "multi_gpu", "--data", "x", "--bf16", "true"])
+    path = str(cli.SCRIPTS / "accelerate_configs" / "multi_gpu.yaml")
+    assert found[:6] == ["--config_file", path, "--num_processes", "3", "-m", "onerec_hf.scripts.dpo"]
+    assert found[6:] == ["--data", "x", "--bf16", "true"]
+    found = cli.launch_arguments("dpo", ["--num_processes", "2", "--accelerate_config", "fsdp2"])
+    assert found[2:4] == ["--num_processes", "2"]
+    assert "--num_processes" not in cli.launch_arguments("dpo", ["--accelerate_config", "cpu_2"])
+    assert cli.launch_arguments("sft", ["--seed", "1"]) == ["-m", "onerec_hf.scripts.sft", "--seed", "1"]
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 0)
+    with pytest.raises(SystemExit, match="is for GPUs, and torch finds none here"):
+        cli.launch_arguments("dpo", ["--accelerate_config", "multi_gpu"])
+
+
+@pytest.mark.parametrize("name", cli.names("accelerate_configs"))
+def test_accelerate_reads_its_configs(name):
+    """Keys that accelerate does not know are an error there."""
+    from accelerate.commands.config.config_args import load_config_from_file
+
+    config = load_config_from_file(str(cli.SCRIPTS / "accelerate_configs" / f"{name}.yaml"))
+    assert config.mixed_precision == "no" and config.use_cpu == (name == "cpu_2")
+
+
+def test_a_config_is_a_path_or_a_name_of_the_package(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert config_path("small_sft.yaml") == str(CONFIGS / "small_sft.yaml")
+    assert config_path("models/onerec_v2_1b.yaml") == str(CONFIGS / "models" / "onerec_v2_1b.yaml")
+    Path("small_sft.yaml").write_text("num_beams: 30")  # one's own comes first
+    assert config_path("small_sft.yaml") == "small_sft.yaml"
+    with pytest.raises(
+        FileNotFoundError, match=r"'smal.yaml' is no file here, and onerec_hf has no config.*small_sft"
+    ):
+        config_path("smal.yaml")
+
+
+@pytest.mark.parametrize("form", [["--config", "own.yaml"], ["--config=own.yaml"]])
+def test_yaml_gives_defaults_that_the_command_line_overrides(form, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("own.yaml").write_text(yaml.safe_dump({"model": "m", "data": "d", "num_beams": 30, "seed": 7}))
+    (args,) = ScriptParser("score", None, [ScoreArguments]).parse([*form, "--seed", "8"])
+    assert (args.model, args.num_beams, args.seed) == ("m", 30, 8)
+
+
+def test_a_config_without_a_name_is_a_usage_error(capsys):
+    with pytest.raises(SystemExit):
+        ScriptParser("score", None, [ScoreArguments]).parse(["--config"])
+    assert "onerec score: error: --config needs a YAML file" in capsys.readouterr().err
