@@ -15,6 +15,7 @@ from transformers import pipeline
 from onerec_hf import Catalogue
 from onerec_hf.data import EventFeature, OneRecCollator, PathwayCollator, SessionCollator
 from onerec_hf.recommender import ItemRanker, Recommender
+from onerec_hf.scripts import recommend
 from onerec_hf.semantic_ids import ResidualKMeans
 
 from .numeric import assert_close
@@ -260,6 +261,14 @@ def test_sessions_are_served_whole(tmp_path):
     path = recommender.recommend_dataset(rows, tmp_path / "out", k=4, session=True)
     back = datasets.Dataset.from_parquet(str(path))
     assert back["item_ids"][:] == [[session.item_ids for session in row] for row in found]
+    rows.to_parquet(tmp_path / "rows.parquet")
+    arguments = {
+        "repo": str(tmp_path),
+        "dataset": str(tmp_path / "rows.parquet"),
+        "output": str(tmp_path / "by_script"),
+    }
+    path = recommend.main(recommend.RecommendArguments(**arguments, k=4, num_beams=20, session=True))
+    assert datasets.Dataset.from_parquet(str(path))["item_ids"][:] == back["item_ids"][:]
     with pytest.raises(ValueError, match="session=True: OneRecV2ForCausalLM writes single items"):
         recommender_of().recommend(HISTORIES, session=True)
 

@@ -2,10 +2,12 @@
 
 import os
 import tempfile
+import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import fields
 from inspect import signature
 from pathlib import Path
+from typing import Any
 
 import datasets
 import numpy as np
@@ -167,3 +169,18 @@ def rehearse(
         recommender.save_beside(folder)
         for name in ("validation", "test") if scoring else ():
             score_model(recommender.ranker, some(splits[name], 2, name), Path(folder), seed=0)
+
+
+def train_checked(
+    trainer: Trainer,
+    recommender: Recommender,
+    train: datasets.Dataset,
+    splits: datasets.DatasetDict,
+    score: bool,
+) -> dict[str, Any]:
+    """Trains once sharding, rows and all that comes after the training have been tried; returns `train_seconds`."""
+    check_sharding(trainer, score)
+    rehearse(recommender, train, splits, score)
+    start = time.perf_counter()
+    trainer.train(resume_from_checkpoint=trainer.args.resume_from_checkpoint)
+    return {"train_seconds": time.perf_counter() - start}

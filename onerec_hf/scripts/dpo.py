@@ -10,7 +10,6 @@ work on the command line and in the YAML file; `--lora_r 8` trains an adapter an
 `metrics.json` and predictions of the test split, and the pairs.
 """
 
-import time
 from dataclasses import dataclass, field
 
 from peft import LoraConfig
@@ -18,7 +17,7 @@ from transformers import AutoTokenizer, set_seed
 
 from ..data import DataFolder
 from ..trainers import IPAConfig, IPATrainer, load_pairs
-from .checks import check_beams, check_sharding, check_training, rehearse
+from .checks import check_beams, check_training, train_checked
 from .ending import VALIDATION_METRICS, finish_policy, generation_metrics, some
 from .model_arguments import load_policy, training_rows
 from .parser import ScriptParser
@@ -70,11 +69,7 @@ def main(args: DPOArguments, training: IPAConfig) -> dict:
         pairs=load_pairs(args.pairs, len(train), model.catalogue) if args.pairs else None,
         peft_config=LoraConfig(r=args.lora_r, task_type="CAUSAL_LM") if args.lora_r else None,
     )
-    check_sharding(trainer, args.score)
-    rehearse(recommender, train, splits, args.score)
-    start = time.perf_counter()
-    trainer.train(resume_from_checkpoint=training.resume_from_checkpoint)
-    report = {"train_seconds": time.perf_counter() - start}
+    report = train_checked(trainer, recommender, train, splits, args.score)
     return finish_policy(trainer, recommender, data, test if args.score else None, report)
 
 

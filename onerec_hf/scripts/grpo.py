@@ -12,7 +12,6 @@ Every field of `OneRecGRPOConfig` works on the command line and in a YAML file; 
 model. Writes a repository as `onerec sft` does.
 """
 
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -28,7 +27,7 @@ from ..data import DataFolder, OneRecCollator, load_interactions, read_table, ta
 from ..rewards import FormatReward, HitReward, IndustrialReward
 from ..rewards.functions import RewardFunction
 from ..trainers import OneRecGRPOConfig, OneRecGRPOTrainer, feedback_exposures, rejection_sample
-from .checks import check_beams, check_sharding, check_training, rehearse
+from .checks import check_beams, check_training, train_checked
 from .ending import finish_policy, some
 from .model_arguments import load_policy, mapping, training_rows
 from .parser import ScriptParser
@@ -188,11 +187,7 @@ def main(args: RLArguments, training: OneRecGRPOConfig, reward_funcs: list | Non
         sft_dataset=supervised,
         peft_config=LoraConfig(r=args.lora_r, task_type="CAUSAL_LM") if args.lora_r else None,
     )
-    check_sharding(trainer, args.score)
-    rehearse(recommender, train, splits, args.score)
-    start = time.perf_counter()
-    trainer.train(resume_from_checkpoint=training.resume_from_checkpoint)
-    report = {"train_seconds": time.perf_counter() - start}
+    report = train_checked(trainer, recommender, train, splits, args.score)
     return finish_policy(trainer, recommender, data, test if args.score else None, report)
 
 

@@ -28,6 +28,9 @@ class RecommendArguments:
     split: str = field(default="train", metadata={"help": "Of a Hub data set or a saved DatasetDict."})
     k: int = 10
     num_beams: int = 50
+    session: bool = field(
+        default=False, metadata={"help": "Whole sessions of a OneRec model, k per row, in place of single items."}
+    )
     exclude_seen: bool = False
     unknown_items: str = field(default="error", metadata={"help": "error, or ignore: drop unknown ids of a history."})
     batch_size: int = 256
@@ -52,6 +55,7 @@ def main(args: RecommendArguments) -> Path:
         column=args.column,
         batch_size=args.batch_size,
         overwrite=args.overwrite,
+        session=args.session,
         exclude_seen=args.exclude_seen,
         unknown_items=args.unknown_items,
     )

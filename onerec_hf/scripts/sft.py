@@ -9,14 +9,12 @@ validation split. Writes the model, tokenizer and catalogue (one folder that `Au
 the predictions of every test user.
 """
 
-import time
-
 from transformers import AutoModelForCausalLM, set_seed
 
 from ..data import DataFolder
 from ..recommender import ItemRanker
 from ..trainers import OneRecSFTConfig, OneRecSFTTrainer
-from .checks import check_beams, check_sharding, check_training, rehearse
+from .checks import check_beams, check_training, train_checked
 from .ending import VALIDATION_METRICS, finish_policy, generation_metrics, serve
 from .model_arguments import ITEM_VECTORS, ModelArguments, item_vectors, make_collator, make_config, training_rows
 from .parser import ScriptParser
@@ -53,11 +51,9 @@ def main(args: ModelArguments, training: OneRecSFTConfig) -> dict:
         if args.score
         else None,
     )
-    check_sharding(trainer, args.score)
-    rehearse(recommender, train, splits, args.score)
-    start = time.perf_counter()
-    trainer.train(resume_from_checkpoint=training.resume_from_checkpoint)
-    report = {"train_seconds": time.perf_counter() - start, "best_metric": trainer.state.best_metric}
+    report = train_checked(trainer, recommender, train, splits, args.score) | {
+        "best_metric": trainer.state.best_metric
+    }
     return finish_policy(trainer, recommender, data, splits["test"] if args.score else None, report)
 
 
