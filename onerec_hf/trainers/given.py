@@ -57,9 +57,9 @@ def complete(
             "or give the tokenizer that lies beside the model."
         )
     if data_collator is None:
-        base = policy.config._name_or_path
+        base, commit = policy.config._name_or_path, vars(policy.config).get("_commit_hash")  # of a repository
         repos = [name for name in dict.fromkeys((repo, base)) if name and (name == repo or _exists(name))]
-        data_collator = _default_collator(policy, repos, revision or policy.config._commit_hash)
+        data_collator = _default_collator(policy, repos, revision or commit)
     return model, settings, data_collator, processing_class
 
 
