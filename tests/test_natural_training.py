@@ -117,7 +117,7 @@ def test_the_collator_of_the_systems(tmp_path):
     assert type(trainer.data_collator) is SessionCollator
     model = tiny_model(tiny_catalogue(), architecture="v1")
     with pytest.raises(
-        ValueError, match="no collator_config.json, and the model reads a pathway of positive feedback"
+        ValueError, match=r"no collator_config.json, and the model reads a pathway of positive feedback"
     ):
         OneRecSFTTrainer(model, steps(tmp_path), train_dataset=with_targets())
 
@@ -132,7 +132,7 @@ def test_a_model_with_features_needs_its_collator(tmp_path, features):
 def test_wrong_models_and_tokenizers_are_refused(tmp_path):
     with pytest.raises(TypeError, match="model is a Linear: a OneRec model is needed"):
         OneRecSFTTrainer(torch.nn.Linear(2, 2), steps(tmp_path), train_dataset=histories())
-    with pytest.raises(ValueError, match="has no catalogue.*set `model.catalogue`"):
+    with pytest.raises(ValueError, match=r"has no catalogue.*set `model.catalogue`"):
         OneRecSFTTrainer(tiny_model(), steps(tmp_path), train_dataset=histories())
     other = SemanticIdTokenizer(codebook_sizes=[4, 4, 4])
     with pytest.raises(ValueError, match=r"processing_class has codebook_sizes=\[4, 4, 4\], the model \[8, 8, 8\]"):
@@ -190,7 +190,7 @@ def test_one_reward_function_serves_ipa_and_rl(saved, tmp_path):
 @pytest.mark.parametrize("trainer", ["ipa", "rl"])
 def test_rows_with_a_column_of_the_reward_functions_name_are_refused(saved, tmp_path, trainer):
     rows = histories().add_column("item_ids", [1] * 6)
-    with pytest.raises(ValueError, match="the rows have a column 'item_ids'.*rename"):
+    with pytest.raises(ValueError, match=r"the rows have a column 'item_ids'.*rename"):
         if trainer == "ipa":
             IPATrainer(saved, steps(tmp_path / "out", IPAConfig), train_dataset=rows, reward=Recorded())
         else:
