@@ -69,7 +69,7 @@ class Recommender:
             hub_kwargs: `revision`, `token`, `cache_dir`, ... as `from_pretrained` takes them.
 
         Raises:
-            OSError: When there is no such model, or no collator beside it. ValueError: When it has no catalogue.
+            OSError: When there is no such model. ValueError: When it has no catalogue, or reads features and has no collator.
         """
         model = AutoModel.from_pretrained(repo, **hub_kwargs).eval().to(device)
         return cls.of_model(model, repo, num_beams, **hub_kwargs)
@@ -94,7 +94,7 @@ class Recommender:
         return cls(ItemRanker(model, collator, num_beams), metadata, quantizer)
 
     def save_pretrained(self, folder: str | os.PathLike) -> None:
-        """Model, catalogue, collator, codebooks and metadata; the tokenizer is saved by itself."""
+        """Model, catalogue, collator, codebooks, metadata and tokenizer."""
         self.model.save_pretrained(folder)
         self.save_beside(folder)
 
