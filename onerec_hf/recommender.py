@@ -11,8 +11,8 @@ from tqdm.auto import tqdm
 from transformers import AutoModel
 from transformers.utils.hub import cached_file
 
-from .data.collators import OneRecCollator
 from .data.histories import check_per_user, history_rows, is_per_user
+from .data.saved_collator import collator_of
 from .item_ranker import ItemRanker
 from .models.item_ids import id_array, is_text
 from .recommendation_files import METADATA_NAME, check_dataset, item_metadata, load_metadata, save_metadata, write_part
@@ -69,7 +69,7 @@ class Recommender:
             hub_kwargs: `revision`, `token`, `cache_dir`, ... as `from_pretrained` takes them.
 
         Raises:
-            OSError: When there is no such model, or no collator beside it. ValueError: When it has no catalogue.
+            OSError: When there is no such model. ValueError: When it has no catalogue, or reads features and has no collator.
         """
         model = AutoModel.from_pretrained(repo, **hub_kwargs).eval().to(device)
         return cls.of_model(model, repo, num_beams, **hub_kwargs)
@@ -79,8 +79,8 @@ class Recommender:
         """As `from_pretrained`, for a model that was loaded from `repo` already."""
         if getattr(model, "catalogue", None) is None:
             raise ValueError(f"{repo} holds no catalogue.safetensors, so there are no items to recommend.")
-        tokens = model.catalogue.semantic_ids.cpu().numpy() + np.array(model.config.level_offsets)
-        collator = OneRecCollator.from_pretrained(repo, tokens, **hub_kwargs)
+        places = [str(repo), model.config._name_or_path]  # of an adapter, the base may have it
+        collator = collator_of(model, *dict.fromkeys(place for place in places if place), **hub_kwargs)
         metadata, quantizer = {}, None
         path = cached_file(str(repo), METADATA_NAME, _raise_exceptions_for_missing_entries=False, **hub_kwargs)
         if path is not None:
@@ -94,7 +94,7 @@ class Recommender:
         return cls(ItemRanker(model, collator, num_beams), metadata, quantizer)
 
     def save_pretrained(self, folder: str | os.PathLike) -> None:
-        """Model, catalogue, collator, codebooks and metadata; the tokenizer is saved by itself."""
+        """Model, catalogue, collator, codebooks, metadata and tokenizer."""
         self.model.save_pretrained(folder)
         self.save_beside(folder)
 

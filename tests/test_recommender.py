@@ -413,9 +413,9 @@ def test_fewer_rows_than_processes_and_a_second_run(tmp_path, monkeypatch):
     assert [part.name for part in tmp_path.glob("*.parquet")] == ["part-00000-of-00001.parquet"]
 
 
-def test_no_collator_no_model_no_recommender(tmp_path):
-    tiny_model(tiny_catalogue()).save_pretrained(tmp_path)
-    with pytest.raises(OSError, match="collator_config"):
+def test_features_without_a_collator_no_recommender(tmp_path):
+    tiny_model(tiny_catalogue(), context_features={"author": 4}).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="collator_config"):
         Recommender.from_pretrained(tmp_path)
     recommender = recommender_of(item_features={"author": np.arange(65)})
     recommender.save_pretrained(tmp_path / "one")

@@ -5,6 +5,7 @@ The papers decode with beam search (OneRec, section 4.1; OneRec-V2, section 5). 
 
 import copy
 import os
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -26,9 +27,11 @@ from .beam_search import beam_search, sample_items
 from .catalogue import CATALOGUE_NAME, Catalogue
 from .input_checks import check_finite, check_generate, check_rows_allowed
 from .parallel import unsharded_class
+from .tokenization_semantic_id import SemanticIdTokenizer, saved_codebook_sizes
 
 logger = logging.get_logger(__name__)
 
+_PUSH_KWARGS = ("repo_id", "commit_message", "create_pr", "revision", "token", "private", "tags")
 _HUB_KWARGS = ("cache_dir", "force_download", "local_files_only", "token", "revision", "subfolder")
 # what only transformers' own loop does; the fast search is not used when one of these is asked for
 _OWN_LOOP_FLAGS = ("output_scores", "output_logits", "output_attentions", "output_hidden_states")
@@ -83,7 +86,12 @@ class CatalogueGenerationMixin(_Model):
     # ---- catalogue -----------------------------------------------------------------------------------------------------
 
     def save_pretrained(self, save_directory: str | os.PathLike, *args: Any, **kwargs: Any) -> None:
-        """As `PreTrainedModel.save_pretrained`, plus `catalogue.safetensors`, and `auto_map` entries for every Auto class."""
+        """
+        As `PreTrainedModel.save_pretrained`, plus `catalogue.safetensors`, the tokenizer where the folder has none of these
+        codebook sizes, and `auto_map` entries for every Auto class.
+        """
+        push = kwargs.pop("push_to_hub", False)  # transformers would leave out what it has not written itself
+        hub = {name: kwargs.pop(name) for name in _PUSH_KWARGS if push and name in kwargs}
         with unsharded_class(self):
             module, name = type(self).__module__.rsplit(".", 1)[-1], type(self).__name__
             self.config.auto_map = {
@@ -95,6 +103,11 @@ class CatalogueGenerationMixin(_Model):
                 self._require_catalogue().save_pretrained(save_directory)
             self.config.catalogue_fingerprint = None if self.catalogue is None else self.catalogue.fingerprint()
             super().save_pretrained(save_directory, *args, **kwargs)
+        sizes = self.config.codebook_sizes
+        if kwargs.get("is_main_process", True) and saved_codebook_sizes(save_directory) != sizes:
+            SemanticIdTokenizer(codebook_sizes=sizes).save_pretrained(save_directory)
+        if push:
+            self.push_to_hub(hub.pop("repo_id", Path(save_directory).name), **hub)
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, *model_args, **kwargs) -> Any:

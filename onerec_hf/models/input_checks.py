@@ -59,7 +59,7 @@ def check_codes(
 
 
 def checked_context(config: Any, context_ids: Tensor | None, context_mask: Tensor | None) -> Tensor:
-    """`context_mask` (B, T), made where it is missing; an error where an input is missing or does not fit the model."""
+    """`context_mask` (B, T), without one whatever is no padding; an error where an input is missing or does not fit the model."""
     if context_ids is None:
         raise ValueError("context_ids is missing: give the histories as token ids of shape (batch, items, levels).")
     if context_ids.dim() != 3 or context_ids.shape[2] != config.num_levels:
@@ -72,7 +72,7 @@ def checked_context(config: Any, context_ids: Tensor | None, context_mask: Tenso
             f"context_ids has shape {tuple(context_ids.shape)}: the batch is empty. Give at least one user."
         )
     if context_mask is None:
-        mask = torch.ones(context_ids.shape[:2], dtype=torch.bool, device=context_ids.device)
+        mask = (context_ids != config.pad_token_id).any(-1)
     elif context_mask.shape != context_ids.shape[:2]:
         raise ValueError(
             f"context_mask has shape {tuple(context_mask.shape)}: expected {tuple(context_ids.shape[:2])}, one row per user and "
@@ -80,7 +80,7 @@ def checked_context(config: Any, context_ids: Tensor | None, context_mask: Tenso
         )
     else:
         mask = context_mask.bool()
-    check_range("context_ids", context_ids, config.vocab_size, "Padding is 0, with context_mask False.")
+    check_range("context_ids", context_ids, config.vocab_size, "Padding is 0.")
     check_codes(config, "context_ids", context_ids, range(NUM_SPECIAL_TOKENS), mask)
     return mask
 
@@ -125,8 +125,9 @@ def given_or_encoded(model: Any, context_kv: Any, *context: Tensor | None) -> An
 def check_targets(config: Any, target_ids: Tensor, target_positions: Tensor | None, others: Mapping[str, Any]) -> None:
     """Raises `ValueError` on a `target_ids` of another shape, or beside one of `others` that is not None."""
     if given := [name for name, value in others.items() if value is not None]:
+        hint = " The mask of the history is context_mask." if "attention_mask" in given else ""
         raise ValueError(
-            f"target_ids stands for input_ids and labels together, and has no place for {given}: give one or the other."
+            f"target_ids stands for input_ids and labels together, and has no place for {given}: give one or the other.{hint}"
         )
     shape = tuple(target_ids.shape)
     if len(shape) != 3 or shape[2] != config.num_levels or 0 in shape:
@@ -138,6 +139,17 @@ def check_targets(config: Any, target_ids: Tensor, target_positions: Tensor | No
             f"target_positions has shape {tuple(target_positions.shape)}: expected {shape[:2]}, one number per target."
         )
     check_codes(config, "target_ids", target_ids, (config.pad_token_id,))
+
+
+def check_attention_mask(attention_mask: Tensor | None, rows: Tensor | None) -> None:
+    """Raises `ValueError` on a mask of two dimensions that is not one of `rows` (R, C, ...), before which no cache stands."""
+    if attention_mask is None or rows is None or attention_mask.dim() != 2:
+        return
+    if attention_mask.shape != rows.shape[:2]:
+        raise ValueError(
+            f"attention_mask has shape {tuple(attention_mask.shape)}, the rows {tuple(rows.shape[:2])}: it belongs to input_ids. "
+            "The mask of the history is context_mask: `model(context_ids=..., context_mask=..., input_ids=...)`."
+        )
 
 
 def checked_labels(labels: Tensor | None, shift_labels: Tensor | None, rows: Tensor | None) -> Tensor | None:
@@ -216,6 +228,7 @@ def check_generate(
 
 
 __all__ = [
+    "check_attention_mask",
     "check_codes",
     "check_finite",
     "check_kwargs",

@@ -24,7 +24,14 @@ from .beam_search import beam_search
 from .catalogue import Catalogue
 from .configuration_onerec import SemanticIdConfig
 from .generation_semantic_id import CatalogueGenerationMixin
-from .input_checks import check_codes, check_finite, check_generate, check_targets, checked_labels
+from .input_checks import (
+    check_attention_mask,
+    check_codes,
+    check_finite,
+    check_generate,
+    check_targets,
+    checked_labels,
+)
 from .modeling_layers import (
     CACHE,
     AgeBias,
@@ -356,8 +363,6 @@ class SemanticIdForCausalLM(CatalogueGenerationMixin, SemanticIdPreTrainedModel)
         position_ids: torch.Tensor | None = None,
         past_key_values: Cache | None = None,
         inputs_embeds: torch.Tensor | None = None,
-        labels: torch.Tensor | None = None,
-        shift_labels: torch.Tensor | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int | torch.Tensor = 0,
         context_ids: torch.Tensor | None = None,
@@ -368,6 +373,7 @@ class SemanticIdForCausalLM(CatalogueGenerationMixin, SemanticIdPreTrainedModel)
         target_ids: torch.Tensor | None = None,
         target_positions: torch.Tensor | None = None,
         num_items_in_batch: torch.Tensor | int | None = None,
+        return_loss: bool = True,
         **kwargs,
     ) -> SemanticIdCausalLMOutput:
         r"""
@@ -381,6 +387,7 @@ class SemanticIdForCausalLM(CatalogueGenerationMixin, SemanticIdPreTrainedModel)
             target_positions (`torch.LongTensor` of shape (B, n), *optional*): OneRec-V2 only: history items each target may see.
             num_items_in_batch (`torch.Tensor` or `int`, *optional*): What the summed loss is divided by, in place of this batch's
                 own number ([`loss_items`]): that of all batches of an optimizer step, as `Trainer` gives it.
+            return_loss (`bool`, defaults to `True`): Off: no loss, the log-probabilities alone.
             context_ids, context_mask, context_features, user_features, context_kv: See the base model's `forward`.
 
         Returns:
@@ -388,6 +395,9 @@ class SemanticIdForCausalLM(CatalogueGenerationMixin, SemanticIdPreTrainedModel)
             eq. 1; Technical Report, L_NTP) or averaged (OneRec-V2, L_Gen). With `target_ids` there are no `logits`.
         """
         past_key_values = given_cache(past_key_values, kwargs)
+        # not in the signature: `Trainer` takes a name with "label" there for what every batch holds, and a batch of `target_ids`
+        # would have no `eval_loss`
+        labels, shift_labels = kwargs.pop("labels", None), kwargs.pop("shift_labels", None)
         context: dict[str, Any]
         context = {"context_ids": context_ids, "context_mask": context_mask, "context_features": context_features}
         context |= {"user_features": user_features, "context_kv": context_kv}
@@ -405,9 +415,12 @@ class SemanticIdForCausalLM(CatalogueGenerationMixin, SemanticIdPreTrainedModel)
             outputs = self.model(rows[:, :-1], use_cache=False, **context, **kwargs)
             log_probs = self.row_log_probs(outputs.last_hidden_state, rows).view(target_ids.shape)
             real = target_ids != self.config.pad_token_id
-            loss = self._loss(log_probs, real, num_items_in_batch)
+            loss = self._loss(log_probs, real, num_items_in_batch) if return_loss else None
             return SemanticIdCausalLMOutput(loss=loss, target_log_probs=log_probs, **recorded(outputs))
-        labels = checked_labels(labels, shift_labels, input_ids if inputs_embeds is None else inputs_embeds)
+        given = input_ids if inputs_embeds is None else inputs_embeds
+        if past_key_values is None:
+            check_attention_mask(attention_mask, given)
+        labels = checked_labels(labels, shift_labels, given)
         outputs = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -432,8 +445,8 @@ class SemanticIdForCausalLM(CatalogueGenerationMixin, SemanticIdPreTrainedModel)
                 rows = F.pad(input_ids, (0, labels.shape[1] - input_ids.shape[1]))
                 tokens = torch.where(labels == -100, rows, labels)
             log_probs = self.row_log_probs(hidden, tokens)
-            size = self.config.num_levels + 1
-            loss = self._loss(log_probs, labels.unflatten(1, (-1, size))[..., 1:] != -100, num_items_in_batch)
+            real = labels.unflatten(1, (-1, self.config.num_levels + 1))[..., 1:] != -100
+            loss = self._loss(log_probs, real, num_items_in_batch) if return_loss else None
         return SemanticIdCausalLMOutput(
             loss=loss,
             logits=logits,
@@ -453,6 +466,20 @@ class SemanticIdForCausalLM(CatalogueGenerationMixin, SemanticIdPreTrainedModel)
         if num_items is None:
             num_items = self.loss_items(real).clamp(min=1)
         return -torch.where(real, log_probs, 0.0).sum() / num_items
+
+    def add_model_tags(self, tags: list[str] | str) -> None:
+        """
+        As `PreTrainedModel.add_model_tags`. TRL's own trainers tag a model with `"trl"` before their first step, and are refused
+        here: their loss is a softmax over the codes of all levels, and would train another model without a word.
+        """
+        if "trl" in ([tags] if isinstance(tags, str) else tags):
+            raise ValueError(
+                f"a trainer of TRL scores {type(self).__name__} over the codes of all levels at once, which is not the model's "
+                "probability. Use `OneRecSFTTrainer` instead of SFTTrainer, `IPATrainer` instead of DPOTrainer and "
+                "`OneRecGRPOTrainer` instead of GRPOTrainer (`from onerec_hf.trainers import ...`), or `transformers.Trainer`. A "
+                'trainer of yours whose loss is the model\'s own sets `_tag_names` without "trl".'
+            )
+        super().add_model_tags(tags)
 
     def resize_token_embeddings(self, *args, **kwargs) -> None:
         """Refused: the vocabulary is the semantic IDs."""

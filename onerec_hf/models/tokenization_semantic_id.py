@@ -1,7 +1,9 @@
 """Tokenizer of semantic IDs, in OpenOneRec's spelling (arXiv:2512.24762): <|sid_begin|><s_a_12><s_b_7><s_c_255><|sid_end|>."""
 
+import json
 import os
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,6 +15,7 @@ from transformers.utils.hub import cached_file
 from .catalogue import CATALOGUE_NAME, Catalogue
 from .configuration_onerec import NUM_SPECIAL_TOKENS
 
+CONFIG_NAME = "tokenizer_config.json"
 LEVEL_NAMES = "abcdefghijklmnopqrstuvwxyz"
 
 
@@ -34,7 +37,7 @@ class SemanticIdTokenizer(TokenizersBackend):
     def __init__(
         self,
         vocab: dict[str, int] | None = None,
-        codebook_sizes: Sequence[int] = (8192, 8192, 8192),
+        codebook_sizes: Sequence[int] | None = None,
         pad_token: str = "<|pad|>",
         bos_token: str = "<|sid_begin|>",
         eos_token: str = "<|sid_end|>",
@@ -42,6 +45,11 @@ class SemanticIdTokenizer(TokenizersBackend):
         catalogue: Catalogue | None = None,
         **kwargs,
     ):
+        if codebook_sizes is None:
+            raise ValueError(
+                "codebook_sizes is missing: give the codes per level, as `SemanticIdTokenizer(codebook_sizes=[256, 256, 256])`; a "
+                "model's are `model.config.codebook_sizes`."
+            )
         codebook_sizes = [int(size) for size in codebook_sizes]
         if not 1 <= len(codebook_sizes) <= len(LEVEL_NAMES):
             raise ValueError(f"codebook_sizes={codebook_sizes}: a semantic ID has 1 to {len(LEVEL_NAMES)} levels.")
@@ -129,19 +137,31 @@ class SemanticIdTokenizer(TokenizersBackend):
     def from_pretrained(
         cls, pretrained_model_name_or_path: str | os.PathLike, *args, **kwargs
     ) -> "SemanticIdTokenizer":
-        """As `PreTrainedTokenizerBase.from_pretrained`; attaches the repository's catalogue when it holds one."""
-        tokenizer = super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
+        """
+        As `PreTrainedTokenizerBase.from_pretrained`; attaches the repository's catalogue when it holds one. A repository without
+        files of a tokenizer has that of its model's `codebook_sizes`.
+        """
         names = ("cache_dir", "force_download", "local_files_only", "token", "revision", "subfolder")
         hub_kwargs = {name: kwargs[name] for name in names if kwargs.get(name)}
-        path = cached_file(
-            str(pretrained_model_name_or_path),
-            CATALOGUE_NAME,
-            _raise_exceptions_for_missing_entries=False,
-            **hub_kwargs,
-        )
-        if path is not None:
+
+        def file(name: str) -> str | None:
+            return cached_file(
+                str(pretrained_model_name_or_path), name, _raise_exceptions_for_missing_entries=False, **hub_kwargs
+            )
+
+        if file(CONFIG_NAME) is None and (path := file("config.json")) is not None:
+            sizes = json.loads(Path(path).read_text(encoding="utf-8")).get("codebook_sizes")
+            kwargs = {"codebook_sizes": sizes} | kwargs
+        tokenizer = super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
+        if file(CATALOGUE_NAME) is not None:
             tokenizer.catalogue = Catalogue.from_pretrained(pretrained_model_name_or_path, **hub_kwargs)
         return tokenizer
 
 
-__all__ = ["SemanticIdTokenizer"]
+def saved_codebook_sizes(folder: str | os.PathLike) -> list[int] | None:
+    """Codes per level of the tokenizer that a folder holds; None where there is none, or one of another kind."""
+    path = Path(folder) / CONFIG_NAME
+    return json.loads(path.read_text(encoding="utf-8")).get("codebook_sizes") if path.is_file() else None
+
+
+__all__ = ["SemanticIdTokenizer", "saved_codebook_sizes"]

@@ -12,6 +12,7 @@ from .functions import (
     select_for_format,
 )
 from .reward_model import RewardModel
+from .spelled import spelled_items
 
 __all__ = [
     "CandidateCollator",
@@ -28,4 +29,5 @@ __all__ = [
     "play_time_percentiles",
     "reward_of_model",
     "select_for_format",
+    "spelled_items",
 ]

@@ -14,10 +14,11 @@ import torch.nn.functional as F
 from torch.nn.utils import get_total_norm
 from trl import GRPOTrainer
 
-from ..models import SemanticIdTokenizer
 from ..rewards import finite_or_none
+from ..rewards.spelled import ITEM_IDS, check_columns, spelled_items
 from .base import OneRecTrainer
-from .grpo_config import OneRecGRPOConfig
+from .given import complete
+from .grpo_config import OneRecGRPOConfig, check_policy, check_reference
 from .grpo_rollouts import (
     EndlessBatches,
     chunks,
@@ -43,15 +44,17 @@ class OneRecGRPOTrainer(OneRecTrainer, GRPOTrainer):
     shuffles users, not candidates. Contexts, reward columns and targets are looked up once per user.
 
     Args:
-        model: A OneRec model with a catalogue, or the folder of one.
-        reward_funcs: TRL's reward functions, as in `onerec_hf.rewards`. `None` for a candidate: no reward of this function; where
-            no function has one, the advantage is 0 and the candidate has no part in the group's mean. NaN and infinite
-            rewards are refused. Beside the columns of the rows they get `num_generations`, for each candidate the G of this call,
-            which `num_generations_eval` may say otherwise. May be left out with `logged_weight=1`.
-        args ([`OneRecGRPOConfig`]).
+        model: A OneRec model with a catalogue, a PEFT model around one, or the folder or repository of either.
+        reward_funcs: TRL's reward functions, as in `onerec_hf.rewards`; `prompts` are the numbers of the rows. `None` for a
+            candidate: no reward of this function; where no function has one, the advantage is 0 and the candidate has no part in
+            the group's mean. NaN and infinite rewards are refused. Beside the columns of the rows they get `item_ids`
+            ([`~rewards.spelled_items`]), and `num_generations`, for each candidate the G of this call, which
+            `num_generations_eval` may say otherwise. May be left out with `logged_weight=1`.
+        args ([`OneRecGRPOConfig`], *optional*): As in SFT.
         train_dataset, eval_dataset (`datasets.Dataset`): One row per user, whatever `data_collator.context` and the reward
             functions read; with a column `targets` (item indices) the share of groups that hold a target is logged.
-        data_collator: As in SFT: `data_collator.context(rows)` gives the context, `data_collator(rows)` also `target_ids`.
+        data_collator (*optional*): As in SFT: `data_collator.context(rows)` gives the context, `data_collator(rows)` also
+            `target_ids`.
         logged_dataset (`datasets.Dataset`, *optional*): Logged exposures, one row per context: `targets` (n items),
             `advantage` (n numbers, used as they are by every loss; 0 is left out) and, where the policy that showed them is known,
             `log_probs` (n lists of L log-probabilities within the level at exposure; NaN or an absent column: pi_old = sg(pi)).
@@ -83,13 +86,21 @@ class OneRecGRPOTrainer(OneRecTrainer, GRPOTrainer):
         eval_dataset: datasets.Dataset | None = None,
         processing_class: Any = None,
         *,
-        data_collator: Callable,
+        data_collator: Callable | None = None,
         logged_dataset: datasets.Dataset | None = None,
         sft_dataset: datasets.Dataset | None = None,
         **kwargs,
     ):
-        if args is None:
-            raise ValueError("args is missing: give an OneRecGRPOConfig.")
+        model, args, data_collator, processing_class = complete(
+            OneRecGRPOConfig,
+            "GRPO",
+            model,
+            args,
+            data_collator,
+            processing_class,
+            kwargs.pop("quantization_config", None),
+        )
+        check_reference(model, args, kwargs.get("peft_config"))
         for name, weight, rows in (
             ("logged_dataset", args.logged_weight, logged_dataset),
             ("sft_dataset", args.sft_weight, sft_dataset),
@@ -101,11 +112,11 @@ class OneRecGRPOTrainer(OneRecTrainer, GRPOTrainer):
         if reward_funcs is not None:
             functions = reward_funcs if isinstance(reward_funcs, list) else [reward_funcs]
             reward_funcs = [finite_or_none(function) for function in functions]
-        if processing_class is None and not isinstance(model, str):
-            processing_class = SemanticIdTokenizer(codebook_sizes=model.config.codebook_sizes)
         self.collator: Any = data_collator
         self.context: dict[str, torch.Tensor] = {}
         self.rows = {"train": train_dataset, "eval": eval_dataset}
+        for given in self.rows.values():
+            check_columns(() if given is None else given.column_names)
         prompts = {name: None if rows is None else places(rows) for name, rows in self.rows.items()}
         super().__init__(
             model,
@@ -117,26 +128,11 @@ class OneRecGRPOTrainer(OneRecTrainer, GRPOTrainer):
             rollout_func=rollout,
             **kwargs,
         )
-        self._check_policy()
+        check_policy(self.policy, args, self.reward_func_names)
         place = (args.seed, self.accelerator.process_index, self.accelerator.num_processes)
         self.logged = logged_dataset and EndlessBatches(logged_dataset, args.logged_batch_size, *place)
         self.supervised = sft_dataset and EndlessBatches(sft_dataset, args.sft_batch_size, *place)
         self._beside: dict[int, tuple] = {}  # what the micro-batches of an optimizer step train on beside rollouts
-
-    def _check_policy(self):
-        policy, names = self.policy, self.reward_func_names
-        unknown = sorted({*self.args.unnormalized_rewards} - {*names, "format_reward"})
-        if unknown and self.args.logged_weight < 1:
-            raise ValueError(f"unnormalized_rewards={unknown}: the reward functions are {names}. Name some of these.")
-        if policy.catalogue is None:
-            raise ValueError(
-                f"{type(policy).__name__} has no catalogue: set `model.catalogue`, or load it from a folder."
-            )
-        if self.args.rollout == "unconstrained" and policy.config.score_normalization == "valid":
-            raise ValueError(
-                "rollout='unconstrained' with score_normalization='valid': codes of no item have no probability there. Train "
-                "the policy with score_normalization='level', or use a constrained rollout."
-            )
 
     @property
     def group_size(self) -> int:
@@ -179,6 +175,8 @@ class OneRecGRPOTrainer(OneRecTrainer, GRPOTrainer):
         return {name: self._prepare_input(tensor) for name, tensor in batch.items()}
 
     def _calculate_rewards(self, inputs, prompts, completions, completion_ids_list):
+        spelled = spelled_items(completion_ids_list, self.policy.catalogue)
+        inputs = [row | {ITEM_IDS: ids} for row, ids in zip(inputs, spelled)]
         with silent_rewards_are_expected():
             rewards = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)  # of all processes
         raw = [name in self.args.unnormalized_rewards for name in self.reward_func_names]

@@ -2,6 +2,7 @@
 
 import dataclasses
 from dataclasses import dataclass, field
+from typing import Any
 
 from trl import GRPOConfig
 
@@ -110,4 +111,30 @@ class OneRecGRPOConfig(GRPOConfig):
         super().__post_init__()
 
 
-__all__ = ["OneRecGRPOConfig"]
+def check_reference(model: Any, args: OneRecGRPOConfig, peft_config: Any) -> None:
+    """Raises where `beta` asks for a reference that lies nowhere: of an adapter it is the base, else TRL loads it from a folder."""
+    adapter = peft_config is not None or hasattr(model, "peft_config")
+    if args.beta and not adapter and not model.config._name_or_path:
+        raise ValueError(
+            f"beta={args.beta}: the reference is loaded from the folder that the policy came from, and this policy was never "
+            "saved. `model.save_pretrained(folder)`, then give the folder as `model`; or leave out beta, as both papers do."
+        )
+
+
+def check_policy(policy: Any, args: OneRecGRPOConfig, reward_names: list[str]) -> None:
+    """Raises where the settings name rewards that are not there, or ask of a policy what it has not."""
+    unknown = sorted({*args.unnormalized_rewards} - {*reward_names, "format_reward"})
+    if unknown and args.logged_weight < 1:
+        raise ValueError(
+            f"unnormalized_rewards={unknown}: the reward functions are {reward_names}. Name some of these."
+        )
+    if policy.catalogue is None:
+        raise ValueError(f"{type(policy).__name__} has no catalogue: set `model.catalogue`, or load it from a folder.")
+    if args.rollout == "unconstrained" and policy.config.score_normalization == "valid":
+        raise ValueError(
+            "rollout='unconstrained' with score_normalization='valid': codes of no item have no probability there. Train "
+            "the policy with score_normalization='level', or use a constrained rollout."
+        )
+
+
+__all__ = ["OneRecGRPOConfig", "check_policy", "check_reference"]

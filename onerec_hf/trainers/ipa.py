@@ -19,6 +19,8 @@ from trl import DPOTrainer
 from trl.models import unwrap_model_for_generation
 
 from ..rewards.functions import RewardFunction
+from ..rewards.spelled import check_columns
+from .given import complete
 from .ipa_config import IPAConfig
 from .next_item import NextItemTrainer, under_fsdp
 from .pair_files import PairFiles
@@ -59,9 +61,8 @@ class IPATrainer(NextItemTrainer, DPOTrainer):
     Works on any number of processes under DDP. FSDP is refused.
 
     Args:
-        model: A OneRec model with a catalogue, a PEFT model around one, or the folder or repository of one.
-        args ([`IPAConfig`]).
-        data_collator (`Callable`): As in SFT.
+        model: A OneRec model with a catalogue, a PEFT model around one, or the folder or repository of either.
+        args ([`IPAConfig`], *optional*), data_collator (`Callable`, *optional*): As in SFT.
         train_dataset (`datasets.Dataset`): As in SFT.
         reward (`RewardFunction`, *optional*): See [`mine_pairs`]; for a reward model: `reward_of_model`.
         pairs (`datasets.Dataset`, *optional*): Given pairs instead of `reward`, such as logged ones: `row` (of `train_dataset`),
@@ -84,10 +85,11 @@ class IPATrainer(NextItemTrainer, DPOTrainer):
     def __init__(
         self,
         model: Any,
-        args: IPAConfig,
+        args: Any = None,
+        data_collator: Callable | None = None,
+        train_dataset: datasets.Dataset | None = None,
         *,
-        data_collator: Callable,
-        train_dataset: datasets.Dataset,
+        processing_class: Any = None,
         reward: RewardFunction | None = None,
         pairs: datasets.Dataset | None = None,
         ref_model: Any = None,
@@ -107,6 +109,9 @@ class IPATrainer(NextItemTrainer, DPOTrainer):
             raise TypeError(
                 f"train_dataset is a {type(train_dataset).__name__}: pairs need rows that can be looked up."
             )
+        model, args, data_collator, processing_class = complete(
+            IPAConfig, "IPA", model, args, data_collator, processing_class, kwargs.pop("quantization_config", None)
+        )
         if under_fsdp(args):
             raise ValueError(
                 "IPATrainer does not work under FSDP: pairs are generated and scored with whole weights, and a process that has no "
@@ -115,10 +120,12 @@ class IPATrainer(NextItemTrainer, DPOTrainer):
             )
         self.reward, self.given_pairs, self.collator = reward, pairs, data_collator
         self.rows = train_dataset
+        check_columns(train_dataset.column_names if reward is not None else ())
         super().__init__(
             model,
             args,
             ref_model=ref_model,
+            processing_class=processing_class,
             data_collator=partial(_with_rows, data_collator),
             train_dataset=train_dataset.add_column(ROW, list(range(len(train_dataset)))),
             **kwargs,

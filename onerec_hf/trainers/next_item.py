@@ -17,7 +17,6 @@ from safetensors.torch import load_file, save_file
 from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_utils import EvalLoopOutput, TrainOutput
 
-from ..models import SemanticIdTokenizer
 from .base import OneRecTrainer
 
 RAW_WEIGHTS_NAME = "raw_weights.safetensors"
@@ -95,16 +94,16 @@ class NextItemTrainer(OneRecTrainer):
         args: Any,
         *,
         generation_metrics: Callable | None = None,
-        processing_class: Any = None,
         **kwargs,
     ):
         if args.weight_average_decay is not None and under_fsdp(args):
             raise ValueError(
                 "weight_average_decay is for data-parallel training: under FSDP no process has whole weights."
             )
-        if processing_class is None and not isinstance(model, str):
-            processing_class = SemanticIdTokenizer(codebook_sizes=model.config.codebook_sizes)
-        super().__init__(model=model, args=args, processing_class=processing_class, **kwargs)
+        columns = getattr(kwargs.get("train_dataset"), "column_names", None) or ()
+        if args.train_sampling_strategy == "group_by_length" and args.length_column_name not in columns:
+            args.train_sampling_strategy = "random"
+        super().__init__(model=model, args=args, **kwargs)
         self.generation_metrics = generation_metrics
         self.model_accepts_loss_kwargs = True  # what `get_batch_samples` counts
         self._eval_loss = torch.zeros(2, dtype=torch.float64, device=self.args.device)  # sum and count

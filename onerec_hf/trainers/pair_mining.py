@@ -14,6 +14,7 @@ import torch
 from transformers import set_seed
 
 from ..rewards.functions import RewardFunction, completion_leaves
+from ..rewards.spelled import completion_columns
 
 
 def context_inputs(batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -101,8 +102,9 @@ def mine_pairs(
     Args:
         model: In evaluation mode; it generates the candidates, and its log-probabilities become the reference's.
         rows (`list[dict]`): Rows of the data set, as the collator takes them; `row_ids` says which ones.
-        reward (`RewardFunction`): As of `onerec_hf.rewards`: called with `completion_ids` (N adjacent ones per row: the codes, BOS
-            between the items of a session, pad tokens where fewer candidates exist) and every column of the rows, N times each;
+        reward (`RewardFunction`): With TRL's signature, as of `onerec_hf.rewards`: called with `prompts` (the numbers of the rows),
+            `completions` (text), `completion_ids` (N adjacent ones per row: the codes, BOS between the items of a session, pad
+            tokens where fewer candidates exist), `item_ids` ([`spelled_items`]) and every column of the rows, N times each;
             returns a finite number each, or `None` for a candidate that shall take no part.
 
     Returns:
@@ -119,7 +121,7 @@ def mine_pairs(
         batch = {name: value.to(model.device) for name, value in collator(part).items()}
         context = context_inputs(batch)
         token_ids, alive = generate_candidates(model, context, num_candidates)
-        rewards = _rewards(reward, part, ids, token_ids, alive, model.config.bos_token_id)
+        rewards = _rewards(reward, part, ids, token_ids, alive, model)
         chosen, rejected, tied, few = choose_pairs(rewards, num_rejected)
         sums["users"] += len(part)
         sums["tied"] += tied.sum().item()
@@ -167,12 +169,15 @@ def _pair(row: int, token_ids, log_probs, rewards) -> dict:
     }
 
 
-def _rewards(reward, rows, row_ids, token_ids, alive, bos_token_id) -> torch.Tensor:
+def _rewards(reward, rows, row_ids, token_ids, alive, model) -> torch.Tensor:
     """Rewards (B, N) in float64 on the CPU, NaN for candidates that take no part."""
     num_candidates = token_ids.shape[1]
-    with_bos = torch.nn.functional.pad(token_ids, (1, 0), value=bos_token_id).flatten(2)[:, :, 1:]
+    with_bos = torch.nn.functional.pad(token_ids, (1, 0), value=model.config.bos_token_id).flatten(2)[:, :, 1:]
+    completions = with_bos.flatten(0, 1).tolist()
     columns = {name: [row[name] for row in rows for _ in range(num_candidates)] for name in rows[0]}
-    found = reward(completion_ids=with_bos.flatten(0, 1).tolist(), **columns)
+    columns |= completion_columns(completions, model.catalogue, columns)
+    prompts = [row for row in row_ids for _ in range(num_candidates)]
+    found = reward(prompts=prompts, completion_ids=completions, **columns)
     if len(found) != alive.numel():
         raise ValueError(f"the reward function returned {len(found)} values for {alive.numel()} candidates.")
     silent = torch.tensor([value is None for value in found]).view(alive.shape) | ~alive.cpu()

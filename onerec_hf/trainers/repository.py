@@ -43,6 +43,18 @@ class RepositoryMixin(StopAtNonFinite, ResumableTrainer):
                 f"output_dir={folder!r} cannot be written: choose another folder, or `chmod u+w` this one. Nothing was trained."
             )
 
+    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+        """As `Trainer._save`, and the collator: a checkpoint, too, can be served."""
+        super()._save(output_dir, state_dict)
+        if self.args.should_save and isinstance(self._collator, OneRecCollator):
+            self._collator.save_pretrained(output_dir or self.args.output_dir)
+        model = self.accelerator.unwrap_model(self.model)
+        if hasattr(model, "peft_config") and not next(iter(model.peft_config.values())).base_model_name_or_path:
+            logger.warning_once(
+                "the adapter is saved, and its base lies nowhere, so nothing can load it: `trainer.model.merge_and_unload()` and "
+                "`save_pretrained(folder)` keep the whole model; or save the base before training, and give its folder as `model`."
+            )
+
     def create_model_card(  # type: ignore[override]  # in TRL's order
         self,
         model_name: str | None = None,

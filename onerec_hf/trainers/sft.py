@@ -4,8 +4,10 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
+from transformers import TrainingArguments
 from trl import SFTConfig, SFTTrainer
 
+from .given import complete
 from .next_item import NOT_READ, NextItemArguments, NextItemTrainer, refuse_unread
 
 _TEXT_OF_SFT = (
@@ -26,7 +28,8 @@ class OneRecSFTConfig(NextItemArguments, SFTConfig):
     Args:
         remove_unused_columns: Off: the collator reads the columns of the split itself.
         label_names: `target_ids`, so that evaluation has a loss.
-        train_sampling_strategy: Batches of users with histories of similar length; reads the column `length` where there is one.
+        train_sampling_strategy: Batches of users with histories of similar length, which the column `length` says; random order
+            where there is none.
             The order of an epoch is a function of the seed: a run that resumes inside it goes on with the same batches.
         hub_strategy: `"end"`: one commit of the finished model; the checkpoints before it would be no complete repositories.
         restore_callback_states_from_checkpoint: On: a resumed run goes on with the patience that `EarlyStoppingCallback` had left.
@@ -51,9 +54,11 @@ class OneRecSFTTrainer(NextItemTrainer, SFTTrainer):
     balances the experts of a mixture.
 
     Args:
-        model: A OneRec model, a PEFT model around one, or the folder or repository of one.
-        args ([`OneRecSFTConfig`]).
-        data_collator (`Callable`): Batches from rows, see `onerec_hf.data`.
+        model: A OneRec model, a PEFT model around one, or the folder or repository of either.
+        args ([`OneRecSFTConfig`], *optional*): Or any `TrainingArguments`, of which the fields that were set count. Left out, the
+            defaults, and `output_dir` is the model's name and `-SFT`.
+        data_collator (`Callable`, *optional*): Batches from rows, see `onerec_hf.data`. By default the one that lies beside the
+            model, or, of a model without features, one of its catalogue; it is saved with the model.
         train_dataset, eval_dataset: Sets of `datasets`; of the evaluation several in a `dict`.
         processing_class (*optional*): The tokenizer that checkpoints get; by default one of the model's codebook sizes.
         generation_metrics (`Callable[[PreTrainedModel], dict[str, float]]`, *optional*): Called at every evaluation with the
@@ -66,13 +71,39 @@ class OneRecSFTTrainer(NextItemTrainer, SFTTrainer):
     _tag_names = ["onerec", "sft"]
     _card_method = "Supervised: the negative log-probability of the codes of each target, with TRL's `SFTTrainer`."
 
-    def __init__(self, model: Any, args: OneRecSFTConfig, *, data_collator: Callable, **kwargs):
+    def __init__(
+        self,
+        model: Any,
+        args: TrainingArguments | None = None,
+        data_collator: Callable | None = None,
+        train_dataset: Any = None,
+        eval_dataset: Any = None,
+        processing_class: Any = None,
+        **kwargs,
+    ):
         if kwargs.get("formatting_func") is not None or kwargs.get("compute_loss_func") is not None:
             raise ValueError(
                 "formatting_func and compute_loss_func would do nothing: rows are no text, and the loss is the model's own. Leave "
                 "them out; override `compute_loss` for another loss."
             )
-        super().__init__(model, args, data_collator=data_collator, **kwargs)
+        model, args, data_collator, processing_class = complete(
+            OneRecSFTConfig,
+            "SFT",
+            model,
+            args,
+            data_collator,
+            processing_class,
+            kwargs.pop("quantization_config", None),
+        )
+        super().__init__(
+            model,
+            args,
+            data_collator=data_collator,
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
+            processing_class=processing_class,
+            **kwargs,
+        )
 
 
 __all__ = ["OneRecSFTConfig", "OneRecSFTTrainer"]
