@@ -108,6 +108,10 @@ class CatalogueGenerationMixin(_Model):
             ) from error
         model = result[0] if isinstance(result, tuple) else result
         hub_kwargs = {name: kwargs[name] for name in _HUB_KWARGS if kwargs.get(name) is not None}
+        # what lies beside the model is read from the same commit; a token is kept only until the pipeline has read it
+        model._hub_kwargs = {
+            name: value for name, value in hub_kwargs.items() if name != "token" or kwargs.get("_from_pipeline")
+        }
         path = None
         if pretrained_model_name_or_path is not None:
             path = cached_file(
