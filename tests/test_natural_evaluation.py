@@ -3,6 +3,7 @@
 import datasets
 import numpy as np
 import pytest
+from transformers import pipeline
 
 from onerec_hf import OneRec
 from onerec_hf.evaluation import evaluate
@@ -20,12 +21,13 @@ def split():
     return datasets.Dataset.from_dict(rows)
 
 
-def test_a_served_recommender_and_its_ranker_are_the_same(split):
+def test_a_served_recommender_and_its_ranker_are_the_same(split, tmp_path):
     recommender = recommender_of()
     expected = evaluate(recommender.ranker, split, num_items=65, ks=(5, 10), progress=False)
     wrapped = OneRec()
     wrapped._recommender = recommender
-    for served in (recommender, wrapped):
+    recommender.save_pretrained(tmp_path)
+    for served in (recommender, wrapped, pipeline("onerec-recommendation", model=str(tmp_path), num_beams=20)):
         found = evaluate(served, split, ks=(5, 10), progress=False)
         assert (found.predictions == expected.predictions).all() and found.metrics == expected.metrics
     assert expected.metrics["coverage@10"] > 0

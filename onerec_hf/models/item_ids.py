@@ -137,6 +137,8 @@ def _as_array(ids: Any, name: str) -> np.ndarray:
                 return np.array(values, dtype=np.int64)
             except OverflowError:
                 pass
+        if values and {type(value) for value in values} == {str}:
+            return np.array(values, dtype=str)
         try:
             array = np.array(values, dtype=object)
         except ValueError:
