@@ -15,9 +15,10 @@ if TYPE_CHECKING:
 
 class OneRec:
     r"""
-    A recommender that is trained on a `pandas.DataFrame`.
+    A recommender that is trained on a table of interactions.
 
     ```python
+    model = OneRec().fit("log.csv")
     model = OneRec(num_train_epochs=8).fit(interactions)  # columns user_id, item_id, timestamp
     model.recommend(["alice", "bob"], k=3)
     model.save_pretrained("my-recommender")
@@ -65,8 +66,8 @@ class OneRec:
 
     def fit(
         self,
-        interactions: "pd.DataFrame",
-        items: "pd.DataFrame | None" = None,
+        interactions: Any,
+        items: Any = None,
         columns: Mapping[str, str | None] | None = None,
     ) -> "OneRec":
         """
@@ -75,13 +76,19 @@ class OneRec:
         The last event of each user is the test event, the one before it the validation event; `metrics` are of the test events.
 
         Args:
-            interactions: One row per event.
-            items: Item table with `item_id` and what text fields or metadata are read from.
+            interactions: One row per event: a `DataFrame` of pandas or polars, a `pyarrow.Table`, a `datasets.Dataset`, a dict of
+                arrays, or the path of a CSV, TSV, JSON lines or parquet file.
+            items: Item table, of the same kinds, with `item_id` and what text fields or metadata are read from.
             columns: Our names `user_id`, `item_id`, `timestamp` to yours; `{"timestamp": None}` where the rows are in time order.
+
+        Raises:
+            ValueError: A column that is missing, ids that are integers beyond 64 bits.
         """
         from .scripts import prepare, sft
 
         names = {name: name for name in ("user_id", "item_id", "timestamp")} | dict(columns or {})
+        interactions = _frame(interactions, names)
+        items = None if items is None else _frame(items, names)
         if absent := sorted({name for name in names.values() if name is not None} - set(interactions.columns)):
             raise ValueError(
                 f"interactions has no column {absent}; it has {list(interactions.columns)}. Say which are meant: "
@@ -176,6 +183,26 @@ class OneRec:
         with tempfile.TemporaryDirectory() as folder:
             self.save_pretrained(folder)
             return push_to_hub(folder, repo_id, **kwargs)
+
+
+def _frame(table: Any, names: Mapping[str, str | None]) -> "pd.DataFrame":
+    """Any table as pandas has it; ids keep their spelling, and those that are no integer of 64 bits are refused."""
+    import pandas as pd
+
+    from .data.tables import read_table
+
+    ids = [str(names[name]) for name in ("user_id", "item_id")]
+    if hasattr(table, "to_arrow"):  # polars
+        table = table.to_arrow()
+    if not isinstance(table, pd.DataFrame):
+        table = read_table(table, ids=ids).to_pandas()
+    for name in set(ids) & set(table.columns):
+        column = table[name]
+        numbers = column[[isinstance(value, int) for value in column]] if column.dtype == object else column
+        large = [value for value in numbers if abs(value) >= 2**63] if numbers.dtype in (object, "uint64") else []
+        if large:
+            raise ValueError(f"{name} holds {large[0]}, which is beyond 64 bits: pass these ids as strings.")
+    return table
 
 
 __all__ = ["OneRec"]

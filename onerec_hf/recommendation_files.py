@@ -5,6 +5,8 @@ import decimal
 import json
 import math
 import os
+import shutil
+import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -13,7 +15,9 @@ import datasets
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet
+from transformers.utils.hub import cached_file
 
+from .models import SemanticIdTokenizer
 from .models.item_ids import id_array
 
 METADATA_NAME = "items.jsonl"
@@ -107,3 +111,22 @@ def write_part(
         if len(table):  # an empty row group is a file that `datasets` refuses to read
             writer.write_table(table)
     partial.replace(path)
+
+
+def push_served(recommender: Any, repo_id: str, **kwargs: Any) -> Any:
+    """As [`Recommender.push_to_hub`]: its folder, with a tokenizer and a card, in one commit."""
+    from .hub import model_card, push_to_hub
+
+    config, catalogue = recommender.model.config, recommender.model.catalogue
+    loaded_from = str(recommender.model.name_or_path)
+    card = loaded_from and cached_file(loaded_from, "README.md", _raise_exceptions_for_missing_entries=False)
+    with tempfile.TemporaryDirectory() as folder:
+        recommender.save_pretrained(folder)
+        SemanticIdTokenizer(codebook_sizes=config.codebook_sizes, catalogue=catalogue).save_pretrained(folder)
+        if card:
+            shutil.copy(card, Path(folder) / "README.md")
+        else:
+            unknown = "Not written down by whoever pushed this model."
+            made = model_card(config, title=repo_id.split("/")[-1], repo=repo_id, data=unknown, training=unknown)
+            made.save(Path(folder) / "README.md")
+        return push_to_hub(folder, repo_id, **kwargs)

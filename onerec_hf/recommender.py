@@ -1,5 +1,6 @@
 """A trained repository as a recommender: one's own item ids in, items with scores and metadata out."""
 
+import copy
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -13,9 +14,18 @@ from transformers.utils.hub import cached_file
 
 from .data.histories import check_per_user, history_rows, is_per_user
 from .data.saved_collator import collator_of
+from .explanation import Contribution, leave_one_out
 from .item_ranker import ItemRanker
 from .models.item_ids import id_array, is_text
-from .recommendation_files import METADATA_NAME, check_dataset, item_metadata, load_metadata, save_metadata, write_part
+from .recommendation_files import (
+    METADATA_NAME,
+    check_dataset,
+    item_metadata,
+    load_metadata,
+    push_served,
+    save_metadata,
+    write_part,
+)
 from .semantic_ids import RQVAE, ResidualKMeans, load_quantizer
 
 
@@ -106,6 +116,14 @@ class Recommender:
         if self.metadata:
             save_metadata(self.metadata, folder)
 
+    def push_to_hub(self, repo_id: str, **kwargs: Any) -> Any:
+        """
+        Pushes all that is served, in one commit, with the tokenizer; `kwargs` and result are those of `onerec_hf.hub.push_to_hub`.
+
+        The card is the one beside the loaded model; without one, a short card that says what the model is.
+        """
+        return push_served(self, repo_id, **kwargs)
+
     def recommend(
         self,
         histories: Sequence[Sequence],
@@ -164,19 +182,11 @@ class Recommender:
             k, num_beams=width, allowed_items=allowed, num_session_items=length, **context
         )
         ids = catalogue.item_ids[items.cpu().clamp(min=0).numpy()].tolist()
+        ranked = [[(i, s) for i, s in zip(*row) if s > float("-inf")] for row in zip(ids, scores.tolist())]
+        known = self.metadata
         if session:
-            return [
-                [
-                    RecommendedSession(i, s, [self.metadata.get(item, {}) for item in i])
-                    for i, s in zip(*row)
-                    if s > float("-inf")
-                ]
-                for row in zip(ids, scores.tolist())
-            ]
-        return [
-            [Recommendation(i, s, self.metadata.get(i, {})) for i, s in zip(*row) if s > float("-inf")]
-            for row in zip(ids, scores.tolist())
-        ]
+            return [[RecommendedSession(i, s, [known.get(item, {}) for item in i]) for i, s in row] for row in ranked]
+        return [[Recommendation(i, s, known.get(i, {})) for i, s in row] for row in ranked]
 
     def _allowed(self, seen, exclude_seen, allow, deny) -> torch.Tensor | None:
         if not exclude_seen and allow is None and deny is None:
@@ -229,6 +239,49 @@ class Recommender:
         tokens = self.model.catalogue.semantic_ids.cpu().numpy() + np.array(self.model.config.level_offsets)
         collator.item_token_ids = tokens.astype(np.int64)
         self.metadata |= added
+
+    def remove_items(self, item_ids: Sequence) -> None:
+        """
+        Items leave the catalogue, and histories may not hold them any more (`unknown_items="ignore"` drops them there).
+
+        Item indices close up, so let no other thread recommend meanwhile; `deny` leaves items out without a change.
+
+        Raises:
+            KeyError: Ids that the catalogue does not have. ValueError: Where no item would be left.
+        """
+        catalogue, collator = self.model.catalogue, copy.copy(self.ranker.collator)
+        kept = np.setdiff1d(np.arange(len(catalogue)), catalogue.index_of(item_ids))
+        smaller = catalogue.without_items(item_ids)
+        collator.item_token_ids = collator.item_token_ids[kept]
+        collator.item_features = {name: values[kept] for name, values in collator.item_features.items()}
+        self.model.catalogue, self.ranker.collator = smaller, collator
+        left = set(id_array(item_ids).tolist())
+        self.metadata = {item: row for item, row in self.metadata.items() if item not in left}
+
+    def explain(
+        self,
+        history: Sequence,
+        item: Any,
+        *,
+        events: Mapping[str, Sequence] | None = None,
+        users: Mapping[str, Any] | None = None,
+    ) -> list[Contribution]:
+        """
+        What each item of one history adds to the score of an item: the score of the history, minus the score without it.
+
+        Args:
+            history: Item ids, oldest first.
+            item: The id of the item that is explained, recommended or not.
+            events, users: Of this one user, as in `recommend`: a list parallel to the history, a single value.
+
+        Returns:
+            One [`Contribution`] per item that the model reads, oldest first; positive where it speaks for the item, in nats.
+            `pandas.DataFrame(found)` is a table of them.
+
+        Raises:
+            KeyError: Unknown item ids. ValueError: An empty history, columns that do not run parallel to it.
+        """
+        return leave_one_out(self, history, item, events or {}, users or {})
 
     def _with_collision_level(self, codes: np.ndarray) -> np.ndarray:
         """The number of each new item inside the group of items with its codes, behind those that are there."""
@@ -288,4 +341,4 @@ class Recommender:
         return path
 
 
-__all__ = ["ItemRanker", "Recommendation", "RecommendedSession", "Recommender"]
+__all__ = ["Contribution", "ItemRanker", "Recommendation", "RecommendedSession", "Recommender"]

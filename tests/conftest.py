@@ -29,7 +29,16 @@ if os.environ.get("ONEREC_TEST_UNALIGNED") == "1":  # what is loaded lies at oth
 # What takes more than a few seconds: runs of recipes and trainers, other processes. `make test-fast` leaves these out.
 SLOW = {
     *("auto_classes", "baselines", "captions", "docs", "grpo", "hub", "ipa", "leaderboard", "modeling_common"),
-    *("modeling_platform", "modeling_reward", "more_baselines", "packaging", "presets", "recipe_checks", "recipe_dpo"),
+    *(
+        "modeling_platform",
+        "modeling_reward",
+        "more_baselines",
+        "natural_serving",
+        "packaging",
+        "presets",
+        "recipe_checks",
+        "recipe_dpo",
+    ),
     *("recipe_reward", "recipe_tables", "recipes", "recipes_page", "recommender", "resume", "training_step"),
     *("beam_search::test_decoding_is_one_graph", "moe::test_two_processes_count_together"),
 }

@@ -1,9 +1,11 @@
 """`OneRec(...).fit(table)`: from a table of interactions to recommendations, without files of one's own."""
 
 import pandas as pd
+import pyarrow as pa
 import pytest
 
 from onerec_hf import OneRec
+from onerec_hf.onerec import _frame
 from onerec_hf.recommender import Recommender
 
 FAST = {"num_train_epochs": 1, "use_cpu": True, "eval_users": 20, "eval_strategy": "epoch", "save_strategy": "epoch"}
@@ -66,3 +68,42 @@ def test_what_does_not_fit_is_said_at_once(fitted, interactions):
         fitted.recommend(["user3", "nobody"])
     with pytest.raises(ValueError, match="give users or histories, not both"):
         fitted.recommend(["user3"], histories=[[]])
+
+
+class Polars:
+    """What a polars DataFrame offers: `to_arrow`."""
+
+    def __init__(self, table):
+        self.to_arrow = lambda: table
+
+
+def test_one_s_own_file_and_other_tables(fitted, interactions, tmp_path):
+    """The same interactions from a path, of arrow, as a dict: the same model as from pandas."""
+    path = tmp_path / "log.csv"
+    interactions.to_csv(path, index=False)
+    arrow = pa.Table.from_pandas(interactions, preserve_index=False)
+    expected = fitted.recommend(["user3"], k=4)["item_id"].tolist()
+    for source in (str(path), Polars(arrow)):
+        model = OneRec(**FAST).fit(source)
+        assert model.histories == fitted.histories
+        assert model.recommend(["user3"], k=4)["item_id"].tolist() == expected
+    frames = [_frame(source, {"user_id": "user_id", "item_id": "item_id"}) for source in (arrow, dict(interactions))]
+    for frame in frames:
+        pd.testing.assert_frame_equal(frame, interactions.reset_index(drop=True), check_dtype=False)
+
+
+def test_ids_keep_their_spelling_and_their_bits(interactions, tmp_path):
+    numbered = interactions.assign(item_id="00" + interactions["item_id"].str[4:])
+    numbered.to_csv(tmp_path / "log.csv", index=False)
+    frame = _frame(str(tmp_path / "log.csv"), {"user_id": "user_id", "item_id": "item_id"})
+    assert frame["item_id"].tolist() == numbered["item_id"].tolist()
+    for large in (2**63, 2**70):
+        table = pd.DataFrame({"user_id": [1, 2], "item_id": [1, large], "timestamp": [0, 1]})
+        with pytest.raises(
+            ValueError, match=f"item_id holds {large}, which is beyond 64 bits: pass these ids as strings"
+        ):
+            OneRec().fit(table)
+    with pytest.raises(FileNotFoundError, match=r"absent\.csv"):
+        OneRec().fit("absent.csv")
+    with pytest.raises(ValueError, match=r"interactions has no column \['user_id'\]"):
+        OneRec().fit(pa.table({"item_id": [1], "timestamp": [1]}))

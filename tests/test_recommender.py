@@ -329,7 +329,7 @@ def test_the_pipeline_is_the_same(tmp_path):
     assert recommend(HISTORIES, k=4, exclude_seen=True) == expected
     assert recommend(HISTORIES, k=4, exclude_seen=True, batch_size=2) == expected
     assert recommend(HISTORIES[0], k=4, exclude_seen=True) == expected[0]
-    assert recommend(iter(HISTORIES), k=4, exclude_seen=True, batch_size=2) == expected
+    assert list(recommend(iter(HISTORIES), k=4, exclude_seen=True, batch_size=2)) == expected
     with pytest.raises(KeyError, match="not in the catalogue"):
         recommend([5])
 

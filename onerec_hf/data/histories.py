@@ -32,6 +32,49 @@ def check_per_user(
             raise ValueError(f"{name} has {count} for {n} users: pass one value or list per user, in their order.")
 
 
+def rows_to_arguments(collator: OneRecCollator, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """
+    Rows such as `{"history": [...], "is_like": [...], "age": "20-29"}` as the arguments of [`Recommender.recommend`].
+
+    Args:
+        collator: Of the model: it says which columns are read.
+        rows: One per user. A column that only some rows have is unknown in the others; columns that the model does not read are
+            left aside.
+
+    Returns:
+        `histories`, and where a row has them `events`, `users`, `allow` and `deny`.
+
+    Raises:
+        ValueError: For a row without `history`, or one that is no mapping among others that are.
+    """
+    for i, row in enumerate(rows):
+        if not isinstance(row, Mapping) or "history" not in row:
+            what = f"the columns {sorted(row)}" if isinstance(row, Mapping) else repr(row)
+            raise ValueError(
+                f"row {i} has {what}: a row is a mapping with the item ids under 'history', oldest first."
+            )
+    histories = [row["history"] for row in rows]
+    columns = {*collator.event_features, *collator.settings.get("positive", ())}
+    events = {
+        name: [np.full(len(row["history"]), np.nan) if row.get(name) is None else row[name] for row in rows]
+        for name in sorted(columns)
+        if any(row.get(name) is not None for row in rows)
+    }
+    features = {*collator.user_feature_sizes}
+    users = {name: [row.get(name) for row in rows] for name in sorted(features) if any(name in row for row in rows)}
+    arguments: dict[str, Any] = {"histories": histories}
+    arguments |= {name: given for name, given in (("events", events), ("users", users)) if given}
+    if any(row.get("deny") is not None for row in rows):
+        arguments["deny"] = [list(row.get("deny") or ()) for row in rows]
+    if any(row.get("allow") is not None for row in rows):
+        if without := [i for i, row in enumerate(rows) if row.get("allow") is None]:
+            raise ValueError(
+                f"row {without[0]} has no 'allow', others do: give one list per row, or `allow=` for all."
+            )
+        arguments["allow"] = [list(row["allow"]) for row in rows]
+    return arguments
+
+
 def history_rows(
     catalogue: Any,
     collator: OneRecCollator,
@@ -79,4 +122,4 @@ def history_rows(
     return rows
 
 
-__all__ = ["check_per_user", "history_rows", "is_per_user"]
+__all__ = ["check_per_user", "history_rows", "is_per_user", "rows_to_arguments"]

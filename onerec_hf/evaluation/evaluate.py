@@ -3,7 +3,8 @@
 Source: full ranking, every item is a candidate and no negatives are sampled (Krichene and Rendle 2020, KDD).
 """
 
-from collections.abc import Sequence
+import inspect
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -63,10 +64,10 @@ class EvaluationResult:
 
 
 def evaluate(
-    recommender: Recommender,
+    recommender: Recommender | Callable[..., np.ndarray] | Any,
     dataset: datasets.Dataset,
     *,
-    num_items: int,
+    num_items: int | None = None,
     ks: Sequence[int] = (5, 10, 20),
     exclude_seen: bool = False,
     batch_size: int = 256,
@@ -77,9 +78,11 @@ def evaluate(
     """Scores a recommender on every row of a split, at item level and over the full catalogue.
 
     Args:
-        recommender (`Recommender`): any object with `recommend(examples, k, exclude_seen)`. It never sees `"targets"`.
+        recommender (`Recommender`): any object with `recommend(examples, k, exclude_seen)`; a function of these (the last may be
+            left out); or what serves: the package's served `Recommender`, its pipeline, a fitted `OneRec`. It never sees
+            `"targets"`.
         dataset (`datasets.Dataset`): one row per user with columns `user`, `history` and `targets` (item indices).
-        num_items (`int`): N, the size of the catalogue.
+        num_items (`int`, *optional*): N, the size of the catalogue; may be left out for what has one.
         ks (`Sequence[int]`, defaults to `(5, 10, 20)`): list lengths; max(ks) slots are requested.
         exclude_seen (`bool`, defaults to `False`): passed on, and checked: a seen item in a list is an error. Say with
             every number which of the two was used: where targets never repeat, True lifts all of them for free.
@@ -94,6 +97,7 @@ def evaluate(
             that is not an integer, an index outside `-1..N-1`, an item twice in one list, or a seen item where these
             are excluded.
     """
+    recommend, num_items = _callable(recommender, num_items)
     ks = sorted(set(ks))
     if not ks or ks[0] < 1:
         raise ValueError(f"ks must hold list lengths of at least 1, got {ks}.")
@@ -114,11 +118,37 @@ def evaluate(
             targets.extend(examples.pop("targets"))
             users.extend(examples["user"])
             history = [list(row) for row in examples["history"]] if exclude_seen else None
-            batch = recommender.recommend(examples, max(ks), exclude_seen)
+            batch = recommend(examples, max(ks), exclude_seen)
             lists.append(_checked(batch, len(targets) - start, max(ks), num_items, history))
     predictions = np.concatenate(lists)
     metrics, per_user = _compute(predictions, targets, num_items, ks, item_embeddings)
     return EvaluationResult(metrics, predictions, np.asarray(users, dtype=np.int64), per_user)
+
+
+def _callable(recommender: Any, num_items: int | None) -> tuple[Callable[..., Any], int]:
+    """`recommend(examples, k, exclude_seen)` of whatever `evaluate` takes, and the number of items."""
+    for name in (
+        "recommender",
+        "ranker",
+    ):  # a pipeline or a `OneRec` has a served recommender, which has a ranker of indices
+        recommender = getattr(recommender, name, recommender)
+    if num_items is None:
+        catalogue = getattr(getattr(recommender, "model", None), "catalogue", None)
+        if catalogue is None:
+            raise ValueError("num_items is missing: say how many items the catalogue has, num_items=...")
+        num_items = len(catalogue)
+    if hasattr(recommender, "recommend"):
+        return recommender.recommend, num_items
+    if hasattr(recommender, "recommend_items") or not callable(recommender):
+        raise TypeError(
+            f"{type(recommender).__name__} has no `recommend(examples, k, exclude_seen)`. Pass a function of these, or, of a model "
+            "and its collator, `ItemRanker(model, collator)`; of a saved folder, `Recommender.from_pretrained(folder)`."
+        )
+    try:
+        inspect.signature(recommender).bind({}, 1, False)
+    except TypeError:  # a function of two arguments; what it returns is checked for seen items all the same
+        return lambda examples, k, exclude_seen: recommender(examples, k), num_items
+    return recommender, num_items
 
 
 def _compute(

@@ -140,7 +140,7 @@ class Catalogue(PrefixIndex):
 
         This one is not touched, so a running process builds the next version beside it and swaps with
         `model.catalogue = catalogue.with_items(...)`: one assignment; a `generate` that is under way ends on the old version.
-        Items leave by `allowed` masks until a version without them is built.
+        Items leave by `allowed` masks until a version without them is built (`without_items`).
 
         Args:
             semantic_ids (array of shape (M, L)), item_ids (array of shape (M,)): As at construction, of the new items alone.
@@ -162,6 +162,14 @@ class Catalogue(PrefixIndex):
             np.concatenate([self.item_ids, item_ids]),
             None if popularity is None else np.concatenate([self.popularity, popularity]),
         ).to(self.device)
+
+    def without_items(self, item_ids: ArrayLike) -> "Catalogue":
+        """A new catalogue without these items, whose item indices close up. KeyError: unknown ids; ValueError: nothing is left."""
+        keep = np.ones(self.num_items, dtype=bool)
+        keep[self.index_of(item_ids)] = False
+        popularity = None if self.popularity is None else self.popularity[keep]
+        codes = self.semantic_ids.cpu()[torch.from_numpy(keep)]
+        return Catalogue(codes, self.codebook_sizes, self.item_ids[keep], popularity).to(self.device)
 
     def index_of(self, item_ids: Any, unknown: Literal["error", "ignore"] = "error") -> np.ndarray:
         """

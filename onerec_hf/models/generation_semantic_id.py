@@ -26,6 +26,7 @@ from .any_model import CatalogueLogitsProcessor, NotFinite, catalogue_generate
 from .beam_search import beam_search, sample_items
 from .catalogue import CATALOGUE_NAME, Catalogue
 from .input_checks import check_finite, check_generate, check_rows_allowed
+from .item_ids import allowed_mask, is_node_masks
 from .parallel import unsharded_class
 from .tokenization_semantic_id import SemanticIdTokenizer, saved_codebook_sizes
 
@@ -121,6 +122,10 @@ class CatalogueGenerationMixin(_Model):
             ) from error
         model = result[0] if isinstance(result, tuple) else result
         hub_kwargs = {name: kwargs[name] for name in _HUB_KWARGS if kwargs.get(name) is not None}
+        # what lies beside the model is read from the same commit; a token is kept only until the pipeline has read it
+        model._hub_kwargs = {
+            name: value for name, value in hub_kwargs.items() if name != "token" or kwargs.get("_from_pipeline")
+        }
         path = None
         if pretrained_model_name_or_path is not None:
             path = cached_file(
@@ -150,7 +155,7 @@ class CatalogueGenerationMixin(_Model):
         *,
         constrained: bool = True,
         catalogue: Catalogue | None = None,
-        allowed_items: torch.Tensor | list[torch.Tensor] | None = None,
+        allowed_items: Any = None,
         num_items: int | None = None,
         replacement: bool = True,
         generator: torch.Generator | None = None,
@@ -170,7 +175,8 @@ class CatalogueGenerationMixin(_Model):
             constrained (`bool`, defaults to `True`): Generate only items of the catalogue; `False` allows any codes.
             catalogue (`Catalogue`, *optional*): Instead of the model's own.
             allowed_items (`torch.BoolTensor` of shape (B, N) or (1, N), *optional*): Items each user may get (stock, category,
-                eligibility, not yet seen); or what `catalogue.alive` made of it, for a filter that many calls share.
+                eligibility, not yet seen); or a list of item ids, for all users or one each; or what `catalogue.alive` made of a
+                mask, for a filter that many calls share.
             num_items (`int`, *optional*, defaults to the model's `num_items`): m, different items per row: 1, or a session.
             replacement (`bool`, defaults to `True`): With `do_sample=True`: whether the samples of a user may repeat each other;
                 `False` draws `num_return_sequences` different ones ([`sample_items`] also returns their probabilities).
@@ -212,8 +218,8 @@ class CatalogueGenerationMixin(_Model):
         if constrained:
             catalogue = self._require_catalogue(catalogue)
         if allowed_items is not None:
-            if isinstance(allowed_items, torch.Tensor):
-                allowed_items = catalogue.alive(allowed_items)
+            if not is_node_masks(allowed_items):
+                allowed_items = catalogue.alive(allowed_mask(catalogue, allowed_items))
             check_rows_allowed(allowed_items, batch, [len(codes) for codes in catalogue.codes])
         reason = self._own_loop_reason(inputs, settings, given, num_items) if constrained else "constrained=False"
         if reason is None:

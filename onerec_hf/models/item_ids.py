@@ -6,6 +6,7 @@ An id is a name. `1` and `"1"` are two names, `"007"` is not `7`, and what numpy
 from typing import Any
 
 import numpy as np
+import torch
 
 _INT64_MAX = np.iinfo(np.int64).max
 _WHOLE_FLOATS = 2**53  # from here on neighbouring whole numbers are the same float
@@ -79,6 +80,53 @@ def positions(known: np.ndarray, order: np.ndarray, ids: Any) -> np.ndarray:
     return np.where(fits & (known[place] == wanted), order[place], -1)
 
 
+def is_node_masks(allowed: Any) -> bool:
+    """Whether these are the masks, one per level, that `catalogue.alive` makes of a mask of items."""
+    listed = isinstance(allowed, (list, tuple)) and len(allowed) > 0
+    return listed and all(isinstance(a, torch.Tensor) and a.dtype == torch.bool and a.dim() == 2 for a in allowed)
+
+
+def allowed_mask(catalogue: Any, allowed: Any) -> torch.Tensor:
+    """
+    The items that may be recommended, as a mask.
+
+    Args:
+        catalogue ([`Catalogue`]): Whose items they are.
+        allowed: A bool mask (B, N) or (1, N); or item ids: a list for all users, or one list per user.
+
+    Returns:
+        `torch.BoolTensor` of shape (B, N) or (1, N), on the catalogue's device.
+
+    Raises:
+        KeyError: For item ids that the catalogue does not have. ValueError: For a mask of numbers in place of booleans, and for
+            what `catalogue.alive` made of a mask, from which the items cannot be read.
+    """
+    if is_node_masks(allowed):
+        raise ValueError("allowed_items is what `catalogue.alive` made of a mask: here the mask itself is needed.")
+    if isinstance(allowed, (torch.Tensor, np.ndarray)):
+        array = torch.as_tensor(allowed) if isinstance(allowed, torch.Tensor) or allowed.dtype.kind == "b" else None
+        if array is not None and array.dtype == torch.bool:
+            return array.to(catalogue.device)
+        shape, numbers = tuple(allowed.shape), np.asarray(allowed.tolist() if array is not None else allowed)
+        if (
+            numbers.dtype.kind in "iuf"
+            and shape
+            and shape[-1] == catalogue.num_items
+            and np.isin(numbers, (0, 1)).all()
+        ):
+            raise ValueError(
+                f"allowed_items of shape {shape} holds 0 and 1: a mask is boolean, `mask.bool()`; item ids are a list of them."
+            )
+        allowed = numbers.tolist()
+    rows = list(allowed)
+    per_user = bool(rows) and all(isinstance(row, (list, tuple, set, np.ndarray, torch.Tensor)) for row in rows)
+    rows = rows if per_user else [rows]
+    mask = torch.zeros(len(rows), catalogue.num_items, dtype=torch.bool)
+    for own, ids in zip(mask, rows):
+        own[torch.from_numpy(catalogue.index_of(ids.tolist() if hasattr(ids, "tolist") else ids))] = True
+    return mask.to(catalogue.device)
+
+
 def _as_array(ids: Any, name: str) -> np.ndarray:
     if isinstance(ids, (list, tuple, set, frozenset)):
         values = list(ids)
@@ -89,6 +137,8 @@ def _as_array(ids: Any, name: str) -> np.ndarray:
                 return np.array(values, dtype=np.int64)
             except OverflowError:
                 pass
+        if values and {type(value) for value in values} == {str}:
+            return np.array(values, dtype=str)
         try:
             array = np.array(values, dtype=object)
         except ValueError:
@@ -112,4 +162,4 @@ def _whole(value: Any) -> int | None:
     return None
 
 
-__all__ = ["id_array", "is_text", "positions"]
+__all__ = ["allowed_mask", "id_array", "is_node_masks", "is_text", "positions"]

@@ -32,6 +32,7 @@ from .input_checks import (
     check_targets,
     checked_labels,
 )
+from .item_ids import allowed_mask
 from .modeling_layers import (
     CACHE,
     AgeBias,
@@ -303,7 +304,7 @@ class SemanticIdForCausalLM(CatalogueGenerationMixin, SemanticIdPreTrainedModel)
         k: int = 10,
         *,
         num_beams: int | None = None,
-        allowed_items: torch.Tensor | None = None,
+        allowed_items: Any = None,
         num_session_items: int | None = None,
         catalogue: Catalogue | None = None,
         **context: Any,
@@ -317,7 +318,8 @@ class SemanticIdForCausalLM(CatalogueGenerationMixin, SemanticIdPreTrainedModel)
         Args:
             k (`int`, defaults to 10): Items, or sessions, per user.
             num_beams (`int`, *optional*, defaults to the larger of `k` and 50): K, the width of the search.
-            allowed_items (`torch.BoolTensor` of shape (B, N) or (1, N), *optional*): Items each user may get.
+            allowed_items (`torch.BoolTensor` of shape (B, N) or (1, N), *optional*): Items each user may get; or a list of item
+                ids, for all users or one each.
             num_session_items (`int`, *optional*): m; returns sessions of m different items, in order. Left out, single items.
             catalogue (`Catalogue`, *optional*): Instead of the model's own.
             context: `context_ids` (B, T, L), `context_mask`, `context_features`, `user_features`, or `context_kv`.
@@ -340,7 +342,7 @@ class SemanticIdForCausalLM(CatalogueGenerationMixin, SemanticIdPreTrainedModel)
             )
         batch = check_generate(self.config, None, None, context, length)
         catalogue = self._require_catalogue(catalogue)
-        allowed = None if allowed_items is None else allowed_items.to(catalogue.device)
+        allowed = None if allowed_items is None else allowed_mask(catalogue, allowed_items)
         context_kv = context.pop("context_kv", None)
         if context_kv is None:
             context_kv = self.encode_context(**context)

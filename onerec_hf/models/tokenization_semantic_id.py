@@ -2,14 +2,16 @@
 
 import json
 import os
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import ArrayLike
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
-from transformers import TokenizersBackend
+from transformers import BatchEncoding, TokenizersBackend
 from transformers.utils.hub import cached_file
 
 from .catalogue import CATALOGUE_NAME, Catalogue
@@ -17,6 +19,7 @@ from .configuration_onerec import NUM_SPECIAL_TOKENS
 
 CONFIG_NAME = "tokenizer_config.json"
 LEVEL_NAMES = "abcdefghijklmnopqrstuvwxyz"
+_TOKEN = r"<[^<>\s]+>"
 
 
 class SemanticIdTokenizer(TokenizersBackend):
@@ -58,7 +61,7 @@ class SemanticIdTokenizer(TokenizersBackend):
             for name, size in zip(LEVEL_NAMES, codebook_sizes):
                 vocab.update({f"<s_{name}_{code}>": len(vocab) + code for code in range(size)})
         self._tokenizer = Tokenizer(models.WordLevel(vocab=vocab, unk_token=str(unk_token)))
-        self._tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"<[^<>\s]+>"), behavior="removed", invert=True)
+        self._tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(_TOKEN), behavior="removed", invert=True)
         self._tokenizer.decoder = decoders.Fuse()
         super().__init__(
             codebook_sizes=codebook_sizes,
@@ -73,6 +76,74 @@ class SemanticIdTokenizer(TokenizersBackend):
             np.int64
         )
         self.catalogue = catalogue
+
+    def __call__(self, text: Any = None, *args: Any, items: Any = None, **kwargs: Any) -> BatchEncoding:
+        """
+        Text of semantic IDs as every tokenizer takes it; or, with `items`, histories of item ids as the models take them.
+
+        Args:
+            items (`list[list]` or `list`, *optional*): Histories of item ids, oldest first, or a single one. `padding`,
+                `truncation` (the newest `max_length` items stay), `max_length` and `return_tensors` (`"pt"`, `"np"`) as for text.
+
+        Returns:
+            [`BatchEncoding`]. Of `items`: `context_ids` (B, T, L) and `context_mask` (B, T), padded on the right; nested lists
+            without `return_tensors`, and without the B of a single history.
+
+        Raises:
+            ValueError: For item ids given as text, and for histories of unequal length in tensors without padding. KeyError: For
+                ids that the catalogue does not have.
+        """
+        if items is not None:
+            if text is not None or args:
+                raise ValueError("text and items are given: a call encodes one of the two.")
+            return self._encode_histories(items, **kwargs)
+        first = next((one for one in ([text] if isinstance(text, str) else text or ()) if one not in ("", None)), None)
+        if isinstance(first, (int, np.integer)) or (
+            isinstance(first, str) and first.strip() and not re.search(_TOKEN, first)
+        ):
+            raise ValueError(
+                f"{first!r} is no text of semantic IDs, such as '<s_a_12><s_b_7><s_c_255>'. For item ids call "
+                "`tokenizer(items=[[...], [...]], padding=True, return_tensors='pt')`, which gives context_ids and "
+                "context_mask, or `tokenizer.encode_items(item_ids)`."
+            )
+        return super().__call__(text, *args, **kwargs)
+
+    def _encode_histories(
+        self,
+        items: Any,
+        padding: Any = False,
+        truncation: Any = False,
+        max_length: Any = None,
+        return_tensors: Any = None,
+    ) -> BatchEncoding:
+        histories = list(items)
+        one = (
+            not histories
+            or isinstance(histories[0], str)
+            or not getattr(histories[0], "shape", hasattr(histories[0], "__len__"))
+        )
+        histories = [histories] if one else [list(history) for history in histories]
+        if (truncation or padding == "max_length") and max_length is None:
+            raise ValueError(f"truncation={truncation!r}, padding={padding!r}: say to how many items, max_length=...")
+        if return_tensors not in (None, "pt", "np"):
+            raise ValueError(f"return_tensors={return_tensors!r}: allowed are 'pt', 'np' and None.")
+        if truncation:
+            histories = [history[-max_length:] for history in histories]
+        lengths = [len(history) for history in histories]
+        width = max(max_length if padding == "max_length" else 0, *lengths)
+        if return_tensors and not padding and len(set(lengths)) > 1:
+            raise ValueError(f"histories of {min(lengths)} to {max(lengths)} items are no tensor: pass padding=True.")
+        ids = [
+            np.full((width if padding else length, len(self.codebook_sizes)), self.pad_token_id) for length in lengths
+        ]
+        for row, history in zip(ids, histories):
+            row[: len(history)] = self.encode_items(history) if history else 0
+        mask = [np.arange(len(row)) < length for row, length in zip(ids, lengths)]
+        if return_tensors:
+            arrays = {"context_ids": np.stack(ids), "context_mask": np.stack(mask)}
+            return BatchEncoding(arrays, tensor_type=return_tensors)
+        lists = {"context_ids": [row.tolist() for row in ids], "context_mask": [row.tolist() for row in mask]}
+        return BatchEncoding({name: rows[0] if one else rows for name, rows in lists.items()})
 
     def encode_semantic_ids(self, semantic_ids: ArrayLike) -> np.ndarray:
         """Codes (..., L) -> token ids (..., L), int64."""
@@ -98,20 +169,58 @@ class SemanticIdTokenizer(TokenizersBackend):
             `np.ndarray` int64 of shape (..., L).
 
         Raises:
-            ValueError: Without a catalogue. KeyError: For unknown ids, naming the first.
+            ValueError: Without a catalogue, and for lists of unequal length. KeyError: For unknown ids, naming the first.
         """
         catalogue = self._require_catalogue()
+        if isinstance(item_ids, (list, tuple)) and all(isinstance(row, (list, tuple, np.ndarray)) for row in item_ids):
+            if len(lengths := {len(row) for row in item_ids}) > 1:
+                raise ValueError(
+                    f"the lists hold {min(lengths)} to {max(lengths)} item ids, which is no array. For histories call "
+                    "`tokenizer(items=[[...], [...]], padding=True, return_tensors='pt')`."
+                )
         return catalogue.semantic_ids.cpu().numpy()[catalogue.index_of(item_ids)] + self.level_offsets
 
-    def decode_items(self, token_ids: ArrayLike) -> list[list]:
+    def decode_items(self, token_ids: Any) -> list[list]:
         """
-        Original ids of the items behind token ids (S, L): a list per row, the popular one first where items share a semantic ID,
-        empty where the codes belong to no item.
+        Original ids of the items behind token ids.
+
+        Args:
+            token_ids: Of shape (S, L); or what `generate` returns, of shape (S, m * (1 + L)), with BOS before each item.
+
+        Returns:
+            A list per semantic ID, S or S * m of them: the popular item first where several share it, empty where the codes belong
+            to no item.
+
+        Raises:
+            ValueError: For codes that lack `level_offsets`, and for another number of columns.
         """
         catalogue = self._require_catalogue()
-        codes = self.decode_semantic_ids(token_ids).reshape(-1, len(self.codebook_sizes))
-        found = catalogue.items_with(codes)
-        return [catalogue.item_ids[items].tolist() for items in found]
+        tokens = self._without_bos(token_ids)
+        codes = self.decode_semantic_ids(tokens)
+        real = tokens[(tokens != self.pad_token_id).any(1)]
+        plain = len(real) and ((real >= 0) & (real < np.asarray(self.codebook_sizes))).all()
+        if plain and (self.decode_semantic_ids(real) < 0).any(1).all():
+            raise ValueError(
+                f"{real[0].tolist()} are codes and no token ids: call "
+                "`tokenizer.decode_items(tokenizer.encode_semantic_ids(codes))`."
+            )
+        return [catalogue.item_ids[items].tolist() for items in catalogue.items_with(codes)]
+
+    def _without_bos(self, token_ids: Any) -> np.ndarray:
+        """Token ids (S, L) of each item, of these or of what `generate` returns."""
+        token_ids = getattr(token_ids, "sequences", token_ids)  # with return_dict_in_generate=True
+        tokens = token_ids.cpu().numpy() if isinstance(token_ids, torch.Tensor) else np.asarray(token_ids)
+        levels = len(self.codebook_sizes)
+        if tokens.shape[-1] != levels and tokens.shape[-1] % (levels + 1) == 0:
+            rows = tokens.reshape(-1, levels + 1)
+            if np.isin(rows[:, 0], (self.bos_token_id, self.pad_token_id)).all():
+                return rows[:, 1:]
+        if tokens.dtype.kind not in "iu" or tokens.shape[-1] != levels:
+            raise ValueError(
+                f"token_ids are {tokens.dtype} of shape {tokens.shape}: expected integers of shape (items, {levels}), or what "
+                f"`generate` returns, {levels + 1} columns for each item with {self.bos_token} first."
+            )
+        return tokens.reshape(-1, levels)
 
     def _require_catalogue(self) -> Catalogue:
         if self.catalogue is None:

@@ -196,7 +196,8 @@ def test_filters_of_other_users_are_refused(catalogue, extra):
     some = torch.ones(2, catalogue.num_items, dtype=torch.bool)
     for filters in (some, catalogue.alive(some)):
         refused("2 rows for 4 users", model.generate, **context, allowed_items=filters, **extra)
-    refused("allowed_items is a list", model.generate, **context, allowed_items=[1, 2], **extra)
+    refused("2 rows for 4 users", model.generate, **context, allowed_items=[[1001], [1002]], **extra)
+    refused("the first is 1", model.generate, error=KeyError, **context, allowed_items=[1, 2], **extra)
     for rows in (1, 4):
         model.generate(**context, allowed_items=some[:1].expand(rows, -1), **extra)
 
