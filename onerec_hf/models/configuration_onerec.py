@@ -32,11 +32,14 @@ class SemanticIdConfig(PreTrainedConfig):
             `num_attention_heads`.
         head_dim (`int`, *optional*): Defaults to `hidden_size // num_attention_heads`.
         num_context_key_value_heads (`int`, *optional*): G_kv, key/value groups of the context. Defaults to `num_attention_heads`.
-        context_embed_dim (`int`): Width of the embedding of each code and each feature of a context item, and of each user feature.
+        context_embed_dim (`int`): Width of the embedding of each code and each feature of a context item.
+        user_embed_dim (`int`, *optional*): Width of the embedding of each user feature; defaults to `context_embed_dim`. Technical
+            Report, section 2.2.1: 64.
         context_features (`dict[str, int]`, *optional*): Categorical features of every context item (action type, watch-time
             bucket, author, ...): name to number of values. Value 0 stands for "unknown". Columns run in the order of the names.
         user_features (`dict[str, int]`, *optional*): Categorical features of the user, as above.
-        feature_embed_dims (`dict[str, int]`, *optional*): Widths of single features, by name, instead of `context_embed_dim`.
+        feature_embed_dims (`dict[str, int]`, *optional*): Widths of single features, by name, instead of the two above. The
+            Technical Report has 512 for the author and 128 for every other feature of an item.
         num_experts (`int`, defaults to 0): Routed SwiGLU experts of a mixture-of-experts block; 0 makes every block dense.
         num_experts_per_tok (`int`): Experts that each token is sent to.
         num_shared_experts (`int`): Experts that every token is sent to; only OneRec-V2 mentions one.
@@ -72,6 +75,7 @@ class SemanticIdConfig(PreTrainedConfig):
     head_dim: int | None = None
     num_context_key_value_heads: int | None = None
     context_embed_dim: int = 128
+    user_embed_dim: int | None = None
     context_features: dict[str, int] | None = None
     user_features: dict[str, int] | None = None
     feature_embed_dims: dict[str, int] | None = None
@@ -106,11 +110,12 @@ class SemanticIdConfig(PreTrainedConfig):
             )
         self.vocab_size = size
         self.intermediate_size = self.intermediate_size or (4 if self.gated_mlp else 2) * self.hidden_size
-        # (2/3) 4 d made a multiple of 128 (Technical Report, section 2.2.3)
+        # (2/3) 4 d made a multiple of 128 (Technical Report, section 3.2)
         self.moe_intermediate_size = self.moe_intermediate_size or -(-8 * self.hidden_size // 384) * 128
         self.num_key_value_heads = self.num_key_value_heads or self.num_attention_heads
         self.num_context_key_value_heads = self.num_context_key_value_heads or self.num_attention_heads
         self.head_dim = self.head_dim or self.hidden_size // self.num_attention_heads
+        self.user_embed_dim = self.user_embed_dim or self.context_embed_dim
         # by name, because config.json is written with sorted keys: the columns must mean the same after a reload
         self.context_features = dict(sorted((self.context_features or {}).items()))
         self.user_features = dict(sorted((self.user_features or {}).items()))
@@ -276,13 +281,13 @@ class OneRecV2Config(SemanticIdConfig):
     Args:
         intermediate_size (`int`, *optional*): Width of the SwiGLU feed-forward. Not in the paper; `4 * hidden_size` fits its
             FLOPs at 0.5B exactly and is the default.
-        num_context_layers (`int`, defaults to 1): L_kv, the number of distinct context key/value sets (section 2.2.2).
+        num_context_layers (`int`, defaults to 1): L_kv, the number of distinct context key/value sets (section 2.2.1).
         context_key_value_split (`int`, defaults to 1): S_kv; 1 shares keys and values (v = k), 2 keeps separate values.
         position_bias_buckets (`int`, defaults to 32): Buckets of the learned attention bias over the age of a context item
             (1 = the most recent one); 0 switches it off. Not in the paper, which does not describe positions. On a GPU the
             mask that it makes has no flash kernel: large models train faster without (docs/results.md).
         position_bias_max_distance (`int`, defaults to 128): Ages beyond it share the last bucket.
-        first_dense_layers (`int`, defaults to 2): With experts, the first two blocks stay dense (section 2.2.3).
+        first_dense_layers (`int`, defaults to 2): With experts, the first two blocks stay dense (section 2.2.2).
         num_shared_experts (`int`, defaults to 1): Beside the routed experts, where there are any (4B-A0.5B: 53 + 1, top-3).
         fixed_context_features (`list[str]`, *optional*): Those of `context_features` whose table is given and not trained, of the
             width that `feature_embed_dims` says: item vectors (text, co-occurrence), looked up by an item index, tell apart what

@@ -1,4 +1,4 @@
-"""OneRecV1, the OneRec Technical Report (arXiv:2506.13695, section 2.2): four pathways, an encoder, a point-wise decoder.
+"""OneRecV1, the OneRec Technical Report (arXiv:2506.13695, sections 2.2 and 2.3): four pathways, an encoder, a point-wise decoder.
 
 Legend: B users, T context items of all pathways, L levels, N_q lifelong queries, D width.
 """
