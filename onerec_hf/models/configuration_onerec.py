@@ -54,6 +54,8 @@ class SemanticIdConfig(PreTrainedConfig):
             What a code's probability is normalised over, in the loss, in beam scores, everywhere: all codes of its level (the
             papers' softmax), or the codes that continue the prefix to an existing item (a departure; needs a catalogue).
         loss_reduction (`"mean"` or `"sum"`): Over the codes of a row: OneRec and the Technical Report sum, OneRec-V2 averages.
+        tie_word_embeddings (`bool`, defaults to `False`): One table for the decoder's tokens and the head; in OneRecV1 for the
+            codes of the context, too (Technical Report, section 4.2.2).
         catalogue_fingerprint (`str`, *optional*): Of the catalogue saved with the model, see [`Catalogue.fingerprint`]; one that
             differs is refused on loading. None is not compared.
         dropout (`float`, defaults to 0.0): On context inputs, attention outputs and feed-forward outputs. Not in the papers.
@@ -225,7 +227,8 @@ class OneRecV1Config(SemanticIdConfig):
         num_lifelong_layers (`int`, defaults to 2): N_l, its blocks.
         lifelong_residual (`bool`, defaults to `True`): Residual connections in its blocks; the report prints none.
         code_embed_dim (`int`, *optional*): Width of each code's embedding. How the codes become the vid vector of width d is not in
-            the report; they are concatenated, each `hidden_size // num_levels` wide by default.
+            the report; they are concatenated, each `hidden_size // num_levels` wide by default, `hidden_size` with
+            `tie_word_embeddings`.
         kwargs: See [`SemanticIdConfig`]. The gate function, its normalisation and the rate of the balancing are not in the report:
             those of DeepSeek-V3.
     """
@@ -247,13 +250,22 @@ class OneRecV1Config(SemanticIdConfig):
 
     def __post_init__(self, **kwargs):
         super().__post_init__(**kwargs)
-        self.code_embed_dim = self.code_embed_dim or self.hidden_size // self.num_levels
+        own_table = self.hidden_size // self.num_levels
+        self.code_embed_dim = self.code_embed_dim or (self.hidden_size if self.tie_word_embeddings else own_table)
 
     @property
     def has_experts(self) -> bool:
         """As of the decoder alone, and with `encoder_moe` of the encoder too."""
         encoder = range(self.num_encoder_layers if self.encoder_moe else 0)
         return super().has_experts or any(self.is_moe_layer(layer) for layer in encoder)
+
+    def validate_shared_table(self) -> None:
+        """Part of the strict validation: one table has one width."""
+        if self.tie_word_embeddings and self.code_embed_dim != self.hidden_size:
+            raise ValueError(
+                f"code_embed_dim={self.code_embed_dim}: with tie_word_embeddings the codes of the context share the table of the "
+                f"head, which is hidden_size={self.hidden_size} wide. Leave code_embed_dim out."
+            )
 
     def validate_pathways(self) -> None:
         """Part of the strict validation: lengths of the pathways."""

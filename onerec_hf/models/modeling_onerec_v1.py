@@ -129,6 +129,7 @@ class OneRecV1Model(SemanticIdPreTrainedModel):
 
     config: OneRecV1Config
     _no_split_modules = ["DecoderLayer", "EncoderLayer", "OneRecV1PathwayEmbedding"]
+    _tied_weights_keys = {"context_processor.embedding.embed_codes.weight": "decoder.embed_tokens.weight"}
 
     def __init__(self, config: OneRecV1Config):
         super().__init__(config)

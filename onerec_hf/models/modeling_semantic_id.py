@@ -142,6 +142,8 @@ class SemanticIdForCausalLM(CatalogueGenerationMixin, SemanticIdPreTrainedModel)
     of the level (section 2.2.2). A subclass also names `GenerationMixin` among its bases, where transformers looks for it.
     """
 
+    _tied_weights_keys = {"lm_head.weight": "model.decoder.embed_tokens.weight"}  # with config.tie_word_embeddings
+
     def __init__(self, config: Any, model: SemanticIdPreTrainedModel):
         super().__init__(config)
         self.model = model
