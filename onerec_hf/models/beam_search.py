@@ -1,6 +1,6 @@
 """Exact constrained beam search, and sampling, over a catalogue: the context is read once per user, dead beams are never filled.
 
-The papers decode with beam search (OneRec, section 4.1: width 128; OneRec-V2, section 5: width 512), OneRec a whole session of
+The papers decode with beam search (OneRec, section 4: width 128; OneRec-V2, section 4: width 512), OneRec a whole session of
 items, each behind a BOS of its own (section 3.2). Reinforcement learning draws groups of items instead: with replacement, or
 without it by stochastic beam search (Kool et al., arXiv:1903.06059). Legend: B users, K beams or samples, m items of a session,
 L levels, V codes of a level; a step's candidates are R runs of W children of one beam each.

@@ -32,11 +32,14 @@ class SemanticIdConfig(PreTrainedConfig):
             `num_attention_heads`.
         head_dim (`int`, *optional*): Defaults to `hidden_size // num_attention_heads`.
         num_context_key_value_heads (`int`, *optional*): G_kv, key/value groups of the context. Defaults to `num_attention_heads`.
-        context_embed_dim (`int`): Width of the embedding of each code and each feature of a context item, and of each user feature.
+        context_embed_dim (`int`): Width of the embedding of each code and each feature of a context item.
+        user_embed_dim (`int`, *optional*): Width of the embedding of each user feature; defaults to `context_embed_dim`. Technical
+            Report, section 2.2.1: 64.
         context_features (`dict[str, int]`, *optional*): Categorical features of every context item (action type, watch-time
             bucket, author, ...): name to number of values. Value 0 stands for "unknown". Columns run in the order of the names.
         user_features (`dict[str, int]`, *optional*): Categorical features of the user, as above.
-        feature_embed_dims (`dict[str, int]`, *optional*): Widths of single features, by name, instead of `context_embed_dim`.
+        feature_embed_dims (`dict[str, int]`, *optional*): Widths of single features, by name, instead of the two above. The
+            Technical Report has 512 for the author and 128 for every other feature of an item.
         num_experts (`int`, defaults to 0): Routed SwiGLU experts of a mixture-of-experts block; 0 makes every block dense.
         num_experts_per_tok (`int`): Experts that each token is sent to.
         num_shared_experts (`int`): Experts that every token is sent to; only OneRec-V2 mentions one.
@@ -51,6 +54,8 @@ class SemanticIdConfig(PreTrainedConfig):
             What a code's probability is normalised over, in the loss, in beam scores, everywhere: all codes of its level (the
             papers' softmax), or the codes that continue the prefix to an existing item (a departure; needs a catalogue).
         loss_reduction (`"mean"` or `"sum"`): Over the codes of a row: OneRec and the Technical Report sum, OneRec-V2 averages.
+        tie_word_embeddings (`bool`, defaults to `False`): One table for the decoder's tokens and the head; in OneRecV1 for the
+            codes of the context, too (Technical Report, section 4.2.2).
         catalogue_fingerprint (`str`, *optional*): Of the catalogue saved with the model, see [`Catalogue.fingerprint`]; one that
             differs is refused on loading. None is not compared.
         dropout (`float`, defaults to 0.0): On context inputs, attention outputs and feed-forward outputs. Not in the papers.
@@ -72,6 +77,7 @@ class SemanticIdConfig(PreTrainedConfig):
     head_dim: int | None = None
     num_context_key_value_heads: int | None = None
     context_embed_dim: int = 128
+    user_embed_dim: int | None = None
     context_features: dict[str, int] | None = None
     user_features: dict[str, int] | None = None
     feature_embed_dims: dict[str, int] | None = None
@@ -106,11 +112,12 @@ class SemanticIdConfig(PreTrainedConfig):
             )
         self.vocab_size = size
         self.intermediate_size = self.intermediate_size or (4 if self.gated_mlp else 2) * self.hidden_size
-        # (2/3) 4 d made a multiple of 128 (Technical Report, section 2.2.3)
+        # (2/3) 4 d made a multiple of 128 (Technical Report, section 3.2)
         self.moe_intermediate_size = self.moe_intermediate_size or -(-8 * self.hidden_size // 384) * 128
         self.num_key_value_heads = self.num_key_value_heads or self.num_attention_heads
         self.num_context_key_value_heads = self.num_context_key_value_heads or self.num_attention_heads
         self.head_dim = self.head_dim or self.hidden_size // self.num_attention_heads
+        self.user_embed_dim = self.user_embed_dim or self.context_embed_dim
         # by name, because config.json is written with sorted keys: the columns must mean the same after a reload
         self.context_features = dict(sorted((self.context_features or {}).items()))
         self.user_features = dict(sorted((self.user_features or {}).items()))
@@ -220,7 +227,8 @@ class OneRecV1Config(SemanticIdConfig):
         num_lifelong_layers (`int`, defaults to 2): N_l, its blocks.
         lifelong_residual (`bool`, defaults to `True`): Residual connections in its blocks; the report prints none.
         code_embed_dim (`int`, *optional*): Width of each code's embedding. How the codes become the vid vector of width d is not in
-            the report; they are concatenated, each `hidden_size // num_levels` wide by default.
+            the report; they are concatenated, each `hidden_size // num_levels` wide by default, `hidden_size` with
+            `tie_word_embeddings`.
         kwargs: See [`SemanticIdConfig`]. The gate function, its normalisation and the rate of the balancing are not in the report:
             those of DeepSeek-V3.
     """
@@ -242,13 +250,22 @@ class OneRecV1Config(SemanticIdConfig):
 
     def __post_init__(self, **kwargs):
         super().__post_init__(**kwargs)
-        self.code_embed_dim = self.code_embed_dim or self.hidden_size // self.num_levels
+        own_table = self.hidden_size // self.num_levels
+        self.code_embed_dim = self.code_embed_dim or (self.hidden_size if self.tie_word_embeddings else own_table)
 
     @property
     def has_experts(self) -> bool:
         """As of the decoder alone, and with `encoder_moe` of the encoder too."""
         encoder = range(self.num_encoder_layers if self.encoder_moe else 0)
         return super().has_experts or any(self.is_moe_layer(layer) for layer in encoder)
+
+    def validate_shared_table(self) -> None:
+        """Part of the strict validation: one table has one width."""
+        if self.tie_word_embeddings and self.code_embed_dim != self.hidden_size:
+            raise ValueError(
+                f"code_embed_dim={self.code_embed_dim}: with tie_word_embeddings the codes of the context share the table of the "
+                f"head, which is hidden_size={self.hidden_size} wide. Leave code_embed_dim out."
+            )
 
     def validate_pathways(self) -> None:
         """Part of the strict validation: lengths of the pathways."""
@@ -276,13 +293,13 @@ class OneRecV2Config(SemanticIdConfig):
     Args:
         intermediate_size (`int`, *optional*): Width of the SwiGLU feed-forward. Not in the paper; `4 * hidden_size` fits its
             FLOPs at 0.5B exactly and is the default.
-        num_context_layers (`int`, defaults to 1): L_kv, the number of distinct context key/value sets (section 2.2.2).
+        num_context_layers (`int`, defaults to 1): L_kv, the number of distinct context key/value sets (section 2.2.1).
         context_key_value_split (`int`, defaults to 1): S_kv; 1 shares keys and values (v = k), 2 keeps separate values.
         position_bias_buckets (`int`, defaults to 32): Buckets of the learned attention bias over the age of a context item
             (1 = the most recent one); 0 switches it off. Not in the paper, which does not describe positions. On a GPU the
             mask that it makes has no flash kernel: large models train faster without (docs/results.md).
         position_bias_max_distance (`int`, defaults to 128): Ages beyond it share the last bucket.
-        first_dense_layers (`int`, defaults to 2): With experts, the first two blocks stay dense (section 2.2.3).
+        first_dense_layers (`int`, defaults to 2): With experts, the first two blocks stay dense (section 2.2.2).
         num_shared_experts (`int`, defaults to 1): Beside the routed experts, where there are any (4B-A0.5B: 53 + 1, top-3).
         fixed_context_features (`list[str]`, *optional*): Those of `context_features` whose table is given and not trained, of the
             width that `feature_embed_dims` says: item vectors (text, co-occurrence), looked up by an item index, tell apart what

@@ -20,6 +20,7 @@ class RewardConfig(PreTrainedConfig):
         tower_size (`int`, *optional*): Width of a tower's hidden layer; defaults to `hidden_size`.
         num_attention_heads (`int`, defaults to 4): Heads of the target attention (and of the session's self-attention).
         context_embed_dim (`int`, defaults to 16): Width of the embedding of each code and each feature.
+        user_embed_dim (`int`, *optional*): Width of the embedding of each user feature; defaults to `context_embed_dim`.
         context_features (`dict[str, int]`, *optional*): Categorical features of every behaviour: name to number of values. Value 0
             stands for "unknown". Columns run in the order of the names.
         user_features (`dict[str, int]`, *optional*): Categorical features of the user, as above.
@@ -28,7 +29,7 @@ class RewardConfig(PreTrainedConfig):
         item_numbers (`list[str]`, *optional*): Numeric features of every candidate in its request, centred and of order 1 (log-odds
             of past rates, log counts). Rare objectives need them: a table of buckets is learned from too few positives. Columns run
             in the order of the sorted names.
-        feature_embed_dims (`dict[str, int]`, *optional*): Widths of single features, by name, instead of `context_embed_dim`.
+        feature_embed_dims (`dict[str, int]`, *optional*): Widths of single features, by name, instead of the two above.
         position_bias_buckets (`int`, defaults to 32): Buckets of the learned attention bias over the age of a behaviour.
         position_bias_max_distance (`int`, defaults to 128): Ages beyond it share the last bucket.
         catalogue_fingerprint (`str`, *optional*): Of the catalogue it was trained with ([`Catalogue.fingerprint`]); policies with
@@ -46,6 +47,7 @@ class RewardConfig(PreTrainedConfig):
     num_context_key_value_heads: int | None = None
     head_dim: int | None = None
     context_embed_dim: int = 16
+    user_embed_dim: int | None = None
     context_features: dict[str, int] | None = None
     user_features: dict[str, int] | None = None
     item_features: dict[str, int] | None = None
@@ -66,6 +68,7 @@ class RewardConfig(PreTrainedConfig):
         self.tower_size = self.tower_size or self.hidden_size
         self.num_key_value_heads = self.num_context_key_value_heads = self.num_attention_heads
         self.head_dim = self.head_dim or self.hidden_size // self.num_attention_heads
+        self.user_embed_dim = self.user_embed_dim or self.context_embed_dim
         # by name, because config.json is written with sorted keys: the columns must mean the same after a reload
         for name in ("context_features", "user_features", "item_features"):
             setattr(self, name, dict(sorted((getattr(self, name) or {}).items())))

@@ -1,6 +1,6 @@
 """The catalogue that travels with a model, and `generate` constrained to it.
 
-The papers decode with beam search (OneRec, section 4.1; OneRec-V2, section 5). Legend: B users, L levels, N items, K beams.
+The papers decode with beam search (OneRec, section 4; OneRec-V2, section 4). Legend: B users, L levels, N items, K beams.
 """
 
 import copy

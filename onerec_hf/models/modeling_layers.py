@@ -1,9 +1,9 @@
 """Blocks that the OneRec models share: attention over a shared context, encoder and decoder blocks, the embedding of a context,
 and the decoder over codes.
 
-OneRec Technical Report, section 2.2 (arXiv:2506.13695); OneRec-V2, section 2.2 (arXiv:2508.20900). Legend: B users, T context
-positions, R = B * m rows (m targets, beams or samples per user, rows of one user adjacent), C target tokens, L levels, D width,
-H heads, n targets (or candidates) of a user.
+OneRec Technical Report, sections 2.2 and 2.3 (arXiv:2506.13695); OneRec-V2, section 2.2 (arXiv:2508.20900). Legend: B users,
+T context positions, R = B * m rows (m targets, beams or samples per user, rows of one user adjacent), C target tokens, L levels,
+D width, H heads, n targets (or candidates) of a user.
 """
 
 from collections.abc import Sequence
@@ -182,7 +182,7 @@ class DecoderLayer(GradientCheckpointingLayer):
     """
     Causal self-attention and attention to the context, then `mlp` (dense or a mixture), each pre-normed and residual.
 
-    The Technical Report (section 2.2.3) attends to the target's own tokens first, OneRec-V2 (section 2.2.3) to the context first.
+    The Technical Report (section 2.3) attends to the target's own tokens first, OneRec-V2 (section 2.2.2) to the context first.
     """
 
     context_first = False
@@ -222,7 +222,7 @@ class DecoderLayer(GradientCheckpointingLayer):
 
 
 class PositionRMSNorm(nn.Module):
-    """OneRec-V2, section 2.2.3, output: an RMSNorm with weights of its own for every position of the semantic ID."""
+    """OneRec-V2, section 2.2.2, output: an RMSNorm with weights of its own for every position of the semantic ID."""
 
     def __init__(self, num_levels: int, hidden_size: int, eps: float):
         super().__init__()
@@ -258,10 +258,12 @@ class FixedEmbedding(nn.Module):
 class FeatureEmbedding(nn.Module):
     """Embeddings of categorical features, (..., F) -> a list of (..., width), in the order of the config; `fixed`: given ones."""
 
-    def __init__(self, features: dict[str, int], config: Any, kind: str, fixed: Sequence[str] = ()):
+    def __init__(
+        self, features: dict[str, int], config: Any, kind: str, fixed: Sequence[str] = (), width: int | None = None
+    ):
         super().__init__()
         self.names, self.sizes, self.kind = list(features), list(features.values()), kind
-        widths = [config.feature_embed_dims.get(name, config.context_embed_dim) for name in features]
+        widths = [config.feature_embed_dims.get(name, width or config.context_embed_dim) for name in features]
         self.width = sum(widths)
         tables = zip(features.items(), widths)
         self.tables = nn.ModuleList(
@@ -317,7 +319,7 @@ class ContextEmbedding(nn.Module):
         self.config = config
         self.embed_codes = nn.Embedding(config.vocab_size, code_width, config.pad_token_id)
         self.embed_features = FeatureEmbedding(config.context_features, config, "context_features", fixed_features)
-        self.embed_user = FeatureEmbedding(config.user_features, config, "user_features")
+        self.embed_user = FeatureEmbedding(config.user_features, config, "user_features", width=config.user_embed_dim)
         self.item_width = config.num_levels * code_width + self.embed_features.width
 
     def item_vectors(self, context_ids: Tensor, context_features: Tensor | None) -> Tensor:
@@ -413,7 +415,7 @@ class SemanticIdDecoder(nn.Module):
 
     Args:
         num_context_sets (`int`): Key/value sets of the context, shared out evenly: block l of N reads set floor(l * sets / N)
-            (OneRec-V2, 2.2.3).
+            (OneRec-V2, 2.2.2).
         num_norms (`int`, defaults to 1): Output norms, one for each position of a semantic ID.
         num_positions (`int`, *optional*): Learned positions of the tokens of a session; without, there are none.
     """

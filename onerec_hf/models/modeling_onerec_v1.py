@@ -1,4 +1,4 @@
-"""OneRecV1, the OneRec Technical Report (arXiv:2506.13695, section 2.2): four pathways, an encoder, a point-wise decoder.
+"""OneRecV1, the OneRec Technical Report (arXiv:2506.13695, sections 2.2 and 2.3): four pathways, an encoder, a point-wise decoder.
 
 Legend: B users, T context items of all pathways, L levels, N_q lifelong queries, D width.
 """
@@ -129,6 +129,7 @@ class OneRecV1Model(SemanticIdPreTrainedModel):
 
     config: OneRecV1Config
     _no_split_modules = ["DecoderLayer", "EncoderLayer", "OneRecV1PathwayEmbedding"]
+    _tied_weights_keys = {"context_processor.embedding.embed_codes.weight": "decoder.embed_tokens.weight"}
 
     def __init__(self, config: OneRecV1Config):
         super().__init__(config)

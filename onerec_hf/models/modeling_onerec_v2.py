@@ -36,7 +36,7 @@ class KeyValueRMSNorm(nn.RMSNorm):
 
 class OneRecV2ContextProcessor(ContextEmbedding):
     """
-    Section 2.2.2: every context item becomes one vector of width S_kv * L_kv * G_kv * head_dim, whose slices are, after an
+    Section 2.2.1: every context item becomes one vector of width S_kv * L_kv * G_kv * head_dim, whose slices are, after an
     RMSNorm and nothing else, the keys and values of the decoder.
 
     In front stands one static slot (the paper's N_s). An item is the concatenation of its code and feature embeddings under one
@@ -86,7 +86,7 @@ class OneRecV2ContextProcessor(ContextEmbedding):
 
 
 class OneRecV2LazyDecoderLayer(DecoderLayer):
-    """Section 2.2.3: cross-attention first, then causal self-attention, then the feed-forward or the experts."""
+    """Section 2.2.2: cross-attention first, then causal self-attention, then the feed-forward or the experts."""
 
     context_first = True
 

@@ -1,6 +1,6 @@
 """What every OneRec model with a head shares: log-probabilities within a level, recommending items, forward and loss.
 
-OneRec Technical Report, section 2.2.3 (arXiv:2506.13695); OneRec-V2, section 2.2 (arXiv:2508.20900). Legend: B users, T context
+OneRec Technical Report, section 2.3 (arXiv:2506.13695); OneRec-V2, section 2.2 (arXiv:2508.20900). Legend: B users, T context
 positions, R = B * m rows (rows of one user adjacent), C decoder tokens, L levels, V_l codes of level l, D width, N items of the
 catalogue, K beams, m items of a session.
 """
@@ -147,8 +147,10 @@ class SemanticIdForCausalLM(CatalogueGenerationMixin, SemanticIdPreTrainedModel)
     Head, loss, catalogue and `generate` around a base model that turns a context and codes into hidden states.
 
     `lm_head` is one linear map whose rows are [specials | level 1 | ... | level L]; OneRec-V2's position-specific head is the slice
-    of the level (section 2.2.3). A subclass also names `GenerationMixin` among its bases, where transformers looks for it.
+    of the level (section 2.2.2). A subclass also names `GenerationMixin` among its bases, where transformers looks for it.
     """
+
+    _tied_weights_keys = {"lm_head.weight": "model.decoder.embed_tokens.weight"}  # with config.tie_word_embeddings
 
     def __init__(self, config: Any, model: SemanticIdPreTrainedModel):
         super().__init__(config)

@@ -1,6 +1,6 @@
 """Feed-forwards: dense, and the sparse mixture of experts with router, SwiGLU experts, shared experts, loss-free balancing.
 
-OneRec eq. 2 (arXiv:2502.18965); OneRec Technical Report, section 2.2.3 (arXiv:2506.13695); OneRec-V2, section 2.2.3
+OneRec eq. 2 (arXiv:2502.18965); OneRec Technical Report, section 2.3 (arXiv:2506.13695); OneRec-V2, section 2.2.2
 (arXiv:2508.20900). Balancing: DeepSeek-V3, section 2.1.2 (arXiv:2412.19437). Legend: S tokens, D width, E experts.
 """
 

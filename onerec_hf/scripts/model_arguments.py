@@ -97,12 +97,18 @@ def make_config(args: ModelArguments, data: DataFolder, collator: OneRecCollator
     settings: dict[str, Any] = {"model_type": "onerec_v2"}
     if args.model_config:
         settings |= yaml.safe_load(Path(config_path(args.model_config)).read_text(encoding="utf-8"))
+    # a preset gives widths of features that the data may lack; those that --model names must be there
+    widths = settings.pop("feature_embed_dims", {})
     settings |= mapping(args.model)
+    own_widths = settings.pop("feature_embed_dims", {})
     if collator is not None:
-        settings |= {"context_features": collator.context_feature_sizes, "user_features": collator.user_feature_sizes}
+        context, user = collator.context_feature_sizes, collator.user_feature_sizes
+        widths = {name: width for name, width in widths.items() if name in {*context, *user}} | own_widths
+        settings |= {"context_features": context, "user_features": user}
         if args.item_vectors:
-            widths = settings.get("feature_embed_dims", {}) | {ITEM_VECTORS: data.item_embeddings.shape[1]}
-            settings |= {"fixed_context_features": [ITEM_VECTORS], "feature_embed_dims": widths}
+            widths |= {ITEM_VECTORS: data.item_embeddings.shape[1]}
+            settings["fixed_context_features"] = [ITEM_VECTORS]
+        settings["feature_embed_dims"] = widths
     config = AutoConfig.for_model(**settings | {"codebook_sizes": data.tokenizer.codebook_sizes})
     refuse_unknown(settings, type(config))
     return config

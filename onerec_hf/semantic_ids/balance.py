@@ -1,9 +1,9 @@
-"""Clusters of equal size: the assignment step of balanced k-means (OneRec, arXiv:2502.18965, Algorithm 1) as optimal transport.
+"""Clusters of equal size, as in balanced k-means (OneRec, arXiv:2502.18965, Algorithm 1), by optimal transport.
 
 With fixed centroids, "every cluster takes exactly its size, at the least total squared distance" is a transport problem. Its
 dual has one price per cluster: item x goes to `argmin_k ||x - c_k||^2 + p_k`, and the right prices make every cluster exactly
 full (power diagrams; Aurenhammer, Hoffmann, Aronov, Algorithmica 20, 1998). Algorithm 1 as printed fills one cluster after the
-other instead; see `kmeans._balanced` for why this module does not.
+other instead: that is `kmeans._greedy`; see `kmeans._balanced` for why it is not the default.
 """
 
 import torch

@@ -4,6 +4,7 @@ N items, K codebook size, D embedding width. All arithmetic is float32, in block
 """
 
 import math
+from typing import Literal
 
 import torch
 
@@ -53,7 +54,7 @@ def train_codebook(
     items: torch.Tensor,
     codebook_size: int,
     *,
-    balanced: bool,
+    balanced: bool | Literal["greedy"],
     num_iterations: int,
     num_full_iterations: int,
     generator: torch.Generator,
@@ -61,12 +62,13 @@ def train_codebook(
     """Codebook and codes of the training items for one level.
 
     Balanced clusters start from `codebook_size` items at random, as the paper does, plain ones from `kmeans_plus_plus`; then
-    `num_iterations` Lloyd iterations over a random sample of the items and `num_full_iterations` over all of them.
+    `num_iterations` Lloyd iterations over a random sample of the items and `num_full_iterations` over all of them. `"greedy"`:
+    Algorithm 1 as printed, all iterations over all items.
 
     Args:
         items (`torch.FloatTensor` of shape `(N, D)`): float32, `N >= codebook_size`.
         codebook_size (`int`): K.
-        balanced (`bool`): clusters of exactly `N // K` items, the first `N % K` of them with one more.
+        balanced (`bool` or `"greedy"`): clusters of exactly `N // K` items, the first `N % K` of them with one more.
         num_iterations, num_full_iterations (`int`): see above; the latter at least 1.
         generator (`torch.Generator`): on the CPU; picks the sample and the starting centroids.
 
@@ -77,6 +79,8 @@ def train_codebook(
     per_code = _BALANCED_SAMPLE_PER_CODE if balanced else _PLAIN_SAMPLE_PER_CODE
     order = torch.randperm(len(items), generator=generator)
     order = order[: max(per_code * codebook_size, _MIN_SAMPLE_ITEMS)].clone().to(items.device)
+    if balanced == "greedy":
+        return _greedy(items, order, codebook_size, num_iterations + num_full_iterations)
     if balanced:
         return _balanced(items, order, codebook_size, num_iterations, num_full_iterations)
     return _plain(items, order, codebook_size, num_iterations, num_full_iterations, generator)
@@ -131,8 +135,8 @@ def _plain(
 def _balanced(items, order, codebook_size, num_iterations, num_full_iterations) -> tuple[torch.Tensor, torch.Tensor]:
     """Lloyd's algorithm whose assignment step is a transport problem: prices first, then the last few exchanges.
 
-    Algorithm 1 as printed fills the clusters one after the other: K passes per iteration, a result that depends on their order,
-    no convergence, and the last clusters get what nobody wanted (`benchmarks/semantic_ids.py` runs it for comparison).
+    This is not Algorithm 1 as printed (`_greedy`), which fills the clusters one after the other: K passes per iteration, a result
+    that depends on their order, no convergence, and the last clusters get what nobody wanted.
     """
     sample = items[order]
     centroids = sample[:codebook_size].clone()
@@ -158,6 +162,31 @@ def _balanced(items, order, codebook_size, num_iterations, num_full_iterations) 
         if error < lowest:
             lowest, best = error, (centroids, codes)
     return best
+
+
+def _greedy(items, order, codebook_size, num_iterations) -> tuple[torch.Tensor, torch.Tensor]:
+    """
+    OneRec's Algorithm 1 as printed: cluster after cluster takes the nearest items that are left, until no item changes its cluster.
+
+    That need not happen, so the iterations are counted and the cheapest of them is returned.
+    """
+    centroids = items[order[:codebook_size]].clone()
+    sizes, norms = balanced_sizes(len(items), codebook_size).tolist(), items.square().sum(dim=1)
+    best = codes = torch.full((len(items),), -1, device=items.device)
+    lowest, best_centroids = float("inf"), centroids
+    for _ in range(num_iterations):
+        before, codes, error = codes, torch.full_like(codes, -1), 0.0
+        for code, size in enumerate(sizes):
+            distances = squared_distances(items, centroids[code : code + 1])[:, 0] + norms
+            nearest = distances.masked_fill_(codes >= 0, math.inf).topk(size, largest=False).indices
+            codes[nearest] = code
+            centroids[code] = items[nearest].mean(dim=0)
+            error -= size * centroids[code].double().square().sum().item()  # as in `_balanced`
+        if error < lowest:
+            lowest, best, best_centroids = error, codes, centroids.clone()
+        if torch.equal(before, codes):
+            break
+    return best_centroids, best
 
 
 def _reset_empty(items, codes, centroids, sizes) -> torch.Tensor:

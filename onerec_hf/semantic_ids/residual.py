@@ -5,6 +5,7 @@ import logging
 import os
 import time
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import torch
@@ -25,7 +26,8 @@ class ResidualKMeans:
     Level l has a codebook of K centroids for what the levels before it left over: `r_1 = e`,
     `s_l = argmin_k ||r_l - c_k^l||^2`, `r_{l+1} = r_l - c^l_{s_l}`. Codebooks are trained one after the other.
 
-    With `balanced=True` (paper 1, Algorithm 1) every code of every level is given to exactly `N / K` *training* items (the
+    With `balanced=True` (the sizes of OneRec's Algorithm 1 by another procedure, optimal transport) and `balanced="greedy"`
+    (Algorithm 1 as printed) every code of every level is given to exactly `N / K` *training* items (the
     first `N mod K` codes to one more), and the residuals of the next level are those of these codes. New items can only take
     the nearest centroid, which is not balanced; the papers do not say which of the two they deploy for training items. Here
     `train_codes` (and `fit_encode`) are the balanced codes and `encode` is the nearest centroid at every level: choose one for
@@ -35,9 +37,10 @@ class ResidualKMeans:
         num_levels (`int`, *optional*, defaults to 3): L.
         codebook_size (`int`, *optional*, defaults to 256): K, the same at every level, at least 2. The papers use 8192 for
             hundreds of millions of items.
-        balanced (`bool`, *optional*, defaults to `True`): clusters of equal size, or plain k-means.
+        balanced (`bool` or `"greedy"`, *optional*, defaults to `True`): clusters of equal size, or plain k-means. `"greedy"` is
+            OneRec's Algorithm 1 as printed: K passes over all items per iteration, and the last clusters get what is left.
         num_iterations (`int`, *optional*, defaults to 20): Lloyd iterations per level on a random sample of 64 items per code
-            (all items where there are fewer). OpenOneRec runs 20; the papers are silent.
+            (all items where there are fewer; all items with `"greedy"`). OpenOneRec runs 20; the papers are silent.
         num_full_iterations (`int`, *optional*, defaults to 4): iterations per level over all items that follow, at least 1.
         seed (`int`, *optional*, defaults to 0): same seed, same data, same codebooks on the CPU.
 
@@ -56,7 +59,7 @@ class ResidualKMeans:
         self,
         num_levels: int = 3,
         codebook_size: int = 256,
-        balanced: bool = True,
+        balanced: bool | Literal["greedy"] = True,
         num_iterations: int = 20,
         num_full_iterations: int = 4,
         seed: int = 0,
@@ -69,6 +72,8 @@ class ResidualKMeans:
         ):
             if value < least:
                 raise ValueError(f"`{name}` is {value}; it must be at least {least}.")
+        if not (isinstance(balanced, bool) or balanced == "greedy"):
+            raise ValueError(f"`balanced` is {balanced!r}; it must be True, False or 'greedy'.")
         self.num_levels = num_levels
         self.codebook_size = codebook_size
         self.balanced = balanced

@@ -19,7 +19,7 @@ logger = logging.get_logger(__name__)
 class ExpertBalanceCallback(TrainerCallback):
     r"""
     Updates the router biases after every optimizer step, and keeps the loads for the log: loss-free balancing (DeepSeek-V3,
-    arXiv:2412.19437; OneRec-V2, section 2.2.3).
+    arXiv:2412.19437; OneRec-V2, section 2.2.2).
 
     Works under gradient accumulation and DDP: the loads of all micro-batches and of all processes count. Under PEFT the biases stay
     as they are, because an adapter file does not hold them.

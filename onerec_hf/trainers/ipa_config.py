@@ -12,7 +12,12 @@ from .next_item import NOT_READ, NextItemArguments, refuse_unread
 # beta of each loss where none is given: those of the losses' own papers and of TRL (IPO's is its tau)
 DEFAULT_BETA = {"dpo": 0.1, "ipo": 0.1, "cdpo": 0.1, "rdpo": 0.1, "cpo": 0.1, "simpo": 2.5, "sdpo": 1.0}
 
-_READ_BY = {"label_smoothing": ["cdpo", "rdpo"], "simpo_gamma": ["simpo"], "cpo_alpha": ["cpo"]}
+_READ_BY = {
+    "label_smoothing": ["cdpo", "rdpo"],
+    "simpo_gamma": ["simpo"],
+    "cpo_alpha": ["cpo"],
+    "length_normalized": ["ipo", "cpo"],
+}
 _REFERENCE = "the reference is the model that made an iteration's pairs; its log-probabilities are stored with them"
 _TABLE_1 = "the losses are those of OneRec's Table 1, one at a time"
 IPA_NOT_READ = NOT_READ | {"precompute_ref_batch_size": "mining_batch_size says how many users are taken at once"}
@@ -49,6 +54,8 @@ class IPAConfig(NextItemArguments, DPOConfig):
         label_smoothing (`float`, defaults to 0.1): Share of flipped pairs that `"cdpo"` and `"rdpo"` assume.
         simpo_gamma (`float`, defaults to 1.375): Margin of `"simpo"`.
         cpo_alpha (`float`, defaults to 1.0): Weight of the winner's negative log-likelihood in `"cpo"`.
+        length_normalized (`bool`, defaults to `True`): `"ipo"` and `"cpo"` per token of a session, as in TRL. `False`: as in their
+            own papers, where the margin of IPO is smaller by the number of tokens and the likelihood in CPO weighs more by it.
         disable_dropout (`bool`, defaults to `True`): As TRL does, so that the ratio to the reference starts at 1.
         precompute_ref_log_probs: On, and not to be changed: pairs are stored with the log-probabilities of their reference.
         mining_batch_size (`int`, defaults to 32): Users per beam search and process.
@@ -69,6 +76,7 @@ class IPAConfig(NextItemArguments, DPOConfig):
     label_smoothing: float = field(default=0.1)
     simpo_gamma: float = field(default=1.375)
     cpo_alpha: float = field(default=1.0)
+    length_normalized: bool = field(default=True)
     disable_dropout: bool = field(default=True)
     precompute_ref_log_probs: bool = field(default=True)
     mining_batch_size: int = field(default=32)
@@ -113,13 +121,13 @@ class IPAConfig(NextItemArguments, DPOConfig):
             case "dpo":
                 return losses.dpo_loss(*pair, self.beta)
             case "ipo":
-                return losses.ipo_loss(*pair, num_tokens, self.beta)
+                return losses.ipo_loss(*pair, num_tokens, self.beta, self.length_normalized)
             case "cdpo":
                 return losses.cdpo_loss(*pair, self.beta, self.label_smoothing)
             case "rdpo":
                 return losses.rdpo_loss(*pair, self.beta, self.label_smoothing)
             case "cpo":
-                return losses.cpo_loss(*both, num_tokens, self.beta, self.cpo_alpha)
+                return losses.cpo_loss(*both, num_tokens, self.beta, self.cpo_alpha, self.length_normalized)
             case "simpo":
                 return losses.simpo_loss(*both, num_tokens, self.beta, self.simpo_gamma)
 

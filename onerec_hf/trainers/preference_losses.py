@@ -1,7 +1,8 @@
 """Preference losses of OneRec's Table 1 (arXiv:2502.18965) on summed log-probabilities of the code tokens, BOS excluded.
 
 The paper names the losses and no hyper-parameter of any; the defaults are those of the losses' own papers and of TRL. Every
-function takes log M(S|H) of whole sessions, (B,), in nats, and returns one loss per pair, (B,).
+function takes log M(S|H) of whole sessions, (B,), in nats, and returns one loss per pair, (B,). Where a loss is per token in TRL
+and a sum in its own paper (IPO, CPO), `length_normalized` chooses; sums weigh `num_tokens` times more.
 """
 
 import torch
@@ -26,9 +27,14 @@ def ipo_loss(
     ref_rejected: torch.Tensor,
     num_tokens: int,
     tau: float = 0.1,
+    length_normalized: bool = True,
 ) -> torch.Tensor:
-    """(D / num_tokens - 1 / (2 tau))^2 (arXiv:2310.12036, eq. 17), log-ratios per token as its authors advise and TRL does."""
-    return (_margin(chosen, rejected, ref_chosen, ref_rejected) / num_tokens - 1 / (2 * tau)) ** 2
+    """
+    (D - 1 / (2 tau))^2 (arXiv:2310.12036, eq. 17), or, with `length_normalized`, (D / num_tokens - 1 / (2 tau))^2: log-ratios per
+    token, as TRL does. The margin that D is drawn to is `num_tokens` times larger then.
+    """
+    margin = _margin(chosen, rejected, ref_chosen, ref_rejected)
+    return ((margin / num_tokens if length_normalized else margin) - 1 / (2 * tau)) ** 2
 
 
 def cdpo_loss(
@@ -60,10 +66,19 @@ def rdpo_loss(
 
 
 def cpo_loss(
-    chosen: torch.Tensor, rejected: torch.Tensor, num_tokens: int, beta: float = 0.1, alpha: float = 1.0
+    chosen: torch.Tensor,
+    rejected: torch.Tensor,
+    num_tokens: int,
+    beta: float = 0.1,
+    alpha: float = 1.0,
+    length_normalized: bool = True,
 ) -> torch.Tensor:
-    """-log sigma(beta (chosen - rejected)) - alpha chosen / num_tokens: no reference, and the winner's NLL (arXiv:2401.08417)."""
-    return -F.logsigmoid(beta * (chosen - rejected)) - alpha * chosen / num_tokens
+    """
+    -log sigma(beta (chosen - rejected)) - alpha chosen: no reference, and the winner's NLL (arXiv:2401.08417), or, with
+    `length_normalized`, the NLL per token, as in TRL.
+    """
+    nll = -chosen / num_tokens if length_normalized else -chosen
+    return -F.logsigmoid(beta * (chosen - rejected)) + alpha * nll
 
 
 def simpo_loss(

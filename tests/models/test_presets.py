@@ -1,28 +1,46 @@
-"""Every size that the papers list: its parameters, total and active, and its FLOPs per target, counted on the meta device."""
+"""Every size that the Technical Report and OneRec-V2 list, and one for OneRec, which gives no width and no depth.
+
+Parameters, total and active, and FLOPs per target, counted on the meta device.
+"""
 
 from functools import cache
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 import yaml
+from huggingface_hub.errors import StrictDataclassError
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from onerec_hf import OneRecV1Config, OneRecV1ForCausalLM, OneRecV2Config, OneRecV2ForCausalLM
+from onerec_hf import (
+    OneRecConfig,
+    OneRecForCausalLM,
+    OneRecV1Config,
+    OneRecV1ForCausalLM,
+    OneRecV2Config,
+    OneRecV2ForCausalLM,
+)
+from onerec_hf.scripts.model_arguments import ModelArguments, make_config
+from onerec_hf.scripts.parser import ScriptParser
+from onerec_hf.trainers import OneRecSFTConfig
 
 FOLDER = Path(__file__).resolve().parents[2] / "recipes" / "configs" / "models"
-CLASSES = {"onerec_v1": (OneRecV1Config, OneRecV1ForCausalLM), "onerec_v2": (OneRecV2Config, OneRecV2ForCausalLM)}
+CLASSES = {
+    "onerec": (OneRecConfig, OneRecForCausalLM),
+    "onerec_v1": (OneRecV1Config, OneRecV1ForCausalLM),
+    "onerec_v2": (OneRecV2Config, OneRecV2ForCausalLM),
+}
 # the features of the report's section 2.2.1; how many values each has is not in the report, and tables are not counted
-FEATURES = {"author": 64, "tag": 16, "time": 16, "play_time": 16, "duration": 16, "label": 16}
+FEATURES = {"author_id": 64, "tag": 16, "time": 16, "play_time": 16, "duration": 16, "label": 16}
 USER = {"uid": 64, "gender": 3, "age": 10}
-WIDTHS = {"author": 512, **dict.fromkeys(USER, 64)}
-V1 = {"context_features": FEATURES, "user_features": USER, "feature_embed_dims": WIDTHS}
+V1 = {"context_features": FEATURES, "user_features": USER}
 
 
 def preset(name: str, **overrides):
     """The model of a preset, without memory."""
-    settings = yaml.safe_load((FOLDER / f"{name}.yaml").read_text())
+    settings = yaml.safe_load((FOLDER / f"{name}.yaml").read_text(encoding="utf-8"))
     config_class, model_class = CLASSES[settings.pop("model_type")]
     # matrix products that the counter sees, and experts that never read back which token goes where
     config = config_class(**settings, **overrides)
@@ -58,7 +76,8 @@ def gflops_of_preset(name: str) -> float:
 
 def test_every_preset_is_tested():
     names = {path.stem for path in FOLDER.glob("*.yaml")}
-    assert names == {f"onerec_v1_{size}" for size in V1_SIZES} | {f"onerec_v2_{size}" for size in V2_SIZES}
+    sizes = {f"onerec_v1_{size}" for size in V1_SIZES} | {f"onerec_v2_{size}" for size in V2_SIZES}
+    assert names == sizes | {"onerec_1b"}
 
 
 # name: paper's size in billions, paper's GFLOPs per target at 512 items (Table 2; None where it gives none)
@@ -158,9 +177,55 @@ def test_v1(size):
         assert found - qformer / 1e9 == pytest.approx(reported, rel=0.01)
 
 
+@pytest.mark.parametrize("size", V1_SIZES)
+def test_widths_of_the_features(size):
+    """Section 2.2.1: the vid has d, the author 512, every other feature of an item 128, every feature of the user 64."""
+    model = preset(f"onerec_v1_{size}", **V1)
+    embedding, d = model.model.context_processor.embedding, model.config.hidden_size
+    tables = zip(embedding.embed_features.names, embedding.embed_features.tables)
+    widths = {name: table.embedding_dim for name, table in tables}
+    assert widths.pop("author_id") == 512 and set(widths.values()) == {128}
+    assert {table.embedding_dim for table in embedding.embed_user.tables} == {64}
+    assert 0 <= d - 3 * embedding.embed_codes.embedding_dim < 3
+
+
+def test_a_preset_fits_data_without_its_features():
+    """Widths of the preset for features that the data lack are left out; widths that the user names are not."""
+    data = SimpleNamespace(tokenizer=SimpleNamespace(codebook_sizes=[8, 8, 8]))
+    collator = SimpleNamespace(context_feature_sizes={"tag": 4}, user_feature_sizes={"age": 5})
+    arguments = ModelArguments(data="", model_config="models/onerec_v1_0.015b.yaml")
+    config = make_config(arguments, data, collator)
+    assert config.feature_embed_dims == {} and config.user_embed_dim == 64
+    collator.context_feature_sizes["author_id"] = 7
+    assert make_config(arguments, data, collator).feature_embed_dims == {"author_id": 512}
+    arguments.model = {"feature_embed_dims": {"author_id": 16}}
+    assert make_config(arguments, data, collator).feature_embed_dims == {"author_id": 16}
+    arguments.model = {"feature_embed_dims": {"autor_id": 16}}
+    with pytest.raises(StrictDataclassError, match="autor_id"):
+        make_config(arguments, data, collator)
+
+
+def test_onerec():
+    """Sections 4 and 5: m = 5, n = 256, 24 experts, 2 per token, 13% of the parameters active (of the blocks); Adam, 2e-4."""
+    model = preset("onerec_1b")
+    config = model.config
+    assert (config.num_session_items, config.max_context_items) == (5, 256)
+    assert (config.num_experts, config.num_experts_per_tok) == (24, 2)
+    blocks = count(model.model.decoder.layers) + count(model.model.context_processor.layers)
+    blocks += count(model.model.context_processor.key_values)
+    assert blocks / 1e9 == pytest.approx(1, rel=0.05)
+    assert (blocks - idle(model)) / blocks == pytest.approx(0.13, abs=0.005)
+
+    words = ["--config", "onerec_sft.yaml", "--data", "data", "--output_dir", "model"]
+    arguments, training = ScriptParser("sft", "", [ModelArguments, OneRecSFTConfig]).parse(words)
+    assert arguments.model_config == "models/onerec_1b.yaml" and arguments.max_history == 256
+    assert training.learning_rate == 2e-4 and training.weight_decay == 0
+    assert "adam" in training.optim and (training.adam_beta1, training.adam_beta2) == (0.9, 0.999)
+
+
 def test_learning_rates_of_the_comments():
-    """Table 5 prints 5e-4 * sqrt(0.1B / size); the presets repeat it."""
-    for size in ("0.1b", "0.2b", "0.5b", "1b", "2b", "4b", "8b"):
-        comment = (FOLDER / f"onerec_v2_{size}.yaml").read_text().splitlines()[0]
-        expected = 5e-4 * (0.1 / float(size[:-1])) ** 0.5
+    """Table 5 prints 5e-4 * sqrt(0.1B / active size); the presets repeat it."""
+    for size in ("0.1b", "0.2b", "0.5b", "1b", "2b", "4b", "8b", "4b_a0.5b"):
+        comment = (FOLDER / f"onerec_v2_{size}.yaml").read_text(encoding="utf-8").split("\n")[0]
+        expected = 5e-4 * (0.1 / float(size.rsplit("_a", 1)[-1][:-1])) ** 0.5
         assert float(comment.rsplit(" ", 1)[1]) == pytest.approx(expected, rel=0.002)

@@ -1,6 +1,7 @@
 """Residual k-means: exact balance, hand-worked examples, nearest centroids by brute force, files, errors."""
 
 import json
+import math
 
 import numpy as np
 import pytest
@@ -10,6 +11,8 @@ from onerec_hf.semantic_ids import ResidualKMeans, quality_report, resolve_colli
 from onerec_hf.semantic_ids import blocks as blocks_module
 from onerec_hf.semantic_ids.balance import Prices, balanced_sizes, cheapest_two, enforce_sizes
 from onerec_hf.semantic_ids.kmeans import kmeans_plus_plus, train_codebook
+
+from .numeric import assert_close
 
 
 def clustered_items(num_items: int, width: int, num_clusters: int, seed: int = 0) -> torch.Tensor:
@@ -70,6 +73,47 @@ def test_centroids_are_the_means_of_the_residuals_of_their_items(items, quantize
         means = torch.stack([residuals[codes == code].mean(dim=0) for code in range(16)])
         torch.testing.assert_close(centroids, means)
         residuals = residuals - centroids[codes]
+
+
+def algorithm_1(items, centroids, num_iterations):
+    """OneRec's Algorithm 1, line by line: U, its sort by distance, the first w, their mean; the cheapest iteration's codes."""
+    best, lowest, codebook_size = None, math.inf, len(centroids)
+    for _ in range(num_iterations):
+        unassigned, codes, error = list(range(len(items))), [0] * len(items), 0.0
+        for k in range(codebook_size):
+            w = len(items) // codebook_size + (k < len(items) % codebook_size)
+            unassigned.sort(key=lambda i: ((items[i] - centroids[k]) ** 2).sum())
+            taken, unassigned = unassigned[:w], unassigned[w:]
+            centroids[k] = items[taken].mean(0)
+            error += ((items[taken] - centroids[k]) ** 2).sum()
+            for i in taken:
+                codes[i] = k
+        if error < lowest:
+            best, lowest = codes, error
+    return best
+
+
+@pytest.mark.parametrize("num_items", [60, 62])
+def test_greedy_clusters_are_algorithm_1(num_items):
+    items = torch.randn(num_items, 3, generator=torch.Generator().manual_seed(5))
+    for iterations in (1, 2, 9):
+        found = ResidualKMeans(1, 5, balanced="greedy", num_iterations=0, num_full_iterations=iterations).fit(items)
+        start = torch.randperm(num_items, generator=torch.Generator().manual_seed(0))[:5]
+        centered = (items - items.mean(0)).double().numpy()
+        codes = algorithm_1(centered, centered[start.numpy()].copy(), iterations)
+        assert found.train_codes[:, 0].tolist() == codes
+        means = torch.stack([items[found.train_codes[:, 0] == code].mean(0) for code in range(5)])
+        assert_close(found.codebooks[0], means)
+
+
+def test_greedy_is_kept_and_a_typo_is_refused(tmp_path):
+    items = torch.randn(40, 3, generator=torch.Generator().manual_seed(1))
+    ResidualKMeans(2, 4, balanced="greedy", num_iterations=1, num_full_iterations=1).fit(items).save_pretrained(
+        tmp_path
+    )
+    assert ResidualKMeans.from_pretrained(tmp_path).balanced == "greedy"
+    with pytest.raises(ValueError, match="'greedy'"):
+        ResidualKMeans(balanced="gready")
 
 
 def test_balanced_assignment_is_nearly_the_cheapest():

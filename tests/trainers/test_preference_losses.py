@@ -9,6 +9,7 @@ import pytest
 import torch
 from trl.trainer.dpo_trainer import DPOTrainer
 
+from onerec_hf.trainers.ipa_config import IPAConfig
 from onerec_hf.trainers.preference_losses import (
     cdpo_loss,
     cpo_loss,
@@ -133,3 +134,24 @@ def test_extreme_margins_stay_finite():
 def test_smoothing_of_a_half_says_nothing(loss):
     with pytest.raises(ValueError, match=r"label_smoothing=0\.5"):
         loss(*SUMS, label_smoothing=0.5)
+
+
+def test_forms_of_the_papers_do_not_divide_by_tokens():
+    """IPO, eq. 17: (2 - 1)^2; CPO: log(1 + e^-(.5 * 3)) + 2 * 3. Per token of three: (2/3 - 1)^2 and 2 * 1."""
+    one = torch.tensor([-3.0]), torch.tensor([-6.0]), torch.tensor([-4.0]), torch.tensor([-5.0])
+    prefer = math.log1p(math.exp(-1.5))
+    for normalized, ipo, nll in ((False, 1.0, 6.0), (True, 1 / 9, 2.0)):
+        loss = ipo_loss(*one, num_tokens=3, tau=0.5, length_normalized=normalized)
+        assert loss.item() == pytest.approx(ipo, rel=1e-5)
+        loss = cpo_loss(*one[:2], num_tokens=3, beta=0.5, alpha=2.0, length_normalized=normalized)
+        assert loss.item() == pytest.approx(prefer + nll, rel=1e-5)
+
+
+def test_the_config_passes_the_form_on():
+    for kind, loss in (("ipo", ipo_loss), ("cpo", cpo_loss)):
+        config = IPAConfig(output_dir="unused", loss_type=kind, length_normalized=False, use_cpu=True)
+        found = config.preference_loss(SUMS[0], SUMS[1][:, None], SUMS[2], SUMS[3][:, None], TOKENS)
+        sums = SUMS if kind == "ipo" else SUMS[:2]
+        torch.testing.assert_close(found, loss(*sums, num_tokens=TOKENS, length_normalized=False))
+    with pytest.raises(ValueError, match="length_normalized"):
+        IPAConfig(output_dir="unused", length_normalized=False, use_cpu=True)
