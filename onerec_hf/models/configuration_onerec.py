@@ -33,13 +33,11 @@ class SemanticIdConfig(PreTrainedConfig):
         head_dim (`int`, *optional*): Defaults to `hidden_size // num_attention_heads`.
         num_context_key_value_heads (`int`, *optional*): G_kv, key/value groups of the context. Defaults to `num_attention_heads`.
         context_embed_dim (`int`): Width of the embedding of each code and each feature of a context item.
-        user_embed_dim (`int`, *optional*): Width of the embedding of each user feature; defaults to `context_embed_dim`. Technical
-            Report, section 2.2.1: 64.
+        user_embed_dim (`int`, *optional*): Width of each user feature, by default `context_embed_dim` (Technical Report: 64).
         context_features (`dict[str, int]`, *optional*): Categorical features of every context item (action type, watch-time
             bucket, author, ...): name to number of values. Value 0 stands for "unknown". Columns run in the order of the names.
         user_features (`dict[str, int]`, *optional*): Categorical features of the user, as above.
-        feature_embed_dims (`dict[str, int]`, *optional*): Widths of single features, by name, instead of the two above. The
-            Technical Report has 512 for the author and 128 for every other feature of an item.
+        feature_embed_dims (`dict[str, int]`, *optional*): Widths of single features (Technical Report: 512 for the author).
         num_experts (`int`, defaults to 0): Routed SwiGLU experts of a mixture-of-experts block; 0 makes every block dense.
         num_experts_per_tok (`int`): Experts that each token is sent to.
         num_shared_experts (`int`): Experts that every token is sent to; only OneRec-V2 mentions one.
@@ -54,8 +52,7 @@ class SemanticIdConfig(PreTrainedConfig):
             What a code's probability is normalised over, in the loss, in beam scores, everywhere: all codes of its level (the
             papers' softmax), or the codes that continue the prefix to an existing item (a departure; needs a catalogue).
         loss_reduction (`"mean"` or `"sum"`): Over the codes of a row: OneRec and the Technical Report sum, OneRec-V2 averages.
-        tie_word_embeddings (`bool`, defaults to `False`): One table for the decoder's tokens and the head; in OneRecV1 for the
-            codes of the context, too (Technical Report, section 4.2.2).
+        tie_word_embeddings (`bool`): One table for the decoder's tokens, the head and, in OneRecV1, the context's codes (TR 4.2.2).
         catalogue_fingerprint (`str`, *optional*): Of the catalogue saved with the model, see [`Catalogue.fingerprint`]; one that
             differs is refused on loading. None is not compared.
         dropout (`float`, defaults to 0.0): On context inputs, attention outputs and feed-forward outputs. Not in the papers.
@@ -144,10 +141,8 @@ class SemanticIdConfig(PreTrainedConfig):
             raise ValueError(
                 f"num_experts_per_tok={self.num_experts_per_tok} must be 1 to num_experts={self.num_experts}."
             )
-        if self.moe_layer_step < 1:
-            raise ValueError(
-                f"moe_layer_step={self.moe_layer_step}: 1 makes every block a mixture, 2 every second one."
-            )
+        if (step := self.moe_layer_step) < 1:
+            raise ValueError(f"moe_layer_step={step}: 1 makes every block a mixture, 2 every second one.")
         known = {*self.context_features, *self.user_features}
         if unknown := sorted(set(self.feature_embed_dims) - known):
             raise ValueError(f"feature_embed_dims names {unknown}; the features are {sorted(known)}.")
@@ -226,9 +221,8 @@ class OneRecV1Config(SemanticIdConfig):
         num_lifelong_queries (`int`, defaults to 128): N_q, tokens that the QFormer makes of the lifelong pathway.
         num_lifelong_layers (`int`, defaults to 2): N_l, its blocks.
         lifelong_residual (`bool`, defaults to `True`): Residual connections in its blocks; the report prints none.
-        code_embed_dim (`int`, *optional*): Width of each code's embedding. How the codes become the vid vector of width d is not in
-            the report; they are concatenated, each `hidden_size // num_levels` wide by default, `hidden_size` with
-            `tie_word_embeddings`.
+        code_embed_dim (`int`, *optional*): Width of each code's embedding. How they become the vid vector of width d is not in the
+            report: side by side, each by default `hidden_size // num_levels`, or, with `tie_word_embeddings`, `hidden_size` wide.
         kwargs: See [`SemanticIdConfig`]. The gate function, its normalisation and the rate of the balancing are not in the report:
             those of DeepSeek-V3.
     """
@@ -250,8 +244,9 @@ class OneRecV1Config(SemanticIdConfig):
 
     def __post_init__(self, **kwargs):
         super().__post_init__(**kwargs)
-        own_table = self.hidden_size // self.num_levels
-        self.code_embed_dim = self.code_embed_dim or (self.hidden_size if self.tie_word_embeddings else own_table)
+        self.code_embed_dim = self.code_embed_dim or self.hidden_size // (
+            1 if self.tie_word_embeddings else self.num_levels
+        )
 
     @property
     def has_experts(self) -> bool:
@@ -263,8 +258,7 @@ class OneRecV1Config(SemanticIdConfig):
         """Part of the strict validation: one table has one width."""
         if self.tie_word_embeddings and self.code_embed_dim != self.hidden_size:
             raise ValueError(
-                f"code_embed_dim={self.code_embed_dim}: with tie_word_embeddings the codes of the context share the table of the "
-                f"head, which is hidden_size={self.hidden_size} wide. Leave code_embed_dim out."
+                f"code_embed_dim={self.code_embed_dim}: tie_word_embeddings needs hidden_size={self.hidden_size}; leave it out."
             )
 
     def validate_pathways(self) -> None:
