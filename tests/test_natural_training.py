@@ -1,11 +1,13 @@
 """What a user of transformers and TRL types first, with a trainer: it trains, or says what to do instead."""
 
+from pathlib import Path
+
 import datasets
 import numpy as np
 import pytest
 import torch
-from peft import LoraConfig
-from transformers import EarlyStoppingCallback, Trainer, TrainingArguments
+from peft import LoraConfig, get_peft_model
+from transformers import AutoModel, EarlyStoppingCallback, Trainer, TrainingArguments
 from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
 
 from onerec_hf import SemanticIdTokenizer
@@ -74,6 +76,20 @@ def test_sft_takes_a_path_and_plain_training_arguments(saved, tmp_path):
     assert trainer.args.remove_unused_columns is False and trainer.args.label_names == ["target_ids"]
     assert trainer.state.global_step == 2 and not torch.equal(before, trainer.policy.lm_head.weight)
     assert "eval_loss" in trainer.state.log_history[-2] | trainer.state.log_history[-1]
+
+
+def test_ipa_and_rl_take_a_folder_or_an_adapter_and_no_arguments(saved, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    base = AutoModel.from_pretrained(saved)
+    get_peft_model(base, LoraConfig(r=2, target_modules=["q_proj"])).save_pretrained("adapter")
+    for model in (saved, "adapter"):
+        ipa = IPATrainer(model, train_dataset=histories(), reward=Recorded())
+        rl = OneRecGRPOTrainer(model, Recorded(), train_dataset=histories())
+        for trainer, kind, end in ((ipa, IPAConfig, "IPA"), (rl, OneRecGRPOConfig, "GRPO")):
+            assert type(trainer.args) is kind and trainer.args.output_dir == f"{Path(model).name}-{end}"
+            assert type(trainer.collator) is OneRecCollator
+            trained = [name for name, weight in trainer.model.named_parameters() if weight.requires_grad]
+            assert trained and (model == saved or all("lora" in name for name in trained))
 
 
 def test_arguments_that_are_of_another_trainer_are_refused(saved, tmp_path):

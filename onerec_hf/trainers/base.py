@@ -7,13 +7,9 @@ from typing import Any
 import torch
 from accelerate.utils import gather_object
 from transformers import TrainerCallback
-from transformers.trainer_pt_utils import get_model_param_count
-from transformers.utils import logging
 
 from ..models import balance_experts
 from .repository import RepositoryMixin
-
-logger = logging.get_logger(__name__)
 
 
 class ExpertBalanceCallback(TrainerCallback):
@@ -46,22 +42,6 @@ class ExpertBalanceCallback(TrainerCallback):
         return {"expert_load_max": max(blocks.values())} | {f"expert_load/{name}": v for name, v in blocks.items()}
 
 
-class _SayWhatStarts(TrainerCallback):
-    """One line before the first step, where the default size of a model would take days without a word."""
-
-    def __init__(self, trainer: Any):
-        self.trainer = trainer
-
-    def on_train_begin(self, args, state, control, model=None, **kwargs):
-        if state.is_world_process_zero:
-            rows = self.trainer.train_dataset
-            examples = f"{len(rows):,} examples" if hasattr(rows, "__len__") else "streamed examples"
-            total, trained = (get_model_param_count(model, trainable_only=only) for only in (False, True))
-            logger.warning(  # which is shown, where an info is not
-                f"Training {total:,} parameters, {trained:,} of them trainable, on {examples} in {state.max_steps:,} steps."
-            )
-
-
 class OneRecTrainer(RepositoryMixin):
     """To be named before a trainer of TRL among the bases."""
 
@@ -70,7 +50,6 @@ class OneRecTrainer(RepositoryMixin):
     def __init__(self, *args, **kwargs):
         self._sums: dict[str, dict[str, torch.Tensor]] = {"train": {}, "eval": {}}  # name -> sum and count
         super().__init__(*args, **kwargs)
-        self.add_callback(_SayWhatStarts(self))
         config = self.policy.config
         if config.num_experts:
             self.expert_balance = ExpertBalanceCallback(config.router_bias_update_rate)

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from peft import AutoPeftModelForCausalLM
+from peft import PeftConfig, PeftModel
 from transformers import AutoModelForCausalLM, TrainingArguments
 from transformers.utils.hub import cached_file
 
@@ -88,7 +88,11 @@ def load_model(repo: str, args: Any, quantization_config: Any = None) -> Any:
     names = {name: settings[name] for name in ("revision", "token", "cache_dir") if name in settings}
     adapter = cached_file(repo, "adapter_config.json", _raise_exceptions_for_missing_entries=False, **names)
     if adapter is not None:
-        return AutoPeftModelForCausalLM.from_pretrained(repo, is_trainable=True, **settings)
+        # not AutoPeftModel, which imports no modelling code of ours for an adapter without a task type
+        adapter_config = PeftConfig.from_pretrained(repo, **names)
+        base = settings | {"revision": adapter_config.revision}
+        model = AutoModelForCausalLM.from_pretrained(adapter_config.base_model_name_or_path, **base)
+        return PeftModel.from_pretrained(model, repo, is_trainable=True, **names)
     return AutoModelForCausalLM.from_pretrained(repo, **settings)
 
 

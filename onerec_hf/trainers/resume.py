@@ -13,7 +13,8 @@ from typing import Any
 
 import torch
 from torch.utils.data import Sampler
-from transformers import EarlyStoppingCallback, Trainer
+from transformers import EarlyStoppingCallback, Trainer, TrainerCallback
+from transformers.trainer_pt_utils import get_model_param_count
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput
 from transformers.utils import logging
 
@@ -73,6 +74,10 @@ class ResumableTrainer(Trainer):
 
     resumed_from: Path | None = None
     _order: Any = None  # the sampler of the training rows
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.add_callback(_SayWhatStarts(self))
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> TrainOutput:
         """
@@ -254,6 +259,22 @@ class StopAtNonFinite(Trainer):
             f"started from; else lower learning_rate ({self.args.learning_rate:g}) or max_grad_norm, or train in bf16 or float32. "
             f"Earlier checkpoints, if any, are in {self.args.output_dir}."
         )
+
+
+class _SayWhatStarts(TrainerCallback):
+    """One line before the first step: of a default config it may be a billion parameters, and days."""
+
+    def __init__(self, trainer: Trainer):
+        self.trainer = trainer
+
+    def on_train_begin(self, args, state, control, model=None, **kwargs):
+        if state.is_world_process_zero:
+            rows: Any = self.trainer.train_dataset
+            examples = f"{len(rows):,} examples" if hasattr(rows, "__len__") else "streamed examples"
+            total, trained = (get_model_param_count(model, trainable_only=only) for only in (False, True))
+            logger.warning(  # which is shown, where an info is not
+                f"Training {total:,} parameters, {trained:,} of them trainable, on {examples} in {state.max_steps:,} steps."
+            )
 
 
 class _EpochSampler(Sampler):
