@@ -17,8 +17,8 @@ from onerec_hf.data import EventFeature
 from onerec_hf.hub import push_to_hub
 from onerec_hf.recommender import Recommender
 
+from .hub.test_hub import save
 from .numeric import assert_close
-from .test_hub import save
 from .test_recommender import HISTORIES, ids, recommender_of, same
 from .tiny import SIZES, tiny_catalogue, tiny_model
 

@@ -43,7 +43,7 @@ def complete(
         model = load_model(repo, settings, quantization_config)
         revision = (settings.model_init_kwargs or {}).get("revision")
     policy = model.get_base_model() if hasattr(model, "peft_config") and hasattr(model, "get_base_model") else model
-    if not hasattr(policy, "level_log_probs"):
+    if not hasattr(policy, "loss_items"):
         raise TypeError(
             f"model is a {type(policy).__name__}: a OneRec model is needed (OneRecForCausalLM, OneRecV1ForCausalLM, "
             "OneRecV2ForCausalLM), a PEFT model around one, or the folder or repository of one."

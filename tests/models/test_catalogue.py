@@ -128,7 +128,7 @@ def test_items_to_tokens_and_back(tmp_path):
 def test_a_million_items():
     generator = np.random.default_rng(0)
     codes = generator.integers(0, 8192, (1_000_000, 3))
-    tokenizer = SemanticIdTokenizer(catalogue=Catalogue(codes, [8192] * 3))
+    tokenizer = SemanticIdTokenizer(codebook_sizes=[8192] * 3, catalogue=Catalogue(codes, [8192] * 3))
     ids = tokenizer.encode_items(np.arange(1_000_000)[::-1])
     assert (ids == codes[::-1] + tokenizer.level_offsets).all()
 

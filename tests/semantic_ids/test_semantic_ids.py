@@ -12,7 +12,7 @@ from onerec_hf.semantic_ids import blocks as blocks_module
 from onerec_hf.semantic_ids.balance import Prices, balanced_sizes, cheapest_two, enforce_sizes
 from onerec_hf.semantic_ids.kmeans import kmeans_plus_plus, train_codebook
 
-from .numeric import assert_close
+from ..numeric import assert_close
 
 
 def clustered_items(num_items: int, width: int, num_clusters: int, seed: int = 0) -> torch.Tensor:

@@ -142,7 +142,9 @@ def test_the_last_step_is_not_trained_twice(tmp_path):
 def test_true_is_the_newest_checkpoint(resume, stopped, warnings):
     trainer = train("SFT", stopped, resume, max_steps=7)
     assert trainer.resumed_from == stopped / "checkpoint-6" and trainer.state.global_step == 7
-    assert warnings == [f"Training goes on from {stopped / 'checkpoint-6'}."]
+    assert [text for text in warnings if "goes on" in text or "skipped" in text] == [
+        f"Training goes on from {stopped / 'checkpoint-6'}."
+    ]
 
 
 @pytest.mark.parametrize("resume", ["false", "False", "none", "", None, False])
