@@ -43,14 +43,14 @@ def complete(
         model = load_model(repo, settings, quantization_config)
         revision = (settings.model_init_kwargs or {}).get("revision")
     policy = model.get_base_model() if hasattr(model, "peft_config") and hasattr(model, "get_base_model") else model
-    if not hasattr(policy, "level_log_probs"):
+    if not hasattr(policy, "loss_items"):
         raise TypeError(
             f"model is a {type(policy).__name__}: a OneRec model is needed (OneRecForCausalLM, OneRecV1ForCausalLM, "
             "OneRecV2ForCausalLM), a PEFT model around one, or the folder or repository of one."
         )
     sizes = policy.config.codebook_sizes
     if processing_class is None:
-        processing_class = SemanticIdTokenizer(codebook_sizes=sizes, catalogue=policy.catalogue)
+        processing_class = SemanticIdTokenizer(codebook_sizes=sizes, catalogue=getattr(policy, "catalogue", None))
     if (own := getattr(processing_class, "codebook_sizes", sizes)) != sizes:
         raise ValueError(
             f"processing_class has codebook_sizes={own}, the model {sizes}: they come from different semantic IDs. Leave it out, "
