@@ -50,7 +50,7 @@ def complete(
         )
     sizes = policy.config.codebook_sizes
     if processing_class is None:
-        processing_class = SemanticIdTokenizer(codebook_sizes=sizes, catalogue=policy.catalogue)
+        processing_class = SemanticIdTokenizer(codebook_sizes=sizes, catalogue=getattr(policy, "catalogue", None))
     if (own := getattr(processing_class, "codebook_sizes", sizes)) != sizes:
         raise ValueError(
             f"processing_class has codebook_sizes={own}, the model {sizes}: they come from different semantic IDs. Leave it out, "
