@@ -4,6 +4,7 @@
         --world '{"num_users": 2000, "num_items": 2000, "seed": 0}' --num_days 7 --seeds 0 1 2 --output outputs/ab
 """
 
+from onerec_hf.scripts.ab_test import *  # noqa: F403  for those who import the recipe
 from onerec_hf.scripts.ab_test import run
 
 if __name__ == "__main__":

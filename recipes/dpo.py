@@ -4,6 +4,7 @@
         --reward outputs/reward --output_dir outputs/aligned
 """
 
+from onerec_hf.scripts.dpo import *  # noqa: F403  for those who import the recipe
 from onerec_hf.scripts.dpo import run
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 python recipes/quickstart.py --output outputs/quickstart
 """
 
+from onerec_hf.scripts.quickstart import *  # noqa: F403  for those who import the recipe
 from onerec_hf.scripts.quickstart import run
 
 if __name__ == "__main__":

@@ -12,8 +12,9 @@ Every field of `OneRecGRPOConfig` works on the command line and in a YAML file; 
 model. Writes a repository as `onerec sft` does.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Literal
 
 import datasets
@@ -76,9 +77,7 @@ class RLArguments:
     test_users: int | None = field(default=None, metadata={"help": "Users of the test split to score; default all."})
 
 
-def load_exposures(
-    args: RLArguments, user_ids: Sequence, catalogue: Catalogue, collator: OneRecCollator
-) -> datasets.Dataset:
+def load_exposures(args: RLArguments, catalogue: Catalogue, collator: OneRecCollator) -> datasets.Dataset:
     """Requests with duration-aware advantages; `user` is -1 for users that the data folder does not have."""
     columns, watched, levels = mapping(args.columns), mapping(args.watched), catalogue.num_levels
     ids = ["user_id", "item_id", *([args.request] if args.request else [])]
@@ -101,7 +100,7 @@ def load_exposures(
         request=args.request,
         start=args.start,
         log_probs=None if log_probs is None else np.where(log_probs > 0, np.nan, log_probs),
-        user_ids=np.asarray(user_ids),
+        user_ids=np.asarray(datasets.Dataset.from_parquet(str(Path(args.data) / "users.parquet"))["user_id"]),
         max_history=collator.max_history,
         ties=args.ties,
     )
@@ -168,7 +167,7 @@ def main(args: RLArguments, training: OneRecGRPOConfig, reward_funcs: list | Non
     model, collator, catalogue = recommender.model, recommender.ranker.collator, recommender.model.catalogue
     splits = data.splits
     train, test = splits["train"], some(splits["test"], args.test_users, "test_users")
-    exposures = load_exposures(args, data.users["user_id"], catalogue, collator) if args.exposures else None
+    exposures = load_exposures(args, catalogue, collator) if args.exposures else None
     supervised = None
     if training.sft_weight > 0:
         rsft = args.sft == "rsft"

@@ -38,9 +38,9 @@ def test_exposures_of_any_source_and_of_users_that_the_data_folder_lacks(suffix,
     codes = np.array([[i // 2, i % 2] for i in range(4)])
     args = grpo.RLArguments(policy="", data=str(tmp_path), exposures=str(path))
     args.columns = {"user_id": "uid", "item_id": "vid"}
-    rows = grpo.load_exposures(
-        args, [2, 1], Catalogue(codes, [2, 2], item_ids=[3, 2, 1, 0]), OneRecCollator(codes + 4, 5)
-    )
+    datasets.Dataset.from_dict({"user_id": [2, 1]}).to_parquet(str(tmp_path / "users.parquet"))
+    catalogue = Catalogue(codes, [2, 2], item_ids=[3, 2, 1, 0])
+    rows = grpo.load_exposures(args, catalogue, OneRecCollator(codes + 4, 5))
     assert rows["user"][:] == [1, 0, -1, -1]
     assert rows["targets"][:] == [[3, 2], [1], [3], [2]] and rows["history"][:] == [[], [], [], [3]]
     np.testing.assert_array_equal(np.concatenate(rows["log_probs"][:])[:, 0], [-1, np.nan, -2, -3, -4])

@@ -16,7 +16,6 @@ from huggingface_hub import ModelCard
 from safetensors.torch import load_file
 from transformers import AutoModel, AutoTokenizer
 
-from onerec_hf.data import DataFolder
 from onerec_hf.recommender import Recommender
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -281,7 +280,7 @@ def test_exposures_carry_what_the_policy_reads_of_behaviours(quickstart, impress
     collator = recommender.ranker.collator
     collator.event_features = collator.event_features | {"is_click": None}
     args = grpo.RLArguments(policy=policy, data=data, exposures=str(impressions), columns=COLUMNS)
-    rows = grpo.load_exposures(args, DataFolder(data).users["user_id"], recommender.model.catalogue, collator)
+    rows = grpo.load_exposures(args, recommender.model.catalogue, collator)
     assert "is_click" in rows.column_names and {len(row) for row in rows["is_click"]} > {0}
 
 

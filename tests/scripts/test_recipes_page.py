@@ -16,7 +16,6 @@ import yaml
 from huggingface_hub import ModelCard
 from transformers import AutoConfig, AutoTokenizer
 
-from onerec_hf.data import DataFolder
 from onerec_hf.recommender import Recommender
 from onerec_hf.simulator import ShortVideoWorld
 
@@ -110,9 +109,7 @@ def test_the_commands_run_as_printed(desk, hub, monkeypatch):
     settings = yaml.safe_load((RECIPES / "configs" / "mydata" / "grpo.yaml").read_text())
     arguments = {name: settings[name] for name in ("columns", "watched", "end")}
     arguments = grpo.RLArguments(policy="", data=str(data), exposures="logs.parquet", **arguments)
-    exposures = grpo.load_exposures(
-        arguments, DataFolder(data).users["user_id"], served.model.catalogue, served.ranker.collator
-    )
+    exposures = grpo.load_exposures(arguments, served.model.catalogue, served.ranker.collator)
     assert sum(map(len, exposures["targets"])) == before.sum() < len(log)
 
     policy, reward = (AutoConfig.from_pretrained(desk / "outputs" / name) for name in ("mymodel", "reward"))
