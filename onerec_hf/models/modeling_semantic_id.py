@@ -249,9 +249,12 @@ class SemanticIdForCausalLM(CatalogueGenerationMixin, SemanticIdPreTrainedModel)
         Returns:
             `torch.FloatTensor` of shape (R, L), in nats.
         """
-        codes = token_ids - torch.tensor(self.config.level_offsets, device=token_ids.device)
-        levels = zip(self.level_distributions(hidden_states, token_ids), codes.clamp(min=0).unbind(1))
-        return torch.stack([log_probs.gather(1, code.unsqueeze(1))[:, 0] for log_probs, code in levels], dim=1)
+        result = []
+        for level, log_probs in enumerate(self.level_distributions(hidden_states, token_ids)):
+            # a number in place of a tensor of offsets, whose copy to a GPU the host would wait for in every step
+            code = (token_ids[:, level] - self.config.level_offsets[level]).clamp(min=0)
+            result.append(log_probs.gather(1, code.unsqueeze(1)))
+        return torch.cat(result, dim=1)
 
     def row_log_probs(self, hidden_states: torch.Tensor, token_ids: torch.Tensor) -> torch.Tensor:
         """

@@ -12,6 +12,7 @@ import torch
 
 from ..models.catalogue import Catalogue
 from .functions import completion_leaves, is_legal
+from .spelled import ITEM_IDS
 
 
 class ModelReward:
@@ -81,12 +82,7 @@ class ModelReward:
         return (found.rewards if hasattr(found, "rewards") else found).float().reshape(-1)
 
 
-_PER_COMPLETION = {
-    "prompts",
-    "completions",
-    "completion_ids",
-    "sample_log_probs",
-}  # all others are those of the sample
+_PER_COMPLETION = {ITEM_IDS, "sample_log_probs"}  # all other columns are those of the sample
 
 
 def _group_size(columns: dict[str, Sequence], total: int) -> int:

@@ -55,8 +55,10 @@ def test_rewards_are_those_of_the_model_one_candidate_at_a_time(architecture, se
         rows = [row | {"target_hour": [row["user"] + 5] * 3} for row in rows]
     else:  # no targets: the hour of the last event, which comes next
         rows = [row | {"hour": [1, 2, 3, row["user"] + 5]} for row in rows]
+    read, context_of = [], own.context
+    own.context = lambda requests: read.append(len(requests)) or context_of(requests)
     mined, _ = mine_pairs(policy, rows, [0, 1, 2], collator, reward_of_model(judge, own, policy, batch_size=2), 60)
-    assert len(mined) == 3
+    assert len(mined) == 3 and read == [2, 1]  # a context is read once for all 60 candidates
     tokens = {tuple(ids): item for item, ids in enumerate(collator.item_token_ids.tolist())}
     for pair, row in zip(mined, rows):
         context = own.context([row | {"history": row["history"] if "targets" in row else row["history"][:-1]}])

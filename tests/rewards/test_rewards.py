@@ -231,6 +231,7 @@ def test_model_reward_sees_each_sample_once_with_its_own_columns():
         "bias": [0.5] * 2 + [100.0] * 2 + [0.25] * 2,
         "sample_log_probs": [-1.0, -2, -3, -4, -5, -6],
     }
+    columns["item_ids"] = [[1], None, [2], [3], [4], [5]]  # what a trainer says of each completion
     columns["history"] = [np.array(items) for items in ([1], [1], [1, 2], [1, 2], [1, 3], [1, 3])]
     assert reward(completion_ids=ids, **columns) == [8.5, 11.5, 110.0, 108.0, 11.25, 11.25]
     assert calls == [2, 1, 2, 2, 2, 2, 1]
