@@ -106,16 +106,6 @@ class OneRecV2Model(SemanticIdPreTrainedModel):
         self.position_bias = AgeBias(config) if config.position_bias_buckets else None
         self.post_init()
 
-    def encode_context(
-        self,
-        context_ids: torch.Tensor,
-        context_mask: torch.Tensor | None = None,
-        context_features: torch.Tensor | None = None,
-        user_features: torch.Tensor | None = None,
-    ) -> ContextKV:
-        """Keys and values of the context, once per user; shapes as in `forward`."""
-        return self.context_processor(context_ids, context_mask, context_features, user_features)
-
     @merge_with_config_defaults
     @capture_outputs
     def forward(

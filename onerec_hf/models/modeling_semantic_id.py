@@ -42,7 +42,6 @@ from .modeling_layers import (
     EncoderAttention,
     LevelHead,
     SelfAttention,
-    SemanticIdDecoder,
     given_cache,
 )
 from .moe import Experts, Router
@@ -83,17 +82,28 @@ class SemanticIdPreTrainedModel(PreTrainedModel):
         # no class method: whether there are experts is in the config. transformers looks for the decorator in the model's own file
         return self.config.has_experts
 
+    def encode_context(
+        self,
+        context_ids: torch.Tensor,
+        context_mask: torch.Tensor | None = None,
+        context_features: torch.Tensor | None = None,
+        user_features: torch.Tensor | None = None,
+    ) -> ContextKV:
+        """Keys and values of the context, once per user; shapes as in `forward` of the base models."""
+        return self._base.context_processor(context_ids, context_mask, context_features, user_features)
+
     @property
-    def _decoder(self) -> SemanticIdDecoder:
-        return getattr(self, self.base_model_prefix, self).decoder  # type: ignore[return-value]
+    def _base(self) -> Any:
+        """The model without its head."""
+        return getattr(self, self.base_model_prefix, self)
 
     def get_input_embeddings(self) -> nn.Module:
         """Embeddings of the decoder's tokens."""
-        return self._decoder.embed_tokens
+        return self._base.decoder.embed_tokens
 
     def set_input_embeddings(self, value: Any) -> None:
         """Puts a module in the place of the decoder's token embeddings."""
-        self._decoder.embed_tokens = value
+        self._base.decoder.embed_tokens = value
 
     @torch.no_grad()
     def _init_weights(self, module):
@@ -177,10 +187,6 @@ class SemanticIdForCausalLM(CatalogueGenerationMixin, SemanticIdPreTrainedModel)
         # where the head computes; under offloading its weights lie elsewhere
         hook = getattr(self.lm_head, "_hf_hook", None)
         return catalogue.to(getattr(hook, "execution_device", self.lm_head.weight.device))
-
-    def encode_context(self, **inputs) -> ContextKV:
-        """Keys and values of the context, once per user; the inputs are those of `context_input_names`."""
-        return self.model.encode_context(**inputs)
 
     def next_hidden(self, tokens: torch.Tensor, context_kv: ContextKV, cache: Any) -> torch.Tensor:
         """Last hidden state (R, D) after C more tokens (R, C) per row; `cache` grows by C positions."""
