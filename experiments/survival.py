@@ -17,6 +17,7 @@ import signal
 import socket
 import sys
 import tempfile
+import threading
 import time
 import traceback
 from collections import Counter
@@ -27,6 +28,7 @@ import datasets
 import numpy as np
 import torch
 from accelerate.state import AcceleratorState
+from tqdm import tqdm
 from transformers.utils import logging
 
 from onerec_hf import Catalogue, OneRecV2Config, OneRecV2ForCausalLM
@@ -144,6 +146,8 @@ def _child(name: str, folder: Path, rank: int, *arguments) -> None:
     output = os.open(folder / f"output-{rank}.txt", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(output, 1)
     os.dup2(output, 2)
+    # tqdm's monitor, a thread that the fork left behind, may have held the lock that every progress bar takes
+    tqdm.set_lock(threading.RLock())
     status = 1
     try:
         train(name, folder, rank, *arguments)

@@ -2,9 +2,11 @@
 
 import json
 import shutil
+import threading
 
 import pytest
 import torch
+from tqdm import tqdm
 from transformers import EarlyStoppingCallback, TrainerState, trainer_pt_utils
 from transformers.trainer_utils import IntervalStrategy
 from transformers.utils import logging
@@ -61,6 +63,25 @@ def forked(name, folder, processes, **settings):
     run.wait()
     assert not run.failed, (folder / "output-0.txt").read_text()[-3000:]
     return [torch.load(folder / f"end-{rank}.pt") for rank in range(processes)]
+
+
+def test_a_run_is_forked_while_another_thread_draws_a_progress_bar(tmp_path):
+    """As tqdm's monitor does every few seconds: its lock would stay taken in the child, whose first bar waited for ever."""
+    taken, over = threading.Event(), threading.Event()
+
+    def draw():
+        with tqdm.get_lock():
+            taken.set()
+            over.wait(60)
+
+    thread = threading.Thread(target=draw)
+    thread.start()
+    taken.wait()
+    try:
+        assert len(forked("SFT", tmp_path / "run", 1, **KEPT)) == 1
+    finally:
+        over.set()
+        thread.join()
 
 
 @pytest.mark.parametrize("processes", [1, 2])
