@@ -142,12 +142,23 @@ def train(name: str, folder: Path, rank: int, num_processes: int, port: int, set
     torch.save(found, folder / f"end-{rank}.pt")
 
 
+def _take_no_shared_lock(kind: type[tqdm]) -> None:
+    """
+    Gives the progress bars of this process a lock of its own.
+
+    tqdm's is shared with the parent and all its children. One that is killed while it draws never gives it back; nor does the
+    monitor, a thread that a fork leaves behind.
+    """
+    kind.set_lock(threading.RLock())
+    for child in kind.__subclasses__():
+        _take_no_shared_lock(child)
+
+
 def _child(name: str, folder: Path, rank: int, *arguments) -> None:
     output = os.open(folder / f"output-{rank}.txt", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(output, 1)
     os.dup2(output, 2)
-    # tqdm's monitor, a thread that the fork left behind, may have held the lock that every progress bar takes
-    tqdm.set_lock(threading.RLock())
+    _take_no_shared_lock(tqdm)
     status = 1
     try:
         train(name, folder, rank, *arguments)
