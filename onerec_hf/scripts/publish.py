@@ -17,7 +17,7 @@ import numpy as np
 from transformers import AutoConfig
 
 from .. import Catalogue
-from ..data import DataFolder
+from ..data import DataFolder, load_splits
 from ..hub import model_card, plot_recall_by_frequency, push_to_hub, repository_files, table_cell, training_text
 from ..recommender import Recommender
 from .checks import check_columns, check_push, unique_names
@@ -29,7 +29,9 @@ class PublishArguments:
     model: str = field(
         metadata={"help": "Folder that `onerec sft` wrote: model, tokenizer, metrics.json, predictions."}
     )
-    data: str = field(metadata={"help": "Folder that `onerec prepare` wrote."})
+    data: str = field(
+        metadata={"help": "Folder that `onerec prepare` wrote, or one of `splits` alone, saved in Python."}
+    )
     baselines: list[str] = field(
         default_factory=list, metadata={"help": "Folders of `onerec baseline`, shown beside the model."}
     )
@@ -108,23 +110,41 @@ def draw_recall(recalls: dict[str, np.ndarray], splits: datasets.DatasetDict, pa
     plot_recall_by_frequency(recalls, counts, path)
 
 
+def open_data(args: PublishArguments) -> tuple[datasets.DatasetDict, int, DataFolder | None]:
+    """
+    The splits, the number of items, and the folder of `onerec prepare`. The last is None for a folder of splits alone, as
+    `leave_last_out(...).save_to_disk` makes one: nothing in it tells items by name or makes codes of new ones.
+    """
+    folder, catalogue = Path(args.data), Catalogue.from_pretrained(args.model)
+    if folder.is_dir() and [path.name for path in folder.iterdir()] == ["splits"]:
+        print(f"{folder} has no codebooks: without them no new item can be added to what is published.")
+        splits = load_splits(folder)
+        known = 1 + max(max(row) for name in ("history", "targets") for row in splits["test"][name] if row)
+        if known > len(catalogue):
+            raise ValueError(f"{folder} has at least {known} items, {args.model} knows {len(catalogue)}: another log.")
+        return splits, len(catalogue), None
+    data = DataFolder(folder)
+    data.check_model(args.model, catalogue)
+    return data.splits, data.num_items, data
+
+
 def main(args: PublishArguments) -> str:
     """Runs the recipe; returns the URL of the commit, or the path of the card."""
-    folder, data = Path(args.model), DataFolder(args.data)
+    folder = Path(args.model)
     if args.repo:
         check_push(args.repo)
     title = args.title or (args.repo or folder.absolute().name).split("/")[-1]
-    data.check_model(folder, Catalogue.from_pretrained(folder))
-    splits = data.splits
-    systems = load_systems(args, title, data.num_items)
+    splits, num_items, data = open_data(args)
+    systems = load_systems(args, title, num_items)
     recalls = read_recalls(systems, splits["test"]["user"][:], args.data)
-    data.quantizer.save_pretrained(folder)
-    if (data.path / "codebook_usage.png").is_file():
-        shutil.copy(data.path / "codebook_usage.png", folder)
+    if data is not None:
+        data.quantizer.save_pretrained(folder)
+        if (data.path / "codebook_usage.png").is_file():
+            shutil.copy(data.path / "codebook_usage.png", folder)
     draw_recall(recalls, splits, folder / "recall_by_frequency.png")
     # how it was trained stands in the card that the trainer wrote
     training = training_text(folder)
-    dataset_name = args.dataset_name or data.path.absolute().name
+    dataset_name = args.dataset_name or Path(args.data).absolute().name
     card = model_card(
         AutoConfig.from_pretrained(folder),
         title=title,

@@ -15,6 +15,7 @@ from huggingface_hub import ModelCard
 from transformers import AutoTokenizer, Trainer, TrainingArguments
 from trl import TrlParser
 
+from onerec_hf.data import DataFolder
 from onerec_hf.evaluation import evaluate
 from onerec_hf.recommender import Recommender
 from onerec_hf.trainers import IPAConfig, OneRecGRPOConfig, OneRecSFTConfig, OneRecSFTTrainer
@@ -420,3 +421,20 @@ def test_what_publish_refuses(desk, data, tmp_path):
     with pytest.raises(ValueError, match=r"mymodel was scored on 5 users"):
         publish(desk, data, "mymodel")
     assert recipe.unique_names("a", [Path("/a"), Path("/b/a"), Path("/c/a")]) == ["//a", "b/a", "c/a"]
+
+
+def test_publish_on_splits_made_in_python(desk, data, tmp_path, capsys):
+    """A folder of `splits` alone is read; it cannot bring codebooks, and says so."""
+    made = tmp_path / "made"
+    shutil.copytree(data / "splits", made / "splits")
+    card = publish(desk, made, "mymodel")
+    assert "made has no codebooks" in capsys.readouterr().out and "| mymodel |" in card.text
+    (made / "semantic_ids.json").write_text("{}", encoding="utf-8")
+    with pytest.raises(FileNotFoundError, match="made is no complete data folder"):  # one that prepare did not finish
+        publish(desk, made)
+    larger = tmp_path / "larger"
+    splits = DataFolder(data).splits
+    rows = splits["test"].map(lambda row: {"targets": [item + 500 for item in row["targets"]]})
+    datasets.DatasetDict({**splits, "test": rows}).save_to_disk(str(larger / "splits"))
+    with pytest.raises(ValueError, match=r"larger has at least 5\d\d items, \S+aligned knows 30"):
+        publish(desk, larger)
