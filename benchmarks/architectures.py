@@ -1,18 +1,19 @@
-"""What a target item costs: encoder-decoder 1:1 and 1:2, naive decoder-only and lazy decoder-only, at equal parameters.
+"""What a target item costs: encoder-decoder 1:1 and 1:2, naive decoder-only and lazy decoder-only, at equal
+parameters.
 
     python benchmarks/architectures.py --threads 1 --output outputs/architectures.json --plot outputs/architectures.png
 
-OneRec-V2 (arXiv:2508.20900), Tables 1 to 4, redone. Five impressions of one request share its context, a context item is one token
-everywhere, widths and depths are those of the paper's Table 5 (1:1 and 1:2 share out the blocks), and the feed-forward of every
-contestant is as wide as it takes for equally many parameters in the blocks. Encoder-decoders are `OneRecV1ForCausalLM` with the
-positive-feedback pathway alone; the naive decoder is transformers' own Llama over [context items | BOS s1 s2 of each target],
-where a target sees the context and itself.
+OneRec-V2 (arXiv:2508.20900), Tables 1 to 4, redone. Five impressions of one request share its context, a context item
+is one token everywhere, widths and depths are those of the paper's Table 5 (1:1 and 1:2 share out the blocks), and the
+feed-forward of every contestant is as wide as it takes for equally many parameters in the blocks. Encoder-decoders are
+`OneRecV1ForCausalLM` with the positive-feedback pathway alone; the naive decoder is transformers' own Llama over
+[context items | BOS s1 s2 of each target], where a target sees the context and itself.
 
-FLOPs (forward and backward, every matrix product) and elements saved for the backward pass (attention fused) are counted on tensors
-without data; the lazy decoder is counted as printed, without the learned bias over ages that is this package's own. Measured, with
-the bias, at the width of 0.1B and `--layers` blocks: training time (process CPU time of forward and backward; an optimiser step
-costs all of them the same) and peak memory (gradients included). Before that, the naive decoder is checked to give a target the
-same loss alone and beside four others.
+FLOPs (forward and backward, every matrix product) and elements saved for the backward pass (attention fused) are
+counted on tensors without data; the lazy decoder is counted as printed, without the learned bias over ages that is
+this package's own. Measured, with the bias, at the width of 0.1B and `--layers` blocks: training time (process CPU
+time of forward and backward; an optimiser step costs all of them the same) and peak memory (gradients included).
+Before that, the naive decoder is checked to give a target the same loss alone and beside four others.
 """
 
 import argparse

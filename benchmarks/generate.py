@@ -2,18 +2,21 @@
 
     python benchmarks/generate.py --output outputs/generate_v2.json
     python benchmarks/generate.py --model t5 --output outputs/generate_t5.json
-    python benchmarks/generate.py --model t5 --contexts 512 --batches 1 --beams 128 --output outputs/generate_t5_512.json
+    python benchmarks/generate.py --model t5 --contexts 512 --batches 1 --beams 128 \\
+        --output outputs/generate_t5_512.json
 
-`--model t5` and `--model qwen3` are transformers' own encoder-decoder (4 + 4 layers, d=256) and decoder-only model (4 layers),
-behind this package's search and `catalogue_generate`; `--model ClassName` is one of this package, with `--config` (JSON) on top
-of 4 layers of d=256. Same weights in every way: `unconstrained`, transformers' beam search without a catalogue; `dict trie`,
-with `prefix_allowed_tokens_fn`; `processor`, with our `CatalogueLogitsProcessor`; `ours`, the fast search.
+`--model t5` and `--model qwen3` are transformers' own encoder-decoder (4 + 4 layers, d=256) and decoder-only model (4
+layers), behind this package's search and `catalogue_generate`; `--model ClassName` is one of this package, with
+`--config` (JSON) on top of 4 layers of d=256. Same weights in every way: `unconstrained`, transformers' beam search
+without a catalogue; `dict trie`, with `prefix_allowed_tokens_fn`; `processor`, with our `CatalogueLogitsProcessor`;
+`ours`, the fast search.
 
-transformers repeats prompt or encoder output per beam, projects it per beam and reorders it in every step. Our models keep it from
-that; in their `unconstrained` and `dict trie` the finished keys and values are repeated by hand, which costs transformers less than
-a model of its own does, and `processor` shares them. Every constrained way must return our scores first. Seconds are processor
-time, medians, the ways alternating. `floor` is our least time of ten runs in a row over that of our matrix products alone (those of
-attention included), at the speed of a large one; with `--compile`, that of the compiled search behind it.
+transformers repeats prompt or encoder output per beam, projects it per beam and reorders it in every step. Our models
+keep it from that; in their `unconstrained` and `dict trie` the finished keys and values are repeated by hand, which
+costs transformers less than a model of its own does, and `processor` shares them. Every constrained way must return
+our scores first. Seconds are processor time, medians, the ways alternating. `floor` is our least time of ten runs in a
+row over that of our matrix products alone (those of attention included), at the speed of a large one; with
+`--compile`, that of the compiled search behind it.
 """
 
 import argparse
@@ -223,8 +226,8 @@ def main() -> None:
                     ratios = " | ".join(f"{seconds[name] / seconds['ours']:.1f}x" for name in others)
                     overhead = seconds["processor"] / seconds["unconstrained"] - 1
                     print(
-                        f"| {len(codes):,} | {batch} | {context} | {beams} | {seconds['ours']:.3f} | {ratios} | {overhead:+.0%} "
-                        f"| {' / '.join(f'{floor:.1f}' for floor in row['floor'].values())} |",
+                        f"| {len(codes):,} | {batch} | {context} | {beams} | {seconds['ours']:.3f} | {ratios} | "
+                        f"{overhead:+.0%} | {' / '.join(f'{floor:.1f}' for floor in row['floor'].values())} |",
                         flush=True,
                     )
     if args.output:

@@ -1,19 +1,22 @@
-"""The presets on a GPU: latency of generation, and time and MFU of training per target, against other models and searches.
+"""The presets on a GPU: latency of generation, and time and MFU of training per target, against other models and
+searches.
 
     python benchmarks/gpu.py --output outputs/gpu.json
-    python benchmarks/gpu.py --parts train --names "lazy decoder-only" --requests 256 128 --output outputs/gpu_lazy.json
+    python benchmarks/gpu.py --parts train --names "lazy decoder-only" --requests 256 128 \\
+        --output outputs/gpu_lazy.json
 
-`generate`: one preset in bf16, a catalogue of a million items (3 x 8192), a context of 3000. `unconstrained`, `dict trie` and
-`processor` are transformers' own loop as in generate.py; `ours` is `model.generate`; `ours, graph` is the same work (context
-included) captured once as a CUDA graph and replayed; `ours, compiled` is `model.generate(compile_config=...)`, which makes its own
-graphs. `selection` is the search alone on ready log-probabilities, as a graph: constraint, top-k and the bookkeeping of beams.
-Every constrained way must return our scores first, in float32. `floor`: per step, the larger of the time of the matrix products at
-the speed of a large one and of the time to read the weights at the speed of a large copy, both measured here.
+`generate`: one preset in bf16, a catalogue of a million items (3 x 8192), a context of 3000. `unconstrained`, `dict
+trie` and `processor` are transformers' own loop as in generate.py; `ours` is `model.generate`; `ours, graph` is the
+same work (context included) captured once as a CUDA graph and replayed; `ours, compiled` is
+`model.generate(compile_config=...)`, which makes its own graphs. `selection` is the search alone on ready
+log-probabilities, as a graph: constraint, top-k and the bookkeeping of beams. Every constrained way must return our
+scores first, in float32. `floor`: per step, the larger of the time of the matrix products at the speed of a large one
+and of the time to read the weights at the speed of a large copy, both measured here.
 
 `train`: forward, backward and a fused AdamW step, in bf16 under autocast (weights float32), of the contestants of
-architectures.py at the size 1B. MFU: counted FLOPs (every matrix product, nothing recomputed) over the time and the speed of a
-large product measured here. Medians of wall-clock times between synchronisations; the ways of `generate` alternate, the contestants
-of `train` run one after the other.
+architectures.py at the size 1B. MFU: counted FLOPs (every matrix product, nothing recomputed) over the time and the
+speed of a large product measured here. Medians of wall-clock times between synchronisations; the ways of `generate`
+alternate, the contestants of `train` run one after the other.
 """
 
 import argparse

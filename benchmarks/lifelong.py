@@ -1,9 +1,11 @@
-"""Lifelong compression of one simulated user: seconds, number of clusters and peak memory by the maximum cluster size M.
+"""Lifelong compression of one simulated user: seconds, number of clusters and peak memory by the maximum cluster size
+M.
 
-    OMP_NUM_THREADS=1 python benchmarks/lifelong.py --events 100000 --dim 64 --sizes 100 200 --output outputs/lifelong.json
+    OMP_NUM_THREADS=1 python benchmarks/lifelong.py --events 100000 --dim 64 --sizes 100 200 \\
+        --output outputs/lifelong.json
 
-Views by a power law (exponent .5) over 50,000 videos whose embeddings are a mixture of 300 Gaussians, normalised. Processor
-seconds are what the machine's other jobs change least; the median of the repeats counts.
+Views by a power law (exponent .5) over 50,000 videos whose embeddings are a mixture of 300 Gaussians, normalised.
+Processor seconds are what the machine's other jobs change least; the median of the repeats counts.
 """
 
 import argparse

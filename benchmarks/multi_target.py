@@ -2,8 +2,9 @@
 
     python benchmarks/multi_target.py --contexts 50 512 --output outputs/multi_target.json
 
-The same model, weights, optimiser and machine. Both ways are checked to give the same loss before anything is timed; the ways
-alternate, and the median of the repetitions counts. One sample per target is tried with two batch sizes; the faster counts.
+The same model, weights, optimiser and machine. Both ways are checked to give the same loss before anything is timed;
+the ways alternate, and the median of the repetitions counts. One sample per target is tried with two batch sizes; the
+faster counts.
 """
 
 import argparse
@@ -46,7 +47,9 @@ def together(ids: torch.Tensor) -> list[dict]:
 
 
 def one_by_one(ids: torch.Tensor, batch_size: int) -> list[dict]:
-    """One target per sample; samples of neighbouring length share a batch, so that next to nothing is lost to padding."""
+    """One target per sample; samples of neighbouring length share a batch, so that next to nothing is lost to
+    padding.
+    """
     users, count = ids.shape[0], ids.shape[1] - 1
     samples = [(target, user) for target in range(1, count + 1) for user in range(users)]
     batches = []
@@ -133,15 +136,16 @@ def main() -> None:
     model = build(args.hidden_size, args.layers, args.heads)
     rows = [measure(model, length, users, args.repeats) for length, users in zip(args.contexts, args.users)]
     print(
-        "| context | targets/s: one pass | one by one | measured ratio | GFLOPs/target: one pass | one by one | FLOP ratio |"
+        "| context | targets/s: one pass | one by one | measured ratio | GFLOPs/target: one pass | one by one | FLOP "
+        "ratio |"
     )
     print("|---" * 7 + "|")
     for row in rows:
         fast, slow = row["targets_per_second"].values()
         few, many = row["flops_per_target"].values()
         print(
-            f"| {row['context']} | {fast:,.0f} | {slow:,.0f} | {row['speed_ratio']:.1f}x | {few / 1e9:.4f} | {many / 1e9:.4f} "
-            f"| {row['flops_ratio']:.1f}x |"
+            f"| {row['context']} | {fast:,.0f} | {slow:,.0f} | {row['speed_ratio']:.1f}x | {few / 1e9:.4f} | "
+            f"{many / 1e9:.4f} | {row['flops_ratio']:.1f}x |"
         )
     if args.output:
         args.output.parent.mkdir(parents=True, exist_ok=True)

@@ -1,4 +1,6 @@
-"""What the generation benchmarks share: catalogues, the dict trie of public code, alternating timing, the machine's speed."""
+"""What the generation benchmarks share: catalogues, the dict trie of public code, alternating timing, the machine's
+speed.
+"""
 
 import time
 from pathlib import Path
@@ -11,7 +13,9 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
 
 def zipf_catalogue(num_items: int, codebook_size: int, levels: int, exponent: float, seed: int = 0) -> np.ndarray:
-    """Distinct semantic IDs (num_items, levels) whose codes follow a Zipf law of their own per level; exponent 0 is uniform."""
+    """Distinct semantic IDs (num_items, levels) whose codes follow a Zipf law of their own per level; exponent 0 is
+    uniform.
+    """
     generator = np.random.default_rng(seed)
     weight = np.arange(1, codebook_size + 1) ** -exponent
     numbers, found = generator.permuted(np.tile(np.arange(codebook_size), (levels, 1)), axis=1), np.zeros(0, np.int64)
@@ -54,7 +58,9 @@ def allowed_tokens(trie: dict, prompt_length: int = 1):
 
 
 def alternate(ways: dict, repeats: int) -> tuple[dict[str, float], dict[str, float]]:
-    """Processor seconds of each way, median and least; they alternate and the wall clock does not count: machines are shared."""
+    """Processor seconds of each way, median and least; they alternate and the wall clock does not count: machines are
+    shared.
+    """
     seconds = {name: [] for name in ways}
     for _ in range(repeats):
         for name, way in ways.items():

@@ -1,10 +1,12 @@
-"""What a round of pair mining costs (OneRec, Algorithm 2), per 1,000 users: this package's search against transformers' generate.
+"""What a round of pair mining costs (OneRec, Algorithm 2), per 1,000 users: this package's search against
+transformers' generate.
 
     python benchmarks/pair_mining.py --output outputs/pair_mining.json
 
-`mine_pairs` with a OneRec-V2 of 4 layers and d=256: N = 128 candidates of each user by constrained beam search, a P-Score that
-picks best and worst, their log-probabilities. `transformers` is the same with `model.generate` replaced by transformers' own beam
-search under a dict trie, which must lead to the same pairs first. Seconds are processor time of one thread, medians, alternating.
+`mine_pairs` with a OneRec-V2 of 4 layers and d=256: N = 128 candidates of each user by constrained beam search, a
+P-Score that picks best and worst, their log-probabilities. `transformers` is the same with `model.generate` replaced
+by transformers' own beam search under a dict trie, which must lead to the same pairs first. Seconds are processor time
+of one thread, medians, alternating.
 """
 
 import argparse

@@ -1,6 +1,7 @@
 """The pictures of docs/results.md, "Constrained generation", from what generate.py and selection.py wrote.
 
-    python benchmarks/pictures.py --generation outputs/generate_*.json --selection outputs/selection_*.json --output docs
+    python benchmarks/pictures.py --generation outputs/generate_*.json --selection outputs/selection_*.json \\
+        --output docs
 
 A way has one colour in all of them.
 """

@@ -1,16 +1,20 @@
 """Selection alone: from the log-probabilities of a model's steps to the K best items, ours against other searches.
 
-    pip install --no-deps flashrec==0.1.2   # its dependencies want CUDA and transformers 4; its selection needs torch alone
+    pip install \\
+        --no-deps flashrec==0.1.2   # its dependencies want CUDA and transformers 4; its selection needs torch alone
     python benchmarks/selection.py --output outputs/selection.json
-    python benchmarks/selection.py --items 10000000 --zipf 0.5 --skip "dict trie" flashrec --output outputs/selection_1e7.json
-    python benchmarks/selection.py --parquet FILE --column rqkmeans --codebook 256 --output outputs/selection_beauty.json
+    python benchmarks/selection.py --items 10000000 --zipf 0.5 --skip "dict trie" flashrec \\
+        --output outputs/selection_1e7.json
+    python benchmarks/selection.py --parquet FILE --column rqkmeans --codebook 256 \\
+        --output outputs/selection_beauty.json
 
-Every way gets the same (rows, V) log-probabilities of one level, normalised within the level, of a random model: flat ones, which
-is the hard case. Seconds are processor time, medians, the ways alternating.
-`dict trie`: `PrefixConstrainedLogitsProcessor` and the top-2K of transformers' beam search. `flashrec`: its torch path, the top-2K
-tokens of a beam first, then membership. `--other package.module:function` adds a way: the function gets (codes, codebook_sizes)
-and returns a function of (score, batch, beams), see `Ours`. Before the timing each way runs once on log-probabilities that depend
-on the prefix, against a mask over the whole codebook: exact ways must return its scores, the recall of flashrec is printed.
+Every way gets the same (rows, V) log-probabilities of one level, normalised within the level, of a random model: flat
+ones, which is the hard case. Seconds are processor time, medians, the ways alternating.
+`dict trie`: `PrefixConstrainedLogitsProcessor` and the top-2K of transformers' beam search. `flashrec`: its torch
+path, the top-2K tokens of a beam first, then membership. `--other package.module:function` adds a way: the function
+gets (codes, codebook_sizes) and returns a function of (score, batch, beams), see `Ours`. Before the timing each way
+runs once on log-probabilities that depend on the prefix, against a mask over the whole codebook: exact ways must
+return its scores, the recall of flashrec is printed.
 """
 
 import argparse
@@ -48,7 +52,9 @@ class Given:
 
 
 class Ours:
-    """`way(score, batch, beams)` -> codes (B, K, L), scores (B, K); score(level, codes (B, k, level)) -> (B * k, V)."""
+    """`way(score, batch, beams)` -> codes (B, K, L), scores (B, K); score(level, codes (B, k, level)) -> (B * k,
+    V).
+    """
 
     def __init__(self, codes, sizes):
         self.catalogue = Catalogue(codes, sizes)
@@ -147,7 +153,9 @@ def brute_force(codes, sizes):
 
 
 def prefix_scores(sizes, scale, seed=0):
-    """Log-probabilities that depend on the prefix, as a model's do: one of 64 random rows per level, chosen by the codes."""
+    """Log-probabilities that depend on the prefix, as a model's do: one of 64 random rows per level, chosen by the
+    codes.
+    """
     generator = torch.Generator().manual_seed(seed)
     pools = [(scale * torch.randn(64, size, generator=generator)).log_softmax(-1) for size in sizes]
     return lambda level, path: pools[level][((path * 7919 + 13).cumsum(2).sum(2) % 64).flatten()]
@@ -246,7 +254,8 @@ def main() -> None:
                 ratios = [f"{seconds[name] / seconds['ours']:.1f}x" for name in kinds if name != "ours"]
                 recalls = ", ".join(f"{name} {value:.3f}" for name, value in row["recall"].items())
                 print(
-                    f"| {items} zipf={zipf} | {batch} | {beams} | {1e3 * seconds['ours']:.2f} | {' | '.join(ratios)} | {recalls} |",
+                    f"| {items} zipf={zipf} | {batch} | {beams} | {1e3 * seconds['ours']:.2f} | {' | '.join(ratios)} "
+                    f"| {recalls} |",
                     flush=True,
                 )
     if args.output:

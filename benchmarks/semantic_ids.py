@@ -1,14 +1,15 @@
-"""Balanced residual k-means: time and entropy of a large fit, and time and inertia against `k-means-constrained` in the same run.
+"""Balanced residual k-means: time and entropy of a large fit, and time and inertia against `k-means-constrained` in
+the same run.
 
     python benchmarks/semantic_ids.py --output outputs/semantic_ids.json
     python benchmarks/semantic_ids.py --memory 1000000 --dim 256 --output outputs/semantic_ids_memory.json
 
-The first command fits 100,000 x 384 items with 3 levels of 256 codes, balanced and plain, and reports entropy per level for the
-codes of training (balanced) and for the nearest centroids of the same items (the rule for new items). Then one level of 5,000 x 64
-items and 64 codes: ours, `k-means-constrained` (PyPI: exact min-cost flow in every iteration) with as many iterations, and
-Algorithm 1 of arXiv:2502.18965 as printed; every seed in turn, medians of time and means of inertia. `assignment gap` is our final
-assignment against the exact one for the same centroids. The second command fits that many items in a process of its own and
-reports peak memory beyond the embeddings.
+The first command fits 100,000 x 384 items with 3 levels of 256 codes, balanced and plain, and reports entropy per
+level for the codes of training (balanced) and for the nearest centroids of the same items (the rule for new items).
+Then one level of 5,000 x 64 items and 64 codes: ours, `k-means-constrained` (PyPI: exact min-cost flow in every
+iteration) with as many iterations, and Algorithm 1 of arXiv:2502.18965 as printed; every seed in turn, medians of time
+and means of inertia. `assignment gap` is our final assignment against the exact one for the same centroids. The second
+command fits that many items in a process of its own and reports peak memory beyond the embeddings.
 """
 
 import argparse
@@ -28,7 +29,9 @@ from onerec_hf.semantic_ids.kmeans import train_codebook
 
 
 def mixture(num_items: int, width: int, components: int, spread: float, seed: int = 0) -> torch.Tensor:
-    """Gaussian mixture (num_items, width): components of unequal weight, centers of standard deviation `spread`, noise 0.7."""
+    """Gaussian mixture (num_items, width): components of unequal weight, centers of standard deviation `spread`, noise
+    0.7.
+    """
     generator = torch.Generator().manual_seed(seed)
     weights = -torch.rand(components, generator=generator).log()  # a flat Dirichlet
     centers = spread * torch.randn(components, width, generator=generator)

@@ -2,9 +2,10 @@
 
     python experiments/expert_balance.py --data outputs/beauty --threads 1 --output outputs/expert_balance.json
 
-A small OneRec-V2 (4 blocks of width 64, the last two mixtures of 24 experts of width 32, 2 per token, and a shared one) on a folder
-that recipes/prepare.py wrote; the same seed, batches and weights for every rate of DeepSeek-V3's bias update. Reported per block:
-the largest load of an expert over the mean load (1 is perfect), averaged over 50 steps, and the loss on 4,000 validation users.
+A small OneRec-V2 (4 blocks of width 64, the last two mixtures of 24 experts of width 32, 2 per token, and a shared
+one) on a folder that recipes/prepare.py wrote; the same seed, batches and weights for every rate of DeepSeek-V3's bias
+update. Reported per block: the largest load of an expert over the mean load (1 is perfect), averaged over 50 steps,
+and the loss on 4,000 validation users.
 """
 
 import argparse

@@ -1,12 +1,14 @@
-"""Iterative Preference Alignment in a simulated world, where the truth is known: what IPA, plain DPO and the losses of Table 1 do.
+"""Iterative Preference Alignment in a simulated world, where the truth is known: what IPA, plain DPO and the losses of
+Table 1 do.
 
     OMP_NUM_THREADS=1 python experiments/ipa.py --seed 0 --output outputs/ipa_0.json     # and seeds 1, 2
     python experiments/ipa.py --summary outputs/ipa_*.json
 
-One seed is one world, one log, one reward model and one OneRec-V2. The reward model (P-Score with the one objective watch time) is
-trained on the logged feedback before each user's validation event; the seed model by SFT on long views. Every system starts from
-the seed model and has the same number of steps. The simulator's expected watch time is never trained on, nor used for a choice: it
-judges the lists of the test split. `reward model` is what the model that picked the pairs says about the same lists.
+One seed is one world, one log, one reward model and one OneRec-V2. The reward model (P-Score with the one objective
+watch time) is trained on the logged feedback before each user's validation event; the seed model by SFT on long views.
+Every system starts from the seed model and has the same number of steps. The simulator's expected watch time is never
+trained on, nor used for a choice: it judges the lists of the test split. `reward model` is what the model that picked
+the pairs says about the same lists.
 """
 
 import argparse
@@ -86,7 +88,9 @@ def reward_before(log, item_token_ids: np.ndarray, time: np.ndarray, seed: int, 
 
 @torch.no_grad()
 def judge(setting: Setting, model, reward_model, reward_collator, cap: float, ranker=None) -> dict:
-    """Truth, the reward model's opinion and recall of the ten best items of every test user; entropy per level in nats."""
+    """Truth, the reward model's opinion and recall of the ten best items of every test user; entropy per level in
+    nats.
+    """
     model.eval()
     result = evaluate(
         ranker or ItemRanker(model, setting.collator, 50),
@@ -119,7 +123,9 @@ def judge(setting: Setting, model, reward_model, reward_collator, cap: float, ra
 
 
 class Reranker(ItemRanker):
-    """The beams of a model in the order of the reward model: best of N, N generations and a reward model for every request."""
+    """The beams of a model in the order of the reward model: best of N, N generations and a reward model for every
+    request.
+    """
 
     def __init__(self, model, collator, num_candidates: int, reward_model, reward_collator):
         super().__init__(model, collator, num_candidates)
@@ -146,7 +152,9 @@ def reward_quality(setting: Setting, reward_model, reward_collator, num_users: i
 
 
 def logged_pairs(setting: Setting) -> datasets.Dataset:
-    """Chosen: the long view that a training row ends with; rejected: what the same request showed and the user watched least."""
+    """Chosen: the long view that a training row ends with; rejected: what the same request showed and the user watched
+    least.
+    """
     log, pairs = setting.log, []
     request, play = log.feedback["request_id"], log.feedback["play_time_ms"]
     for i, row in enumerate(setting.train):
@@ -163,7 +171,9 @@ def logged_pairs(setting: Setting) -> datasets.Dataset:
 
 
 def systems(setting: Setting, arguments) -> dict[str, dict]:
-    """Name -> settings; `pairs` says where they come from: mined in every iteration, in the first one, logged, or nowhere."""
+    """Name -> settings; `pairs` says where they come from: mined in every iteration, in the first one, logged, or
+    nowhere.
+    """
     base = {"num_train_epochs": arguments.iterations, "learning_rate": arguments.learning_rate}
     base |= {"per_device_train_batch_size": 32}
     pairs = base | {
@@ -238,7 +248,9 @@ def main(arguments) -> dict:
 
 
 def summary(files: list[Path]) -> str:
-    """Markdown table over seeds: mean and standard deviation; `change` is that of the true watch time against the seed model."""
+    """Markdown table over seeds: mean and standard deviation; `change` is that of the true watch time against the seed
+    model.
+    """
     reports = [json.loads(file.read_text())["systems"] for file in files]
     seed_model = next(iter(reports[0]))
     columns = [

@@ -1,14 +1,17 @@
-"""What item pairs do to content embeddings and to semantic IDs (OneRec Technical Report 2.1.1), before any model is trained.
+"""What item pairs do to content embeddings and to semantic IDs (OneRec Technical Report 2.1.1), before any model is
+trained.
 
     python experiments/item_alignment.py --data outputs/beauty --columns 0 384 --output outputs/item_alignment.json
-    python experiments/item_alignment.py ... --text_fields title brand --label category_path     # the caption loss, too
+    # the caption loss, too
+    python experiments/item_alignment.py ... --text_fields title brand --label category_path
 
-`--data` is a folder that recipes/prepare.py wrote; `--columns` the content part of its embeddings (text comes first). Pairs and
-projection see the training split. On the validation split: how often a user's target is among the 10 nearest neighbours of his last
-item, and how often the two share the first code, or the first two, of balanced residual k-means, against two items of the same
-popularity that have nothing to do with each other (the targets shuffled among the users). With `--text_fields`, a third row whose
-vectors must tell that text, of nine items in ten; of the tenth, nats per token that its own vector leaves open, and another item's
-vector. `--label`: how many of an item's ten nearest share its value of that column, that is how much content is left.
+`--data` is a folder that recipes/prepare.py wrote; `--columns` the content part of its embeddings (text comes first).
+Pairs and projection see the training split. On the validation split: how often a user's target is among the 10 nearest
+neighbours of his last item, and how often the two share the first code, or the first two, of balanced residual
+k-means, against two items of the same popularity that have nothing to do with each other (the targets shuffled among
+the users). With `--text_fields`, a third row whose vectors must tell that text, of nine items in ten; of the tenth,
+nats per token that its own vector leaves open, and another item's vector. `--label`: how many of an item's ten nearest
+share its value of that column, that is how much content is left.
 """
 
 import argparse

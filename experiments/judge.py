@@ -1,11 +1,12 @@
-"""Table 1 of OneRec (arXiv:2502.18965) on a real log: what a reward model that nobody trained against says about served lists.
+"""Table 1 of OneRec (arXiv:2502.18965) on a real log: what a reward model that nobody trained against says about
+served lists.
 
     python experiments/judge.py --judge outputs/reward_judge --data outputs/policy --runs outputs/sft outputs/ipa
 
-`--runs` are folders with `predictions.parquet`, as every recipe writes them, for the test split of `--data`; several seeds of a
-system are given as `NAME=FOLDER,FOLDER`. For every objective of the judge: its probability, mean over the first ten items of a list
-and largest of the ten, averaged over test rows; recall@10 beside. The judge must be trained on other days than the reward model
-that picked the pairs. It is an opinion all the same, not what people would do.
+`--runs` are folders with `predictions.parquet`, as every recipe writes them, for the test split of `--data`; several
+seeds of a system are given as `NAME=FOLDER,FOLDER`. For every objective of the judge: its probability, mean over the
+first ten items of a list and largest of the ten, averaged over test rows; recall@10 beside. The judge must be trained
+on other days than the reward model that picked the pairs. It is an opinion all the same, not what people would do.
 """
 
 import argparse

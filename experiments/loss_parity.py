@@ -1,22 +1,26 @@
-"""The loss of encoder-decoder 1:1 and 1:2, naive decoder-only and lazy decoder-only at equal parameters, and of K/V sharing.
+"""The loss of encoder-decoder 1:1 and 1:2, naive decoder-only and lazy decoder-only at equal parameters, and of K/V
+sharing.
 
     python experiments/loss_parity.py --data beauty=outputs/beauty kuairand=outputs/kuairand_long_views --threads 1 \
         --output outputs/loss_parity.json --plot docs/loss_parity.png
 
-OneRec-V2 (arXiv:2508.20900), Tables 2 to 4, redone small, on folders that recipes/prepare.py wrote. Every contestant sees the same
-examples (up to 20 items -> the next item) in the same batches and order, has the same tables, head, optimiser, constant learning
-rate after a warm-up and moving average of its weights, and the same loss: the log-probability of a code among those that continue
-its prefix to an existing item (the paper's softmax over the level also has to learn the catalogue, which takes longer). A context
-item is one token everywhere, the embeddings of its codes under one linear map. The feed-forward is as wide as it takes for equally
-many parameters in the blocks. Encoder-decoders are `OneRecForCausalLM` with sessions of one item, the naive decoder is
-transformers' stock Llama over [context items | BOS s1 .. of each target].
+OneRec-V2 (arXiv:2508.20900), Tables 2 to 4, redone small, on folders that recipes/prepare.py wrote. Every contestant
+sees the same examples (up to 20 items -> the next item) in the same batches and order, has the same tables, head,
+optimiser, constant learning rate after a warm-up and moving average of its weights, and the same loss: the
+log-probability of a code among those that continue its prefix to an existing item (the paper's softmax over the level
+also has to learn the catalogue, which takes longer). A context item is one token everywhere, the embeddings of its
+codes under one linear map. The feed-forward is as wide as it takes for equally many parameters in the blocks.
+Encoder-decoders are `OneRecForCausalLM` with sessions of one item, the naive decoder is transformers' stock Llama over
+[context items | BOS s1 .. of each target].
 
-Each is trained the cheapest way it allows: the targets of a row share one pass of the decoder-only models, which mask what a target
-must not see; an encoder mixes the items of a context, so there every target is a row of its own (of like length together).
+Each is trained the cheapest way it allows: the targets of a row share one pass of the decoder-only models, which mask
+what a target must not see; an encoder mixes the items of a context, so there every target is a row of its own (of like
+length together).
 
-The learning rate of each architecture is the best of `--learning_rates` on validation (first data set, first seed), then fixed.
-What is scored, in nats per item, is the averaged weights, so a curve may be read at any time. Seconds are process CPU time of the
-training steps alone. A cell (data set, variant, learning rate, seed, steps) that the output holds already is not run again.
+The learning rate of each architecture is the best of `--learning_rates` on validation (first data set, first seed),
+then fixed. What is scored, in nats per item, is the averaged weights, so a curve may be read at any time. Seconds are
+process CPU time of the training steps alone. A cell (data set, variant, learning rate, seed, steps) that the output
+holds already is not run again.
 """
 
 import argparse
@@ -93,7 +97,9 @@ def score(model: nn.Module, rows: Rows, limit: int | None = None) -> list[float]
 
 
 def check(task: Task) -> None:
-    """Every contestant scores a target the same alone and beside others, padded and together with the row's other targets."""
+    """Every contestant scores a target the same alone and beside others, padded and together with the row's other
+    targets.
+    """
     rows = task.splits["train"]
     index, single = np.concatenate([rows.scoring(5000)[i][-2:] for i in (0, -1)]), []
     for row in (rows.rows[i] for i in index):
@@ -240,8 +246,8 @@ def main() -> None:
     args = parser.parse_args()
     if not len(args.data) == len(args.steps) == len(args.batch_sizes) or min(args.steps) < POINTS:
         parser.error(
-            f"--data {args.data}, --steps {args.steps}, --batch_sizes {args.batch_sizes}: one of each per data set, and at least "
-            f"{POINTS} steps."
+            f"--data {args.data}, --steps {args.steps}, --batch_sizes {args.batch_sizes}: one of each per data set, "
+            f"and at least {POINTS} steps."
         )
     torch.set_num_threads(args.threads)
     report = {"torch": torch.__version__, "threads": args.threads, "rates": {}, "cells": []}

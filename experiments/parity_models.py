@@ -25,7 +25,9 @@ CHANGES = {
 
 
 class NaiveDecoder(nn.Module):
-    """A plain causal language model: context items as one token each, then BOS and codes of every target. Our head and loss."""
+    """A plain causal language model: context items as one token each, then BOS and codes of every target. Our head and
+    loss.
+    """
 
     catalogue = None
     _require_catalogue = SemanticIdForCausalLM._require_catalogue
@@ -72,7 +74,9 @@ class LazyDecoder(OneRecV2ForCausalLM):
 
 
 class EncoderDecoder(OneRecForCausalLM):
-    """OneRec with sessions of one item, called as `NaiveDecoder` is: a row per target, in four parts of like length."""
+    """OneRec with sessions of one item, called as `NaiveDecoder` is: a row per target, in four parts of like
+    length.
+    """
 
     def forward(self, context_ids, context_mask, target_ids, target_positions):
         real = target_ids[..., 0] > 0

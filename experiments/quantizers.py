@@ -1,10 +1,12 @@
-"""RQ-VAE, plain and balanced residual k-means on the same item embeddings: the OneRec Technical Report's Table 11, redone.
+"""RQ-VAE, plain and balanced residual k-means on the same item embeddings: the OneRec Technical Report's Table 11,
+redone.
 
     python experiments/quantizers.py --data outputs/beauty --output outputs/quantizers.json
     python experiments/quantizers.py --data outputs/beauty --columns 0 384 --output outputs/quantizers_text.json
 
-`--data` is a folder that recipes/prepare.py wrote; `--columns` takes a part of the embeddings (the text part comes first). Every
-quantizer runs with every seed; prints means over seeds of reconstruction, utilisation, entropy (in percent of ln K) and collisions.
+`--data` is a folder that recipes/prepare.py wrote; `--columns` takes a part of the embeddings (the text part comes
+first). Every quantizer runs with every seed; prints means over seeds of reconstruction, utilisation, entropy (in
+percent of ln K) and collisions.
 """
 
 import argparse
@@ -48,7 +50,8 @@ def main(args: argparse.Namespace) -> list[dict]:
             Path(args.output).parent.mkdir(parents=True, exist_ok=True)
             Path(args.output).write_text(json.dumps({"arguments": vars(args), **machine, "rows": rows}, indent=2))
     print(
-        "| quantizer | relative reconstruction | utilisation | entropy, % of ln K | collision rate | distinct | seconds |"
+        "| quantizer | relative reconstruction | utilisation | entropy, % of ln K | collision rate | distinct | "
+        "seconds |"
     )
     print("|---|---|---|---|---|---|---|")
     for name in dict.fromkeys(row["quantizer"] for row in rows):
@@ -57,8 +60,8 @@ def main(args: argparse.Namespace) -> list[dict]:
         utilisation = " / ".join(f"{value:.3f}" for value in means["utilisation"])
         entropy = " / ".join(f"{value:.1f}" for value in means["entropy_percent"])
         print(
-            f"| {name} | {means['reconstruction_relative']:.4f} | {utilisation} | {entropy} | {means['collision_rate']:.3f} | "
-            f"{means['distinct_share']:.3f} | {means['processor_seconds']:.0f} |"
+            f"| {name} | {means['reconstruction_relative']:.4f} | {utilisation} | {entropy} | "
+            f"{means['collision_rate']:.3f} | {means['distinct_share']:.3f} | {means['processor_seconds']:.0f} |"
         )
     return rows
 

@@ -2,11 +2,12 @@
 
     python experiments/reinforcement.py --part all --seeds 0 1 2 --output outputs/reinforcement
 
-Each seed is a world of its own with its own supervised model (OneRec-V2 with the papers' softmax within the level). Parts:
-`legality` (unconstrained samples under ECPO, alone and with the format reward on random or on the most probable samples),
-`gradients` (norms on negative advantages under GRPO, ECPO, GBPO), `ab` (a reward model, feedback and both against the supervised
-model), `rollouts` (group size, beam or samples, on- or off-policy), `speed`. The rewards of rollouts, but in `ab`, are the world's
-true probability of a long view: what a perfect reward model would say. Simulated numbers are no results on real data.
+Each seed is a world of its own with its own supervised model (OneRec-V2 with the papers' softmax within the level).
+Parts: `legality` (unconstrained samples under ECPO, alone and with the format reward on random or on the most probable
+samples), `gradients` (norms on negative advantages under GRPO, ECPO, GBPO), `ab` (a reward model, feedback and both
+against the supervised model), `rollouts` (group size, beam or samples, on- or off-policy), `speed`. The rewards of
+rollouts, but in `ab`, are the world's true probability of a long view: what a perfect reward model would say.
+Simulated numbers are no results on real data.
 """
 
 import argparse
@@ -76,7 +77,9 @@ def supervised(output: Path, seed: int) -> tuple[ShortVideoWorld, Path, Path]:
 
 
 def true_reward(world: ShortVideoWorld, data: Path, catalogue):
-    """P(long view) of each legal candidate for its own user at the time of its context's last event; None for an illegal one."""
+    """P(long view) of each legal candidate for its own user at the time of its context's last event; None for an
+    illegal one.
+    """
     users = np.asarray(datasets.Dataset.from_parquet(str(data / "users.parquet"))["user_id"])
 
     def true_long_view(completion_ids, user, timestamp, **columns):
@@ -196,7 +199,9 @@ def learned_reward(output: Path, data: Path, policy, seed: int):
 
 
 def ab(output: Path, seed: int, steps: int = 200) -> dict:
-    """Table 7 of OneRec-V2: a reward model, user feedback (with and without the model's own exposures), both; joint with SFT."""
+    """Table 7 of OneRec-V2: a reward model, user feedback (with and without the model's own exposures), both; joint
+    with SFT.
+    """
     world, data, policy = supervised(output, seed)
     log = pd.read_parquet(output / "impressions.parquet")
     users = np.unique(log.user_id[log.long_view == 1]).tolist()
@@ -244,13 +249,17 @@ def ab(output: Path, seed: int, steps: int = 200) -> dict:
 
 
 def rollouts(output: Path, seed: int, steps: int = 100, users: int = 8) -> dict:
-    """The Technical Report's three RL tables in small: group size, how candidates are found, whose they are; joint with SFT."""
+    """The Technical Report's three RL tables in small: group size, how candidates are found, whose they are; joint
+    with SFT.
+    """
     world, data, policy = supervised(output, seed)
     reward = true_reward(world, data, Recommender.from_pretrained(policy).model.catalogue)
     test = load_splits(data)["test"].select(range(TEST_USERS))
 
     def served(folder: Path) -> dict[str, float]:
-        """P(long view) of what test users get at the time of their last event, and whether the held-out view is in it."""
+        """P(long view) of what test users get at the time of their last event, and whether the held-out view is in
+        it.
+        """
         ranker = Recommender.from_pretrained(folder).ranker
         found = evaluate(ranker, test, num_items=ITEMS, progress=False)
         tokens = ranker.collator.item_token_ids[found.predictions[:, :10]]

@@ -11,7 +11,9 @@ import matplotlib.pyplot as plt
 
 
 def table(output: Path, seeds: list[int]) -> None:
-    """Markdown of `ab` (lift in %, mean over worlds and interval of each), of `rollouts` and of `legality` (mean ± deviation)."""
+    """Markdown of `ab` (lift in %, mean over worlds and interval of each), of `rollouts` and of `legality` (mean ±
+    deviation).
+    """
     for part in ("ab", "rollouts", "legality"):
         files = [output / f"{part}_{seed}.json" for seed in seeds]
         reports = [json.loads(file.read_text()) for file in files if file.exists()]

@@ -1,14 +1,15 @@
-"""Iterative Preference Alignment of whole sessions in a simulated world: OneRec as its paper trains it (arXiv:2502.18965).
+"""Iterative Preference Alignment of whole sessions in a simulated world: OneRec as its paper trains it
+(arXiv:2502.18965).
 
     OMP_NUM_THREADS=1 python experiments/session_alignment.py --seeds 0 1 2 --output outputs/session_alignment.json
 
-Table 1 of the paper (`--baselines`, `--ablations`) and its Figure 5. Each seed is a world, a log, a reward model (P-Score of
-watch time, trained on every impression of the training days; a session's reward is the mean of its items', since a few thousand
-sessions teach the reward model of whole sessions too little) and a session-wise OneRec, trained on the high-quality sessions of the
-same days. Every aligned system goes on from that seed model with as many steps; it decodes one session of five items for every
-request of the last days, and the simulator's expected feedback on those five items judges it. Baselines and the point-wise model
-serve their five best items; baselines learn from every view of the training days. The truth is never trained on; settings were
-chosen on worlds of other seeds.
+Table 1 of the paper (`--baselines`, `--ablations`) and its Figure 5. Each seed is a world, a log, a reward model
+(P-Score of watch time, trained on every impression of the training days; a session's reward is the mean of its items',
+since a few thousand sessions teach the reward model of whole sessions too little) and a session-wise OneRec, trained
+on the high-quality sessions of the same days. Every aligned system goes on from that seed model with as many steps; it
+decodes one session of five items for every request of the last days, and the simulator's expected feedback on those
+five items judges it. Baselines and the point-wise model serve their five best items; baselines learn from every view
+of the training days. The truth is never trained on; settings were chosen on worlds of other seeds.
 """
 
 import argparse
@@ -118,7 +119,9 @@ def judge(world: World, rows, items: np.ndarray, opinion, collator) -> dict[str,
 
 
 def systems(args, reward) -> dict[str, tuple]:
-    """What starts from the seed model: settings, a reward, and how many rejected sessions its pairs of the seed model have."""
+    """What starts from the seed model: settings, a reward, and how many rejected sessions its pairs of the seed model
+    have.
+    """
     common = {"num_train_epochs": args.iterations, "learning_rate": args.learning_rate}
     common |= {"per_device_train_batch_size": 64}
     alignment = common | {"dpo_ratio": args.dpo_ratio, "num_candidates": args.num_candidates, "kl_users": 128}
@@ -198,7 +201,9 @@ def run(seed: int, args) -> dict[str, dict[str, float]]:
 
 
 def summary(reports: list[dict]) -> str:
-    """Means ± standard deviation over the worlds that have a system; `change` is against the same world's seed model."""
+    """Means ± standard deviation over the worlds that have a system; `change` is against the same world's seed
+    model.
+    """
     names = ["watch_s", "watch_s max", "long_views", "long_views max", "follows", "follows max", "likes", "likes max"]
     names += ["diversity", "hits", "coverage", "reward model"]
     lines = [

@@ -1,11 +1,13 @@
-"""Session-wise against point-wise: which serves a whole session better, by the simulator's truth (OneRec, section 3.2).
+"""Session-wise against point-wise: which serves a whole session better, by the simulator's truth (OneRec, section
+3.2).
 
     python experiments/sessions.py --seeds 0 1 2 --output outputs/sessions.json
 
-One encoder-decoder, trained on the same sessions: session-wise (five items per row, each decoded after the ones before it), and
-point-wise (each item of a session a row of its own). They serve the sessions of the last days, five items each: `session` decodes
-a whole session, `top 5` takes the five best items of one search, `one by one` puts each item it chose behind the history and
-searches again. `logged` is what the logging policy showed, `popularity` the five most watched items.
+One encoder-decoder, trained on the same sessions: session-wise (five items per row, each decoded after the ones before
+it), and point-wise (each item of a session a row of its own). They serve the sessions of the last days, five items
+each: `session` decodes a whole session, `top 5` takes the five best items of one search, `one by one` puts each item
+it chose behind the history and searches again. `logged` is what the logging policy showed, `popularity` the five most
+watched items.
 """
 
 import argparse

@@ -1,12 +1,14 @@
-"""Kills runs with SIGKILL at random moments, resumes them, and compares their end with that of a run that nobody killed.
+"""Kills runs with SIGKILL at random moments, resumes them, and compares their end with that of a run that nobody
+killed.
 
     python experiments/survival.py --kills 20
     python experiments/survival.py --kills 4 --trainers SFT GRPO --processes 1
 
-Every trainer, on one and on two processes (gloo), on a CPU. Half of the kills wait until a checkpoint begins to be written and
-strike within that write. A killed run is resumed from its newest complete checkpoint, may be killed again, and goes on to the
-end. Then weights, optimizer state and log history must be equal bit for bit, in every process. Prints a Markdown table; exits
-with 1 where anything differs. Runs are forked from this process, so that each takes seconds.
+Every trainer, on one and on two processes (gloo), on a CPU. Half of the kills wait until a checkpoint begins to be
+written and strike within that write. A killed run is resumed from its newest complete checkpoint, may be killed again,
+and goes on to the end. Then weights, optimizer state and log history must be equal bit for bit, in every process.
+Prints a Markdown table; exits with 1 where anything differs. Runs are forked from this process, so that each takes
+seconds.
 """
 
 import argparse
@@ -146,8 +148,8 @@ def _take_no_shared_lock(kind: type[tqdm]) -> None:
     """
     Gives the progress bars of this process a lock of its own.
 
-    tqdm's is shared with the parent and all its children. One that is killed while it draws never gives it back; nor does the
-    monitor, a thread that a fork leaves behind.
+    tqdm's is shared with the parent and all its children. One that is killed while it draws never gives it back; nor
+    does the monitor, a thread that a fork leaves behind.
     """
     kind.set_lock(threading.RLock())
     for child in kind.__subclasses__():

@@ -2,8 +2,9 @@
 
     python experiments/validity.py --items 1000000 --threads 1
 
-Every seed makes another small OneRec-V2 and another catalogue (sizes, skew, collisions), and generates under a random subset per
-user; whatever comes out is looked up in the plain set of the allowed semantic IDs. The suite runs the first seeds.
+Every seed makes another small OneRec-V2 and another catalogue (sizes, skew, collisions), and generates under a random
+subset per user; whatever comes out is looked up in the plain set of the allowed semantic IDs. The suite runs the first
+seeds.
 """
 
 import argparse
@@ -15,7 +16,9 @@ from onerec_hf import Catalogue, OneRecV2Config, OneRecV2ForCausalLM
 
 
 def check_validity(seed: int, num_beams: int = 24) -> int:
-    """Generate with everything drawn from `seed`; AssertionError on an item that may not be or is repeated; returns how many."""
+    """Generate with everything drawn from `seed`; AssertionError on an item that may not be or is repeated; returns
+    how many.
+    """
     generator = torch.Generator().manual_seed(seed)
 
     def draw(low, high):

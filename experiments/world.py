@@ -1,4 +1,5 @@
-"""The simulated world that the experiments share: its log, catalogue and truth, one reward model of watch time, one way to align.
+"""The simulated world that the experiments share: its log, catalogue and truth, one reward model of watch time, one
+way to align.
 
 One seed is one world. What is trained reads the log; the simulator's expected feedback judges and is never trained on.
 """
@@ -47,7 +48,9 @@ class World:
         self.item_token_ids = codes.numpy() + np.array([4, 36, 68])
 
     def expected_feedback(self, users, items, times) -> dict[str, np.ndarray]:
-        """The truth about items (B, k) shown to users (B,) at times (B,) or (B, k), in ms: arrays (B, k) by feedback."""
+        """The truth about items (B, k) shown to users (B,) at times (B,) or (B, k), in ms: arrays (B, k) by
+        feedback.
+        """
         times = np.asarray(times, dtype=np.int64)
         users = self.log.user_ids[np.asarray(users)][:, None]
         return self.simulator.expected_feedback(

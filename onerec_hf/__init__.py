@@ -1,4 +1,6 @@
-"""OneRec for the Hugging Face ecosystem. `import onerec_hf` registers the models and the pipeline with transformers."""
+"""OneRec for the Hugging Face ecosystem. `import onerec_hf` registers the models and the pipeline with
+transformers.
+"""
 
 import importlib
 from typing import TYPE_CHECKING

@@ -1,8 +1,8 @@
 """Makes transformers know our models and our pipeline without importing what they need, which takes seconds.
 
-A model class needs all of torch's and transformers' modelling code. So the Auto classes are given stand-ins as soon as somebody
-imports them; the first stand-in that is used imports `onerec_hf.models`, which registers the real classes. The pipeline is
-registered when transformers' own are imported.
+A model class needs all of torch's and transformers' modelling code. So the Auto classes are given stand-ins as soon as
+somebody imports them; the first stand-in that is used imports `onerec_hf.models`, which registers the real classes.
+The pipeline is registered when transformers' own are imported.
 """
 
 import importlib
@@ -23,7 +23,9 @@ CONFIGS = {  # model type -> its config; `onerec_hf.models` registers the same o
 
 
 class StandIn(type):
-    """Metaclass of a class that knows its name, and asks the real one of that name in `onerec_hf.models` for everything else."""
+    """Metaclass of a class that knows its name, and asks the real one of that name in `onerec_hf.models` for
+    everything else.
+    """
 
     def real(cls) -> type:
         return getattr(importlib.import_module("onerec_hf.models"), cls.__name__)

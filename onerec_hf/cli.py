@@ -50,7 +50,9 @@ Every argument can stand in a YAML file: --config FILE, or --config NAME for one
 
 
 def launch_arguments(command: str, argv: list[str]) -> list[str]:
-    """The arguments of `accelerate launch`; raises `SystemExit` with the reason where there is no such configuration or GPU."""
+    """The arguments of `accelerate launch`; raises `SystemExit` with the reason where there is no such configuration
+    or GPU.
+    """
     parser = argparse.ArgumentParser(f"onerec {command}", add_help=False, allow_abbrev=False)
     parser.add_argument("--accelerate_config")
     parser.add_argument("--num_processes", type=int)
@@ -62,8 +64,8 @@ def launch_arguments(command: str, argv: list[str]) -> list[str]:
         if path is None:
             known = ", ".join(names("accelerate_configs"))
             raise SystemExit(
-                f"onerec {command}: accelerate_config={args.accelerate_config!r} is no file; allowed are {known}, or the path of "
-                "a file that `accelerate config` wrote."
+                f"onerec {command}: accelerate_config={args.accelerate_config!r} is no file; allowed are {known}, or "
+                "the path of a file that `accelerate config` wrote."
             )
         launch += ["--config_file", str(path)]
         import yaml
@@ -74,8 +76,8 @@ def launch_arguments(command: str, argv: list[str]) -> list[str]:
             args.num_processes = torch.cuda.device_count()
             if args.num_processes == 0:
                 raise SystemExit(
-                    f"onerec {command}: accelerate_config={args.accelerate_config!r} is for GPUs, and torch finds none here. On a "
-                    "processor: --accelerate_config cpu_2, or none for one process."
+                    f"onerec {command}: accelerate_config={args.accelerate_config!r} is for GPUs, and torch finds "
+                    "none here. On a processor: --accelerate_config cpu_2, or none for one process."
                 )
     if args.num_processes is not None:
         launch += ["--num_processes", str(args.num_processes)]
@@ -105,7 +107,8 @@ def main(argv: list[str] | None = None) -> None:
         raise SystemExit(f"onerec: there is no command {command!r}; allowed are {', '.join(COMMANDS)}.")
     if absent := [name for name in TRAIN if importlib.util.find_spec(name) is None]:
         raise SystemExit(
-            f"onerec {command} needs packages that are not installed, {', '.join(absent)}: pip install 'onerec_hf[train]'"
+            f"onerec {command} needs packages that are not installed, {', '.join(absent)}: pip install "
+            "'onerec_hf[train]'"
         )
     if command in LAUNCHED and not {"-h", "--help"} & set(rest):
         launch(command, rest)

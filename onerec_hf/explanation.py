@@ -11,7 +11,9 @@ BATCH_SIZE = 256  # histories that are scored at once
 
 
 class Contribution(NamedTuple):
-    """An item of a history: its id, what it adds to the log-probability of the explained item (nats), what is known about it."""
+    """An item of a history: its id, what it adds to the log-probability of the explained item (nats), what is known
+    about it.
+    """
 
     item_id: Any
     contribution: float
@@ -25,8 +27,8 @@ def leave_one_out(
     """
     As [`Recommender.explain`], which says what the arguments are.
 
-    The histories without one item each, and the whole one, are a batch of one search-free pass. Contributions are no shares: two
-    items that say the same add little each.
+    The histories without one item each, and the whole one, are a batch of one search-free pass. Contributions are no
+    shares: two items that say the same add little each.
     """
     model, collator = recommender.model, recommender.ranker.collator
     if model.training:

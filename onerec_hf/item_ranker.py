@@ -11,7 +11,8 @@ from .models import RecommendedItems
 
 class ItemRanker:
     r"""
-    A generative model with the call that `evaluate` and every baseline share: rows of item indices in, item indices out.
+    A generative model with the call that `evaluate` and every baseline share: rows of item indices in, item indices
+    out.
 
     Args:
         model: A OneRec model with a catalogue.

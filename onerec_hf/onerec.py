@@ -1,4 +1,6 @@
-"""OneRec on a table of interactions: fit, recommend, save. A thin layer over `onerec prepare`, `onerec sft` and [`Recommender`]."""
+"""OneRec on a table of interactions: fit, recommend, save. A thin layer over `onerec prepare`, `onerec sft` and
+[`Recommender`].
+"""
 
 import os
 import shutil
@@ -25,12 +27,14 @@ class OneRec:
     ```
 
     Args:
-        output_dir (`str`, *optional*): Keeps the data folder and all that the training writes; default a temporary folder, which is
-            gone with this object.
-        config (`str`, defaults to `"small_sft.yaml"`): Training arguments: a YAML file, or one that the package carries.
-        prepare (`dict`, *optional*): Arguments of `onerec prepare`, such as `{"codebook_size": 64, "text_fields": ["title"]}`.
-            Where it says nothing, codebooks and embeddings are as wide as the number of items allows.
-        arguments: Arguments of `onerec sft`, over those of `config`: `num_train_epochs`, `model`, `seed`, `use_cpu`, ...
+        output_dir (`str`, *optional*): Keeps the data folder and all that the training writes; default a temporary
+            folder, which is gone with this object.
+        config (`str`, defaults to `"small_sft.yaml"`): Training arguments: a YAML file, or one that the package
+            carries.
+        prepare (`dict`, *optional*): Arguments of `onerec prepare`, such as `{"codebook_size": 64, "text_fields":
+            ["title"]}`. Where it says nothing, codebooks and embeddings are as wide as the number of items allows.
+        arguments: Arguments of `onerec sft`, over those of `config`: `num_train_epochs`, `model`, `seed`, `use_cpu`,
+            ...
 
     Raises:
         ValueError: For arguments that `onerec sft` does not have.
@@ -73,13 +77,15 @@ class OneRec:
         """
         Makes semantic IDs, trains, and keeps the best model on the validation events.
 
-        The last event of each user is the test event, the one before it the validation event; `metrics` are of the test events.
+        The last event of each user is the test event, the one before it the validation event; `metrics` are of the
+        test events.
 
         Args:
-            interactions: One row per event: a `DataFrame` of pandas or polars, a `pyarrow.Table`, a `datasets.Dataset`, a dict of
-                arrays, or the path of a CSV, TSV, JSON lines or parquet file.
+            interactions: One row per event: a `DataFrame` of pandas or polars, a `pyarrow.Table`, a
+                `datasets.Dataset`, a dict of arrays, or the path of a CSV, TSV, JSON lines or parquet file.
             items: Item table, of the same kinds, with `item_id` and what text fields or metadata are read from.
-            columns: Our names `user_id`, `item_id`, `timestamp` to yours; `{"timestamp": None}` where the rows are in time order.
+            columns: Our names `user_id`, `item_id`, `timestamp` to yours; `{"timestamp": None}` where the rows are in
+                time order.
 
         Raises:
             ValueError: A column that is missing, ids that are integers beyond 64 bits.
@@ -137,8 +143,8 @@ class OneRec:
             kwargs: Of [`Recommender.recommend`]: `allow`, `deny`, `events`, ...
 
         Returns:
-            `pd.DataFrame` with columns `user_id` (of `histories`, their position), `rank` (1 is best), `item_id` and `score` (log-
-            probability, in nats).
+            `pd.DataFrame` with columns `user_id` (of `histories`, their position), `rank` (1 is best), `item_id` and
+            `score` (log- probability, in nats).
 
         Raises:
             KeyError: For users that `fit` did not see.
@@ -151,7 +157,8 @@ class OneRec:
             users = list(self.histories if users is None else users)
             if unknown := [user for user in users if user not in self.histories]:
                 raise KeyError(
-                    f"{len(unknown)} of {len(users)} users have no history here; the first is {unknown[0]!r}. Give `histories`."
+                    f"{len(unknown)} of {len(users)} users have no history here; the first is {unknown[0]!r}. Give "
+                    "`histories`."
                 )
             histories = [self.histories[user] for user in users]
         names = range(len(histories)) if users is None else users

@@ -24,12 +24,14 @@ class OneRecRecommendationPipeline(Pipeline):
     for found in recommend(dataset): ...  # rows with a column `history`
     ```
 
-    Keyword arguments are those of [`Recommender.recommend`]; `batch_size` users are searched at once, with what is given for them:
-    `events`, `users`, and `allow` or `deny` with a list per user. A row brings its own under the names of the columns.
+    Keyword arguments are those of [`Recommender.recommend`]; `batch_size` users are searched at once, with what is
+    given for them: `events`, `users`, and `allow` or `deny` with a list per user. A row brings its own under the names
+    of the columns.
     """
 
     # transformers annotates None, and documents True and False beside it
-    _load_processor = _load_image_processor = _load_feature_extractor = _load_tokenizer = False  # type: ignore[assignment]
+    _load_processor = _load_image_processor = False  # type: ignore[assignment]
+    _load_feature_extractor = _load_tokenizer = False  # type: ignore[assignment]
 
     def __init__(self, model: Any, *args, num_beams: int = 50, **kwargs):
         from .recommender import Recommender  # needs `datasets`, which the models alone do not
@@ -43,14 +45,14 @@ class OneRecRecommendationPipeline(Pipeline):
         Recommends for one user, for several, or for a stream of them.
 
         Args:
-            inputs: A history of item ids, or a row `{"history": [...], ...}`; a list (array, `DataFrame`) of either; or a data set
-                or any other iterable of either. A row may hold `allow`, `deny`, and the event columns and user features of the
-                model; its other columns are not read.
+            inputs: A history of item ids, or a row `{"history": [...], ...}`; a list (array, `DataFrame`) of either;
+                or a data set or any other iterable of either. A row may hold `allow`, `deny`, and the event columns
+                and user features of the model; its other columns are not read.
             batch_size: Users in one search; by default 64.
 
         Returns:
-            For one user a list of dictionaries, for a list of users a list of these. For a data set or a generator an iterator: no
-            more than `batch_size` users are in memory.
+            For one user a list of dictionaries, for a list of users a list of these. For a data set or a generator an
+            iterator: no more than `batch_size` users are in memory.
 
         Raises:
             ValueError: What is given twice, or per user for a stream of unknown length.
@@ -102,7 +104,9 @@ class OneRecRecommendationPipeline(Pipeline):
 
     @staticmethod
     def _per_user(n: int | None, arguments: dict) -> dict:
-        """Takes out of the arguments what is given per user: name -> a function that cuts a slice of the users from it."""
+        """Takes out of the arguments what is given per user: name -> a function that cuts a slice of the users from
+        it.
+        """
         from .data.histories import check_per_user, is_per_user
 
         given = {name: arguments.get(name) for name in ("events", "users", "allow", "deny")}

@@ -54,8 +54,8 @@ def _json_value(value: Any, item: Any, name: str) -> Any:
     if isinstance(value, Mapping):
         return {str(key): _json_value(each, item, name) for key, each in value.items()}
     raise ValueError(
-        f"metadata {name!r} of item {item!r} is {value!r} ({type(value).__name__}), which JSON cannot hold: pass numbers, text or "
-        "dates, or leave the column out."
+        f"metadata {name!r} of item {item!r} is {value!r} ({type(value).__name__}), which JSON cannot hold: pass "
+        "numbers, text or dates, or leave the column out."
     )
 
 
@@ -66,7 +66,9 @@ def save_metadata(metadata: Mapping, folder: str | os.PathLike) -> None:
 
 
 def load_metadata(path: str | os.PathLike) -> dict:
-    """Reads `items.jsonl`; a line ends at "\\n" alone, since a title may hold U+2028 and others that `splitlines` ends one at."""
+    """Reads `items.jsonl`; a line ends at "\\n" alone, since a title may hold U+2028 and others that `splitlines` ends
+    one at.
+    """
     lines = Path(path).read_text(encoding="utf-8").split("\n")
     rows = [json.loads(line) for line in lines if line.strip()]
     return {row.pop("item_id"): row for row in rows}
@@ -83,14 +85,15 @@ def check_dataset(dataset: Any, column: str, path: Path, overwrite: bool) -> Non
     path.parent.mkdir(parents=True, exist_ok=True)
     if not os.access(path.parent, os.W_OK):
         raise PermissionError(f"{path.parent} cannot be written: choose another folder.")
-    # processes of one run start at different times, so the parts of the others may be there; they say of which run they are
+    # processes of one run start at different times, so the parts of the others may be there; they say of which run
+    # they are
     run = path.name.partition("-of-")[2]
     parts = sorted(path.parent.glob("part-*.parquet"))
     earlier = [part for part in parts if part == path or part.name.partition("-of-")[2] != run]
     if earlier and not overwrite:
         raise ValueError(
-            f"{path.parent} holds {[part.name for part in earlier]} of an earlier run: remove them, choose another folder, or "
-            "pass overwrite=True."
+            f"{path.parent} holds {[part.name for part in earlier]} of an earlier run: remove them, choose another "
+            "folder, or pass overwrite=True."
         )
     for part in earlier:
         part.unlink(missing_ok=True)

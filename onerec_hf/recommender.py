@@ -38,7 +38,9 @@ class Recommendation(NamedTuple):
 
 
 class RecommendedSession(NamedTuple):
-    """A session: its item ids in order, the natural log-probability of all their semantic IDs, and what is known of each item."""
+    """A session: its item ids in order, the natural log-probability of all their semantic IDs, and what is known of
+    each item.
+    """
 
     item_ids: list
     score: float
@@ -51,9 +53,10 @@ class Recommender:
 
     Args:
         ranker ([`ItemRanker`]): Model and collator.
-        metadata (`dict[item id, dict]`, *optional*): Returned with each item, and saved as JSON: numbers, text, booleans, lists
-            and mappings of them. Dates become ISO text, NaN becomes None.
-        quantizer ([`~semantic_ids.ResidualKMeans`] or [`~semantic_ids.RQVAE`], *optional*): The codebooks, for `add_items`.
+        metadata (`dict[item id, dict]`, *optional*): Returned with each item, and saved as JSON: numbers, text,
+            booleans, lists and mappings of them. Dates become ISO text, NaN becomes None.
+        quantizer ([`~semantic_ids.ResidualKMeans`] or [`~semantic_ids.RQVAE`], *optional*): The codebooks, for
+            `add_items`.
     """
 
     def __init__(
@@ -79,7 +82,8 @@ class Recommender:
             hub_kwargs: `revision`, `token`, `cache_dir`, ... as `from_pretrained` takes them.
 
         Raises:
-            OSError: When there is no such model. ValueError: When it has no catalogue, or reads features and has no collator.
+            OSError: When there is no such model. ValueError: When it has no catalogue, or reads features and has no
+                collator.
         """
         model = AutoModel.from_pretrained(repo, **hub_kwargs).eval().to(device)
         return cls.of_model(model, repo, num_beams, **hub_kwargs)
@@ -109,7 +113,9 @@ class Recommender:
         self.save_beside(folder)
 
     def save_beside(self, folder: str | os.PathLike) -> None:
-        """What a repository needs to be served, beside a model that is saved already: collator, codebooks, metadata."""
+        """What a repository needs to be served, beside a model that is saved already: collator, codebooks,
+        metadata.
+        """
         self.ranker.collator.save_pretrained(folder)
         if self.quantizer is not None:
             self.quantizer.save_pretrained(folder)
@@ -118,7 +124,8 @@ class Recommender:
 
     def push_to_hub(self, repo_id: str, **kwargs: Any) -> Any:
         """
-        Pushes all that is served, in one commit, with the tokenizer; `kwargs` and result are those of `onerec_hf.hub.push_to_hub`.
+        Pushes all that is served, in one commit, with the tokenizer; `kwargs` and result are those of
+        `onerec_hf.hub.push_to_hub`.
 
         The card is the one beside the loaded model; without one, a short card that says what the model is.
         """
@@ -141,31 +148,35 @@ class Recommender:
         The `k` best items of each user, or, with `session=True`, the `k` best sessions, as OneRec writes them.
 
         Args:
-            histories: Per user the ids of the items, oldest first; may be empty. What exceeds the model's length is cut off, oldest
-                first.
+            histories: Per user the ids of the items, oldest first; may be empty. What exceeds the model's length is
+                cut off, oldest first.
             k: Items, or sessions, per user; fewer come back where fewer are allowed or exist.
             exclude_seen: Leave out the items of the history.
-            allow, deny: Item ids that alone may, or that may not, be recommended: one list for all users, or one per user.
-            events: Event columns that the model takes beside the ids (`play_time_ms`, ...), parallel to `histories`; a column that
-                is left out counts as unknown.
-            users: User features, one value per user: as they stand in `users.parquet` where the repository knows its values, else
-                categories. What is left out, or not among the known values, is unknown (0).
+            allow, deny: Item ids that alone may, or that may not, be recommended: one list for all users, or one per
+            user.
+            events: Event columns that the model takes beside the ids (`play_time_ms`, ...), parallel to `histories`; a
+                column that is left out counts as unknown.
+            users: User features, one value per user: as they stand in `users.parquet` where the repository knows its
+                values, else categories. What is left out, or not among the known values, is unknown (0).
             unknown_items: What to do with ids of a history that the catalogue does not have; `"ignore"` drops them.
-            session: Whole sessions of `num_session_items` different items, in order, each with one score; of a OneRec model.
+            session: Whole sessions of `num_session_items` different items, in order, each with one score; of a OneRec
+                model.
 
         Returns:
             Per user a list of [`Recommendation`], best first, or of [`RecommendedSession`].
 
         Raises:
-            KeyError: Unknown item ids. ValueError: `k` below 1, a session of a model that writes single items, columns or lists
-                that do not run parallel to `histories`, a category that the model does not have, a model in training mode.
+            KeyError: Unknown item ids. ValueError: `k` below 1, a session of a model that writes single items, columns
+                or lists that do not run parallel to `histories`, a category that the model does not have, a model in
+                training mode.
         """
         catalogue, n = self.model.catalogue, len(histories)
         if k < 1 or k != int(k):
             raise ValueError(f"k={k}: a whole number, at least one item per user.")
         if session and not self.model.config.session_wise:
             raise ValueError(
-                f"session=True: {type(self.model).__name__} writes single items. Sessions come from a OneRec model, trained with "
+                f"session=True: {type(self.model).__name__} writes single items. Sessions come from a OneRec model, "
+                "trained with "
                 '`--model \'{"model_type": "onerec", ...}\'`.'
             )
         check_per_user(n, events=events, users=users, allow=allow, deny=deny)
@@ -213,8 +224,8 @@ class Recommender:
             metadata: One mapping per item.
 
         Raises:
-            ValueError: Without codebooks, for a model with item features, for embeddings of another width or with NaN, and where a
-                collision level has no code left.
+            ValueError: Without codebooks, for a model with item features, for embeddings of another width or with NaN,
+                and where a collision level has no code left.
         """
         catalogue, collator = self.model.catalogue, self.ranker.collator
         if self.quantizer is None:
@@ -231,7 +242,8 @@ class Recommender:
         new_ids = id_array(item_ids)
         if len(new_ids) != len(codes) or len(metadata or codes) != len(codes):
             raise ValueError(
-                f"{len(new_ids)} item ids, {len(codes)} embeddings, {len(metadata or codes)} metadata: one each per item."
+                f"{len(new_ids)} item ids, {len(codes)} embeddings, {len(metadata or codes)} metadata: one each per "
+                "item."
             )
         added = item_metadata(dict(zip(new_ids.tolist(), metadata or [{}] * len(codes))))
         popularity = None if catalogue.popularity is None else np.zeros(len(codes))
@@ -242,7 +254,8 @@ class Recommender:
 
     def remove_items(self, item_ids: Sequence) -> None:
         """
-        Items leave the catalogue, and histories may not hold them any more (`unknown_items="ignore"` drops them there).
+        Items leave the catalogue, and histories may not hold them any more (`unknown_items="ignore"` drops them
+        there).
 
         Item indices close up, so let no other thread recommend meanwhile; `deny` leaves items out without a change.
 
@@ -267,7 +280,8 @@ class Recommender:
         users: Mapping[str, Any] | None = None,
     ) -> list[Contribution]:
         """
-        What each item of one history adds to the score of an item: the score of the history, minus the score without it.
+        What each item of one history adds to the score of an item: the score of the history, minus the score without
+        it.
 
         Args:
             history: Item ids, oldest first.
@@ -275,8 +289,8 @@ class Recommender:
             events, users: Of this one user, as in `recommend`: a list parallel to the history, a single value.
 
         Returns:
-            One [`Contribution`] per item that the model reads, oldest first; positive where it speaks for the item, in nats.
-            `pandas.DataFrame(found)` is a table of them.
+            One [`Contribution`] per item that the model reads, oldest first; positive where it speaks for the item, in
+            nats. `pandas.DataFrame(found)` is a table of them.
 
         Raises:
             KeyError: Unknown item ids. ValueError: An empty history, columns that do not run parallel to it.
@@ -312,19 +326,22 @@ class Recommender:
         **kwargs,
     ) -> Path:
         """
-        Recommendations for every row of a `datasets.Dataset`, written as parquet: its columns, and `item_ids` and `scores`; with
-        `session=True` a list of item ids for each session.
+        Recommendations for every row of a `datasets.Dataset`, written as parquet: its columns, and `item_ids` and
+        `scores`; with `session=True` a list of item ids for each session.
 
-        Under `accelerate launch` (or torchrun) each process takes its own rows, each row exactly once, and writes its own file.
+        Under `accelerate launch` (or torchrun) each process takes its own rows, each row exactly once, and writes its
+        own file.
 
         Args:
             dataset: With a list column of item ids, oldest first.
-            output: Folder; process r of w writes `part-<r>-of-<w>.parquet`, complete or not at all; without rows, an empty one.
+            output: Folder; process r of w writes `part-<r>-of-<w>.parquet`, complete or not at all; without rows, an
+                empty one.
             overwrite: Replace the parts of an earlier run.
             kwargs: As `recommend`, but for `events` and `users`.
 
         Raises:
-            ValueError: Before the first search: a column that is missing or in the way, a folder with parts of another run.
+            ValueError: Before the first search: a column that is missing or in the way, a folder with parts of another
+                run.
         """
         rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
         path = Path(output) / f"part-{rank:05d}-of-{world:05d}.parquet"

@@ -1,6 +1,7 @@
 """`onerec dpo` from a checkout; `--help` says what it does.
 
-    accelerate launch recipes/dpo.py --config recipes/configs/small_dpo.yaml --data outputs/mydata --policy outputs/mymodel \\
+    accelerate launch recipes/dpo.py --config recipes/configs/small_dpo.yaml --data outputs/mydata \\
+        --policy outputs/mymodel \\
         --reward outputs/reward --output_dir outputs/aligned
 """
 

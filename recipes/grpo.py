@@ -1,6 +1,7 @@
 """`onerec grpo` from a checkout; `--help` says what it does.
 
-    accelerate launch recipes/grpo.py --policy outputs/mymodel --data outputs/mydata --rewards hit format --rollout sample \\
+    accelerate launch recipes/grpo.py --policy outputs/mymodel --data outputs/mydata --rewards hit format \\
+        --rollout sample \\
         --num_generations 16 --per_device_train_batch_size 64 --sft_weight 1 --output_dir outputs/mymodel_ecpo
 """
 

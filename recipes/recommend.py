@@ -1,6 +1,7 @@
 """`onerec recommend` from a checkout; `--help` says what it does.
 
-accelerate launch recipes/recommend.py --repo org/onerec-1b --dataset histories.parquet --output outputs/recommended --k 20
+accelerate launch recipes/recommend.py --repo org/onerec-1b --dataset histories.parquet --output outputs/recommended
+--k 20
 """
 
 from onerec_hf.scripts.recommend import *  # noqa: F403  for those who import the recipe

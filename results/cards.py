@@ -31,16 +31,17 @@ def beauty():
         config,
         title="OneRec-V2 on Amazon Beauty",
         repo="org/onerec-v2-beauty",
-        summary="A small OneRec-V2 trained on a CPU: a reference for the recipe, to be read beside the baselines in the table.",
-        data="Amazon Beauty (2014), 5-core: 22,363 users, 12,101 items, leave last out. The reviews are for research use and are "
-        "not part of the repository. Semantic IDs: plain residual k-means over text (title, brand, category) and "
-        "co-occurrence embeddings of the training split, collisions moved to the next free code; the same embeddings stand beside "
-        "the codes in the context "
+        summary="A small OneRec-V2 trained on a CPU: a reference for the recipe, beside the baselines.",
+        data="Amazon Beauty (2014), 5-core: 22,363 users, 12,101 items, leave last out. The reviews are "
+        "for research use and are not part of the repository. Semantic IDs: plain residual k-means over "
+        "text (title, brand, category) and co-occurrence embeddings of the training split, "
+        "collisions moved to the next free code; "
+        "the same embeddings stand beside the codes in the context "
         "(`recipes/configs/amazon_prepare.yaml`).",
-        training="`recipes/sft.py` with `recipes/configs/small_sft.yaml`: every target of a user in one pass, model choice by "
-        f"{settings['metric_for_best_model'].removeprefix('eval_')} on validation users, {settings['num_train_epochs']} epochs, "
-        f"learning rate {settings['learning_rate']:g}, dropout {settings['model']['dropout']:g}. Commands, seeds, hardware and "
-        "what was tried are in docs/results.md.",
+        training="`recipes/sft.py` with `recipes/configs/small_sft.yaml`: every target of a user in one pass, model "
+        f"choice by {settings['metric_for_best_model'].removeprefix('eval_')} on validation users, "
+        f"{settings['num_train_epochs']} epochs, learning rate {settings['learning_rate']:g}, dropout "
+        f"{settings['model']['dropout']:g}. Commands, seeds, hardware and what was tried are in docs/results.md.",
         results=rows,
         dataset_name="Amazon Beauty 2014, 5-core",
         num_parameters=count(config, next(iter(rows))),
@@ -65,8 +66,9 @@ def quickstart():
         config,
         title="OneRec-V2 quickstart",
         repo="org/onerec-v2-quickstart",
-        summary="A small OneRec-V2 trained on a **simulated** short-video world; a demonstration, not a model for real users.",
-        data="2,000 simulated users and 2,000 videos (`onerec_hf.simulator`, seed 0), effective views, leave last out.",
+        summary="A small OneRec-V2 trained on a **simulated** short-video world; not for real users.",
+        data="2,000 simulated users and 2,000 videos (`onerec_hf.simulator`, seed 0), effective views, leave last "
+        "out.",
         training="`recipes/quickstart.py`: 12 epochs on a CPU, 312 steps of 64 users, learning rate 0.003 (cosine).",
         results=rows,
         dataset_name="simulated short videos",

@@ -38,8 +38,8 @@ def pages() -> list[Path]:
 
 def number(value: float, picture: str) -> str:
     """
-    A number as the picture shows it: `0.00` two digits, `.00` no zero in front of the point, `+` always a sign, `0,` thousands.
-    What follows the zeros, such as `%` or `x`, is the unit.
+    A number as the picture shows it: `0.00` two digits, `.00` no zero in front of the point, `+` always a sign, `0,`
+    thousands. What follows the zeros, such as `%` or `x`, is the unit.
     """
     match = re.fullmatch(r"(\+?)(0?)(,?)(?:\.(0+))?([%x]?)", picture)
     if match is None:

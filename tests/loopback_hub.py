@@ -31,7 +31,9 @@ class Repository:
 
 
 class LoopbackHub:
-    """`with LoopbackHub() as hub:`; `hub.repos` holds what was pushed, `hub.fail` what goes wrong, `hub.log` every request."""
+    """`with LoopbackHub() as hub:`; `hub.repos` holds what was pushed, `hub.fail` what goes wrong, `hub.log` every
+    request.
+    """
 
     def __init__(self):
         self.repos: dict[str, Repository] = {}

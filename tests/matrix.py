@@ -1,4 +1,5 @@
-"""Runs the numeric tests under other processors' settings and other versions of transformers; `make test-matrix` calls it.
+"""Runs the numeric tests under other processors' settings and other versions of transformers; `make test-matrix` calls
+it.
 
     python tests/matrix.py                 # every setting, one after the other
     python tests/matrix.py foreign         # the one that `.ci/run` adds to the suite
@@ -16,13 +17,15 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 # models, search, losses, semantic IDs, trainers, baselines: what floats go through
 TESTS = (
-    "numeric modeling_common modeling_onerec_v2 modeling_platform modeling_reward moe auto_classes any_model beam_search sampling "
-    "sessions catalogue policy_losses preference_losses rewards candidates grpo ipa weight_average semantic_ids rqvae collisions "
-    "embeddings item_alignment baselines more_baselines recommender training_step"
+    "numeric modeling_common modeling_onerec_v2 modeling_platform modeling_reward moe auto_classes any_model "
+    "beam_search sampling sessions catalogue policy_losses preference_losses rewards candidates grpo ipa "
+    "weight_average semantic_ids rqvae collisions embeddings item_alignment baselines more_baselines recommender "
+    "training_step"
 ).split()
 # what CI repeats: models, search, losses, trainers
 CORE = (
-    "numeric modeling_common modeling_onerec_v2 beam_search policy_losses preference_losses weight_average training_step"
+    "numeric modeling_common modeling_onerec_v2 beam_search policy_losses preference_losses weight_average "
+    "training_step"
 ).split()
 _OTHER_KERNELS = {"ATEN_CPU_CAPABILITY": "default", "MKL_CBWR": "COMPATIBLE"}
 SETTINGS: dict[str, dict[str, str]] = {

@@ -1,22 +1,24 @@
 """How far two float32 results may lie apart that are equal on paper.
 
-Processors add in different orders, and the same product of the same numbers differs with the address that the numbers lie at.
-So no test expects equal bits of floats that come from two tensors, two code paths or two loads. What it may expect: the rounding
-errors of a sum of n terms grow like sqrt(n) * eps, relative to the largest number in it.
+Processors add in different orders, and the same product of the same numbers differs with the address that the numbers
+lie at. So no test expects equal bits of floats that come from two tensors, two code paths or two loads. What it may
+expect: the rounding errors of a sum of n terms grow like sqrt(n) * eps, relative to the largest number in it.
 """
 
 import math
 
 import torch
 
-# The longest way from a weight of the tiny models to a logit: 4 blocks with some 4 products of 32 to 48 terms each, and the head.
+# The longest way from a weight of the tiny models to a logit: 4 blocks with some 4 products of 32 to 48 terms each,
+# and the head.
 TERMS = 4 * 4 * 48 + 32
 _SPREAD = 4  # standard deviations of that error; all errors to one side would be sqrt(n) of them
 
 
 def tolerance(expected: torch.Tensor, terms: int = TERMS, scale: float | None = None) -> float:
     """
-    The largest difference allowed: with the terms of the tiny models 1.4e-5 of the largest number, so 1e-4 of a log-probability of
+    The largest difference allowed: with the terms of the tiny models 1.4e-5 of the largest number, so 1e-4 of a
+    log-probability of
     7. `test_numeric.py` says which errors it still finds.
     """
     largest = expected[expected.isfinite()].abs().max(dim=0).values.item() if scale is None else scale
@@ -68,7 +70,9 @@ def assert_same_ranking(
 
 
 def unaligned(model: torch.nn.Module) -> torch.nn.Module:
-    """The model, each weight at an address that is no multiple of 16 bytes, as in a file that is mapped into memory."""
+    """The model, each weight at an address that is no multiple of 16 bytes, as in a file that is mapped into
+    memory.
+    """
     for parameter in model.parameters():
         if parameter.device.type == "cpu" and parameter.is_contiguous():
             room = torch.empty(parameter.numel() + 1, dtype=parameter.dtype)

@@ -1,7 +1,7 @@
 """The papers' formulas once more, in plain NumPy and without the package, against what the package computes.
 
-Each reference is written from the paper (docs/paper_index.md names the place), one number after the other where that is clearest.
-A formula that changes in the package fails here, whatever its own tests say.
+Each reference is written from the paper (docs/paper_index.md names the place), one number after the other where that
+is clearest. A formula that changes in the package fails here, whatever its own tests say.
 """
 
 import math
@@ -44,13 +44,16 @@ def tensor(x):
     return torch.tensor(np.asarray(x), dtype=torch.float32)
 
 
-# ---- models ------------------------------------------------------------------------------------------------------------
+# ---- models
+# ------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(("architecture", "items"), [("v2", 1), ("v1", 1), ("onerec", 3)])
 @torch.no_grad()
 def test_next_token_loss(architecture, items):
-    """L_NTP (OneRec 3.2, TR 2.3): sum over the codes of -log softmax within the level; L_Gen (V2 2.3.1): their mean over L."""
+    """L_NTP (OneRec 3.2, TR 2.3): sum over the codes of -log softmax within the level; L_Gen (V2 2.3.1): their mean
+    over L.
+    """
     catalogue = tiny_catalogue()
     model = tiny_model(catalogue, architecture=architecture)
     context = tiny_context(catalogue, model)
@@ -72,7 +75,9 @@ def test_next_token_loss(architecture, items):
 
 @pytest.mark.parametrize("scoring", ["softmax", "sigmoid"])
 def test_router(scoring, rng):
-    """OneRec eq. 2: softmax scores as they are. DeepSeek-V3: sigmoid scores over their sum; the bias chooses and does not weigh."""
+    """OneRec eq. 2: softmax scores as they are. DeepSeek-V3: sigmoid scores over their sum; the bias chooses and does
+    not weigh.
+    """
     settings = {"num_experts": 6, "num_experts_per_tok": 2, "hidden_size": 5, "router_scoring": scoring}
     router = Router(type("Config", (), settings | {"normalize_gates": scoring == "sigmoid"}))
     weight, tokens = rng.normal(size=(6, 5)), rng.normal(size=(40, 5))
@@ -130,7 +135,8 @@ def test_session_reward(rng):
     close(found.loss, -(labels * np.log(r) + (1 - labels) * np.log(1 - r)).mean(0).sum())
 
 
-# ---- semantic IDs and item embeddings ----------------------------------------------------------------------------------
+# ---- semantic IDs and item embeddings
+# ----------------------------------------------------------------------------------
 
 
 def test_residual_quantisation(rng):
@@ -155,7 +161,8 @@ def test_item_contrastive_loss(rng):
     close(item_contrastive_loss(tensor(a), tensor(b), 0.2), total / 5)
 
 
-# ---- preferences -------------------------------------------------------------------------------------------------------
+# ---- preferences
+# -------------------------------------------------------------------------------------------------------
 
 
 def test_preference_losses(rng):
@@ -191,7 +198,8 @@ def test_preference_losses(rng):
         close(found[name], loss)
 
 
-# ---- reinforcement -----------------------------------------------------------------------------------------------------
+# ---- reinforcement
+# -----------------------------------------------------------------------------------------------------
 
 
 def cases():
@@ -203,7 +211,9 @@ def cases():
 
 
 def test_ecpo():
-    """pi'_old = max(sg(pi) / (1 + eps + delta), pi_old); min(rho A, clip(rho, 1 - eps, 1 + eps) A) (TR, ECPO), and its gradient."""
+    """pi'_old = max(sg(pi) / (1 + eps + delta), pi_old); min(rho A, clip(rho, 1 - eps, 1 + eps) A) (TR, ECPO), and its
+    gradient.
+    """
     pi, old, a = cases()
     eps, delta = 0.2, 0.1
     loss, gradient = np.zeros(len(pi)), np.zeros(len(pi))
@@ -219,7 +229,9 @@ def test_ecpo():
 
 
 def test_gbpo():
-    """pi'_old = max(pi_old, sg(pi)) for A >= 0, max(pi_old, 1 - sg(pi)) for A < 0; -pi / pi'_old A without a clip (V2, GBPO)."""
+    """pi'_old = max(pi_old, sg(pi)) for A >= 0, max(pi_old, 1 - sg(pi)) for A < 0; -pi / pi'_old A without a clip (V2,
+    GBPO).
+    """
     pi, old, a = cases()
     ratio = np.array([p / (max(q, p) if x >= 0 else max(q, 1 - p)) for p, q, x in zip(pi, old, a)])
     check_loss_and_gradient(gbpo_loss, -ratio * a, -ratio * a, pi, old, a)

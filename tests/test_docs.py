@@ -21,7 +21,9 @@ PAGES = sorted(
 
 
 def test_snippets_run():
-    """All pages in one process, each with names of its own; the README's needs a trained repository and runs with the recipes."""
+    """All pages in one process, each with names of its own; the README's needs a trained repository and runs with the
+    recipes.
+    """
     blocks = [
         block
         for page in PAGES

@@ -1,4 +1,6 @@
-"""What a transformers user types first, when a model is served: each call is right, or says what to call in its place."""
+"""What a transformers user types first, when a model is served: each call is right, or says what to call in its
+place.
+"""
 
 import copy
 import pickle
@@ -27,7 +29,8 @@ def dict_ids(found):
     return [[item["item_id"] for item in row] for row in found]
 
 
-# ---- the pipeline ------------------------------------------------------------------------------------------------------
+# ---- the pipeline
+# ------------------------------------------------------------------------------------------------------
 
 
 def test_the_pipeline_of_a_hub_repository(hub, tmp_path):
@@ -128,7 +131,8 @@ def test_a_stream_is_searched_in_bounded_batches(with_features, monkeypatch):
         recommend(users(), users=ages)
 
 
-# ---- the tokenizer -----------------------------------------------------------------------------------------------------
+# ---- the tokenizer
+# -----------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -201,7 +205,8 @@ def test_what_generate_returns_is_decoded_as_it_is(tok, architecture):
         tok.decode_items(found[:, :2])
 
 
-# ---- item ids where a mask is expected ---------------------------------------------------------------------------------
+# ---- item ids where a mask is expected
+# ---------------------------------------------------------------------------------
 
 
 def test_item_ids_stand_for_a_mask(tok):
@@ -231,7 +236,8 @@ def test_item_ids_stand_for_a_mask(tok):
         model.generate(**context, num_beams=3, allowed_items=mask.long())
 
 
-# ---- the recommender ---------------------------------------------------------------------------------------------------
+# ---- the recommender
+# ---------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("architecture", ["v2", "onerec", "v1"])

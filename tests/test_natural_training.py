@@ -53,7 +53,8 @@ def saved(tmp_path):
     return folder
 
 
-# ---- our trainers ----------------------------------------------------------------------------------------------------------
+# ---- our trainers
+# ----------------------------------------------------------------------------------------------------------
 
 
 def test_sft_takes_a_folder_and_rows_alone(saved, tmp_path, monkeypatch):
@@ -170,7 +171,8 @@ def test_rl_with_a_reference_of_a_model_that_was_never_saved(tmp_path):
         OneRecGRPOTrainer(tiny_model(tiny_catalogue()), lambda **columns: [], args, histories())
 
 
-# ---- one reward function for IPA and RL --------------------------------------------------------------------------------
+# ---- one reward function for IPA and RL
+# --------------------------------------------------------------------------------
 
 
 class Recorded:
@@ -213,7 +215,8 @@ def test_rows_with_a_column_of_the_reward_functions_name_are_refused(saved, tmp_
             OneRecGRPOTrainer(saved, Recorded(), steps(tmp_path / "out", OneRecGRPOConfig, num_generations=2), rows)
 
 
-# ---- transformers' and TRL's own trainers --------------------------------------------------------------------------------
+# ---- transformers' and TRL's own trainers
+# --------------------------------------------------------------------------------
 
 
 def test_plain_trainer_stops_early_by_its_evaluation_loss(tmp_path):
@@ -276,7 +279,8 @@ def test_return_loss_says_whether_there_is_a_loss():
     assert_close(silent.target_log_probs, found.target_log_probs, terms=100)
 
 
-# ---- the model's own arguments -----------------------------------------------------------------------------------------
+# ---- the model's own arguments
+# -----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("architecture", ["onerec", "v1", "v2"])

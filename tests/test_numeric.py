@@ -1,4 +1,6 @@
-"""The tolerances of the suite: wide enough for every processor, tight enough for the errors that the tests are there to find."""
+"""The tolerances of the suite: wide enough for every processor, tight enough for the errors that the tests are there
+to find.
+"""
 
 import pytest
 import torch
@@ -16,7 +18,9 @@ def catalogue():
 
 @every_architecture
 def test_a_small_error_of_the_model_is_found(catalogue, architecture):
-    """One item of one context, one code of it, one weight of one block off by 1%, attention without its scale: all fail."""
+    """One item of one context, one code of it, one weight of one block off by 1%, attention without its scale: all
+    fail.
+    """
     model, context, targets = prepared(catalogue, architecture)
     with torch.no_grad():
         expected = model(target_ids=targets, **context).target_log_probs

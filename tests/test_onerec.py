@@ -42,7 +42,9 @@ def test_users_of_the_table_get_what_their_histories_get(fitted, interactions, t
 
 
 def test_columns_of_other_names_and_rows_in_time_order(interactions, tmp_path):
-    """The folder that is named keeps everything, and is a data folder and a model folder as the commands write them."""
+    """The folder that is named keeps everything, and is a data folder and a model folder as the commands write
+    them.
+    """
     ordered = interactions.sort_values("timestamp").rename(columns={"user_id": "who", "item_id": "what"})
     names = {"user_id": "who", "item_id": "what", "timestamp": None}
     items = pd.DataFrame({"what": [f"item{i}" for i in range(40)], "title": [f"Title {i}" for i in range(40)]})

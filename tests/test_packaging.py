@@ -44,7 +44,8 @@ def test_no_data_in_the_repository():
     assert sum(path.stat().st_size for path in files if "egg-info" not in str(path)) < 20_000_000
 
 
-# ---- wheel and sdist ---------------------------------------------------------------------------------------------------
+# ---- wheel and sdist
+# ---------------------------------------------------------------------------------------------------
 
 
 def run(*command, python=sys.executable, **options):
@@ -55,7 +56,9 @@ def run(*command, python=sys.executable, **options):
 
 @pytest.fixture(scope="module")
 def distributions(tmp_path_factory):
-    """sdist of the checked-out files, and the wheel that is built from what the sdist holds, as `python -m build` does it."""
+    """sdist of the checked-out files, and the wheel that is built from what the sdist holds, as `python -m build` does
+    it.
+    """
     folder = tmp_path_factory.mktemp("dist")
     source = folder / "source"
     for path in [*ROOT.glob("*.*"), ROOT / "LICENSE", *(ROOT / "onerec_hf").rglob("*")]:
@@ -106,24 +109,27 @@ assert onerec_hf.__file__.startswith(sys.argv[1]), onerec_hf.__file__
 heavy = {"transformers.modeling_utils", "transformers.pipelines", "onerec_hf.models", "trl", "datasets"}
 assert not heavy & set(sys.modules), heavy & set(sys.modules)
 from transformers import AutoConfig, AutoModel, AutoTokenizer
-tokenizer = AutoTokenizer.from_pretrained(sys.argv[2])  # a folder of a tokenizer alone: the stand-in is found by its name
+# a folder of a tokenizer alone: the stand-in is found by its name
+tokenizer = AutoTokenizer.from_pretrained(sys.argv[2])
 assert type(tokenizer) is onerec_hf.SemanticIdTokenizer, type(tokenizer)
 from transformers.pipelines import PIPELINE_REGISTRY
 assert "onerec-recommendation" in PIPELINE_REGISTRY.get_supported_tasks()
-config = AutoConfig.for_model("onerec_v2", codebook_sizes=[4, 4], hidden_size=8, num_attention_heads=2, num_hidden_layers=1)
+sizes = {"hidden_size": 8, "num_attention_heads": 2, "num_hidden_layers": 1}
+config = AutoConfig.for_model("onerec_v2", codebook_sizes=[4, 4], **sizes)
 model = AutoModel.from_config(config)
 model.catalogue = onerec_hf.Catalogue([[0, 1], [2, 3]], [4, 4])
 assert model.generate(context_ids=torch.tensor([[[4, 9]]]), num_beams=2, num_return_sequences=2).shape == (2, 3)
 from onerec_hf.hub import model_card
 assert (pathlib.Path(onerec_hf.__file__).parent / "py.typed").is_file()
-assert "# Tiny" in str(model_card(config, title="Tiny", repo="org/tiny", data="", training=""))  # the template is there
+# the template is there
+assert "# Tiny" in str(model_card(config, title="Tiny", repo="org/tiny", data="", training=""))
 """
 
 
 def install(distribution, folder):
     """
-    A new virtual environment that has torch, transformers and the rest from this one (they are gigabytes), and of ours the
-    distribution alone: an editable install is a `.pth` file, which a path in another `.pth` file does not lead to.
+    A new virtual environment that has torch, transformers and the rest from this one (they are gigabytes), and of ours
+    the distribution alone: an editable install is a `.pth` file, which a path in another `.pth` file does not lead to.
     """
     run("-m", "venv", "--without-pip", folder / "venv")
     python = folder / "venv" / "bin" / "python"
@@ -172,7 +178,8 @@ def test_from_a_log_to_recommendations_with_the_wheel_alone(distributions, tmp_p
     small = f"--model '{json.dumps(TINY | {'context_embed_dim': 4})}' --num_beams 20 --use_cpu true"
     onerec(f"sft --config small_sft.yaml --data data --output_dir model {small} --num_train_epochs 1")
     report = onerec(
-        f"sft --accelerate_config cpu_2 --data data --output_dir two {small} --max_steps 2 --save_strategy no --report_to none"
+        f"sft --accelerate_config cpu_2 --data data --output_dir two {small} --max_steps 2 --save_strategy no "
+        "--report_to none"
     )
     assert '"test"' in report
     onerec("recommend --repo model --dataset histories.jsonl --output served --k 3")

@@ -430,8 +430,9 @@ def test_every_row_of_a_dataset_once(world, tmp_path):
     rows.to_parquet(tmp_path / "rows.parquet")
     code = (
         "import sys, datasets\nfrom onerec_hf.recommender import Recommender\n"
-        "rows = datasets.Dataset.from_parquet(sys.argv[1] + '/rows.parquet', cache_dir=sys.argv[1] + '/cache' + sys.argv[2])\n"
-        "Recommender.from_pretrained(sys.argv[1] + '/repo', 20).recommend_dataset(rows, sys.argv[1] + '/out', 3, batch_size=2)\n"
+        "rows = datasets.Dataset.from_parquet(sys.argv[1] + '/rows.parquet', cache_dir=sys.argv[1] + '/cache' + "
+        "sys.argv[2])\nRecommender.from_pretrained(sys.argv[1] + '/repo', 20).recommend_dataset(rows, sys.argv[1] + "
+        "'/out', 3, batch_size=2)\n"
     )
     for rank in range(world):
         env = dict(os.environ, RANK=str(rank), WORLD_SIZE=str(world))

@@ -69,7 +69,9 @@ def tiny_model(catalogue: Catalogue | None = None, seed: int = 0, architecture: 
 def tiny_context(
     catalogue: Catalogue, model, batch: int = 3, length: int = 6, seed: int = 1
 ) -> dict[str, torch.Tensor]:
-    """Random histories; the second user's is shorter, the third user's is empty. OneRecV1 has the length of its pathways."""
+    """Random histories; the second user's is shorter, the third user's is empty. OneRecV1 has the length of its
+    pathways.
+    """
     generator = torch.Generator().manual_seed(seed)
     if isinstance(model.config, OneRecV1Config):
         length = sum(model.config.pathway_lengths.values())

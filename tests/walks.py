@@ -2,8 +2,9 @@
 
     python tests/walks.py
 
-A file counts where one of its functions runs; a move is a call from a function of one file to a function of another. What runs
-inside torch, transformers or TRL in between does not count. Set-up (loading, building a trainer) is not part of a walk.
+A file counts where one of its functions runs; a move is a call from a function of one file to a function of another.
+What runs inside torch, transformers or TRL in between does not count. Set-up (loading, building a trainer) is not part
+of a walk.
 """
 
 import sys

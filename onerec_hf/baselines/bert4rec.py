@@ -18,8 +18,8 @@ class BERT4Rec(SequenceModel):
 
     Training masks a share of the items of a window and predicts them from both sides, by a softmax over all items;
     a recommendation is what stands under a mask behind the history.
-    Different from the paper: positions count from the first item that the model sees (the paper pads on the left), and a
-    history longer than the window gives several windows instead of overlapping ones.
+    Different from the paper: positions count from the first item that the model sees (the paper pads on the left), and
+    a history longer than the window gives several windows instead of overlapping ones.
 
     Args:
         num_items (`int`): N, the size of the catalogue.
@@ -83,10 +83,10 @@ class BERT4Rec(SequenceModel):
         Args:
             histories (iterable of lists of `int`): item indices in time order, e.g. `dataset["train"]["history"]`.
             validate: see `train_baseline`.
-            mask_share (`float`, defaults to 0.2): share of a window's items that is masked, at least one of them. The paper
-                chooses it per data set (0.2 to 0.6).
-            last_item_share (`float`, defaults to 0.1): share of the windows with only the last item masked, which is what
-                a recommendation looks like. The paper adds such samples without saying how many.
+            mask_share (`float`, defaults to 0.2): share of a window's items that is masked, at least one of them. The
+                paper chooses it per data set (0.2 to 0.6).
+            last_item_share (`float`, defaults to 0.1): share of the windows with only the last item masked, which is
+                what a recommendation looks like. The paper adds such samples without saying how many.
             training: `num_epochs`, `batch_size`, `learning_rate`, `patience`, `seed`, ... of `train_baseline`.
         """
         for name, share in (("mask_share", mask_share), ("last_item_share", last_item_share)):

@@ -19,8 +19,8 @@ from .training import pad_next_items, pad_right, train_baseline, windows
 class FDSAModel(GPT2PreTrainedModel):
     """The two streams: `items`, a GPT-2 of item embeddings, and `features`, one of what an item's attributes say.
 
-    An item's attributes become one vector by attention over their embeddings (the paper's vanilla attention, with one weight
-    per attribute); the outputs of both streams are concatenated and mapped to D.
+    An item's attributes become one vector by attention over their embeddings (the paper's vanilla attention, with one
+    weight per attribute); the outputs of both streams are concatenated and mapped to D.
     """
 
     def __init__(self, config: GPT2Config):
@@ -55,11 +55,12 @@ class FDSAModel(GPT2PreTrainedModel):
 class FDSA(SequenceModel):
     """FDSA over item indices; `self.model` is an [`FDSAModel`].
 
-    Different from the paper: a softmax over all items in place of binary cross-entropy with one negative (which makes it
-    stronger), ReLU blocks as in our `SASRec`, positions count from the first item that the model sees.
+    Different from the paper: a softmax over all items in place of binary cross-entropy with one negative (which makes
+    it stronger), ReLU blocks as in our `SASRec`, positions count from the first item that the model sees.
 
     Args:
-        attributes (list of N lists of `int`): attributes of every item, 0..M-1, e.g. of `attribute_codes`; empty: none known.
+        attributes (list of N lists of `int`): attributes of every item, 0..M-1, e.g. of `attribute_codes`; empty: none
+            known.
         hidden_size (`int`, defaults to 64): D.
         num_hidden_layers (`int`, defaults to 2): blocks per stream.
         num_attention_heads (`int`, defaults to 2): heads per block.
@@ -136,8 +137,8 @@ def attribute_codes(*columns: Sequence) -> list[list[int]]:
     """Attributes of N items, numbered from 0 over all columns, for [`FDSA`].
 
     Args:
-        columns: N values each: a category, a list of categories, or None for unknown. Equal values of two columns are two
-            attributes.
+        columns: N values each: a category, a list of categories, or None for unknown. Equal values of two columns are
+            two attributes.
     """
     numbers: dict[tuple, int] = {}
     result = []

@@ -1,6 +1,7 @@
 """Item-kNN (Deshpande and Karypis, ACM TOIS 22, 2004): items whose users are the users of the history's items.
 
-Sparse matrices of SciPy; a library of its own would do the same product. Shapes: **B** users, **U** training users, **N** items.
+Sparse matrices of SciPy; a library of its own would do the same product. Shapes: **B** users, **U** training users,
+**N** items.
 """
 
 from collections.abc import Iterable, Sequence
@@ -15,15 +16,15 @@ from .ranking import rank_items
 class ItemKNN:
     """Scores item j by the sum over the history's items i of `decay**age(i) * similarity[i, j]`, age 0 = most recent.
 
-    `similarity[i, j] = |U_i and U_j| / (sqrt(|U_i| |U_j|) + shrink)` for the `num_neighbors` items j most similar to i, else
-    0; U_i are the training users with item i. Items that get no score follow after all others, by popularity.
+    `similarity[i, j] = |U_i and U_j| / (sqrt(|U_i| |U_j|) + shrink)` for the `num_neighbors` items j most similar to
+    i, else 0; U_i are the training users with item i. Items that get no score follow after all others, by popularity.
 
     Args:
         num_items (`int`): N, the size of the catalogue.
         num_neighbors (`int`, defaults to 100): items kept per item.
         shrink (`float`, defaults to 10.0): lowers similarities that few users support.
-        decay (`float`, defaults to 1.0): weight of a history item relative to the next more recent one; 1 forgets the order,
-            as in the paper.
+        decay (`float`, defaults to 1.0): weight of a history item relative to the next more recent one; 1 forgets the
+            order, as in the paper.
     """
 
     def __init__(self, num_items: int, *, num_neighbors: int = 100, shrink: float = 10.0, decay: float = 1.0):

@@ -1,4 +1,5 @@
-"""SASRec (Kang and McAuley 2018, arXiv:1808.09781): a causal transformer over items, as a configuration of GPT-2 or of BERT.
+"""SASRec (Kang and McAuley 2018, arXiv:1808.09781): a causal transformer over items, as a configuration of GPT-2 or of
+BERT.
 
 The paper trains with binary cross-entropy and one negative per position; with a full softmax over the catalogue the
 same model is a far stronger baseline (Klenitskiy and Vasilev 2023, arXiv:2309.07602), and with cosine scores it learns
@@ -24,8 +25,9 @@ class SASRec(SequenceModel):
     As in the paper: learned positions, layer norm before each sublayer, a feed-forward layer of width D with ReLU.
     Different: positions count from the first item that the model sees (the paper pads on the left), two heads instead
     of one, no scaling of input embeddings by sqrt(D), and a history longer than the window gives several windows.
-    With `post_norm`, a causal `BertModel`: layer norm behind the embeddings and behind each sublayer, and GELU. That is
-    the SASRec in the code of S3-Rec (Zhou et al. 2020, arXiv:2008.07873), whose numbers are the ones that papers cite.
+    With `post_norm`, a causal `BertModel`: layer norm behind the embeddings and behind each sublayer, and GELU. That
+    is the SASRec in the code of S3-Rec (Zhou et al. 2020, arXiv:2008.07873), whose numbers are the ones that papers
+    cite.
 
     Args:
         num_items (`int`): N, the size of the catalogue.
@@ -103,7 +105,8 @@ class SASRec(SequenceModel):
             validate: see `train_baseline`.
             loss (`str`, defaults to `"softmax"`): `"softmax"`, cross-entropy over all items; or `"bce"`, the paper's
                 binary cross-entropy with one negative per position (here uniform over all items but the target).
-            training: `num_epochs`, `batch_size`, `learning_rate`, `weight_average_decay`, `seed`, ... of `train_baseline`.
+            training: `num_epochs`, `batch_size`, `learning_rate`, `weight_average_decay`, `seed`, ... of
+                `train_baseline`.
         """
         losses = {"softmax": self._softmax_loss, "bce": self._bce_loss}
         if loss not in losses:

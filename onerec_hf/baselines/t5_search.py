@@ -1,7 +1,9 @@
-"""The package's constrained search over the weights of a stock T5: each user is read once, whatever the number of beams.
+"""The package's constrained search over the weights of a stock T5: each user is read once, whatever the number of
+beams.
 
-transformers' own loop repeats the encoder's output for every beam, projects it anew and runs a whole beam of copies in the first
-step. Shapes: **B** users, **K** beams, **T** encoder tokens, **L** levels, **D** width, **V** codes of a level.
+transformers' own loop repeats the encoder's output for every beam, projects it anew and runs a whole beam of copies in
+the first step. Shapes: **B** users, **K** beams, **T** encoder tokens, **L** levels, **D** width, **V** codes of a
+level.
 """
 
 from typing import Any, cast
@@ -24,7 +26,8 @@ class T5Beams:
         catalogue (`Catalogue`): items that may be generated, on the model's device.
         level_offsets (`list[int]`): token id of code 0 of each level.
         states (`torch.Tensor` of shape (B, T, D)): what the encoder says.
-        mask (`torch.Tensor` of shape (B, 1 or heads, 1, T)): of the attention to them: true on real tokens, or what is added.
+        mask (`torch.Tensor` of shape (B, 1 or heads, 1, T)): of the attention to them: true on real tokens, or what is
+        added.
     """
 
     def __init__(

@@ -23,8 +23,8 @@ _PAD = 0  # also starts the decoder, as in every T5
 class TIGERModel(T5ForConditionalGeneration):
     """A T5; with `causal_items` also a learned bias of cross-attention for each distance, in items, to the target.
 
-    T5's cross-attention knows no positions. A bidirectional encoder can mark the last item for it; one whose tokens never see
-    what comes after them cannot.
+    T5's cross-attention knows no positions. A bidirectional encoder can mark the last item for it; one whose tokens
+    never see what comes after them cannot.
     """
 
     def __init__(self, config: T5Config):
@@ -37,11 +37,11 @@ class TIGERModel(T5ForConditionalGeneration):
 class TIGER:
     """An encoder-decoder over tokens [pad | level 1 | ... | level L | users]; `self.model` is a [`TIGERModel`].
 
-    The encoder reads a user token and the semantic IDs of the last items, the decoder writes L codes. The paper's catalogue:
-    three levels of 256 codes of an RQ-VAE and a level that tells apart items with the same codes (`onerec prepare
-    --quantizer rqvae --collisions extra_level`); any other works as well. Defaults are the paper's sizes.
-    Different: generation is always constrained to the catalogue, by the same search as our own models (the paper lets beams
-    leave it and counts them as misses).
+    The encoder reads a user token and the semantic IDs of the last items, the decoder writes L codes. The paper's
+    catalogue: three levels of 256 codes of an RQ-VAE and a level that tells apart items with the same codes (`onerec
+    prepare --quantizer rqvae --collisions extra_level`); any other works as well. Defaults are the paper's sizes.
+    Different: generation is always constrained to the catalogue, by the same search as our own models (the paper lets
+    beams leave it and counts them as misses).
 
     Args:
         catalogue (`Catalogue`): semantic IDs of all items.
@@ -52,9 +52,10 @@ class TIGER:
         num_attention_heads (`int`, defaults to 6), head_dim (`int`, defaults to 64): of every attention.
         max_length (`int`, defaults to 20): number of most recent history items the model sees.
         dropout (`float`, defaults to 0.1): T5's.
-        causal_items (`bool`, defaults to `False`): the encoder's tokens see their own and earlier items alone, so that one
-            pass of a history trains every target in it, which is several times cheaper; cross-attention has a bias for how
-            many items back a token lies. False: as in the paper, both sides, and each target a sample of its own.
+        causal_items (`bool`, defaults to `False`): the encoder's tokens see their own and earlier items alone, so that
+            one pass of a history trains every target in it, which is several times cheaper; cross-attention has a bias
+            for how many items back a token lies. False: as in the paper, both sides, and each target a sample of its
+            own.
         num_beams (`int`, defaults to 50): K; at least the number of items asked for.
         seed (`int`, defaults to 0): of the initial weights.
     """
@@ -134,17 +135,20 @@ class TIGER:
     ) -> "TIGER":
         """Trains on every item of every history but the first, given the items before it.
 
-        The optimizer is Adafactor, the default of T5X, with which the paper trains. Its steps are relative to the size of each
-        weight, which is what T5's initial weights (embeddings of size 1, queries of size 1 / sqrt(d_model d_kv)) are made for:
-        with one absolute step for all of them, AdamW learns several times slower.
+        The optimizer is Adafactor, the default of T5X, with which the paper trains. Its steps are relative to the size
+        of each weight, which is what T5's initial weights (embeddings of size 1, queries of size 1 / sqrt(d_model
+        d_kv)) are made for: with one absolute step for all of them, AdamW learns several times slower.
 
         Args:
             histories (iterable of lists of `int`): item indices in time order, e.g. `dataset["train"]["history"]`.
-            users (sequence of `int`, *optional*): their users, e.g. `dataset["train"]["user"]`; required with user tokens.
-            validate: see `train_baseline`. It generates: a sample of the validation users is enough to choose an epoch.
+            users (sequence of `int`, *optional*): their users, e.g. `dataset["train"]["user"]`; required with user
+                tokens.
+            validate: see `train_baseline`. It generates: a sample of the validation users is enough to choose an
+                epoch.
             learning_rate (`float`, defaults to .01): relative to the size of a weight.
-            training: `num_epochs`, `batch_size`, `patience`, `seed`, ... of `train_baseline`. The paper: batches of 256,
-                200,000 steps, the first 10,000 at the full learning rate, which then falls with the inverse square root.
+            training: `num_epochs`, `batch_size`, `patience`, `seed`, ... of `train_baseline`. The paper: batches of
+                256, 200,000 steps, the first 10,000 at the full learning rate, which then falls with the inverse
+                square root.
         """
         histories = [list(history) for history in histories]
         if users is None and self.model.config.num_user_tokens:
@@ -178,7 +182,9 @@ class TIGER:
 
     @torch.no_grad()
     def recommend(self, examples: dict[str, list], k: int, exclude_seen: bool = False) -> np.ndarray:
-        """The k best items for each row of `examples` (`user` and `history`), `(B, k)`; -1 where the beams hold fewer."""
+        """The k best items for each row of `examples` (`user` and `history`), `(B, k)`; -1 where the beams hold
+        fewer.
+        """
         if k > self.num_beams:
             raise ValueError(f"k={k} items need num_beams of at least {k}, it is {self.num_beams}.")
         recent, catalogue = recent_items(examples, self.max_length, "TIGER"), self.catalogue.to(self.model.device)
@@ -224,7 +230,9 @@ class TIGER:
         )
 
     def _distance_bias(self, target: torch.Tensor, length: int) -> torch.Tensor:
-        """Bias of cross-attention, (B, heads, queries, T), for queries whose last known item is `target` (B, queries)."""
+        """Bias of cross-attention, (B, heads, queries, T), for queries whose last known item is `target` (B,
+        queries).
+        """
         item = self._item_of_token(length)
         distance = (target[..., None] - item).clamp(min=0).masked_fill(item < 0, self.max_length)
         return self.model.item_distance(distance).permute(0, 3, 1, 2)
@@ -243,7 +251,8 @@ class TIGER:
         labels, levels = batch["labels"], self.catalogue.num_levels
         place = torch.arange(labels.shape[1], device=labels.device)
         target, last = place // levels, batch["input_ids"].shape[1]
-        # Each target starts anew behind a start token, and sees its own codes and, in the encoder, the items before it.
+        # Each target starts anew behind a start token, and sees its own codes and, in the encoder, the items before
+        # it.
         inputs = torch.where(place % levels == 0, _PAD, labels.roll(1, 1)).clamp(min=_PAD)
         own = (target[None, :] == target[:, None]) & (place[None, :] <= place[:, None])
         context = batch["attention_mask"]

@@ -39,18 +39,21 @@ def train_baseline(
     Args:
         baseline: has `model` (a `PreTrainedModel`) and `training_log` (a list).
         rows (sequence of dicts): training samples; `input_ids` gives their length, batches are of similar length.
-        collate: rows to a batch of tensors. It draws what is random from torch's global generator, which `Trainer` seeds.
+        collate: rows to a batch of tensors. It draws what is random from torch's global generator, which `Trainer`
+            seeds.
         loss: batch to the **sum** of the losses, in nats, and the number of terms in it.
         validate (`Callable[[baseline], float]`, *optional*): called after an epoch; the weights of the epoch with the
             highest value are kept. It must not read the test split. If None, the last epoch is kept.
-        validate_every (`int`, defaults to 1): epochs from one validation to the next; the last epoch is always validated.
+        validate_every (`int`, defaults to 1): epochs from one validation to the next; the last epoch is always
+            validated.
         patience (`int`, *optional*): stop after this many epochs without a better value; None: never.
         num_epochs, batch_size (rows), learning_rate, weight_decay, lr_scheduler_type, warmup_steps, seed: see
             `TrainingArguments`. Progress bars where `progress`.
         weight_average_decay (`float`, *optional*): decay per step of an exponential moving average of the weights, at
             most (1 + t) / (10 + t) in step t; what is validated and kept is then the average. None: the weights.
         optimizer (pair, *optional*): a class and its arguments but for `lr`. None: AdamW with betas .9 and .98.
-        bf16 (`bool`, defaults to `False`): autocast of the loss to bfloat16, faster where the machine multiplies in it.
+        bf16 (`bool`, defaults to `False`): autocast of the loss to bfloat16, faster where the machine multiplies in
+            it.
     """
     if not rows:
         raise ValueError("fit needs at least one history with two items or more.")
@@ -98,7 +101,9 @@ def train_baseline(
 
 
 class _Trainer(Trainer):
-    """`Trainer` whose loss does not go through `model.forward`, which would make logits of every item at every position."""
+    """`Trainer` whose loss does not go through `model.forward`, which would make logits of every item at every
+    position.
+    """
 
     loss: Callable
 

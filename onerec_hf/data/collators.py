@@ -1,7 +1,8 @@
 """Rows of a split -> tensors of a OneRec model: context, features, targets.
 
-OneRec-V2, section 2.2 (arXiv:2508.20900): an item's keys and values depend on that item alone, so one context serves all targets.
-OneRec (arXiv:2502.18965) and its Technical Report (arXiv:2506.13695) encode the context bidirectionally: one context, one session.
+OneRec-V2, section 2.2 (arXiv:2508.20900): an item's keys and values depend on that item alone, so one context serves
+all targets. OneRec (arXiv:2502.18965) and its Technical Report (arXiv:2506.13695) encode the context bidirectionally:
+one context, one session.
 """
 
 import copy
@@ -26,24 +27,27 @@ class OneRecCollator:
     r"""
     Makes batches from rows with `user`, `history` and, outside training, `targets`.
 
-    Training rows (no `targets`): the history without its last item is the context, and each of its items but the first is a
-    target that sees the items before it. Rows with `targets`: the whole history is the context of every target, as for the k
-    impressions of one request that share a context (OneRec-V2, section 2.1; [`session_splits`] makes such rows).
+    Training rows (no `targets`): the history without its last item is the context, and each of its items but the first
+    is a target that sees the items before it. Rows with `targets`: the whole history is the context of every target,
+    as for the k impressions of one request that share a context (OneRec-V2, section 2.1; [`session_splits`] makes such
+    rows).
 
     Args:
-        item_token_ids (`np.ndarray` of shape (N, L)): Token ids of every item, as `SemanticIdTokenizer.encode_semantic_ids`
-            makes them.
+        item_token_ids (`np.ndarray` of shape (N, L)): Token ids of every item, as
+            `SemanticIdTokenizer.encode_semantic_ids` makes them.
         max_history (`int`): Items of context; older ones are dropped.
         event_features (`dict[str, EventFeature]`, *optional*): List columns of the rows that become context features.
-        item_features (`dict[str, np.ndarray]`, *optional*): Categories of shape (N,), looked up for every context item.
-        user_features (`dict[str, np.ndarray]`, *optional*): Categories of shape (U,), looked up by `user`; a `user` that is no row
-            of them, -1 or a new one, is unknown: 0.
-        user_categories (`dict[str, dict[str, int]]`, *optional*): [`category_map`] of each of them. Saved with the model, so that
-            whoever serves it gives the values and not their numbers.
+        item_features (`dict[str, np.ndarray]`, *optional*): Categories of shape (N,), looked up for every context
+            item.
+        user_features (`dict[str, np.ndarray]`, *optional*): Categories of shape (U,), looked up by `user`; a `user`
+            that is no row of them, -1 or a new one, is unknown: 0.
+        user_categories (`dict[str, dict[str, int]]`, *optional*): [`category_map`] of each of them. Saved with the
+            model, so that whoever serves it gives the values and not their numbers.
         pad_token_id (`int`, defaults to 0).
 
-    Batches hold `context_ids` (B, T, L), `context_mask` (B, T), `target_ids` (B, n, L), `target_positions` (B, n) and, where
-    configured, `context_features` (B, T, F) and `user_features` (B, F_u), in the order of `context_feature_sizes`.
+    Batches hold `context_ids` (B, T, L), `context_mask` (B, T), `target_ids` (B, n, L), `target_positions` (B, n) and,
+    where configured, `context_features` (B, T, F) and `user_features` (B, F_u), in the order of
+    `context_feature_sizes`.
     """
 
     def __init__(
@@ -114,8 +118,8 @@ class OneRecCollator:
 
     def events(self, row: dict, column: str = "history", prefix: str = "") -> tuple[np.ndarray, np.ndarray]:
         """
-        The items (T,) of a list column of a row, and their categories (T, F) in the order of `context_feature_sizes`; the event
-        columns that run parallel to it are named `prefix` + feature name.
+        The items (T,) of a list column of a row, and their categories (T, F) in the order of `context_feature_sizes`;
+        the event columns that run parallel to it are named `prefix` + feature name.
         """
         if column not in row:
             raise KeyError(f"the rows have no column {column!r}; they have {sorted(row)}.")
@@ -132,8 +136,8 @@ class OneRecCollator:
         self, events: list[tuple[np.ndarray, np.ndarray]], width: int | None = None
     ) -> dict[str, torch.Tensor]:
         """
-        Padded on the right: `context_ids` (B, T, L), `context_mask` (B, T) and, if configured, `context_features` (B, T, F); T is
-        `width`, or the longest of the batch.
+        Padded on the right: `context_ids` (B, T, L), `context_mask` (B, T) and, if configured, `context_features` (B,
+        T, F); T is `width`, or the longest of the batch.
         """
         if width is None:
             width = max(1, *(len(items) for items, _ in events))
@@ -170,7 +174,9 @@ class OneRecCollator:
         return {"user_features": torch.from_numpy(np.stack(features, axis=1))}
 
     def for_users(self, users: Mapping[str, Sequence], n: int) -> "OneRecCollator":
-        """A copy for rows whose `user` is 0 to n - 1: the users of one request, with the features that are given for them."""
+        """A copy for rows whose `user` is 0 to n - 1: the users of one request, with the features that are given for
+        them.
+        """
         own = copy.copy(self)
         own.user_features = self.user_categories_of(users, n)
         return own
@@ -180,8 +186,8 @@ class OneRecCollator:
         Categories (n,) of every user feature, from values that are given when a model is served.
 
         Args:
-            users: Feature -> one value for each of the n users: as in training where `user_categories` knows the feature, else a
-                category. What is left out is unknown, 0.
+            users: Feature -> one value for each of the n users: as in training where `user_categories` knows the
+                feature, else a category. What is left out is unknown, 0.
 
         Raises:
             ValueError: A feature that the model does not have, or a category outside 0 to size - 1.
@@ -205,14 +211,15 @@ class OneRecCollator:
             found[name] = codes.astype(np.int64)
         return found
 
-    # ---- saved with the model ------------------------------------------------------------------------------------------
+    # ---- saved with the model
+    # ------------------------------------------------------------------------------------------
 
     def save_pretrained(self, folder: str | os.PathLike) -> None:
         """
         Writes `collator_config.json`, and `collator.safetensors` with the tables where there are any.
 
-        The rows of the users stay behind: they are those of a training set, not of the users that a model is served for. Which
-        category each value of a user feature became is saved.
+        The rows of the users stay behind: they are those of a training set, not of the users that a model is served
+        for. Which category each value of a user feature became is saved.
         """
         config, arguments = self._saved()
         tables = {f"{kind}/{name}": values for kind, own in arguments.items() for name, values in own.items()}
@@ -286,17 +293,19 @@ def _read_tables(path: str | None) -> dict[str, np.ndarray]:
 
 class SessionCollator(OneRecCollator):
     r"""
-    For models whose context is encoded as a whole, so that all targets of a row see all of it: OneRec (one session per row).
+    For models whose context is encoded as a whole, so that all targets of a row see all of it: OneRec (one session per
+    row).
 
-    Takes the rows of [`session_splits`] or [`target_rows`]. Batches hold the context tensors of [`OneRecCollator`] and `target_ids`
-    (B, m, L): the m items of one session in order, pad tokens where a session is shorter. The model puts BOS before each item.
+    Takes the rows of [`session_splits`] or [`target_rows`]. Batches hold the context tensors of [`OneRecCollator`] and
+    `target_ids` (B, m, L): the m items of one session in order, pad tokens where a session is shorter. The model puts
+    BOS before each item.
     """
 
     def __call__(self, rows: list[dict]) -> dict[str, torch.Tensor]:
         if "targets" not in rows[0]:
             raise ValueError(
-                f"the rows have no column 'targets', only {sorted(rows[0])}: a context that is encoded as a whole must end "
-                "before its targets. Make the rows with session_splits() or target_rows()."
+                f"the rows have no column 'targets', only {sorted(rows[0])}: a context that is encoded as a whole "
+                "must end before its targets. Make the rows with session_splits() or target_rows()."
             )
         return self.context(rows) | {"target_ids": self.pad_targets([row["targets"] for row in rows])}
 
@@ -309,6 +318,7 @@ def event_column(row: dict, name: str, parallel_to: str = "history") -> np.ndarr
         )
     if len(row[name]) != len(row[parallel_to]):
         raise ValueError(
-            f"column {name!r} has {len(row[name])} values, the {parallel_to} {len(row[parallel_to])}: they run in parallel."
+            f"column {name!r} has {len(row[name])} values, the {parallel_to} {len(row[parallel_to])}: they run in "
+            "parallel."
         )
     return np.asarray(row[name])

@@ -1,4 +1,6 @@
-"""What `onerec prepare` writes and every later step reads: splits, items, users, semantic IDs and item embeddings in one folder."""
+"""What `onerec prepare` writes and every later step reads: splits, items, users, semantic IDs and item embeddings in
+one folder.
+"""
 
 import hashlib
 import json
@@ -53,8 +55,8 @@ class DataFolder:
             raise FileNotFoundError(f"{path} is no data folder: {self.path / SPLITS} is not there. {advice}")
         if absent:
             raise FileNotFoundError(
-                f"{path} is no complete data folder: {', '.join(absent)} {'is' if len(absent) == 1 else 'are'} not there. The run "
-                f"that made it was stopped, or files were moved. {advice}"
+                f"{path} is no complete data folder: {', '.join(absent)} {'is' if len(absent) == 1 else 'are'} not "
+                f"there. The run that made it was stopped, or files were moved. {advice}"
             )
         try:
             rows = {name: pyarrow.parquet.read_metadata(self.path / file).num_rows for name, file in TABLES.items()}
@@ -66,8 +68,8 @@ class DataFolder:
             raise ValueError(f"{path} cannot be read ({error}): a file is cut off. {advice}") from error
         if not rows["items"] == vectors == catalogue:
             raise ValueError(
-                f"{path} holds files of several runs: items.parquet has {rows['items']} items, the catalogue {catalogue}, "
-                f"{EMBEDDINGS} {vectors}. {advice}"
+                f"{path} holds files of several runs: items.parquet has {rows['items']} items, the catalogue "
+                f"{catalogue}, {EMBEDDINGS} {vectors}. {advice}"
             )
         self.num_items, self.num_users = rows["items"], rows["users"]
 
@@ -157,11 +159,13 @@ class DataFolder:
         return {name: rows[name][:] for name in names}
 
     def check_model(self, model: str | os.PathLike, catalogue: Any) -> None:
-        """Raises a ValueError unless the folder is of a model's items: its rows hold numbers, which would fit any model."""
+        """Raises a ValueError unless the folder is of a model's items: its rows hold numbers, which would fit any
+        model.
+        """
         if difference := catalogue.difference(self.catalogue):
             raise ValueError(
-                f"{model} (a model) and {self.path} (a data folder) do not belong together: {difference}. Give the data folder "
-                "the model was trained on, or train the model again on this one."
+                f"{model} (a model) and {self.path} (a data folder) do not belong together: {difference}. Give the "
+                "data folder the model was trained on, or train the model again on this one."
             )
 
     def _table(self, name: str) -> datasets.Dataset:

@@ -1,7 +1,7 @@
 """Categorical features of events, items and users: what the papers' context tokens carry beside the semantic ID.
 
-OneRec Technical Report, section 2.2.1 (play time, duration, label, author, tag, time); the bucket edges are not in the papers. 0
-always stands for "unknown", in every feature.
+OneRec Technical Report, section 2.2.1 (play time, duration, label, author, tag, time); the bucket edges are not in the
+papers. 0 always stands for "unknown", in every feature.
 """
 
 from collections import Counter
@@ -16,9 +16,9 @@ class EventFeature(NamedTuple):
     How one event column becomes a category.
 
     Args:
-        kind: `"category"`: small whole numbers, value v becomes v + 1. `"log"`: non-negative amounts (ms, counts) in buckets that
-            double. `"gap"`: the time since the user's previous event, as `"log"`; meant for `timestamp`. `"hour"`: hour of the day
-            (UTC) of a time in ms.
+        kind: `"category"`: small whole numbers, value v becomes v + 1. `"log"`: non-negative amounts (ms, counts) in
+            buckets that double. `"gap"`: the time since the user's previous event, as `"log"`; meant for `timestamp`.
+            `"hour"`: hour of the day (UTC) of a time in ms.
         size: Number of values, 0 ("unknown") included; larger values, infinity among them, share the last one.
     """
 
@@ -26,13 +26,15 @@ class EventFeature(NamedTuple):
     size: int
 
     def encode(self, values: np.ndarray) -> np.ndarray:
-        """Values of one user in time order, shape (T,) -> categories (T,), int64, 0 to `size - 1`; NaN and negatives give 0."""
+        """Values of one user in time order, shape (T,) -> categories (T,), int64, 0 to `size - 1`; NaN and negatives
+        give 0.
+        """
         try:
             values = np.asarray(values, dtype=np.float64)
         except (ValueError, TypeError) as error:
             raise ValueError(
-                f"an event feature of kind {self.kind!r} takes numbers, got {np.asarray(values).dtype} ({error}): number the "
-                "values, from 0 on."
+                f"an event feature of kind {self.kind!r} takes numbers, got {np.asarray(values).dtype} ({error}): "
+                "number the values, from 0 on."
             ) from error
         if self.kind in ("gap", "hour"):  # an infinite time has no hour and no distance
             values = np.where(np.isfinite(values), values, np.nan)
@@ -56,7 +58,8 @@ class EventFeature(NamedTuple):
 
 def category_map(values: Sequence, max_size: int | None = None) -> dict[str, int]:
     """
-    Categories 1, 2, ... of arbitrary values (strings, ids; of a list per row the first entry counts), the most frequent one first.
+    Categories 1, 2, ... of arbitrary values (strings, ids; of a list per row the first entry counts), the most
+    frequent one first.
 
     Args:
         values: One value, None or list per row; their text is what is told apart.
@@ -93,8 +96,8 @@ def _text(value: Any) -> str | None:
 
 def reaches(columns: Mapping[str, Sequence | np.ndarray], thresholds: Mapping[str, float]) -> np.ndarray:
     """
-    Events at which at least one column reaches its threshold: `{"is_like": 1, "play_time_ms": 30_000}` is "liked, or played for
-    30 s". NaN and -1 ("unknown") never do.
+    Events at which at least one column reaches its threshold: `{"is_like": 1, "play_time_ms": 30_000}` is "liked, or
+    played for 30 s". NaN and -1 ("unknown") never do.
 
     Returns:
         `np.ndarray` of shape (events,), bool; all False without thresholds.

@@ -38,8 +38,8 @@ def rows_to_arguments(collator: OneRecCollator, rows: Sequence[Mapping[str, Any]
 
     Args:
         collator: Of the model: it says which columns are read.
-        rows: One per user. A column that only some rows have is unknown in the others; columns that the model does not read are
-            left aside.
+        rows: One per user. A column that only some rows have is unknown in the others; columns that the model does not
+            read are left aside.
 
     Returns:
         `histories`, and where a row has them `events`, `users`, `allow` and `deny`.
@@ -92,7 +92,8 @@ def history_rows(
         unknown_items: What to do with ids that the catalogue does not have; `"ignore"` drops them, with their events.
 
     Raises:
-        KeyError: Unknown item ids. ValueError: Columns that the collator does not read, or that do not run parallel to `histories`.
+        KeyError: Unknown item ids. ValueError: Columns that the collator does not read, or that do not run parallel to
+            `histories`.
     """
     if unknown_items not in ("error", "ignore"):
         raise ValueError(f"unknown_items={unknown_items!r}: allowed are 'error' and 'ignore'.")

@@ -104,8 +104,8 @@ class Interactions:
         rows = np.asarray(rows)
         if rows.dtype != bool or rows.shape != (len(self),):
             raise ValueError(
-                f"where() takes a bool mask of shape ({len(self)},), got {rows.dtype} of shape {rows.shape}; compare the column, "
-                "such as feedback['is_like'] == 1"
+                f"where() takes a bool mask of shape ({len(self)},), got {rows.dtype} of shape {rows.shape}; compare "
+                "the column, such as feedback['is_like'] == 1"
             )
         return replace(
             self,
@@ -132,8 +132,8 @@ class Interactions:
 def _check_feedback_names(names: Iterable[str]) -> None:
     if reserved := sorted(name for name in names if name in RESERVED_FEEDBACK or name.startswith(RESERVED_PREFIXES)):
         raise ValueError(
-            f"feedback may not be named {reserved}: rows of splits have columns of these names; choose another name and "
-            f"map it to the column, such as columns={{'my_{reserved[0]}': {reserved[0]!r}}}"
+            f"feedback may not be named {reserved}: rows of splits have columns of these names; choose another name "
+            f"and map it to the column, such as columns={{'my_{reserved[0]}': {reserved[0]!r}}}"
         )
 
 
@@ -165,18 +165,18 @@ def load_interactions(
     """Reads an interaction log, one row per event, and joins item and user features by id.
 
     Args:
-        source: a `.parquet`, `.csv`, `.tsv`, `.jsonl` or `.json` file (one object a line; text files also as `.gz`), a folder
-            of parquet files or of `datasets.save_to_disk`, a `datasets.Dataset`, a pandas `DataFrame`, a `pyarrow.Table`, a
-            dict of arrays, or the name of a data set on the Hub. Of a Hub data set and of a saved `DatasetDict`, `split` is
-            read.
+        source: a `.parquet`, `.csv`, `.tsv`, `.jsonl` or `.json` file (one object a line; text files also as `.gz`), a
+            folder of parquet files or of `datasets.save_to_disk`, a `datasets.Dataset`, a pandas `DataFrame`, a
+            `pyarrow.Table`, a dict of arrays, or the name of a data set on the Hub. Of a Hub data set and of a saved
+            `DatasetDict`, `split` is read.
         columns: our name -> column of the source, for `user_id`, `item_id`, `timestamp` and the names in `feedback`;
             a name that is left out is itself the column. `{"timestamp": None}`: the rows are in time order, and the
             timestamps become 0, 1, 2, ... inside each user.
         feedback: event features to carry, by our name: numbers, booleans or strings, in the type of the source.
         items: table of item features (same kinds as `source`). Its rows, in their order, **become** the item
             indices, items without events included. Without it, the item indices are the ids of the log, sorted.
-        items_columns: as `columns`, for `items`; columns that are not named keep their name, unless another one is mapped
-            to it: then they are left out with a warning. Default: the `item_id` of `columns`.
+        items_columns: as `columns`, for `items`; columns that are not named keep their name, unless another one is
+            mapped to it: then they are left out with a warning. Default: the `item_id` of `columns`.
         users, users_columns: the same for users. Users without events are left out: user indices are always the ids
             of the log, sorted.
         split: split of a Hub data set or of a saved `DatasetDict`.
@@ -185,22 +185,22 @@ def load_interactions(
             default they are counted in a warning and kept.
         drop_unknown: drop events of items (users) that `items` (`users`) does not have, in place of raising.
 
-    Ids are names: integers that fit 64 bits, or text, blank text being null. In a CSV file they are integers only if every
-    one of the column is written as an integer is (`7`, not `007`); so is feedback named `..._id`, such as `request_id`. The
-    same id may be an integer in one table and text in the other: 7 and '7' are equal, '007' is another id; the type is the
-    log's, if the ids of the table can have it.
+    Ids are names: integers that fit 64 bits, or text, blank text being null. In a CSV file they are integers only if
+    every one of the column is written as an integer is (`7`, not `007`); so is feedback named `..._id`, such as
+    `request_id`. The same id may be an integer in one table and text in the other: 7 and '7' are equal, '007' is
+    another id; the type is the log's, if the ids of the table can have it.
 
-    Timestamps are integers, floats, dates, or ISO 8601 strings; the last two become milliseconds since 1970 UTC (no zone:
-    UTC), after they have been sorted in their full precision. Unsorted logs are sorted; equal timestamps of a user keep
-    their row order and are counted in a warning.
+    Timestamps are integers, floats, dates, or ISO 8601 strings; the last two become milliseconds since 1970 UTC (no
+    zone: UTC), after they have been sorted in their full precision. Unsorted logs are sorted; equal timestamps of a
+    user keep their row order and are counted in a warning.
 
     Returns:
         [`Interactions`]
 
     Raises:
-        ValueError: a missing column, no rows, nulls, infinite values, timestamps that are neither numbers nor ISO strings,
-            ids that are not whole or do not fit 64 bits, ids that the joined table lacks or has twice, or feedback with a
-            name that rows of splits need.
+        ValueError: a missing column, no rows, nulls, infinite values, timestamps that are neither numbers nor ISO
+            strings, ids that are not whole or do not fit 64 bits, ids that the joined table lacks or has twice, or
+            feedback with a name that rows of splits need.
         TypeError: a source or a column of an unknown kind.
         FileNotFoundError: a path that does not exist.
     """
@@ -283,8 +283,8 @@ def _known_only(log: pa.Table, id_name: str, table_name: str, table: dict, drop:
         return log
     if unknown == len(ids) and own.type != other.type:
         raise TypeError(
-            f"{id_name} is {own.type} in the log, such as {own[0].as_py()!r}, and {other.type} in {table_name}, such as "
-            f"{other[0].as_py()!r}, and no id is in both; use one type and one spelling"
+            f"{id_name} is {own.type} in the log, such as {own[0].as_py()!r}, and {other.type} in {table_name}, such "
+            f"as {other[0].as_py()!r}, and no id is in both; use one type and one spelling"
         )
     absent = pc.unique(ids.filter(pc.invert(known)))
     found = f"{unknown} of {len(ids)} events have one of {len(absent)} {id_name} values that {table_name} lacks"

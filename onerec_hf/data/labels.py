@@ -1,16 +1,18 @@
-"""Targets of reward models from logged feedback, in one place: OneRec's swt, vtr, wtr, ltr (arXiv:2502.18965) and the others.
+"""Targets of reward models from logged feedback, in one place: OneRec's swt, vtr, wtr, ltr (arXiv:2502.18965) and the
+others.
 
 All targets lie in [0, 1], ready for binary cross-entropy; NaN is unknown and trains nothing. The names are Kuaishou's:
 
 | target | of one event | columns |
 |---|---|---|
-| `ctr`, `ltr`, `wtr`, ... | 0 or 1, a column of its own: see `FEEDBACK_COLUMNS` | `is_click`, `is_like`, `is_follow`, ... |
+| `ctr`, `ltr`, `wtr`, ... | 0 or 1, see `FEEDBACK_COLUMNS` | `is_click`, `is_like`, `is_follow`, ... |
 | `vtr`, `lvtr` | 0 or 1: viewed, viewed long | `play_time_ms`, `duration_ms` |
 | `swt` | 0 to 1: watch time, as a share of a cap | `play_time_ms` |
 
-Neither paper says when a video counts as viewed, nor how a time becomes a target of binary cross-entropy. Here a view is at least
-`view_ms` of play, or all of a shorter video (KuaiRand's own rule for its column `long_view`, which holds in 98% of its events), and
-a time becomes min(time / cap, 1): the tower then predicts an expected capped time, in units of the cap, and linearly.
+Neither paper says when a video counts as viewed, nor how a time becomes a target of binary cross-entropy. Here a view
+is at least `view_ms` of play, or all of a shorter video (KuaiRand's own rule for its column `long_view`, which holds
+in 98% of its events), and a time becomes min(time / cap, 1): the tower then predicts an expected capped time, in units
+of the cap, and linearly.
 """
 
 from collections.abc import Mapping, Sequence
@@ -42,18 +44,19 @@ def event_labels(
     Targets of single events.
 
     Args:
-        feedback (`Mapping[str, np.ndarray]`): Columns of any one shape (...), such as `Interactions.feedback`. Negative or NaN
-            values are unknown (KuaiRand's history has -1), and so is a duration of 0.
+        feedback (`Mapping[str, np.ndarray]`): Columns of any one shape (...), such as `Interactions.feedback`.
+            Negative or NaN values are unknown (KuaiRand's history has -1), and so is a duration of 0.
         targets (`Sequence[str]`): Names of the table above, or of any other column, whose values must be 0 or 1.
         view_ms, long_view_ms (`int`): `vtr` and `lvtr` are `play_time_ms >= min(duration_ms, this)`.
-        watch_cap_ms (`int`, *optional*): `swt` is min(`play_time_ms` / this, 1). Needed for `swt`; a high percentile of the
-            training log (such as the 95th) uses the range well.
+        watch_cap_ms (`int`, *optional*): `swt` is min(`play_time_ms` / this, 1). Needed for `swt`; a high percentile
+            of the training log (such as the 95th) uses the range well.
 
     Returns:
         `np.ndarray` of shape (..., targets), float32, in [0, 1] or NaN.
 
     Raises:
-        ValueError: On a missing column, a column that is not 0/1 or not numbers, or `swt` without its cap; the message names it.
+        ValueError: On a missing column, a column that is not 0/1 or not numbers, or `swt` without its cap; the message
+            names it.
     """
     columns = [_event_label(feedback, target, view_ms, long_view_ms, watch_cap_ms) for target in targets]
     return np.stack(columns, axis=-1).astype(np.float32)
@@ -71,11 +74,11 @@ def session_labels(
     Targets of whole sessions (OneRec, section on the reward model, eq. 5 to 7).
 
     Args:
-        feedback (`Mapping[str, np.ndarray]`): Columns of shape (..., m): m events of a session. Unknown events (padding, -1) are
-            left out.
+        feedback (`Mapping[str, np.ndarray]`): Columns of shape (..., m): m events of a session. Unknown events
+            (padding, -1) are left out.
         session_cap_ms (`int`, *optional*): `swt` is min(sum of `play_time_ms` / this, 1).
-        reduce: All other targets: the share of the session's items (`"mean"`, the default: Table 1's wtr of .003 and vtr of .6 are
-            rates of items), or whether there is one at all (`"any"`). Not in the paper.
+        reduce: All other targets: the share of the session's items (`"mean"`, the default: Table 1's wtr of .003 and
+            vtr of .6 are rates of items), or whether there is one at all (`"any"`). Not in the paper.
         settings: `view_ms` and `long_view_ms` of [`event_labels`].
 
     Returns:

@@ -1,6 +1,7 @@
 """Lifelong histories, compressed offline: hierarchical k-means per user on item embeddings.
 
-OneRec Technical Report, section 2.2.1 (arXiv:2506.13695), after TWIN-V2 (arXiv:2407.16357). n events, D embedding width.
+OneRec Technical Report, section 2.2.1 (arXiv:2506.13695), after TWIN-V2 (arXiv:2407.16357). n events, D embedding
+width.
 """
 
 from collections.abc import Sequence
@@ -34,24 +35,25 @@ def compress_lifelong(
     representative here, looked up by the collator.
 
     Args:
-        split: rows of [`session_splits`] (`history="all"`) or of another split; a row is compressed from its own history alone,
-            so it sees nothing later.
+        split: rows of [`session_splits`] (`history="all"`) or of another split; a row is compressed from its own
+            history alone, so it sees nothing later.
         item_embeddings (`np.ndarray` of shape (N, D)): finite, in the order of the item indices.
         sparse: event columns that a cluster takes from its representative (`is_like`, ...).
-        averaged: event columns that it averages over its events, as float64; NaN and negatives are unknown, -1 if all are.
-            Without `timestamp` here, the time is the representative's.
+        averaged: event columns that it averages over its events, as float64; NaN and negatives are unknown, -1 if all
+            are. Without `timestamp` here, the time is the representative's.
         max_cluster_size: M, see [`hierarchical_kmeans`]. Not in the paper; 200 turned 100,000
             simulated events into about 2,000 clusters, the length of the pathway.
-        compress_above: histories with at most so many events stay as they are, every event for itself. Not in the paper, which
-            compresses up to 100,000 events to 2,000.
+        compress_above: histories with at most so many events stay as they are, every event for itself. Not in the
+            paper, which compresses up to 100,000 events to 2,000.
         seed: the same for every row, so a row's result does not depend on the others.
 
     Returns:
-        `datasets.Dataset`: the rows, with `lifelong` (`List(int32)`, item indices) and `lifelong_<column>` for `timestamp`,
-        `sparse` and `averaged`, in the order of `lifelong_timestamp`.
+        `datasets.Dataset`: the rows, with `lifelong` (`List(int32)`, item indices) and `lifelong_<column>` for
+        `timestamp`, `sparse` and `averaged`, in the order of `lifelong_timestamp`.
 
     Raises:
-        ValueError: a column named twice, one that is not parallel to the history, embeddings that do not fit, M below 7.
+        ValueError: a column named twice, one that is not parallel to the history, embeddings that do not fit, M below
+            7.
         KeyError: a column that is not there.
     """
     averaged, sparse = list(averaged), list(sparse)
@@ -93,13 +95,14 @@ def hierarchical_kmeans(
     items: np.ndarray, item_embeddings: np.ndarray, max_cluster_size: int, rng: np.random.Generator
 ) -> np.ndarray:
     """
-    Clusters of one user's events: k-means with floor(n^(1/3)) clusters, again inside every cluster of more than `max_cluster_size`.
+    Clusters of one user's events: k-means with floor(n^(1/3)) clusters, again inside every cluster of more than
+    `max_cluster_size`.
 
     Args:
         items (`np.ndarray` of shape (n,)): item indices; repeated ones are points of their own.
         item_embeddings (`np.ndarray` of shape (N, D)): float32.
-        max_cluster_size: M, at least 7, because floor(n^(1/3)) is 1 below 8 events. Only events of equal embeddings, which nothing
-            separates, stay together in larger numbers.
+        max_cluster_size: M, at least 7, because floor(n^(1/3)) is 1 below 8 events. Only events of equal embeddings,
+            which nothing separates, stay together in larger numbers.
         rng: picks the starting centres.
 
     Returns:
@@ -107,7 +110,8 @@ def hierarchical_kmeans(
     """
     if max_cluster_size < 7:
         raise ValueError(
-            f"max_cluster_size={max_cluster_size}: at least 7, because a step makes floor(n^(1/3)) clusters of n events."
+            f"max_cluster_size={max_cluster_size}: at least 7, because a step makes floor(n^(1/3)) clusters of n "
+            "events."
         )
     cluster = np.zeros(len(items), dtype=np.int64)
     count, pending = 0, [np.arange(len(items))]
@@ -129,8 +133,8 @@ def kmeans_step(
     items: np.ndarray, item_embeddings: np.ndarray, num_clusters: int, rng: np.random.Generator
 ) -> np.ndarray:
     """
-    Lloyd's algorithm on the events of different items, starting from `num_clusters` of the items at random (all of them if there
-    are fewer); codes of shape (n,), of which some may have no event.
+    Lloyd's algorithm on the events of different items, starting from `num_clusters` of the items at random (all of
+    them if there are fewer); codes of shape (n,), of which some may have no event.
     """
     distinct, inverse, weight = np.unique(items, return_inverse=True, return_counts=True)
     points = item_embeddings[distinct]  # equal points move together: one with a weight stands for all views of an item
@@ -146,7 +150,9 @@ def kmeans_step(
 
 
 def representatives(items: np.ndarray, item_embeddings: np.ndarray, cluster: np.ndarray) -> np.ndarray:
-    """The event of each cluster that is nearest to the mean of its events, the latest one on ties; (C,) rows of the history."""
+    """The event of each cluster that is nearest to the mean of its events, the latest one on ties; (C,) rows of the
+    history.
+    """
     if not len(items):
         return np.zeros(0, dtype=np.int64)
     size = np.bincount(cluster)

@@ -1,7 +1,8 @@
 """What was known about items and users at a time: rates of past feedback, and numeric columns as buckets.
 
-The time line is cut at boundaries (days, say). Everything about an exposure comes from before the last boundary at or before it, so
-a training row never reads its own label, and all exposures of a user in one period are judged from one state of knowledge.
+The time line is cut at boundaries (days, say). Everything about an exposure comes from before the last boundary at or
+before it, so a training row never reads its own label, and all exposures of a user in one period are judged from one
+state of knowledge.
 """
 
 from collections.abc import Sequence
@@ -10,7 +11,9 @@ import numpy as np
 
 
 def period_of(time: np.ndarray, boundaries: Sequence[float] | np.ndarray) -> np.ndarray:
-    """Number of boundaries at or before each time, int64: 0 before the first one, `len(boundaries)` from the last one on."""
+    """Number of boundaries at or before each time, int64: 0 before the first one, `len(boundaries)` from the last one
+    on.
+    """
     return np.searchsorted(np.asarray(boundaries), time, side="right").astype(np.int64)
 
 
@@ -27,17 +30,17 @@ def past_rates(
     How often each item (user, author, tag, ...) got a feedback before every boundary.
 
     Args:
-        time (`np.ndarray` of shape (M,)): Of past events, in any order. Give training events only: what they say is used for all
-            later exposures.
+        time (`np.ndarray` of shape (M,)): Of past events, in any order. Give training events only: what they say is
+            used for all later exposures.
         index (`np.ndarray` of shape (M,)): Which item each event belongs to, 0 to `size - 1`.
         labels (`np.ndarray` of shape (M,)): In [0, 1]; NaN is unknown and not counted.
         boundaries (`Sequence[float]`): P times in increasing order, in the unit of `time`.
         smoothing (`float`, defaults to 20): s, pseudo-events that have the overall mean.
 
     Returns:
-        `rates` and `counts`, both `np.ndarray` of shape (P + 1, size), float32. Row p holds what is known from events before
-        boundary p - 1, row 0 nothing at all. Rates are log-odds of (sum + s mean) / (count + s) minus those of the mean, so 0 is
-        "as all others, or unknown"; counts are log(1 + count).
+        `rates` and `counts`, both `np.ndarray` of shape (P + 1, size), float32. Row p holds what is known from events
+        before boundary p - 1, row 0 nothing at all. Rates are log-odds of (sum + s mean) / (count + s) minus those of
+        the mean, so 0 is "as all others, or unknown"; counts are log(1 + count).
 
     Raises:
         ValueError: an index outside 0 to `size - 1`, or `smoothing` that is not above 0.
@@ -70,7 +73,8 @@ def quantile_codes(values: np.ndarray, num_buckets: int) -> np.ndarray:
         values (`np.ndarray` of shape (rows,)): NaN is unknown; infinite ones are in the first or the last bucket.
 
     Returns:
-        `np.ndarray` of shape (rows,), int64: 1 to `num_buckets` in order of value, fewer where many values are equal; 0 for NaN.
+        `np.ndarray` of shape (rows,), int64: 1 to `num_buckets` in order of value, fewer where many values are equal;
+        0 for NaN.
     """
     values = np.asarray(values, dtype=np.float64)
     finite = values[np.isfinite(values)]

@@ -1,7 +1,7 @@
 """Rows of a split -> the four feature pathways of the OneRec Technical Report (arXiv:2506.13695, section 2.2.1).
 
-Static: features of the user. Short-term: the latest interactions. Positive-feedback: the latest ones with high engagement.
-Lifelong: the whole history, compressed offline (`lifelong.py`). Every pathway has the same features.
+Static: features of the user. Short-term: the latest interactions. Positive-feedback: the latest ones with high
+engagement. Lifelong: the whole history, compressed offline (`lifelong.py`). Every pathway has the same features.
 """
 
 from collections.abc import Mapping
@@ -22,19 +22,19 @@ class PathwayCollator(SessionCollator):
 
     Args:
         item_token_ids (`np.ndarray` of shape (N, L)): Token ids of every item.
-        positive (`dict[str, float]`, *optional*): Event columns and thresholds; an event with one of them reached is positive
-            feedback (`{"is_like": 1, "long_view": 1}`). The paper says "high-engagement" and no more.
-        short_term_length, positive_length, lifelong_length (`int`, default to 20, 256, 2000): Items of each pathway, as in the
-            model's config; older ones are dropped, 0 leaves the pathway out.
+        positive (`dict[str, float]`, *optional*): Event columns and thresholds; an event with one of them reached is
+            positive feedback (`{"is_like": 1, "long_view": 1}`). The paper says "high-engagement" and no more.
+        short_term_length, positive_length, lifelong_length (`int`, default to 20, 256, 2000): Items of each pathway,
+            as in the model's config; older ones are dropped, 0 leaves the pathway out.
         lifelong (`"lifelong"` or `"history"`, defaults to `"lifelong"`): The list column of the lifelong pathway:
-            [`compress_lifelong`]'s (its event columns are `lifelong_play_time_ms`, ...), or the history as it is, for logs in which
-            no user has more than `lifelong_length` events.
-        event_features, item_features, user_features, user_categories, pad_token_id: As [`OneRecCollator`]. A `"gap"` is the time
-            since the user's previous event in the column the pathway is cut from, positive or not.
+            [`compress_lifelong`]'s (its event columns are `lifelong_play_time_ms`, ...), or the history as it is, for
+            logs in which no user has more than `lifelong_length` events.
+        event_features, item_features, user_features, user_categories, pad_token_id: As [`OneRecCollator`]. A `"gap"`
+            is the time since the user's previous event in the column the pathway is cut from, positive or not.
 
-    Batches hold `context_ids` (B, T, L), `context_mask` (B, T) and, where configured, `context_features` (B, T, F), in which the
-    pathways stand side by side, each padded to its length and oldest first; `user_features` (B, F_u), the static pathway; and
-    `target_ids` (B, n, L).
+    Batches hold `context_ids` (B, T, L), `context_mask` (B, T) and, where configured, `context_features` (B, T, F), in
+    which the pathways stand side by side, each padded to its length and oldest first; `user_features` (B, F_u), the
+    static pathway; and `target_ids` (B, n, L).
     """
 
     def __init__(

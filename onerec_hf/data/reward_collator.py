@@ -1,4 +1,6 @@
-"""Rows of logged exposures -> tensors and labels of the reward models (arXiv:2502.18965; Technical Report, arXiv:2506.13695)."""
+"""Rows of logged exposures -> tensors and labels of the reward models (arXiv:2502.18965; Technical Report,
+arXiv:2506.13695).
+"""
 
 import copy
 import math
@@ -17,27 +19,31 @@ NOW = math.inf  # a `session_start`: everything in the history is known
 
 class RewardCollator(OneRecCollator):
     r"""
-    Takes the rows of [`session_splits`]: what a user was shown, and the history before it. `SessionConfig(..., max_events=1)` with
-    the criteria off makes one row per exposure, for the P-Score.
+    Takes the rows of [`session_splits`]: what a user was shown, and the history before it. `SessionConfig(...,
+    max_events=1)` with the criteria off makes one row per exposure, for the P-Score.
 
     Args:
         targets (`Sequence[str]`): Objectives, see [`event_labels`].
         session_wise (`bool`): One label per session (the session-wise reward model) or per item (P-Score).
-        candidate_features (`dict[str, np.ndarray]`, *optional*): Categories of shape (N,), looked up for every candidate.
-        request_features (`dict[str, EventFeature]`, *optional*): Event columns that are known before an item is shown (scenario,
-            hour); read from the column `target_<name>`.
-        boundaries (`Sequence[float]`, *optional*): Times at which what is known about users and items is renewed, in the unit of
-            the timestamps. A row sees the history before the last boundary at or before its `session_start`, and the numbers of
-            that period. Without boundaries it sees all of its history. With them, the feedback on one exposure of a period does not
-            move the scores of the next ones; otherwise a user's only like would be preceded by the low scores of a user without
-            likes and followed by high ones, and an AUC within users would be below .5 for no fault of the model.
-        item_numbers, user_numbers (`dict[str, np.ndarray]`, *optional*): Of shape (P + 1, N) and (P + 1, U) with P boundaries, as
-            [`past_rates`] makes them; looked up by period and candidate, or period and user.
-        label_settings (`dict`, *optional*): Of [`event_labels`] or [`session_labels`]: `watch_cap_ms`, `session_cap_ms`, ...
+        candidate_features (`dict[str, np.ndarray]`, *optional*): Categories of shape (N,), looked up for every
+            candidate.
+        request_features (`dict[str, EventFeature]`, *optional*): Event columns that are known before an item is shown
+            (scenario, hour); read from the column `target_<name>`.
+        boundaries (`Sequence[float]`, *optional*): Times at which what is known about users and items is renewed, in
+            the unit of the timestamps. A row sees the history before the last boundary at or before its
+            `session_start`, and the numbers of that period. Without boundaries it sees all of its history. With them,
+            the feedback on one exposure of a period does not move the scores of the next ones; otherwise a user's only
+            like would be preceded by the low scores of a user without likes and followed by high ones, and an AUC
+            within users would be below .5 for no fault of the model.
+        item_numbers, user_numbers (`dict[str, np.ndarray]`, *optional*): Of shape (P + 1, N) and (P + 1, U) with P
+            boundaries, as [`past_rates`] makes them; looked up by period and candidate, or period and user.
+        label_settings (`dict`, *optional*): Of [`event_labels`] or [`session_labels`]: `watch_cap_ms`,
+            `session_cap_ms`, ...
         args, kwargs: See [`OneRecCollator`].
 
-    Batches hold `item_ids` (B, m, L), `item_mask` (B, m), `labels` (B, X) or (B, m, X), the context tensors and, where configured,
-    `item_features` (B, m, F_i) and `item_numbers` (B, m, F_n), in the order of `item_feature_sizes` and `item_number_names`.
+    Batches hold `item_ids` (B, m, L), `item_mask` (B, m), `labels` (B, X) or (B, m, X), the context tensors and, where
+    configured, `item_features` (B, m, F_i) and `item_numbers` (B, m, F_n), in the order of `item_feature_sizes` and
+    `item_number_names`.
     """
 
     def __init__(
@@ -81,12 +87,14 @@ class RewardCollator(OneRecCollator):
         for name, (values, shape) in expected.items():
             if values.shape != shape:
                 raise ValueError(
-                    f"{name!r} has shape {values.shape}, expected {shape}: there are {items} items and, with the boundaries, "
-                    f"{periods} periods."
+                    f"{name!r} has shape {values.shape}, expected {shape}: there are {items} items and, with the "
+                    f"boundaries, {periods} periods."
                 )
 
     def for_users(self, users: Mapping[str, Sequence], n: int) -> "RewardCollator":
-        """As [`OneRecCollator.for_users`]; the past rates are those of the mean user, as the latest period knows them."""
+        """As [`OneRecCollator.for_users`]; the past rates are those of the mean user, as the latest period knows
+        them.
+        """
         own = copy.copy(self)
         own.user_features = self.user_categories_of(users, n)
         items, known = self.numbers
@@ -114,7 +122,9 @@ class RewardCollator(OneRecCollator):
         return self.context(rows) | self.candidates(rows) | {"labels": self.labels(rows)}
 
     def events(self, row: dict, column: str = "history", prefix: str = "") -> tuple[np.ndarray, np.ndarray]:
-        """As [`OneRecCollator.events`], without what lies behind the last boundary before the row, unless that starts `NOW`."""
+        """As [`OneRecCollator.events`], without what lies behind the last boundary before the row, unless that starts
+        `NOW`.
+        """
         items, codes = super().events(row, column, prefix)
         start = row["session_start"] if len(self.boundaries) else NOW
         period = 0 if start == NOW else int(period_of(np.asarray(start), self.boundaries))
@@ -124,7 +134,9 @@ class RewardCollator(OneRecCollator):
         return items, codes
 
     def candidates(self, rows: list[dict]) -> dict[str, torch.Tensor]:
-        """`item_ids`, `item_mask`, `item_features`, `item_numbers` of `targets`: also of items that nobody was shown."""
+        """`item_ids`, `item_mask`, `item_features`, `item_numbers` of `targets`: also of items that nobody was
+        shown.
+        """
         lengths = [len(row["targets"]) for row in rows]
         mask = np.arange(max(lengths)) < np.array(lengths)[:, None]  # (B, m)
         items = np.zeros(mask.shape, dtype=np.int64)

@@ -20,14 +20,14 @@ def collator_of(model: Any, *repos: str | os.PathLike, **hub_kwargs) -> OneRecCo
         hub_kwargs: `revision`, `token`, `cache_dir`, ... as `from_pretrained` takes them.
 
     Raises:
-        ValueError: Without a catalogue; and where there is no `collator_config.json`, of a model whose config has features or a
-            pathway of positive feedback: what they are made of is written in no other file.
+        ValueError: Without a catalogue; and where there is no `collator_config.json`, of a model whose config has
+            features or a pathway of positive feedback: what they are made of is written in no other file.
     """
     config, catalogue = model.config, model.catalogue
     if catalogue is None:
         raise ValueError(
-            f"{type(model).__name__} has no catalogue, so there are no items to make batches of: set `model.catalogue`, or load "
-            "the model from a folder that holds catalogue.safetensors."
+            f"{type(model).__name__} has no catalogue, so there are no items to make batches of: set "
+            "`model.catalogue`, or load the model from a folder that holds catalogue.safetensors."
         )
     tokens = catalogue.semantic_ids.cpu().numpy() + np.array(config.level_offsets)
     for repo in repos:
@@ -40,8 +40,9 @@ def collator_of(model: Any, *repos: str | os.PathLike, **hub_kwargs) -> OneRecCo
         what = f"the features {features}" if features else "a pathway of positive feedback"
         where = f"{' and '.join(map(str, repos))} holds" if repos else "there is"
         raise ValueError(
-            f"{where} no {CONFIG_NAME}, and the model reads {what}: how they are made of a row is known to its collator alone. "
-            "Write it beside the model with `collator.save_pretrained(folder)`; a trainer takes it as `data_collator=`."
+            f"{where} no {CONFIG_NAME}, and the model reads {what}: how they are made of a row is known to its "
+            "collator alone. Write it beside the model with `collator.save_pretrained(folder)`; a trainer takes it as "
+            "`data_collator=`."
         )
     if lengths:
         named = {f"{name}_length": length for name, length in lengths.items()}

@@ -1,4 +1,5 @@
-"""Training, validation and test rows of sessions (OneRec, arXiv:2502.18965, section 3.2): a history, and the session after it.
+"""Training, validation and test rows of sessions (OneRec, arXiv:2502.18965, section 3.2): a history, and the session
+after it.
 
 A history holds events before its session's first one alone: none at the same instant, none after.
 """
@@ -26,9 +27,9 @@ def session_splits(
     """
     One row per high-quality session.
 
-    By time, if the boundaries are given: a session belongs to the period in which it starts. Otherwise by user: the last session
-    is test, the one before it validation (for users with three or more), the rest training. Training and validation sessions
-    that run on into what is held out after them are left out, and counted in a warning.
+    By time, if the boundaries are given: a session belongs to the period in which it starts. Otherwise by user: the
+    last session is test, the one before it validation (for users with three or more), the rest training. Training and
+    validation sessions that run on into what is held out after them are left out, and counted in a warning.
 
     Args:
         validation_start, test_start: In the unit of `interactions.timestamp`; both or none.
@@ -40,12 +41,12 @@ def session_splits(
         - `history` (`List(int32)`): at most `config.max_history` item indices, oldest first.
         - `timestamp` and one column per `feedback` but the request id: parallel to `history`.
         - `targets` (`List(int32)`): at most `config.session_size` items of the session, in order.
-        - `target_timestamp`, `target_<feedback>`: parallel to `targets`. Of an item that is repeated in a session the first
-          event counts; with `cut="watched"` the first one watched.
+        - `target_timestamp`, `target_<feedback>`: parallel to `targets`. Of an item that is repeated in a session the
+          first event counts; with `cut="watched"` the first one watched.
 
     Raises:
-        ValueError: columns of `config` that are absent or hold NaN, no session that meets the criteria, a split without rows,
-            or boundaries that are not in order.
+        ValueError: columns of `config` that are absent or hold NaN, no session that meets the criteria, a split
+            without rows, or boundaries that are not in order.
     """
     session = session_index(interactions, config)
     kept = high_quality(interactions, session, config)
@@ -66,9 +67,9 @@ def session_splits(
     if empty := [name for name, split in rows.items() if not len(split)]:
         start = interactions.timestamp[first[kept]]
         raise ValueError(
-            f"no rows in {empty}: {kept.sum()} sessions meet the criteria, {(kept & short).sum()} of them lack a history of "
-            f"{config.min_history}; they start from {start.min()} to {start.max()}, the boundaries are {validation_start} and "
-            f"{test_start}."
+            f"no rows in {empty}: {kept.sum()} sessions meet the criteria, {(kept & short).sum()} of them lack a "
+            f"history of {config.min_history}; they start from {start.min()} to {start.max()}, the boundaries are "
+            f"{validation_start} and {test_start}."
         )
     return datasets.DatasetDict(rows)
 

@@ -1,7 +1,7 @@
 """Sessions from logs: what OneRec learns to generate (arXiv:2502.18965, section 3.2).
 
-A session is the batch of videos returned for one request, typically 5 to 10. The model learns from high-quality ones, by three
-criteria: how many videos were watched, for how long, and whether the user interacted.
+A session is the batch of videos returned for one request, typically 5 to 10. The model learns from high-quality ones,
+by three criteria: how many videos were watched, for how long, and whether the user interacted.
 """
 
 from collections.abc import Mapping
@@ -25,32 +25,39 @@ class SessionConfig:
     Thresholds (`{"is_click": 1, "play_time_ms": 7000}`) are met by an event that reaches **one** of them.
 
     Args:
-        request (`str`, *optional*): Feedback column with the id of the request; a session is what one user got for one of them.
-        max_gap (`float`, *optional*): For logs without request ids, in the unit of the timestamps: an event later than this after
-            the user's previous one opens a session.
-        max_events (`int`, *optional*): Longer sessions become several, of so many consecutive events. `max_events=1`, with the
-            criteria off, makes one row per event: point-wise targets.
-        watched (`dict[str, float]`, *optional*, defaults to `{"is_click": 1}`): Thresholds of "actually watched" and "effectively
-            watched", which the paper does not define; None: every event is.
-        interactions (`dict[str, float]`, defaults to `is_like`, `is_follow`, `is_forward` of 1): Thresholds of interactions.
-        min_watched (`int`, defaults to 5): Different items watched in the session, at least; 0 switches the criterion off.
-        min_watch_time_ms (`float`, defaults to 60,000): Sum of `watch_time` over the session, at least; 0 switches it off. The
-            paper has a threshold and does not give it.
-        min_interactions (`int`, defaults to 1): Interactions in the session, at least; a liked and followed video counts twice. 0
-            switches it off.
-        require (`"all"` or `"any"`, defaults to `"all"`): How many of the criteria that are on; the paper does not say.
-        watch_time (`str`, defaults to `"play_time_ms"`): The column that `min_watch_time_ms` sums up; negative is unknown, and 0.
-        session_size (`int`, defaults to 5): m, the items of a row's target at most. An item that is repeated in a session is one
-            target.
-        cut (`"watched"` or `"first"`, defaults to `"watched"`): Which items of a longer session stay: watched ones before others
-            and early ones before late ones, or simply the first ones. Either way they keep their order. The paper does not say.
-        history (`"effective"` or `"all"`, defaults to `"effective"`): The earlier events that make a history: those watched or
-            interacted with (OneRec), or all of them (the pathways of the Technical Report).
+        request (`str`, *optional*): Feedback column with the id of the request; a session is what one user got for one
+            of them.
+        max_gap (`float`, *optional*): For logs without request ids, in the unit of the timestamps: an event later than
+            this after the user's previous one opens a session.
+        max_events (`int`, *optional*): Longer sessions become several, of so many consecutive events. `max_events=1`,
+            with the criteria off, makes one row per event: point-wise targets.
+        watched (`dict[str, float]`, *optional*, defaults to `{"is_click": 1}`): Thresholds of "actually watched" and
+            "effectively watched", which the paper does not define; None: every event is.
+        interactions (`dict[str, float]`, defaults to `is_like`, `is_follow`, `is_forward` of 1): Thresholds of
+            interactions.
+        min_watched (`int`, defaults to 5): Different items watched in the session, at least; 0 switches the criterion
+            off.
+        min_watch_time_ms (`float`, defaults to 60,000): Sum of `watch_time` over the session, at least; 0 switches it
+            off. The paper has a threshold and does not give it.
+        min_interactions (`int`, defaults to 1): Interactions in the session, at least; a liked and followed video
+            counts twice. 0 switches it off.
+        require (`"all"` or `"any"`, defaults to `"all"`): How many of the criteria that are on; the paper does not
+            say.
+        watch_time (`str`, defaults to `"play_time_ms"`): The column that `min_watch_time_ms` sums up; negative is
+            unknown, and 0.
+        session_size (`int`, defaults to 5): m, the items of a row's target at most. An item that is repeated in a
+            session is one target.
+        cut (`"watched"` or `"first"`, defaults to `"watched"`): Which items of a longer session stay: watched ones
+            before others and early ones before late ones, or simply the first ones. Either way they keep their order.
+            The paper does not say.
+        history (`"effective"` or `"all"`, defaults to `"effective"`): The earlier events that make a history: those
+            watched or interacted with (OneRec), or all of them (the pathways of the Technical Report).
         max_history (`int`, defaults to 256): n, the items of a history; older ones are dropped.
-        min_history (`int`, defaults to 1): Sessions with a shorter history make no row (counted in a warning). Not in the paper.
+        min_history (`int`, defaults to 1): Sessions with a shorter history make no row (counted in a warning). Not in
+            the paper.
 
-    All impressions of every request, as OneRec-V2 trains on them and reward models need them: `min_watched=0, min_watch_time_ms=0,
-    min_interactions=0, cut="first"`.
+    All impressions of every request, as OneRec-V2 trains on them and reward models need them: `min_watched=0,
+    min_watch_time_ms=0, min_interactions=0, cut="first"`.
     """
 
     request: str | None = None
@@ -72,8 +79,8 @@ class SessionConfig:
     def __post_init__(self):
         if (self.request is None) == (self.max_gap is None):
             raise ValueError(
-                f"request={self.request!r} and max_gap={self.max_gap!r}: give exactly one, the column with the request id or the "
-                "largest gap inside a session."
+                f"request={self.request!r} and max_gap={self.max_gap!r}: give exactly one, the column with the "
+                "request id or the largest gap inside a session."
             )
         for name, allowed in (
             ("require", ("all", "any")),
@@ -106,18 +113,19 @@ def _checked(interactions: Interactions, argument: str, names: Mapping[str, floa
     for name in names:
         if name not in feedback:
             raise ValueError(
-                f"no event column {name!r}, which SessionConfig.{argument} names; the log has {sorted(interactions.feedback)}. "
-                f"Load it with feedback=[...], or give {argument} other columns."
+                f"no event column {name!r}, which SessionConfig.{argument} names; the log has "
+                f"{sorted(interactions.feedback)}. Load it with feedback=[...], or give {argument} other columns."
             )
         values = feedback[name]
         if values.dtype.kind not in "biuf" and argument != "request":
             raise ValueError(
-                f"event column {name!r} holds {values.dtype}, not numbers; SessionConfig.{argument} compares it with numbers."
+                f"event column {name!r} holds {values.dtype}, not numbers; SessionConfig.{argument} compares it with "
+                "numbers."
             )
         if values.dtype.kind == "f" and (unknown := int(np.isnan(values).sum())):
             raise ValueError(
-                f"{unknown} of {len(values)} values of {name!r} are NaN (SessionConfig.{argument}): fill them in (-1 is unknown), "
-                "or load the log with drop_nulls=True."
+                f"{unknown} of {len(values)} values of {name!r} are NaN (SessionConfig.{argument}): fill them in (-1 "
+                "is unknown), or load the log with drop_nulls=True."
             )
     return feedback
 
@@ -127,8 +135,8 @@ def session_index(interactions: Interactions, config: SessionConfig) -> np.ndarr
     The session of every event.
 
     Returns:
-        `np.ndarray` of shape (M,), int64: 0..S-1, numbered by the row of their first event, so by user and then by start. The
-        events of a request need not follow one another.
+        `np.ndarray` of shape (M,), int64: 0..S-1, numbered by the row of their first event, so by user and then by
+        start. The events of a request need not follow one another.
 
     Raises:
         ValueError: the log lacks the request column, or it holds NaN.
@@ -173,8 +181,8 @@ def session_criteria(interactions: Interactions, session: np.ndarray, config: Se
         session (`np.ndarray` of shape (M,)): Of [`session_index`].
 
     Returns:
-        `dict[str, np.ndarray]` of shape (S,), bool, for those of `min_watched`, `min_watch_time_ms`, `min_interactions` that are
-        on.
+        `dict[str, np.ndarray]` of shape (S,), bool, for those of `min_watched`, `min_watch_time_ms`,
+        `min_interactions` that are on.
 
     Raises:
         ValueError: a column of a criterion is absent or holds NaN.

@@ -16,8 +16,8 @@ logger = logging.get_logger(__name__)
 
 
 def load_splits(folder: str | Path) -> datasets.DatasetDict:
-    """The splits of a data folder, memory-mapped. What `filter`, `sort` and the like make of them goes into memory, never into
-    the folder, so that it may be read-only or shared by several runs.
+    """The splits of a data folder, memory-mapped. What `filter`, `sort` and the like make of them goes into memory,
+    never into the folder, so that it may be read-only or shared by several runs.
 
     Raises:
         FileNotFoundError: the folder has none.
@@ -25,8 +25,8 @@ def load_splits(folder: str | Path) -> datasets.DatasetDict:
     path = Path(folder) / "splits"
     if not path.is_dir():
         raise FileNotFoundError(
-            f"{folder} is no data folder: {path} is not there. Make it with `onerec prepare --source LOG --output {folder}`, "
-            "or name the one that you made."
+            f"{folder} is no data folder: {path} is not there. Make it with `onerec prepare --source LOG --output "
+            f"{folder}`, or name the one that you made."
         )
     # a table that names no file has no folder for caches either
     return datasets.DatasetDict(
@@ -164,15 +164,17 @@ def global_time_split(
 
 def target_rows(train: datasets.Dataset, max_history: int) -> datasets.Dataset:
     """
-    One row per event that has events before it: what a model trains on whose encoder mixes the context (OneRec, OneRecV1).
+    One row per event that has events before it: what a model trains on whose encoder mixes the context (OneRec,
+    OneRecV1).
 
     Args:
         train: The training split of [`leave_last_out`] or [`global_time_split`].
         max_history: Events of context at most; older ones are dropped.
 
     Returns:
-        `datasets.Dataset` with `user`, `history` (1 to `max_history` items), the event columns parallel to it, `targets` (one item)
-        with its own event columns as `target_<column>`, `session_start` (its time) and `length` (of the history).
+        `datasets.Dataset` with `user`, `history` (1 to `max_history` items), the event columns parallel to it,
+        `targets` (one item) with its own event columns as `target_<column>`, `session_start` (its time) and `length`
+        (of the history).
     """
     table = train.with_format("arrow")[:]
     lists = [name for name, feature in train.features.items() if isinstance(feature, datasets.List)]

@@ -85,8 +85,8 @@ def _read_path_or_hub(source: str | Path, split: str, ids: Sequence[str]) -> pa.
             raise ValueError(f"cannot read {path}: {error}") from error
     if path.exists() or isinstance(source, Path):
         raise ValueError(
-            f"cannot read {path}: pass a {', '.join(FILE_READERS)} file (.csv.gz and the like, too), a folder of parquet "
-            "files or a folder that datasets.save_to_disk wrote"
+            f"cannot read {path}: pass a {', '.join(FILE_READERS)} file (.csv.gz and the like, too), a folder of "
+            "parquet files or a folder that datasets.save_to_disk wrote"
         )
     try:
         return datasets.load_dataset(source, split=split).with_format("arrow")[:]
@@ -129,7 +129,9 @@ def _read_csv(path: Path, ids: Sequence[str]) -> pa.Table:
 
 
 def _csv_ids(array: pa.Array) -> pa.Array:
-    """Text as integers if it is integers but for what Arrow takes for null; otherwise text, with null where it is blank."""
+    """Text as integers if it is integers but for what Arrow takes for null; otherwise text, with null where it is
+    blank.
+    """
     known = pc.if_else(pc.is_in(array, value_set=_CSV_NULLS.cast(array.type)), pa.scalar(None, array.type), array)
     integers = integers_of(known)
     return _without_blanks(array) if integers is known else integers
@@ -181,8 +183,8 @@ def without_nulls(table: pa.Table, drop: bool) -> pa.Table:
     keep = ~np.logical_or.reduce(list(masks.values()))
     if not drop:
         raise ValueError(
-            f"null (empty), NaN or infinite values per column: {counts}, of {table.num_rows} rows, the first one in row "
-            f"{keep.argmin() + 1}; fill them in, or pass drop_nulls=True to leave these rows out"
+            f"null (empty), NaN or infinite values per column: {counts}, of {table.num_rows} rows, the first one in "
+            f"row {keep.argmin() + 1}; fill them in, or pass drop_nulls=True to leave these rows out"
         )
     logger.warning(
         f"dropped {(~keep).sum()} of {table.num_rows} rows with null, NaN or infinite values; per column: {counts}"
@@ -195,8 +197,8 @@ def without_nulls(table: pa.Table, drop: bool) -> pa.Table:
 def id_array(column: pa.ChunkedArray, name: str) -> pa.Array:
     """Ids as one int64 or large_string array.
 
-    Integers of any type, whole decimals and whole floats up to 2^53 (pandas' integers with gaps; above, neighbours are one
-    float) become int64. NaN and blank text become null.
+    Integers of any type, whole decimals and whole floats up to 2^53 (pandas' integers with gaps; above, neighbours are
+    one float) become int64. NaN and blank text become null.
 
     Raises:
         ValueError: numbers that are not whole or do not fit.
@@ -213,7 +215,8 @@ def id_array(column: pa.ChunkedArray, name: str) -> pa.Array:
         bad = pc.or_(pc.not_equal(pc.floor(array), array), pc.greater(pc.abs(array), 2.0**53))
         if (lost := array.filter(bad)).is_valid().true_count:
             raise ValueError(
-                f"{name} ({column.type}) cannot become int64: {lost[0]} is no whole number up to 2^53; pass the ids as text"
+                f"{name} ({column.type}) cannot become int64: {lost[0]} is no whole number up to 2^53; pass the ids "
+                "as text"
             )
     elif not (pa.types.is_integer(array.type) or pa.types.is_decimal(array.type)):
         raise TypeError(f"{name} must hold integers or strings, got {array.type}")
@@ -226,7 +229,9 @@ def id_array(column: pa.ChunkedArray, name: str) -> pa.Array:
 
 
 def integers_of(text: pa.Array) -> pa.Array:
-    """Text as int64 if every value is the way to write an integer (`7`, not `007`, `7.0` or `+7`); otherwise as it is."""
+    """Text as int64 if every value is the way to write an integer (`7`, not `007`, `7.0` or `+7`); otherwise as it
+    is.
+    """
     if not pc.all(pc.match_substring_regex(text, r"^(0|-?[1-9][0-9]*)$")).as_py():
         return text
     try:
@@ -238,8 +243,8 @@ def integers_of(text: pa.Array) -> pa.Array:
 def one_kind(log_ids: pa.Array, table_ids: pa.Array) -> tuple[pa.Array, pa.Array]:
     """Ids of a log and of a table about them, as one type: 7 and '7' are the same id, '007' is another one.
 
-    The log decides: beside its integers, text of integers becomes integers; beside its text, integers become text. Where the
-    table has other text ('A7', '007'), the integers of the log become text, too.
+    The log decides: beside its integers, text of integers becomes integers; beside its text, integers become text.
+    Where the table has other text ('A7', '007'), the integers of the log become text, too.
     """
     if pa.types.is_integer(log_ids.type) and not pa.types.is_integer(table_ids.type):
         table_ids = integers_of(table_ids)
@@ -275,8 +280,8 @@ def index_ids(ids: pa.Array) -> tuple[pa.Array, np.ndarray]:
 def timestamp_array(column: pa.ChunkedArray, name: str = "timestamp") -> tuple[np.ndarray, int]:
     """Timestamps as int64 or float64 in their full precision, and how many of their units make one of ours.
 
-    Numbers keep their unit: 1. Dates and ISO 8601 strings, UTC where they name no zone, count from 1970 in units of which 1,
-    1,000 or 1,000,000 make a millisecond.
+    Numbers keep their unit: 1. Dates and ISO 8601 strings, UTC where they name no zone, count from 1970 in units of
+    which 1, 1,000 or 1,000,000 make a millisecond.
     """
     array = _plain(column)
     if _is_text(array.type):

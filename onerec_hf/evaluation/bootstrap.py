@@ -1,4 +1,6 @@
-"""Percentile intervals of a comparison by resampling users (Efron and Tibshirani 1993, ch. 13), with `scipy.stats.bootstrap`."""
+"""Percentile intervals of a comparison by resampling users (Efron and Tibshirani 1993, ch. 13), with
+`scipy.stats.bootstrap`.
+"""
 
 import warnings
 from collections.abc import Callable

@@ -1,6 +1,7 @@
 """How well predicted probabilities of feedback order and match what happened: AUC, GAUC, calibration.
 
-GAUC is the one of the public KuaiRand tables: each user's AUC weighted by the user's events, over users with both classes.
+GAUC is the one of the public KuaiRand tables: each user's AUC weighted by the user's events, over users with both
+classes.
 """
 
 from collections.abc import Sequence
@@ -43,7 +44,8 @@ def calibration(labels: np.ndarray, probabilities: np.ndarray, num_bins: int = 1
         num_bins (`int`): bins of (nearly) equally many events, by probability.
 
     Returns:
-        `ratio`: mean probability / mean label (1 is right, above is too optimistic; NaN without positives); `error`: the mean over
+        `ratio`: mean probability / mean label (1 is right, above is too optimistic; NaN without positives); `error`:
+            the mean over
         bins of |mean probability - mean label|, weighted by events (expected calibration error, arXiv:1706.04599).
     """
     labels, probabilities = _checked(labels, probabilities, binary=False)
@@ -62,8 +64,8 @@ def feedback_report(
     labels: np.ndarray, probabilities: np.ndarray, users: np.ndarray, targets: Sequence[str]
 ) -> dict[str, float]:
     """
-    All of the above for every kind of feedback; unknown labels are left out, and a kind whose labels are no 0 or 1 (a share of a
-    time) is cut at its mean for AUC and GAUC.
+    All of the above for every kind of feedback; unknown labels are left out, and a kind whose labels are no 0 or 1 (a
+    share of a time) is cut at its mean for AUC and GAUC.
 
     Args:
         labels, probabilities (`np.ndarray` of shape `(M, X)`): labels in [0, 1], NaN (or negative) where unknown.
@@ -71,7 +73,8 @@ def feedback_report(
         targets (`Sequence[str]`): the X names.
 
     Returns:
-        `dict[str, float]`: `{target}_auc`, `_gauc`, `_calibration` (mean probability / mean label), `_calibration_error`.
+        `dict[str, float]`: `{target}_auc`, `_gauc`, `_calibration` (mean probability / mean label),
+        `_calibration_error`.
     """
     report: dict[str, float] = {}
     for x, target in enumerate(targets):

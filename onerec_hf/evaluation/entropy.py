@@ -1,4 +1,6 @@
-"""How sure a model is of each code of the next item (OneRec, arXiv:2502.18965, reports it per level: 6.00, 3.71, 0.05 nats)."""
+"""How sure a model is of each code of the next item (OneRec, arXiv:2502.18965, reports it per level: 6.00, 3.71, 0.05
+nats).
+"""
 
 from typing import Any
 

@@ -78,9 +78,9 @@ def evaluate(
     """Scores a recommender on every row of a split, at item level and over the full catalogue.
 
     Args:
-        recommender (`Recommender`): any object with `recommend(examples, k, exclude_seen)`; a function of these (the last may be
-            left out); or what serves: the package's served `Recommender`, its pipeline, a fitted `OneRec`. It never sees
-            `"targets"`.
+        recommender (`Recommender`): any object with `recommend(examples, k, exclude_seen)`; a function of these (the
+            last may be left out); or what serves: the package's served `Recommender`, its pipeline, a fitted `OneRec`.
+            It never sees `"targets"`.
         dataset (`datasets.Dataset`): one row per user with columns `user`, `history` and `targets` (item indices).
         num_items (`int`, *optional*): N, the size of the catalogue; may be left out for what has one.
         ks (`Sequence[int]`, defaults to `(5, 10, 20)`): list lengths; max(ks) slots are requested.
@@ -141,8 +141,9 @@ def _callable(recommender: Any, num_items: int | None) -> tuple[Callable[..., An
         return recommender.recommend, num_items
     if hasattr(recommender, "recommend_items") or not callable(recommender):
         raise TypeError(
-            f"{type(recommender).__name__} has no `recommend(examples, k, exclude_seen)`. Pass a function of these, or, of a model "
-            "and its collator, `ItemRanker(model, collator)`; of a saved folder, `Recommender.from_pretrained(folder)`."
+            f"{type(recommender).__name__} has no `recommend(examples, k, exclude_seen)`. Pass a function of these, "
+            "or, of a model and its collator, `ItemRanker(model, collator)`; of a saved folder, "
+            "`Recommender.from_pretrained(folder)`."
         )
     try:
         inspect.signature(recommender).bind({}, 1, False)

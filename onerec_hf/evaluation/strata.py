@@ -1,4 +1,5 @@
-"""Recall by how often the target occurs in training: what a recommender does for rare items, and for items it never saw.
+"""Recall by how often the target occurs in training: what a recommender does for rare items, and for items it never
+saw.
 
 Shapes: **U** users, **K** slots of a list, **N** items.
 """

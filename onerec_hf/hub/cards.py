@@ -30,8 +30,8 @@ class Paper(NamedTuple):
 PAPERS = {
     "onerec": Paper(
         "OneRec: Unifying Retrieve and Rank with Generative Recommender and Iterative Preference Alignment",
-        "Deng, Jiaxin and Wang, Shiyao and Cai, Kuo and Ren, Lejian and Hu, Qigen and Ding, Weifeng and Luo, Qiang and "
-        "Zhou, Guorui",
+        "Deng, Jiaxin and Wang, Shiyao and Cai, Kuo and Ren, Lejian and Hu, Qigen and Ding, Weifeng and Luo, Qiang "
+        "and Zhou, Guorui",
         "2502.18965",
         2025,
     ),
@@ -122,11 +122,13 @@ def model_card(
     The card of a trained model or reward model, with `model-index` metadata and a snippet that runs as printed.
 
     Args:
-        config (`PreTrainedConfig`): Of the model (of an adapter's base model); it decides about the template and the snippet.
+        config (`PreTrainedConfig`): Of the model (of an adapter's base model); it decides about the template and the
+            snippet.
         title, repo, summary, data, training: Texts; `repo` is the repository (or folder) that the snippet loads.
-        results: Per system a pair of metric dictionaries, seen items kept and masked (None: not measured); the first system is
-            this model, and makes the metadata.
-        metrics: Of a reward model, in place of `results`: `{target}_auc`, ... as `onerec_hf.evaluation.feedback_report` makes them.
+        results: Per system a pair of metric dictionaries, seen items kept and masked (None: not measured); the first
+            system is this model, and makes the metadata.
+        metrics: Of a reward model, in place of `results`: `{target}_auc`, ... as
+            `onerec_hf.evaluation.feedback_report` makes them.
         dataset_name, dataset: Of the evaluation: a name for people, and its id on the Hub where it has one.
         split: On which it was evaluated.
         simulated: The users are; the card says so.
@@ -138,8 +140,8 @@ def model_card(
         `huggingface_hub.ModelCard`; `card.save(folder / "README.md")` writes it.
 
     Raises:
-        ValueError: For a model that is none of ours, an unknown paper, a license that is no identifier, numbers without a
-            `dataset_name` or of another kind of model, or systems whose names look the same.
+        ValueError: For a model that is none of ours, an unknown paper, a license that is no identifier, numbers
+            without a `dataset_name` or of another kind of model, or systems whose names look the same.
     """
     kind = _checked(config, license, papers, results, metrics, dataset_name)
     reward = "judges" in kind

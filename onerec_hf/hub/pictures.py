@@ -29,7 +29,9 @@ def plot_label(name: str) -> str:
 def plot_training_curve(
     log_history: Sequence[Mapping[str, float]], path: str | Path, metric: str = "eval_ndcg@10"
 ) -> None:
-    """Training and validation loss (nats per code) and a validation metric over epochs, from `trainer.state.log_history`."""
+    """Training and validation loss (nats per code) and a validation metric over epochs, from
+    `trainer.state.log_history`.
+    """
     figure, axes = _figure()
     for name, label, style in (("loss", "training loss", "-"), ("eval_loss", "validation loss", "o-")):
         points = [(record["epoch"], record[name]) for record in log_history if name in record]
@@ -85,13 +87,15 @@ def plot_prediction_entropy(
     entropies: Mapping[str, np.ndarray], codebook_sizes: Sequence[int], path: str | Path
 ) -> None:
     """
-    How sure a model is of the code of each level, given the true codes before it (OneRec reports 6.00, 3.71 and 0.05 nats of 9.01).
+    How sure a model is of the code of each level, given the true codes before it (OneRec reports 6.00, 3.71 and 0.05
+    nats of 9.01).
 
-    Boxes from the 25th to the 75th percentile of the users with the median in them, whiskers from the 5th to the 95th, a cross
-    at the mean; dashed the entropy of a uniform guess, ln K.
+    Boxes from the 25th to the 75th percentile of the users with the median in them, whiskers from the 5th to the 95th,
+    a cross at the mean; dashed the entropy of a uniform guess, ln K.
 
     Args:
-        entropies: Per system the entropy of every level in nats, shape (U, L), as [`~evaluation.prediction_entropy`] gives it.
+        entropies: Per system the entropy of every level in nats, shape (U, L), as [`~evaluation.prediction_entropy`]
+            gives it.
         codebook_sizes: K of every level.
     """
     figure, axes = _figure()

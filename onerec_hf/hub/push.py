@@ -16,8 +16,8 @@ _SAVE_MODEL = "`model.save_pretrained(folder)`"
 _SAVE_TOKENIZER = "`tokenizer.save_pretrained(folder)`, the tokenizer having its catalogue"
 _WHAT_TO_DO = {
     401: "Log in with `hf auth login`, or pass `token=` (a valid one).",
-    403: "The token may not write there: pass one with write permission, choose a namespace of yours, or `create_pr=True`.",
-    404: "The Hub knows no such namespace, repository or revision, or hides it from this token: check all three and `token=`.",
+    403: "The token may not write there: pass one that may, choose a namespace of yours, or `create_pr=True`.",
+    404: "The Hub has no such namespace, repository or revision, or hides it: check the name and `token=`.",
     409: "Somebody else changes the repository at this moment: run the same call again.",
     412: "Somebody else changed the repository in between: run the same call again.",
 }
@@ -66,7 +66,8 @@ def _missing(folder: Path, files: list[str]) -> list[str]:
         base = _mapping(folder / "adapter_config.json").get("base_model_name_or_path")
         if not base or Path(base).exists() or not re.fullmatch(r"[\w.-]+/[\w.-]+", base):
             problems.append(
-                f"the base model of adapter_config.json is {base!r}, which only this machine knows: push the base model, and "
+                f"the base model of adapter_config.json is {base!r}, which only this machine knows: push the base "
+                "model, and "
                 'write its repository into "base_model_name_or_path"'
             )
     else:
@@ -89,7 +90,9 @@ def _weight_files(folder: Path) -> list[str]:
 
 
 def _code_files(folder: Path) -> dict[str, str]:
-    """The modules that `auto_map` names, and those that they import: without them the repository loads nowhere else."""
+    """The modules that `auto_map` names, and those that they import: without them the repository loads nowhere
+    else.
+    """
     found = {}
     for name, what in (("config.json", _SAVE_MODEL), ("tokenizer_config.json", _SAVE_TOKENIZER)):
         if not (settings := _mapping(folder / name)):
@@ -112,7 +115,9 @@ def _code_files(folder: Path) -> dict[str, str]:
 
 
 def _damaged(folder: Path, files: list[str]) -> list[str]:
-    """Files that cannot be read, cut off by a full disk or a broken copy, and files that need one that is not there."""
+    """Files that cannot be read, cut off by a full disk or a broken copy, and files that need one that is not
+    there.
+    """
     problems = []
     for name in files:
         try:
@@ -175,8 +180,9 @@ def push_to_hub(
     token: str | bool | None = None,
 ) -> CommitInfo:
     """
-    Uploads a model folder: model or adapter, tokenizer, catalogue, codebooks, collator, generation config, custom code and card, in
-    one commit. Everything is checked before the first byte goes out, and the repository is made if it does not exist.
+    Uploads a model folder: model or adapter, tokenizer, catalogue, codebooks, collator, generation config, custom code
+    and card, in one commit. Everything is checked before the first byte goes out, and the repository is made if it
+    does not exist.
 
     Args:
         folder: What `save_pretrained` of model and tokenizer wrote, with its card.
@@ -191,8 +197,8 @@ def push_to_hub(
 
     Raises:
         ValueError: Where the folder is incomplete (see [`repository_files`]), or the arguments contradict each other.
-        OSError: Where the Hub refuses, fails or does not answer; says what to do. A commit goes in whole or not at all; a
-            repository that was made for it stays there, empty.
+        OSError: Where the Hub refuses, fails or does not answer; says what to do. A commit goes in whole or not at
+            all; a repository that was made for it stays there, empty.
     """
     files = repository_files(folder)
     if create_pr and revision not in (None, "main"):
@@ -235,8 +241,8 @@ def _create(api: HfApi, repo_id: str, private: bool | None) -> tuple[str, bool]:
 
 def _what_was_made(api: HfApi, repo_id: str, revision: str | None) -> str:
     """
-    What became of a repository that this call has made. It is never removed again: it may hold by now what somebody else pushed,
-    or this commit, of which the answer alone was lost.
+    What became of a repository that this call has made. It is never removed again: it may hold by now what somebody
+    else pushed, or this commit, of which the answer alone was lost.
     """
     try:
         arrived = set(api.list_repo_files(repo_id, revision=revision)) - {".gitattributes"}
@@ -247,8 +253,8 @@ def _what_was_made(api: HfApi, repo_id: str, revision: str | None) -> str:
             f"{repo_id} was made by this call: the same call goes on with it, `hf repos delete {repo_id}` removes it."
         )
     if arrived:
-        return f"{repo_id}, made by this call, holds {len(arrived)} files: the answer was lost, not the commit. Look there."
-    return f"{repo_id} was made by this call and is empty: the same call fills it, `hf repos delete {repo_id}` removes it."
+        return f"{repo_id}, made by this call, holds {len(arrived)} files: the answer was lost, not the commit."
+    return f"{repo_id} was made by this call and is empty: call again to fill it, or `hf repos delete {repo_id}`."
 
 
 def _explanation(folder, repo_id: str, step: str, error: Exception) -> str:
@@ -261,6 +267,6 @@ def _explanation(folder, repo_id: str, step: str, error: Exception) -> str:
         else "See the error above.",
     )
     return (
-        f"could not {step} on {repo_id}: {type(error).__name__}: {error}\n{advice}\nA commit goes in whole or not at all, so "
-        f"nothing in {repo_id} is half-written; {folder} is untouched."
+        f"could not {step} on {repo_id}: {type(error).__name__}: {error}\n{advice}\nA commit goes in whole or not at "
+        f"all, so nothing in {repo_id} is half-written; {folder} is untouched."
     )

@@ -1,6 +1,8 @@
-"""The caption loss of the OneRec Technical Report (section 2.1.1): an item's vector must tell its text to a language model.
+"""The caption loss of the OneRec Technical Report (section 2.1.1): an item's vector must tell its text to a language
+model.
 
-N items, Z width of their vectors, B items of a batch, P prefix tokens, K caption tokens, H width of the language model.
+N items, Z width of their vectors, B items of a batch, P prefix tokens, K caption tokens, H width of the language
+model.
 """
 
 from collections.abc import Sequence
@@ -38,15 +40,17 @@ def small_caption_model(
 
 
 class CaptionDecoder(nn.Module):
-    """`L_caption_gen = -sum_k log P(t^{k+1} | t^1..t^k, M)`, per token: M, an item's vector, is P tokens ahead of its text.
+    """`L_caption_gen = -sum_k log P(t^{k+1} | t^1..t^k, M)`, per token: M, an item's vector, is P tokens ahead of its
+    text.
 
     The report decodes with LLaMA3 from the four tokens of its QFormer.
 
     Args:
         texts: N captions, e.g. of `item_texts`; an empty one takes no part.
         vector_dim (`int`): Z.
-        model: a causal language model, of which the weights are trained that require gradients; or a Hub name or folder of
-            one, which is frozen: `ItemAlignment.fit` has steps for new weights. Default: `small_caption_model(texts)`.
+        model: a causal language model, of which the weights are trained that require gradients; or a Hub name or
+            folder of one, which is frozen: `ItemAlignment.fit` has steps for new weights. Default:
+            `small_caption_model(texts)`.
         tokenizer: default: the one that lies where the model was loaded from.
         num_prefix_tokens (`int`, defaults to 4): P.
         max_length (`int`, defaults to 32): K, the end-of-text token of each caption included; the rest is cut off.

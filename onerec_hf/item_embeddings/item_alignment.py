@@ -1,8 +1,9 @@
-"""Item embeddings that know about behaviour: a projection trained on item pairs (OneRec Technical Report, section 2.1.1).
+"""Item embeddings that know about behaviour: a projection trained on item pairs (OneRec Technical Report, section
+2.1.1).
 
-The report trains a QFormer over the tokens of a multimodal model; over one vector per item (a text embedding) that comes down to
-the projection used here. Its caption loss, which keeps the content readable, is that of `captions.py`. N items, D and Z widths, P
-pairs, B pairs of a batch.
+The report trains a QFormer over the tokens of a multimodal model; over one vector per item (a text embedding) that
+comes down to the projection used here. Its caption loss, which keeps the content readable, is that of `captions.py`. N
+items, D and Z widths, P pairs, B pairs of a batch.
 """
 
 import json
@@ -27,7 +28,8 @@ def item_contrastive_loss(first: torch.Tensor, second: torch.Tensor, temperature
     """In-batch InfoNCE: `L_I2I = -(1/B) sum_i log(exp(s_ii / tau) / sum_j exp(s_ij / tau))`.
 
     Args:
-        first, second (`torch.Tensor` of shape (B, Z)): the items of every pair; s_ij: cosine of `first[i]`, `second[j]`.
+        first, second (`torch.Tensor` of shape (B, Z)): the items of every pair; s_ij: cosine of `first[i]`,
+        `second[j]`.
         temperature: tau. The report gives neither it nor the similarity.
 
     Returns:
@@ -38,7 +40,8 @@ def item_contrastive_loss(first: torch.Tensor, second: torch.Tensor, temperature
 
 
 class ItemAlignment(nn.Module):
-    """`z = W x + V gelu(U x)`: a projection of item embeddings, (N, D) to (N, Z), that brings items of a pair together.
+    """`z = W x + V gelu(U x)`: a projection of item embeddings, (N, D) to (N, Z), that brings items of a pair
+    together.
 
     It is a function of the content alone: new items go through it without any behaviour of theirs.
 
@@ -46,7 +49,8 @@ class ItemAlignment(nn.Module):
         embedding_dim (`int`): D.
         output_dim (`int`, defaults to 128): Z.
         hidden_size (`int`, defaults to 512): of the residual branch, which starts at zero.
-        temperature (`float`, defaults to 0.1), seed (`int`, defaults to 0): of the loss; of weights, batches and dropout.
+        temperature (`float`, defaults to 0.1), seed (`int`, defaults to 0): of the loss; of weights, batches and
+        dropout.
         dropout (`float`, defaults to 0.1): on the inputs.
     """
 
@@ -106,13 +110,16 @@ class ItemAlignment(nn.Module):
             embeddings (`np.ndarray` of shape (N, D)): of the content.
             pairs (`np.ndarray` of shape (P, 2)): item indices, e.g. of `item_to_item_pairs` and `user_to_item_pairs`.
             captions: adds the caption loss, and is trained with the projection; its vectors are those of `embed`.
-            caption_weight, caption_batch_size: of that loss; items per step, drawn from all that have a text, with pairs or
-                without. The report gives neither.
-            num_epochs, batch_size (pairs: the others of a batch are the negatives), learning_rate: of AdamW, falling as a cosine.
-            device: default: `"cuda"` where there is one, otherwise `"cpu"`; projection and captions are on the CPU afterwards.
+            caption_weight, caption_batch_size: of that loss; items per step, drawn from all that have a text, with
+                pairs or without. The report gives neither.
+            num_epochs, batch_size (pairs: the others of a batch are the negatives), learning_rate: of AdamW, falling
+            as a cosine.
+            device: default: `"cuda"` where there is one, otherwise `"cpu"`; projection and captions are on the CPU
+                afterwards.
 
         Raises:
-            ValueError: fewer than two pairs, pairs of items that have no embedding, captions of another number of items.
+            ValueError: fewer than two pairs, pairs of items that have no embedding, captions of another number of
+                items.
         """
         if len(pairs) < 2 or pairs.min() < 0 or pairs.max() >= len(embeddings):
             raise ValueError(
@@ -121,7 +128,8 @@ class ItemAlignment(nn.Module):
             )
         if captions is not None and len(captions.lengths) != len(embeddings):
             raise ValueError(
-                f"captions of {len(captions.lengths)} items for embeddings of {len(embeddings)}: give one text per item."
+                f"captions of {len(captions.lengths)} items for embeddings of {len(embeddings)}: give one text per "
+                "item."
             )
         device = device or ("cuda" if torch.cuda.is_available() else "cpu")
         modules = nn.ModuleList([self] if captions is None else [self, captions]).to(device)

@@ -18,10 +18,11 @@ def swing_neighbors(
     max_users: int = 500,
     seed: int = 0,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """The k items most similar to each item by Swing: users who share two items and little else tie these two together.
+    """The k items most similar to each item by Swing: users who share two items and little else tie these two
+    together.
 
-    `s(i, j) = sum over users u != v with both items of w_u w_v / (alpha + |I_u and I_v|)`, `w_u = 1 / sqrt(|I_u|)`; I_u is the set
-    of items of user u.
+    `s(i, j) = sum over users u != v with both items of w_u w_v / (alpha + |I_u and I_v|)`, `w_u = 1 / sqrt(|I_u|)`;
+    I_u is the set of items of user u.
 
     Args:
         histories: sequences of item indices; training events only.
@@ -32,8 +33,8 @@ def swing_neighbors(
         seed: of that draw.
 
     Returns:
-        `items` (int64, (N, k)), most similar first, lower indices first on ties, -1 where fewer items have a positive similarity;
-        and `scores` (float64, (N, k)), 0 there.
+        `items` (int64, (N, k)), most similar first, lower indices first on ties, -1 where fewer items have a positive
+        similarity; and `scores` (float64, (N, k)), 0 there.
 
     Raises:
         ValueError: an item index outside 0..N-1.
@@ -84,8 +85,8 @@ def user_to_item_pairs(
         max_history: how many events before it are looked at (QARM: 50).
 
     Returns:
-        `np.ndarray` int64 of shape (P, 2), target first; the later one of equally similar items. No pair where none of them is a
-        neighbour of the target, and none of an item with itself.
+        `np.ndarray` int64 of shape (P, 2), target first; the later one of equally similar items. No pair where none of
+        them is a neighbour of the target, and none of an item with itself.
     """
     similar = [dict(zip(row.tolist(), score.tolist())) for row, score in zip(neighbors, scores)]
     pairs = []
@@ -102,7 +103,9 @@ def user_to_item_pairs(
 def behaviour_pairs(
     histories: Iterable[Sequence[int]], num_items: int, *, seed: int = 0
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Swing pairs and co-click pairs of the same histories, (P, 2) each: what [`ItemAlignment.fit`] wants, one behind the other."""
+    """Swing pairs and co-click pairs of the same histories, (P, 2) each: what [`ItemAlignment.fit`] wants, one behind
+    the other.
+    """
     histories = list(histories)
     neighbors, scores = swing_neighbors(histories, num_items, seed=seed)
     return item_to_item_pairs(neighbors), user_to_item_pairs(histories, neighbors, scores)

@@ -1,4 +1,6 @@
-"""The models, their tokenizer, the catalogue and the search: what ships to the Hub. Needs torch and transformers alone."""
+"""The models, their tokenizer, the catalogue and the search: what ships to the Hub. Needs torch and transformers
+alone.
+"""
 
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer
 

@@ -1,7 +1,8 @@
-"""The catalogue for any transformers model whose vocabulary holds the codes: a logits processor, and a fast `custom_generate`.
+"""The catalogue for any transformers model whose vocabulary holds the codes: a logits processor, and a fast
+`custom_generate`.
 
-OpenOneRec's layout, a causal language model whose vocabulary was extended by semantic-ID tokens, is the case in mind. Legend: B
-users, K beams, R rows, P prompt tokens, L levels, W largest fan-out of a level.
+OpenOneRec's layout, a causal language model whose vocabulary was extended by semantic-ID tokens, is the case in mind.
+Legend: B users, K beams, R rows, P prompt tokens, L levels, W largest fan-out of a level.
 """
 
 import inspect
@@ -25,14 +26,15 @@ class CatalogueLogitsProcessor(LogitsProcessor):
     """
     The constraint for transformers' own decoding loops: beam search, sampling, encoder-decoder or decoder-only.
 
-    Stateless and free of host syncs: the prefix of each row is walked down from its own tokens. It repairs what may be generated,
-    not what transformers' loop costs (it repeats the context for every beam), and not its fillers: where fewer items than beams
-    exist, that loop returns duplicates with scores near -1e9.
+    Stateless and free of host syncs: the prefix of each row is walked down from its own tokens. It repairs what may be
+    generated, not what transformers' loop costs (it repeats the context for every beam), and not its fillers: where
+    fewer items than beams exist, that loop returns duplicates with scores near -1e9.
 
     Args:
         catalogue (`Catalogue`): The items that may be generated, on the model's device.
         level_offsets (`list[int]`): Token id of code 0 of each level.
-        prompt_length (`int`): Tokens in front of the first code, BOS included; of an encoder-decoder, those of the decoder.
+        prompt_length (`int`): Tokens in front of the first code, BOS included; of an encoder-decoder, those of the
+            decoder.
         allowed (`torch.BoolTensor` of shape (B, N), *optional*): Subset per request; rows of one request are adjacent.
         eos_token_id (`int`, *optional*): Allowed alone once the semantic ID is complete.
     """
@@ -78,9 +80,11 @@ class CatalogueLogitsProcessor(LogitsProcessor):
 
 class NotFinite(LogitsProcessor):
     """
-    Remembers whether any score was NaN, and puts 0 in its place, which sampling survives; [`check_finite`] asks once at the end.
+    Remembers whether any score was NaN, and puts 0 in its place, which sampling survives; [`check_finite`] asks once
+    at the end.
 
-    transformers' loops give items of such scores, or stop in a kernel, and asking at every step would wait for the device.
+    transformers' loops give items of such scores, or stop in a kernel, and asking at every step would wait for the
+    device.
     """
 
     seen: torch.Tensor | None = None
@@ -100,8 +104,8 @@ class _TreeAttention:
     """
     Log-probabilities of the beams of B prompts by any causal language model that takes 4D masks and position ids.
 
-    A prompt stays one row. The K beams of a step are K more positions of that row, which see the prompt and their own ancestors
-    and nothing else; the cache is neither repeated nor reordered.
+    A prompt stays one row. The K beams of a step are K more positions of that row, which see the prompt and their own
+    ancestors and nothing else; the cache is neither repeated nor reordered.
     """
 
     def __init__(self, model, input_ids, attention_mask, catalogue: Catalogue, level_offsets, normalize: str):
@@ -151,8 +155,8 @@ def _check(model, generation_config, normalize):
     windows = "sliding_attention" in (model.config.to_dict().get("layer_types") or ())
     if model.config.is_encoder_decoder or "position_ids" not in inspect.signature(model.forward).parameters or windows:
         raise ValueError(
-            f"catalogue_generate cannot fold the beams of {what} into one row: that takes a decoder-only model with position_ids "
-            "and full attention. Use CatalogueLogitsProcessor in generate(num_beams=...) for this model."
+            f"catalogue_generate cannot fold the beams of {what} into one row: that takes a decoder-only model with "
+            "position_ids and full attention. Use CatalogueLogitsProcessor in generate(num_beams=...) for this model."
         )
     if "flash" in (model.config._attn_implementation or ""):
         raise ValueError(
@@ -162,8 +166,8 @@ def _check(model, generation_config, normalize):
         raise ValueError(f"normalize={normalize!r}: allowed are 'vocab', 'level' and 'valid'.")
     if max(generation_config.num_beams or 1, generation_config.num_return_sequences or 1) > 1:
         raise ValueError(
-            "catalogue_generate: leave num_beams and num_return_sequences at 1 and give search_beams=K instead; transformers "
-            "repeats the prompt for them before it calls a custom_generate."
+            "catalogue_generate: leave num_beams and num_return_sequences at 1 and give search_beams=K instead; "
+            "transformers repeats the prompt for them before it calls a custom_generate."
         )
 
 
@@ -183,22 +187,24 @@ def catalogue_generate(
     **model_kwargs,
 ) -> torch.Tensor | GenerateBeamDecoderOnlyOutput:
     """
-    Constrained beam search as `model.generate(..., custom_generate=catalogue_generate, catalogue=..., search_beams=K, ...)`.
+    Constrained beam search as `model.generate(..., custom_generate=catalogue_generate, catalogue=..., search_beams=K,
+    ...)`.
 
-    Takes every causal language model of transformers with `position_ids`, 4D masks and full attention: the prompt is read once and
-    shared by all beams. Logits processors and sampling parameters are not looked at. Models of this package take it too, and run
-    their own search with `num_beams = num_return_sequences = search_beams`.
+    Takes every causal language model of transformers with `position_ids`, 4D masks and full attention: the prompt is
+    read once and shared by all beams. Logits processors and sampling parameters are not looked at. Models of this
+    package take it too, and run their own search with `num_beams = num_return_sequences = search_beams`.
 
     Args:
-        input_ids (`torch.LongTensor` of shape (B, P)): Prompts, padded on the left. The rest of `generate`'s arguments matter
-            as little as `max_new_tokens`, which transformers warns about where it is not given.
+        input_ids (`torch.LongTensor` of shape (B, P)): Prompts, padded on the left. The rest of `generate`'s arguments
+            matter as little as `max_new_tokens`, which transformers warns about where it is not given.
         catalogue (`Catalogue`): The items that may be generated, on the model's device.
         level_offsets (`list[int]`): Token id of code 0 of each level.
-        search_beams (`int`, defaults to 1): K; all K are returned. `num_beams` and `num_return_sequences` stay 1, because
-            transformers repeats the prompt for them before it calls a `custom_generate`.
+        search_beams (`int`, defaults to 1): K; all K are returned. `num_beams` and `num_return_sequences` stay 1,
+            because transformers repeats the prompt for them before it calls a `custom_generate`.
         allowed_items (`torch.BoolTensor` of shape (B, N) or (1, N), *optional*): Subset of the items, per request.
-        normalize (`"vocab"`, `"level"` or `"valid"`, defaults to `"vocab"`): What a code's probability is normalised over: all
-            logits (transformers' beam search), the codes of its level, or those that continue the prefix to an existing item.
+        normalize (`"vocab"`, `"level"` or `"valid"`, defaults to `"vocab"`): What a code's probability is normalised
+            over: all logits (transformers' beam search), the codes of its level, or those that continue the prefix to
+                an existing item.
             Models of this package follow their `score_normalization` instead.
 
     Returns:

@@ -1,9 +1,11 @@
-"""Exact constrained beam search, and sampling, over a catalogue: the context is read once per user, dead beams are never filled.
+"""Exact constrained beam search, and sampling, over a catalogue: the context is read once per user, dead beams are
+never filled.
 
-The papers decode with beam search (OneRec, section 4: width 128; OneRec-V2, section 4: width 512), OneRec a whole session of
-items, each behind a BOS of its own (section 3.2). Reinforcement learning draws groups of items instead: with replacement, or
-without it by stochastic beam search (Kool et al., arXiv:1903.06059). Legend: B users, K beams or samples, m items of a session,
-L levels, V codes of a level; a step's candidates are R runs of W children of one beam each.
+The papers decode with beam search (OneRec, section 4: width 128; OneRec-V2, section 4: width 512), OneRec a whole
+session of items, each behind a BOS of its own (section 3.2). Reinforcement learning draws groups of items instead:
+with replacement, or without it by stochastic beam search (Kool et al., arXiv:1903.06059). Legend: B users, K beams or
+samples, m items of a session, L levels, V codes of a level; a step's candidates are R runs of W children of one beam
+each.
 """
 
 from dataclasses import dataclass
@@ -25,14 +27,16 @@ _DEAD = float("-inf")
 class BeamSearchOutput(ModelOutput):
     """
     Args:
-        semantic_ids (`torch.LongTensor` of shape (B, K, m, L)): Codes of each item of each beam, best beam first; -1 on dead beams.
-        leaves (`torch.LongTensor` of shape (B, K, m)): Leaves of the catalogue, -1 on dead beams.
-        scores (`torch.FloatTensor` of shape (B, K)): Summed natural log-probability of the codes, `-inf` on dead beams.
-        sample_log_probs (`torch.FloatTensor` of shape (B, K)): Of samples, the natural log-probability with which each was drawn:
-            as `scores`, but after the temperature and normalised at each step over the codes that could be drawn.
-        gumbels (`torch.FloatTensor` of shape (B, K)): Of samples without replacement, `sample_log_probs` plus Gumbel noise; the
-            samples are the K largest. With kappa = `gumbels[:, -1]` left out, exp(q) / (1 - exp(-exp(q - kappa))) of the others'
-            `sample_log_probs` q are the weights of an unbiased sum over all items (arXiv:1903.06059, 4.2).
+        semantic_ids (`torch.LongTensor` of shape (B, K, m, L)): Codes of each item of each beam, best beam first; -1
+        on dead beams. leaves (`torch.LongTensor` of shape (B, K, m)): Leaves of the catalogue, -1 on dead beams.
+        scores (`torch.FloatTensor` of shape (B, K)): Summed natural log-probability of the codes, `-inf` on dead
+        beams. sample_log_probs (`torch.FloatTensor` of shape (B, K)): Of samples, the natural log-probability with
+            which each was drawn: as `scores`, but after the temperature and normalised at each step over the codes
+            that could be drawn.
+        gumbels (`torch.FloatTensor` of shape (B, K)): Of samples without replacement, `sample_log_probs` plus Gumbel
+            noise; the samples are the K largest. With kappa = `gumbels[:, -1]` left out, exp(q) / (1 - exp(-exp(q -
+            kappa))) of the others' `sample_log_probs` q are the weights of an unbiased sum over all items
+            (arXiv:1903.06059, 4.2).
     """
 
     semantic_ids: torch.Tensor | None = None
@@ -43,7 +47,9 @@ class BeamSearchOutput(ModelOutput):
 
 
 def _top(values: torch.Tensor, k: int):
-    """Largest `k` of (B, R, W) per user, filled up with -inf: values (B, k), places in R * W (B, k), and which are -inf."""
+    """Largest `k` of (B, R, W) per user, filled up with -inf: values (B, k), places in R * W (B, k), and which are
+    -inf.
+    """
     values = values.flatten(1)
     if values.shape[1] < k:
         values = F.pad(values, (0, k - values.shape[1]), value=_DEAD)
@@ -156,7 +162,8 @@ def _used_up(catalogue: Catalogue, path: torch.Tensor, level: int, leaf_totals) 
 
     Args:
         path (`torch.LongTensor` of shape (B, K, i, L)): Nodes on the way to the i items that each beam has.
-        leaf_totals (`torch.Tensor` of shape (B, leaves + 1), *optional*): Running count of the leaves that each user may get.
+        leaf_totals (`torch.Tensor` of shape (B, leaves + 1), *optional*): Running count of the leaves that each user
+        may get.
 
     Returns:
         `torch.LongTensor` of shape (B, K, i): node or -1. Only the ancestors of a session's items can be used up.
@@ -177,7 +184,9 @@ class _Step:
         self.alive, self.leaf_totals = alive, leaf_totals
 
     def __call__(self, hidden, scores, path, users: slice):
-        """hidden (b, k, D), scores (b, k), path (b, k, steps) -> scores, parents, children (b, K) and which are dead."""
+        """hidden (b, k, D), scores (b, k), path (b, k, steps) -> scores, parents, children (b, K) and which are
+        dead.
+        """
         catalogue, (batch, beams, steps) = self.catalogue, path.shape
         item, level = divmod(steps, catalogue.num_levels)
         node = path[:, :, -1] if level else None
@@ -265,10 +274,10 @@ def beam_search(
     """
     The `num_beams` best items of the catalogue for each user, or the best sessions of `num_items` different items.
 
-    Exact in the usual sense of beam search: at each step the K best existing prefixes survive. With `num_beams` at least the
-    number of prefixes of every step but the last, it equals scoring every item (every ordered session) of the catalogue. An item
-    of a session is preceded by a BOS of its own, which costs nothing; no leaf occurs twice in a session. Which of two prefixes
-    with equal scores comes first is left open.
+    Exact in the usual sense of beam search: at each step the K best existing prefixes survive. With `num_beams` at
+    least the number of prefixes of every step but the last, it equals scoring every item (every ordered session) of
+    the catalogue. An item of a session is preceded by a BOS of its own, which costs nothing; no leaf occurs twice in a
+    session. Which of two prefixes with equal scores comes first is left open.
 
     Args:
         model: A model of this package: `model.next_hidden`, `model.level_log_probs` and `model.config` are used.
@@ -300,9 +309,9 @@ def sample_items(
     """
     Draw a group of `num_samples` items (or sessions) of the catalogue for each user.
 
-    At each step a code has the probability softmax(log-probability / temperature) over the codes that lead on to an existing,
-    allowed item. Without replacement, the K different samples are those of drawing one after the other and never again what was
-    drawn, largest `gumbels` first; they cost as much as a beam search.
+    At each step a code has the probability softmax(log-probability / temperature) over the codes that lead on to an
+    existing, allowed item. Without replacement, the K different samples are those of drawing one after the other and
+    never again what was drawn, largest `gumbels` first; they cost as much as a beam search.
 
     Args:
         replacement (`bool`, defaults to `False`): Whether an item may be drawn more than once.
@@ -311,8 +320,8 @@ def sample_items(
         model, catalogue, context_kv, allowed, num_items: As in [`beam_search`].
 
     Returns:
-        [`BeamSearchOutput`] with `sample_log_probs`, and with `gumbels` when there is no replacement. Samples are dead (`-inf`, -1)
-        where no item is left.
+        [`BeamSearchOutput`] with `sample_log_probs`, and with `gumbels` when there is no replacement. Samples are dead
+        (`-inf`, -1) where no item is left.
     """
     if not temperature > 0:
         raise ValueError(f"temperature={temperature} must be above 0; for the best items use beam_search.")

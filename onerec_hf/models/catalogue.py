@@ -1,7 +1,7 @@
 """The items that may be generated: their ids, their semantic IDs and an index over them.
 
-None of the papers says how decoding is kept to existing items (OneRec Technical Report, section 2.4, only counts illegal
-semantic IDs).
+None of the papers says how decoding is kept to existing items (OneRec Technical Report, section 2.4, only counts
+illegal semantic IDs).
 """
 
 import hashlib
@@ -26,19 +26,21 @@ class Catalogue(PrefixIndex):
     r"""
     N items and their semantic IDs, indexed for constrained generation.
 
-    An *item index* is a row 0..N-1 of `semantic_ids` and `item_ids`. Several items may share a semantic ID (a collision); they
-    are then one leaf of the index, and are listed in it by falling `popularity`.
+    An *item index* is a row 0..N-1 of `semantic_ids` and `item_ids`. Several items may share a semantic ID (a
+    collision); they are then one leaf of the index, and are listed in it by falling `popularity`.
 
     Args:
-        semantic_ids (array or tensor of shape (N, L)): Code of every item on every level, 0 to `codebook_sizes[l] - 1`.
+        semantic_ids (array or tensor of shape (N, L)): Code of every item on every level, 0 to `codebook_sizes[l] -
+        1`.
         codebook_sizes (`list[int]`): Codes per level.
-        item_ids (array of shape (N,), *optional*): The ids by which the outside knows the items, integers of 64 bits or strings,
-            all different. Defaults to 0..N-1.
-        popularity (array of shape (N,), *optional*): Larger is more popular; orders the items that share a semantic ID.
+        item_ids (array of shape (N,), *optional*): The ids by which the outside knows the items, integers of 64 bits
+            or strings, all different. Defaults to 0..N-1.
+        popularity (array of shape (N,), *optional*): Larger is more popular; orders the items that share a semantic
+        ID.
 
     Raises:
-        ValueError: On shapes that do not fit, codes outside their codebook, repeated item ids, ids that are neither integers nor
-            strings, or an empty catalogue.
+        ValueError: On shapes that do not fit, codes outside their codebook, repeated item ids, ids that are neither
+            integers nor strings, or an empty catalogue.
     """
 
     def __init__(
@@ -78,8 +80,9 @@ class Catalogue(PrefixIndex):
             outside = (semantic_ids < 0) | (semantic_ids >= torch.tensor(self.codebook_sizes))
             row, level = outside.nonzero()[0].tolist()
             raise ValueError(
-                f"{int(outside.any(1).sum())} items have a code outside their codebook; the first is item index {row}: level "
-                f"{level + 1} holds {int(semantic_ids[row, level])}, allowed is 0 to {self.codebook_sizes[level] - 1}."
+                f"{int(outside.any(1).sum())} items have a code outside their codebook; the first is item index "
+                f"{row}: level {level + 1} holds {int(semantic_ids[row, level])}, allowed is 0 to "
+                f"{self.codebook_sizes[level] - 1}."
             )
         bits = sum((size - 1).bit_length() for size in self.codebook_sizes)
         if bits > 62:
@@ -139,12 +142,12 @@ class Catalogue(PrefixIndex):
         A new catalogue with more items behind the old ones, whose item indices stay what they are.
 
         This one is not touched, so a running process builds the next version beside it and swaps with
-        `model.catalogue = catalogue.with_items(...)`: one assignment; a `generate` that is under way ends on the old version.
-        Items leave by `allowed` masks until a version without them is built (`without_items`).
+        `model.catalogue = catalogue.with_items(...)`: one assignment; a `generate` that is under way ends on the old
+        version. Items leave by `allowed` masks until a version without them is built (`without_items`).
 
         Args:
-            semantic_ids (array of shape (M, L)), item_ids (array of shape (M,)): As at construction, of the new items alone.
-            popularity (array of shape (M,), *optional*): Demanded if, and only if, this catalogue has it.
+            semantic_ids (array of shape (M, L)), item_ids (array of shape (M,)): As at construction, of the new items
+            alone. popularity (array of shape (M,), *optional*): Demanded if, and only if, this catalogue has it.
         """
         if (popularity is None) != (self.popularity is None):
             raise ValueError(
@@ -164,7 +167,9 @@ class Catalogue(PrefixIndex):
         ).to(self.device)
 
     def without_items(self, item_ids: ArrayLike) -> "Catalogue":
-        """A new catalogue without these items, whose item indices close up. KeyError: unknown ids; ValueError: nothing is left."""
+        """A new catalogue without these items, whose item indices close up. KeyError: unknown ids; ValueError: nothing
+        is left.
+        """
         keep = np.ones(self.num_items, dtype=bool)
         keep[self.index_of(item_ids)] = False
         popularity = None if self.popularity is None else self.popularity[keep]
@@ -176,8 +181,8 @@ class Catalogue(PrefixIndex):
         Item indices of original item ids: the one test of whether the catalogue has an item.
 
         Args:
-            item_ids (array or list of any shape): Ids as given at construction. An id of another kind is unknown: `"1"` where the
-                ids are integers, None, a fraction, a number beyond 64 bits.
+            item_ids (array or list of any shape): Ids as given at construction. An id of another kind is unknown:
+                `"1"` where the ids are integers, None, a fraction, a number beyond 64 bits.
             unknown: `"error"` raises for ids that the catalogue does not have, `"ignore"` gives -1 for them.
 
         Returns:
@@ -200,8 +205,8 @@ class Catalogue(PrefixIndex):
             own = "text" if is_text(self.item_ids) else "integers"
             kind = "" if isinstance(first, str) == is_text(self.item_ids) else f", and the catalogue's ids are {own}"
             raise KeyError(
-                f"{int(absent.sum())} of {found.size} item ids are not in the catalogue of {self.num_items} items; the first is "
-                f"{first!r}{kind}. Remove them from the histories, or add the items first."
+                f"{int(absent.sum())} of {found.size} item ids are not in the catalogue of {self.num_items} items; "
+                f"the first is {first!r}{kind}. Remove them from the histories, or add the items first."
             )
         return found
 
@@ -212,7 +217,8 @@ class Catalogue(PrefixIndex):
         Args:
             leaves (`torch.LongTensor` of shape (B, S)): Ranked leaves, best first, -1 for none.
             k (`int`): Items wanted per row.
-            allowed (`torch.BoolTensor` of shape (B, N), *optional*): Items each row may get; the others of a leaf are skipped.
+            allowed (`torch.BoolTensor` of shape (B, N), *optional*): Items each row may get; the others of a leaf are
+            skipped.
 
         Returns:
             `torch.LongTensor` of shape (B, k): item indices, -1 where the leaves hold fewer than `k` items.
@@ -229,7 +235,9 @@ class Catalogue(PrefixIndex):
         return result.scatter_(2, rank.expand_as(values), values)[:, :, :k]
 
     def _items_in(self, leaves, allowed):
-        """Items of each leaf (B, S, largest collision), popular ones first, and which of these places hold an allowed one."""
+        """Items of each leaf (B, S, largest collision), popular ones first, and which of these places hold an allowed
+        one.
+        """
         start, end = (self.first_child(leaves.clamp(min=0) + more, self.num_levels - 1) for more in (0, 1))
         place = start.unsqueeze(2) + torch.arange(self.max_items, device=leaves.device)
         real = (place < end.unsqueeze(2)) & (leaves >= 0).unsqueeze(2)
@@ -254,7 +262,9 @@ class Catalogue(PrefixIndex):
         return node
 
     def items_with(self, codes: torch.Tensor | ArrayLike) -> list[np.ndarray]:
-        """Item indices that carry each of the semantic IDs (S, L), popular ones first; an empty array where there is none."""
+        """Item indices that carry each of the semantic IDs (S, L), popular ones first; an empty array where there is
+        none.
+        """
         leaves, order = self.leaves_of(codes), self.item_order.cpu().numpy()
         first, end = (self.first_child(leaves.clamp(min=0) + more, self.num_levels - 1) for more in (0, 1))
         end = torch.where(leaves >= 0, end, first)
@@ -268,25 +278,29 @@ class Catalogue(PrefixIndex):
             allowed (`torch.BoolTensor` of shape (B, N)): Items that may be generated, one row per request.
 
         Returns:
-            `list[torch.BoolTensor]`: One (B, nodes of the level) mask per level. `generate` and `beam_search` take it in place of
-            `allowed`, so that a filter that many requests share is worked out once.
+            `list[torch.BoolTensor]`: One (B, nodes of the level) mask per level. `generate` and `beam_search` take it
+            in place of `allowed`, so that a filter that many requests share is worked out once.
         """
         if allowed.dtype != torch.bool or allowed.dim() != 2 or allowed.shape[1] != self.num_items:
             raise ValueError(
-                f"allowed is {allowed.dtype} of shape {tuple(allowed.shape)}: expected a bool mask (batch, {self.num_items}), "
-                "one row per request and one column per item of the catalogue."
+                f"allowed is {allowed.dtype} of shape {tuple(allowed.shape)}: expected a bool mask (batch, "
+                f"{self.num_items}), one row per request and one column per item of the catalogue."
             )
         return self._alive(allowed.to(self.device).index_select(1, self.item_order))
 
     def fingerprint(self) -> str:
-        """What tells catalogues of equal sizes apart: 16 hexadecimal digits of the item ids and semantic IDs, in their order."""
+        """What tells catalogues of equal sizes apart: 16 hexadecimal digits of the item ids and semantic IDs, in their
+        order.
+        """
         digest = hashlib.sha256(repr((self.codebook_sizes, self.num_items)).encode())
         digest.update(self.semantic_ids.cpu().to(torch.int32).numpy().tobytes())
         digest.update("\n".join(self.item_ids).encode() if is_text(self.item_ids) else self.item_ids.tobytes())
         return digest.hexdigest()[:16]
 
     def difference(self, other: "Catalogue") -> str | None:
-        """In what two catalogues are not the same, in words: item ids, their order or semantic IDs. `None` where they are equal."""
+        """In what two catalogues are not the same, in words: item ids, their order or semantic IDs. `None` where they
+        are equal.
+        """
         if self.fingerprint() == other.fingerprint():
             return None
         own, theirs = set(self.item_ids.tolist()), set(other.item_ids.tolist())

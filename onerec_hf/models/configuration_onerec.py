@@ -31,14 +31,19 @@ class SemanticIdConfig(PreTrainedConfig):
         num_key_value_heads (`int`, *optional*): Key/value heads of the self-attention. Not in the papers; defaults to
             `num_attention_heads`.
         head_dim (`int`, *optional*): Defaults to `hidden_size // num_attention_heads`.
-        num_context_key_value_heads (`int`, *optional*): G_kv, key/value groups of the context. Defaults to `num_attention_heads`.
+        num_context_key_value_heads (`int`, *optional*): G_kv, key/value groups of the context. Defaults to
+            `num_attention_heads`.
         context_embed_dim (`int`): Width of the embedding of each code and each feature of a context item.
-        user_embed_dim (`int`, *optional*): Width of each user feature, by default `context_embed_dim` (Technical Report: 64).
-        context_features (`dict[str, int]`, *optional*): Categorical features of every context item (action type, watch-time
-            bucket, author, ...): name to number of values. Value 0 stands for "unknown". Columns run in the order of the names.
+        user_embed_dim (`int`, *optional*): Width of each user feature, by default `context_embed_dim` (Technical
+            Report: 64).
+        context_features (`dict[str, int]`, *optional*): Categorical features of every context item (action type,
+            watch-time bucket, author, ...): name to number of values. Value 0 stands for "unknown". Columns run in the
+            order of the names.
         user_features (`dict[str, int]`, *optional*): Categorical features of the user, as above.
-        feature_embed_dims (`dict[str, int]`, *optional*): Widths of single features (Technical Report: 512 for the author).
-        num_experts (`int`, defaults to 0): Routed SwiGLU experts of a mixture-of-experts block; 0 makes every block dense.
+        feature_embed_dims (`dict[str, int]`, *optional*): Widths of single features (Technical Report: 512 for the
+            author).
+        num_experts (`int`, defaults to 0): Routed SwiGLU experts of a mixture-of-experts block; 0 makes every block
+            dense.
         num_experts_per_tok (`int`): Experts that each token is sent to.
         num_shared_experts (`int`): Experts that every token is sent to; only OneRec-V2 mentions one.
         moe_intermediate_size (`int`, *optional*): Width of an expert.
@@ -46,16 +51,20 @@ class SemanticIdConfig(PreTrainedConfig):
         moe_layer_step (`int`, defaults to 1): From there, every n-th block is a mixture of experts.
         router_scoring (`"softmax"` or `"sigmoid"`): How router logits become gates (OneRec eq. 2: softmax).
         normalize_gates (`bool`): Whether the gates of the chosen experts are scaled to sum 1.
-        router_bias_update_rate (`float`): gamma of the loss-free balancing (DeepSeek-V3, arXiv:2412.19437); 0 turns it off. The
-            papers name the method and no rate.
+        router_bias_update_rate (`float`): gamma of the loss-free balancing (DeepSeek-V3, arXiv:2412.19437); 0 turns it
+            off. The papers name the method and no rate.
         score_normalization (`"level"` or `"valid"`, defaults to `"level"`):
-            What a code's probability is normalised over, in the loss, in beam scores, everywhere: all codes of its level (the
-            papers' softmax), or the codes that continue the prefix to an existing item (a departure; needs a catalogue).
-        loss_reduction (`"mean"` or `"sum"`): Over the codes of a row: OneRec and the Technical Report sum, OneRec-V2 averages.
-        tie_word_embeddings (`bool`): One table for the decoder's tokens, the head and, in OneRecV1, the context's codes (TR 4.2.2).
-        catalogue_fingerprint (`str`, *optional*): Of the catalogue saved with the model, see [`Catalogue.fingerprint`]; one that
-            differs is refused on loading. None is not compared.
-        dropout (`float`, defaults to 0.0): On context inputs, attention outputs and feed-forward outputs. Not in the papers.
+            What a code's probability is normalised over, in the loss, in beam scores, everywhere: all codes of its
+            level (the papers' softmax), or the codes that continue the prefix to an existing item (a departure; needs
+            a catalogue).
+        loss_reduction (`"mean"` or `"sum"`): Over the codes of a row: OneRec and the Technical Report sum, OneRec-V2
+            averages.
+        tie_word_embeddings (`bool`): One table for the decoder's tokens, the head and, in OneRecV1, the context's
+            codes (TR 4.2.2).
+        catalogue_fingerprint (`str`, *optional*): Of the catalogue saved with the model, see
+            [`Catalogue.fingerprint`]; one that differs is refused on loading. None is not compared.
+        dropout (`float`, defaults to 0.0): On context inputs, attention outputs and feed-forward outputs. Not in the
+            papers.
     """
 
     keys_to_ignore_at_inference = ["past_key_values", "cache", "context_kv"]
@@ -122,9 +131,9 @@ class SemanticIdConfig(PreTrainedConfig):
         unknown = [name for name in kwargs if not name.startswith("_") and not hasattr(PreTrainedConfig, name)]
         if unknown := sorted(set(unknown) - _FOREIGN):
             logger.warning(
-                f"{type(self).__name__}: this version does not know {unknown} and ignores it, so the model may compute something "
-                "else than it was trained for. Update onerec_hf, or load with `trust_remote_code=True` where the package is not "
-                "imported: the repository holds its own code."
+                f"{type(self).__name__}: this version does not know {unknown} and ignores it, so the model may "
+                "compute something else than it was trained for. Update onerec_hf, or load with "
+                "`trust_remote_code=True` where the package is not imported: the repository holds its own code."
             )
         super().__post_init__(**kwargs)
 
@@ -149,8 +158,8 @@ class SemanticIdConfig(PreTrainedConfig):
         for name in ("pad_token_id", "bos_token_id"):
             if (token := getattr(self, name)) is None or not 0 <= token < NUM_SPECIAL_TOKENS:
                 raise ValueError(
-                    f"{name}={token}: rows begin with bos_token_id and are filled with pad_token_id. Both must be special "
-                    f"tokens, 0 to {NUM_SPECIAL_TOKENS - 1}."
+                    f"{name}={token}: rows begin with bos_token_id and are filled with pad_token_id. Both must be "
+                    f"special tokens, 0 to {NUM_SPECIAL_TOKENS - 1}."
                 )
 
     @property
@@ -185,10 +194,10 @@ class OneRecConfig(SemanticIdConfig):
         num_session_items (`int`, defaults to 5): m, the most items of a session.
         num_encoder_layers (`int`, defaults to 4): Blocks of the bidirectional encoder over the behaviour sequence.
         max_context_items (`int`, defaults to 256): n; older items share the position embedding of the oldest one.
-        context_tokens (`"code"` or `"item"`, defaults to `"code"`): What the encoder sees: every code of every item as a token
-            (n * L tokens), or one token per item that concatenates its codes. The paper does not say.
-        kwargs: See [`SemanticIdConfig`]. Here the defaults are 24 experts, 2 per token, softmax gates that are not renormalised,
-            no shared expert and no balancing (eq. 2).
+        context_tokens (`"code"` or `"item"`, defaults to `"code"`): What the encoder sees: every code of every item as
+            a token (n * L tokens), or one token per item that concatenates its codes. The paper does not say.
+        kwargs: See [`SemanticIdConfig`]. Here the defaults are 24 experts, 2 per token, softmax gates that are not
+            renormalised, no shared expert and no balancing (eq. 2).
     """
 
     model_type = "onerec"
@@ -221,10 +230,11 @@ class OneRecV1Config(SemanticIdConfig):
         num_lifelong_queries (`int`, defaults to 128): N_q, tokens that the QFormer makes of the lifelong pathway.
         num_lifelong_layers (`int`, defaults to 2): N_l, its blocks.
         lifelong_residual (`bool`, defaults to `True`): Residual connections in its blocks; the report prints none.
-        code_embed_dim (`int`, *optional*): Width of each code's embedding. How they become the vid vector of width d is not in the
-            report: side by side, each by default `hidden_size // num_levels`, or, with `tie_word_embeddings`, `hidden_size` wide.
-        kwargs: See [`SemanticIdConfig`]. The gate function, its normalisation and the rate of the balancing are not in the report:
-            those of DeepSeek-V3.
+        code_embed_dim (`int`, *optional*): Width of each code's embedding. How they become the vid vector of width d
+            is not in the report: side by side, each by default `hidden_size // num_levels`, or, with
+            `tie_word_embeddings`, `hidden_size` wide.
+        kwargs: See [`SemanticIdConfig`]. The gate function, its normalisation and the rate of the balancing are not in
+            the report: those of DeepSeek-V3.
     """
 
     model_type = "onerec_v1"
@@ -258,7 +268,8 @@ class OneRecV1Config(SemanticIdConfig):
         """Part of the strict validation: one table has one width."""
         if self.tie_word_embeddings and self.code_embed_dim != self.hidden_size:
             raise ValueError(
-                f"code_embed_dim={self.code_embed_dim}: tie_word_embeddings needs hidden_size={self.hidden_size}; leave it out."
+                f"code_embed_dim={self.code_embed_dim}: tie_word_embeddings needs hidden_size={self.hidden_size}; "
+                "leave it out."
             )
 
     def validate_pathways(self) -> None:
@@ -285,19 +296,22 @@ class OneRecV2Config(SemanticIdConfig):
     The defaults are the 1B model of the paper's Table 5.
 
     Args:
-        intermediate_size (`int`, *optional*): Width of the SwiGLU feed-forward. Not in the paper; `4 * hidden_size` fits its
-            FLOPs at 0.5B exactly and is the default.
+        intermediate_size (`int`, *optional*): Width of the SwiGLU feed-forward. Not in the paper; `4 * hidden_size`
+            fits its FLOPs at 0.5B exactly and is the default.
         num_context_layers (`int`, defaults to 1): L_kv, the number of distinct context key/value sets (section 2.2.1).
-        context_key_value_split (`int`, defaults to 1): S_kv; 1 shares keys and values (v = k), 2 keeps separate values.
-        position_bias_buckets (`int`, defaults to 32): Buckets of the learned attention bias over the age of a context item
-            (1 = the most recent one); 0 switches it off. Not in the paper, which does not describe positions. On a GPU the
-            mask that it makes has no flash kernel: large models train faster without (docs/results.md).
+        context_key_value_split (`int`, defaults to 1): S_kv; 1 shares keys and values (v = k), 2 keeps separate
+            values.
+        position_bias_buckets (`int`, defaults to 32): Buckets of the learned attention bias over the age of a context
+            item (1 = the most recent one); 0 switches it off. Not in the paper, which does not describe positions. On
+            a GPU the mask that it makes has no flash kernel: large models train faster without (docs/results.md).
         position_bias_max_distance (`int`, defaults to 128): Ages beyond it share the last bucket.
         first_dense_layers (`int`, defaults to 2): With experts, the first two blocks stay dense (section 2.2.2).
-        num_shared_experts (`int`, defaults to 1): Beside the routed experts, where there are any (4B-A0.5B: 53 + 1, top-3).
-        fixed_context_features (`list[str]`, *optional*): Those of `context_features` whose table is given and not trained, of the
-            width that `feature_embed_dims` says: item vectors (text, co-occurrence), looked up by an item index, tell apart what
-            the codes round off. Not in the papers, which use such vectors for the codes alone.
+        num_shared_experts (`int`, defaults to 1): Beside the routed experts, where there are any (4B-A0.5B: 53 + 1,
+            top-3).
+        fixed_context_features (`list[str]`, *optional*): Those of `context_features` whose table is given and not
+            trained, of the width that `feature_embed_dims` says: item vectors (text, co-occurrence), looked up by an
+            item index, tell apart what the codes round off. Not in the papers, which use such vectors for the codes
+            alone.
         context_dropout (`float`, *optional*): On context inputs, instead of `dropout`.
         kwargs: See [`SemanticIdConfig`].
     """
@@ -330,8 +344,8 @@ class OneRecV2Config(SemanticIdConfig):
         known = [name for name in self.context_features if name in self.feature_embed_dims]
         if unknown := sorted(set(self.fixed_context_features) - set(known)):
             raise ValueError(
-                f"fixed_context_features names {unknown}: give each its number of values in context_features and the width of its "
-                f"table in feature_embed_dims; both name {known}."
+                f"fixed_context_features names {unknown}: give each its number of values in context_features and the "
+                f"width of its table in feature_embed_dims; both name {known}."
             )
 
     def validate_sharing(self) -> None:

@@ -14,26 +14,30 @@ class RewardConfig(PreTrainedConfig):
     Args:
         codebook_sizes (`list[int]`, *optional*, defaults to `[8192, 8192, 8192]`): Codes per level, as the policy's.
         targets (`list[str]`, *optional*): Objectives, one tower each, in the order of `labels`; any names.
-        target_weights (`list[float]`, *optional*): Weight of each objective in every loss, w^xtr of the P-Score. Not in the papers,
-            which tune them; default 1.
+        target_weights (`list[float]`, *optional*): Weight of each objective in every loss, w^xtr of the P-Score. Not
+            in the papers, which tune them; default 1.
         hidden_size (`int`, defaults to 64): D, width of every representation.
         tower_size (`int`, *optional*): Width of a tower's hidden layer; defaults to `hidden_size`.
-        num_attention_heads (`int`, defaults to 4): Heads of the target attention (and of the session's self-attention).
+        num_attention_heads (`int`, defaults to 4): Heads of the target attention (and of the session's
+            self-attention).
         context_embed_dim (`int`, defaults to 16): Width of the embedding of each code and each feature.
-        user_embed_dim (`int`, *optional*): Width of the embedding of each user feature; defaults to `context_embed_dim`.
-        context_features (`dict[str, int]`, *optional*): Categorical features of every behaviour: name to number of values. Value 0
-            stands for "unknown". Columns run in the order of the names.
+        user_embed_dim (`int`, *optional*): Width of the embedding of each user feature; defaults to
+            `context_embed_dim`.
+        context_features (`dict[str, int]`, *optional*): Categorical features of every behaviour: name to number of
+            values. Value 0 stands for "unknown". Columns run in the order of the names.
         user_features (`dict[str, int]`, *optional*): Categorical features of the user, as above.
-        item_features (`dict[str, int]`, *optional*): Categorical features of every candidate in its request (author, duration
-            bucket, hour, ...), as above.
-        item_numbers (`list[str]`, *optional*): Numeric features of every candidate in its request, centred and of order 1 (log-odds
-            of past rates, log counts). Rare objectives need them: a table of buckets is learned from too few positives. Columns run
-            in the order of the sorted names.
-        feature_embed_dims (`dict[str, int]`, *optional*): Widths of single features, by name, instead of the two above.
-        position_bias_buckets (`int`, defaults to 32): Buckets of the learned attention bias over the age of a behaviour.
+        item_features (`dict[str, int]`, *optional*): Categorical features of every candidate in its request (author,
+            duration bucket, hour, ...), as above.
+        item_numbers (`list[str]`, *optional*): Numeric features of every candidate in its request, centred and of
+            order 1 (log-odds of past rates, log counts). Rare objectives need them: a table of buckets is learned from
+            too few positives. Columns run in the order of the sorted names.
+        feature_embed_dims (`dict[str, int]`, *optional*): Widths of single features, by name, instead of the two
+            above.
+        position_bias_buckets (`int`, defaults to 32): Buckets of the learned attention bias over the age of a
+            behaviour.
         position_bias_max_distance (`int`, defaults to 128): Ages beyond it share the last bucket.
-        catalogue_fingerprint (`str`, *optional*): Of the catalogue it was trained with ([`Catalogue.fingerprint`]); policies with
-            another one are refused. None is not compared.
+        catalogue_fingerprint (`str`, *optional*): Of the catalogue it was trained with ([`Catalogue.fingerprint`]);
+            policies with another one are refused. None is not compared.
         dropout (`float`, defaults to 0.0): On embeddings and tower inputs.
     """
 
@@ -112,11 +116,12 @@ class RewardConfig(PreTrainedConfig):
 @strict
 class OneRecSessionRewardConfig(RewardConfig):
     r"""
-    Configuration of [`OneRecSessionRewardModel`], the session-wise reward model of OneRec (arXiv:2502.18965, eq. 5 to 7).
+    Configuration of [`OneRecSessionRewardModel`], the session-wise reward model of OneRec (arXiv:2502.18965, eq. 5 to
+    7).
 
     Args:
-        reward_weights (`list[float]`, *optional*): How the towers become the one reward R(u, S) that ranks sessions: a weighted
-            sum. The paper does not say how they are joined; default 1 for each.
+        reward_weights (`list[float]`, *optional*): How the towers become the one reward R(u, S) that ranks sessions: a
+            weighted sum. The paper does not say how they are joined; default 1 for each.
         kwargs: See [`RewardConfig`]; the targets default to the paper's swt, vtr, wtr, ltr.
     """
 
@@ -140,8 +145,8 @@ class OneRecPScoreConfig(RewardConfig):
     Configuration of [`OneRecPScoreModel`], the P-Score of the OneRec Technical Report (arXiv:2506.13695).
 
     Args:
-        fused_weight (`float`, defaults to 1.0): Weight of the fused score's loss beside the towers' auxiliary losses. Not in the
-            paper.
+        fused_weight (`float`, defaults to 1.0): Weight of the fused score's loss beside the towers' auxiliary losses.
+            Not in the paper.
         kwargs: See [`RewardConfig`]; the targets default to the paper's ctr, lvtr, ltr, vtr.
     """
 

@@ -1,6 +1,7 @@
 """The catalogue that travels with a model, and `generate` constrained to it.
 
-The papers decode with beam search (OneRec, section 4; OneRec-V2, section 4). Legend: B users, L levels, N items, K beams.
+The papers decode with beam search (OneRec, section 4; OneRec-V2, section 4). Legend: B users, L levels, N items, K
+beams.
 """
 
 import copy
@@ -76,20 +77,21 @@ class CatalogueGenerationMixin(_Model):
     """
     Saving, loading and generating under a catalogue.
 
-    The model gives: `context_input_names` (what `encode_context` takes), `encode_context`, `next_hidden`, `level_log_probs`, and
-    `_require_catalogue`.
+    The model gives: `context_input_names` (what `encode_context` takes), `encode_context`, `next_hidden`,
+    `level_log_probs`, and `_require_catalogue`.
     """
 
     catalogue: Catalogue | None = None
     num_items: int = 1  # per row of `generate`; a model of sessions sets it
     context_input_names = ("context_ids", "context_mask", "context_features", "user_features")
 
-    # ---- catalogue -----------------------------------------------------------------------------------------------------
+    # ---- catalogue
+    # -----------------------------------------------------------------------------------------------------
 
     def save_pretrained(self, save_directory: str | os.PathLike, *args: Any, **kwargs: Any) -> None:
         """
-        As `PreTrainedModel.save_pretrained`, plus `catalogue.safetensors`, the tokenizer where the folder has none of these
-        codebook sizes, and `auto_map` entries for every Auto class.
+        As `PreTrainedModel.save_pretrained`, plus `catalogue.safetensors`, the tokenizer where the folder has none of
+        these codebook sizes, and `auto_map` entries for every Auto class.
         """
         push = kwargs.pop("push_to_hub", False)  # transformers would leave out what it has not written itself
         hub = {name: kwargs.pop(name) for name in _PUSH_KWARGS if push and name in kwargs}
@@ -117,8 +119,8 @@ class CatalogueGenerationMixin(_Model):
             result = super().from_pretrained(pretrained_model_name_or_path, *model_args, **kwargs)
         except SafetensorError as error:
             raise OSError(
-                f"the weights of {pretrained_model_name_or_path} cannot be read ({error}): a file is cut off or no safetensors "
-                "file. Save or copy it again, or download it with `force_download=True`."
+                f"the weights of {pretrained_model_name_or_path} cannot be read ({error}): a file is cut off or no "
+                "safetensors file. Save or copy it again, or download it with `force_download=True`."
             ) from error
         model = result[0] if isinstance(result, tuple) else result
         hub_kwargs = {name: kwargs[name] for name in _HUB_KWARGS if kwargs.get(name) is not None}
@@ -139,13 +141,14 @@ class CatalogueGenerationMixin(_Model):
             own, trained = model._require_catalogue().fingerprint(), model.config.catalogue_fingerprint
             if trained not in (None, own):
                 raise ValueError(
-                    f"{path} has the fingerprint {own}, config.json says {trained}: other items, or other semantic IDs, so "
-                    "the model's codes would mean other items. Put back the file that was saved with it; or, where the exchange is "
-                    "meant, load with `catalogue_fingerprint=None` and save the model again."
+                    f"{path} has the fingerprint {own}, config.json says {trained}: other items, or other semantic "
+                    "IDs, so the model's codes would mean other items. Put back the file that was saved with it; or, "
+                    "where the exchange is meant, load with `catalogue_fingerprint=None` and save the model again."
                 )
         return result
 
-    # ---- generation ----------------------------------------------------------------------------------------------------
+    # ---- generation
+    # ----------------------------------------------------------------------------------------------------
 
     @torch.no_grad()
     def generate(  # type: ignore[override]  # what text generation takes by position has no place here
@@ -164,35 +167,40 @@ class CatalogueGenerationMixin(_Model):
         r"""
         Recommend: semantic IDs of existing items, best first; or draw them, with `do_sample=True`.
 
-        Beam search and plain sampling take this package's own loop, which reads the context once per user. Custom logits
-        processors, `output_scores`, top_p and the like take transformers' loop under the same constraint, and say so.
+        Beam search and plain sampling take this package's own loop, which reads the context once per user. Custom
+        logits processors, `output_scores`, top_p and the like take transformers' loop under the same constraint, and
+        say so.
 
-        A `generation_config` changes no beam search beyond its width: sampling parameters and penalties in it are not looked at
-        (a `do_sample=True` in the model's own counts only where `num_beams` is 1). Penalties given in the call count.
+        A `generation_config` changes no beam search beyond its width: sampling parameters and penalties in it are not
+        looked at (a `do_sample=True` in the model's own counts only where `num_beams` is 1). Penalties given in the
+        call count.
 
         Args:
             inputs (`torch.LongTensor` of shape (B, 1), *optional*): BOS tokens; may be left out.
             constrained (`bool`, defaults to `True`): Generate only items of the catalogue; `False` allows any codes.
             catalogue (`Catalogue`, *optional*): Instead of the model's own.
-            allowed_items (`torch.BoolTensor` of shape (B, N) or (1, N), *optional*): Items each user may get (stock, category,
-                eligibility, not yet seen); or a list of item ids, for all users or one each; or what `catalogue.alive` made of a
-                mask, for a filter that many calls share.
-            num_items (`int`, *optional*, defaults to the model's `num_items`): m, different items per row: 1, or a session.
-            replacement (`bool`, defaults to `True`): With `do_sample=True`: whether the samples of a user may repeat each other;
-                `False` draws `num_return_sequences` different ones ([`sample_items`] also returns their probabilities).
+            allowed_items (`torch.BoolTensor` of shape (B, N) or (1, N), *optional*): Items each user may get (stock,
+                category, eligibility, not yet seen); or a list of item ids, for all users or one each; or what
+                `catalogue.alive` made of a mask, for a filter that many calls share.
+            num_items (`int`, *optional*, defaults to the model's `num_items`): m, different items per row: 1, or a
+                session.
+            replacement (`bool`, defaults to `True`): With `do_sample=True`: whether the samples of a user may repeat
+                each other; `False` draws `num_return_sequences` different ones ([`sample_items`] also returns their
+                probabilities).
             generator (`torch.Generator`, *optional*): With `do_sample=True`; defaults to torch's global one.
             kwargs: `context_ids` (B, T, L), `context_mask`, `context_features`, `user_features`, and everything that
                 `GenerationMixin.generate` takes: `num_beams`, `num_return_sequences`, `return_dict_in_generate`, ...
                 `compile_config` compiles the search, encoding of the context excepted (a new one for each new shape).
 
         Returns:
-            `torch.LongTensor` of shape (B * num_return_sequences, m * (1 + L)): BOS and codes of each item; rows of pad tokens
-            behind the first BOS where fewer items exist. With `return_dict_in_generate=True` a `GenerateBeamDecoderOnlyOutput`
-            with `sequences_scores` (summed log-probability / new tokens ** length_penalty, `-inf` on those rows).
+            `torch.LongTensor` of shape (B * num_return_sequences, m * (1 + L)): BOS and codes of each item; rows of
+            pad tokens behind the first BOS where fewer items exist. With `return_dict_in_generate=True` a
+            `GenerateBeamDecoderOnlyOutput` with `sequences_scores` (summed log-probability / new tokens **
+            length_penalty, `-inf` on those rows).
 
         Raises:
-            ValueError: Without a catalogue, with one of other codebook sizes, with `num_return_sequences > num_beams`, or for a
-                session, or different samples, that the fast search cannot give.
+            ValueError: Without a catalogue, with one of other codebook sizes, with `num_return_sequences > num_beams`,
+                or for a session, or different samples, that the fast search cannot give.
         """
         inputs = kwargs.pop("input_ids", inputs)
         if kwargs.get("custom_generate") is catalogue_generate:  # the same search by its other entry
@@ -226,8 +234,8 @@ class CatalogueGenerationMixin(_Model):
             return self._fast_generate(settings, context, catalogue, allowed_items, num_items, replacement, generator)
         if num_items > 1 or not replacement or generator is not None:
             raise ValueError(
-                f"num_items={num_items}, replacement={replacement}, generator={generator} together with {reason}: only the fast "
-                "search knows sessions, samples without replacement, and generators."
+                f"num_items={num_items}, replacement={replacement}, generator={generator} together with {reason}: "
+                "only the fast search knows sessions, samples without replacement, and generators."
             )
         if constrained:
             logger.warning_once(
@@ -260,8 +268,9 @@ class CatalogueGenerationMixin(_Model):
         returned, num_beams = settings.num_return_sequences or 1, settings.num_beams or 1
         if not settings.do_sample and (returned > num_beams or not replacement or generator is not None):
             raise ValueError(
-                f"num_return_sequences={returned}, num_beams={num_beams}, replacement={replacement}, generator={generator}: a beam "
-                "search returns at most num_beams rows; replacement and generator are for do_sample=True."
+                f"num_return_sequences={returned}, num_beams={num_beams}, replacement={replacement}, "
+                f"generator={generator}: a beam search returns at most num_beams rows; replacement and generator are "
+                "for do_sample=True."
             )
         context_kv = context.pop("context_kv", None)
         if context_kv is None:

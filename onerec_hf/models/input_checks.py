@@ -1,8 +1,8 @@
 """What the models ask of their inputs, said before anything is computed.
 
-Shapes are compared everywhere, values on a CPU alone: on a GPU every comparison would wait for the device, where the embedding
-kernels stop at a value outside their table anyhow, and a compiled graph cannot read values. Legend: B users, T context items,
-L levels.
+Shapes are compared everywhere, values on a CPU alone: on a GPU every comparison would wait for the device, where the
+embedding kernels stop at a value outside their table anyhow, and a compiled graph cannot read values. Legend: B users,
+T context items, L levels.
 """
 
 from collections.abc import Collection, Mapping
@@ -34,7 +34,8 @@ def check_codes(
     config: Any, name: str, token_ids: Tensor, others: Collection[int], real: Tensor | None = None
 ) -> None:
     """
-    Raises `ValueError` where `token_ids` (..., L) on a CPU hold a token that is no code of its level and not one of `others`.
+    Raises `ValueError` where `token_ids` (..., L) on a CPU hold a token that is no code of its level and not one of
+    `others`.
 
     `real` (...), a bool mask, says which items are looked at; default all.
     """
@@ -51,21 +52,23 @@ def check_codes(
         place = tuple(wrong.nonzero()[0].tolist())
         level = place[-1]
         raise ValueError(
-            f"{name} holds {int(token_ids[place])} at place {list(place)}: level {level + 1} has the tokens {int(low[level])} to "
-            f"{int(high[level]) - 1}. A token is the code plus config.level_offsets={config.level_offsets}, as "
-            "`tokenizer.encode_items` gives it. Add the offsets if these are plain codes; otherwise the semantic IDs come from "
-            "another tokenizer."
+            f"{name} holds {int(token_ids[place])} at place {list(place)}: level {level + 1} has the tokens "
+            f"{int(low[level])} to {int(high[level]) - 1}. A token is the code plus "
+            f"config.level_offsets={config.level_offsets}, as `tokenizer.encode_items` gives it. Add the offsets if "
+            "these are plain codes; otherwise the semantic IDs come from another tokenizer."
         )
 
 
 def checked_context(config: Any, context_ids: Tensor | None, context_mask: Tensor | None) -> Tensor:
-    """`context_mask` (B, T), without one whatever is no padding; an error where an input is missing or does not fit the model."""
+    """`context_mask` (B, T), without one whatever is no padding; an error where an input is missing or does not fit
+    the model.
+    """
     if context_ids is None:
         raise ValueError("context_ids is missing: give the histories as token ids of shape (batch, items, levels).")
     if context_ids.dim() != 3 or context_ids.shape[2] != config.num_levels:
         raise ValueError(
-            f"context_ids has shape {tuple(context_ids.shape)}: expected (batch, items, {config.num_levels}), one token per "
-            "level of each item."
+            f"context_ids has shape {tuple(context_ids.shape)}: expected (batch, items, {config.num_levels}), one "
+            "token per level of each item."
         )
     if context_ids.shape[0] == 0:
         raise ValueError(
@@ -75,8 +78,8 @@ def checked_context(config: Any, context_ids: Tensor | None, context_mask: Tenso
         mask = (context_ids != config.pad_token_id).any(-1)
     elif context_mask.shape != context_ids.shape[:2]:
         raise ValueError(
-            f"context_mask has shape {tuple(context_mask.shape)}: expected {tuple(context_ids.shape[:2])}, one row per user and "
-            "one column per item of context_ids, True for real items."
+            f"context_mask has shape {tuple(context_mask.shape)}: expected {tuple(context_ids.shape[:2])}, one row "
+            "per user and one column per item of context_ids, True for real items."
         )
     else:
         mask = context_mask.bool()
@@ -90,13 +93,13 @@ def check_kwargs(owner: Any, kwargs: Mapping[str, Any]) -> None:
     config = owner.config
     if "target_positions" in kwargs:
         raise ValueError(
-            f"target_positions: the encoder of {type(owner).__name__} mixes the items of a context, so every target sees all of "
-            "them. Give one row per target, with the items before it as context."
+            f"target_positions: the encoder of {type(owner).__name__} mixes the items of a context, so every target "
+            "sees all of them. Give one row per target, with the items before it as context."
         )
     if unknown := sorted(set(kwargs) - _KNOWN_TO_TRANSFORMERS - _RECORDED):
         raise TypeError(
-            f"{type(owner).__name__}.forward does not know {unknown}, and would ignore it. Leave it out; the arguments are listed "
-            "in the docstring of `forward`."
+            f"{type(owner).__name__}.forward does not know {unknown}, and would ignore it. Leave it out; the "
+            "arguments are listed in the docstring of `forward`."
         )
     if kwargs.get("output_router_logits") and not config.has_experts:
         raise ValueError(
@@ -105,8 +108,8 @@ def check_kwargs(owner: Any, kwargs: Mapping[str, Any]) -> None:
         )
     if kwargs.get("output_attentions") and config._attn_implementation != "eager":
         raise ValueError(
-            f"output_attentions=True, but attn_implementation={config._attn_implementation!r} gives no attention weights. Call "
-            "`model.set_attn_implementation('eager')` first."
+            f"output_attentions=True, but attn_implementation={config._attn_implementation!r} gives no attention "
+            "weights. Call `model.set_attn_implementation('eager')` first."
         )
 
 
@@ -127,7 +130,8 @@ def check_targets(config: Any, target_ids: Tensor, target_positions: Tensor | No
     if given := [name for name, value in others.items() if value is not None]:
         hint = " The mask of the history is context_mask." if "attention_mask" in given else ""
         raise ValueError(
-            f"target_ids stands for input_ids and labels together, and has no place for {given}: give one or the other.{hint}"
+            f"target_ids stands for input_ids and labels together, and has no place for {given}: give one or the "
+            f"other.{hint}"
         )
     shape = tuple(target_ids.shape)
     if len(shape) != 3 or shape[2] != config.num_levels or 0 in shape:
@@ -142,18 +146,23 @@ def check_targets(config: Any, target_ids: Tensor, target_positions: Tensor | No
 
 
 def check_attention_mask(attention_mask: Tensor | None, rows: Tensor | None) -> None:
-    """Raises `ValueError` on a mask of two dimensions that is not one of `rows` (R, C, ...), before which no cache stands."""
+    """Raises `ValueError` on a mask of two dimensions that is not one of `rows` (R, C, ...), before which no cache
+    stands.
+    """
     if attention_mask is None or rows is None or attention_mask.dim() != 2:
         return
     if attention_mask.shape != rows.shape[:2]:
         raise ValueError(
-            f"attention_mask has shape {tuple(attention_mask.shape)}, the rows {tuple(rows.shape[:2])}: it belongs to input_ids. "
-            "The mask of the history is context_mask: `model(context_ids=..., context_mask=..., input_ids=...)`."
+            f"attention_mask has shape {tuple(attention_mask.shape)}, the rows {tuple(rows.shape[:2])}: it belongs to "
+            "input_ids. The mask of the history is context_mask: `model(context_ids=..., context_mask=..., "
+            "input_ids=...)`."
         )
 
 
 def checked_labels(labels: Tensor | None, shift_labels: Tensor | None, rows: Tensor | None) -> Tensor | None:
-    """`labels` (R, C), made of `shift_labels` where these are given; `rows` (R, C, ...) is read, without the last code at will."""
+    """`labels` (R, C), made of `shift_labels` where these are given; `rows` (R, C, ...) is read, without the last code
+    at will.
+    """
     if labels is not None and shift_labels is not None:
         raise ValueError("labels and shift_labels are given: give one, shift_labels are labels one place earlier.")
     if shift_labels is not None:
@@ -170,16 +179,19 @@ def checked_labels(labels: Tensor | None, shift_labels: Tensor | None, rows: Ten
 
 
 def check_rows_allowed(allowed: Any, batch: int, num_nodes: list[int]) -> None:
-    """Raises `ValueError` where `allowed`, as `catalogue.alive` makes it, is not of `batch` requests (or of one for all)."""
+    """Raises `ValueError` where `allowed`, as `catalogue.alive` makes it, is not of `batch` requests (or of one for
+    all).
+    """
     masks = isinstance(allowed, (list, tuple)) and all(isinstance(mask, Tensor) for mask in allowed)
     if not masks or [mask.shape[-1] for mask in allowed] != num_nodes:
         raise ValueError(
-            f"allowed_items is a {type(allowed).__name__}: expected a bool tensor (batch, items), or what `catalogue.alive` of the "
-            "same catalogue made of one."
+            f"allowed_items is a {type(allowed).__name__}: expected a bool tensor (batch, items), or what "
+            "`catalogue.alive` of the same catalogue made of one."
         )
     if allowed[0].shape[0] not in (1, batch):
         raise ValueError(
-            f"allowed_items has {allowed[0].shape[0]} rows for {batch} users: give one row per user, or one row for all."
+            f"allowed_items has {allowed[0].shape[0]} rows for {batch} users: give one row per user, or one row for "
+            "all."
         )
 
 
@@ -189,9 +201,9 @@ def check_finite(scores: Tensor, what: str) -> None:
         return  # nothing can be read while a graph is recorded
     if scores.device.type != "meta" and bool(scores.isnan().any()):
         raise ValueError(
-            f"{what}: scores are NaN, so no item can be ranked: the weights or the inputs are not finite (NaN or inf). The "
-            "parameters: `[n for n, p in model.named_parameters() if not p.isfinite().all()]`. Load an earlier checkpoint, or "
-            "use bfloat16 or float32 where float16 overflows."
+            f"{what}: scores are NaN, so no item can be ranked: the weights or the inputs are not finite (NaN or "
+            "inf). The parameters: `[n for n, p in model.named_parameters() if not p.isfinite().all()]`. Load an "
+            "earlier checkpoint, or use bfloat16 or float32 where float16 overflows."
         )
 
 
@@ -206,14 +218,14 @@ def check_generate(
         raise ValueError(f"the search got {wrong}: each must be at least 1.")
     if config.session_wise and num_items > config.num_session_items:
         raise ValueError(
-            f"num_items={num_items}: the model has positions for sessions of num_session_items={config.num_session_items} items at "
-            "most."
+            f"num_items={num_items}: the model has positions for sessions of "
+            f"num_session_items={config.num_session_items} items at most."
         )
     context_kv, context_ids = model_kwargs.get("context_kv"), model_kwargs.get("context_ids")
     if (context_kv is None) == (context_ids is None):
         raise ValueError(
-            "context_ids is missing: give the histories as token ids of shape (batch, items, levels), or context_kv, which is the "
-            "context encoded before; and not both."
+            "context_ids is missing: give the histories as token ids of shape (batch, items, levels), or context_kv, "
+            "which is the context encoded before; and not both."
         )
     batch = len(context_ids if context_kv is None else context_kv.mask)
     if inputs is not None and (inputs.dim() != 2 or len(inputs) != batch):
@@ -221,8 +233,8 @@ def check_generate(
     mask = model_kwargs.get("attention_mask")
     if mask is not None and tuple(mask.shape) != (batch, 1 if inputs is None else inputs.shape[1]):
         raise ValueError(
-            f"attention_mask has shape {tuple(mask.shape)}: it belongs to input_ids, BOS alone. The mask of the history is "
-            "context_mask."
+            f"attention_mask has shape {tuple(mask.shape)}: it belongs to input_ids, BOS alone. The mask of the "
+            "history is context_mask."
         )
     return batch
 

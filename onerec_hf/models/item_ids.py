@@ -1,6 +1,7 @@
 """Ids by which the outside knows items: whole numbers or text, and nothing that turns one into the other on the way.
 
-An id is a name. `1` and `"1"` are two names, `"007"` is not `7`, and what numpy would cast to fit is refused or unknown.
+An id is a name. `1` and `"1"` are two names, `"007"` is not `7`, and what numpy would cast to fit is refused or
+unknown.
 """
 
 from typing import Any
@@ -22,13 +23,13 @@ def id_array(ids: Any, name: str = "item_ids") -> np.ndarray:
     Ids as one array: int64, or text.
 
     Args:
-        ids: Array, tensor, Series or list, of any shape. Whole floats up to 2^53 (integers that met a missing value on their way)
-            become integers.
+        ids: Array, tensor, Series or list, of any shape. Whole floats up to 2^53 (integers that met a missing value on
+            their way) become integers.
         name: What they are called, for errors.
 
     Raises:
-        ValueError: For integers beyond 64 bits, other floats, booleans, missing values, text beside numbers, and lists of unequal
-            length.
+        ValueError: For integers beyond 64 bits, other floats, booleans, missing values, text beside numbers, and lists
+            of unequal length.
     """
     array = _as_array(ids, name)
     if array.dtype.kind == "U" or array.dtype == np.int64:
@@ -44,8 +45,8 @@ def id_array(ids: Any, name: str = "item_ids") -> np.ndarray:
     if None in numbers:
         first = flat[numbers.index(None)]
         raise ValueError(
-            f"{name} hold {first!r} ({type(first).__name__}): ids are whole numbers of 64 bits, or text, all of one kind. Pass "
-            "them as text (strings)."
+            f"{name} hold {first!r} ({type(first).__name__}): ids are whole numbers of 64 bits, or text, all of one "
+            "kind. Pass them as text (strings)."
         )
     return np.array(numbers, dtype=np.int64).reshape(array.shape)
 
@@ -57,7 +58,8 @@ def positions(known: np.ndarray, order: np.ndarray, ids: Any) -> np.ndarray:
     Args:
         known (`np.ndarray` of shape (N,)): Sorted ids, int64 or text.
         order (`np.ndarray` of shape (N,)): What to return for each of them.
-        ids: Of any shape. An id of another kind (text among numbers, null, a fraction, more than 64 bits) is not known.
+        ids: Of any shape. An id of another kind (text among numbers, null, a fraction, more than 64 bits) is not
+            known.
 
     Returns:
         `np.ndarray` int64 of the same shape, -1 where an id is not known.
@@ -98,8 +100,8 @@ def allowed_mask(catalogue: Any, allowed: Any) -> torch.Tensor:
         `torch.BoolTensor` of shape (B, N) or (1, N), on the catalogue's device.
 
     Raises:
-        KeyError: For item ids that the catalogue does not have. ValueError: For a mask of numbers in place of booleans, and for
-            what `catalogue.alive` made of a mask, from which the items cannot be read.
+        KeyError: For item ids that the catalogue does not have. ValueError: For a mask of numbers in place of
+            booleans, and for what `catalogue.alive` made of a mask, from which the items cannot be read.
     """
     if is_node_masks(allowed):
         raise ValueError("allowed_items is what `catalogue.alive` made of a mask: here the mask itself is needed.")
@@ -115,7 +117,8 @@ def allowed_mask(catalogue: Any, allowed: Any) -> torch.Tensor:
             and np.isin(numbers, (0, 1)).all()
         ):
             raise ValueError(
-                f"allowed_items of shape {shape} holds 0 and 1: a mask is boolean, `mask.bool()`; item ids are a list of them."
+                f"allowed_items of shape {shape} holds 0 and 1: a mask is boolean, `mask.bool()`; item ids are a list "
+                "of them."
             )
         allowed = numbers.tolist()
     rows = list(allowed)

@@ -1,9 +1,9 @@
-"""Blocks that the OneRec models share: attention over a shared context, encoder and decoder blocks, the embedding of a context,
-and the decoder over codes.
+"""Blocks that the OneRec models share: attention over a shared context, encoder and decoder blocks, the embedding of a
+context, and the decoder over codes.
 
-OneRec Technical Report, sections 2.2 and 2.3 (arXiv:2506.13695); OneRec-V2, section 2.2 (arXiv:2508.20900). Legend: B users,
-T context positions, R = B * m rows (m targets, beams or samples per user, rows of one user adjacent), C target tokens, L levels,
-D width, H heads, n targets (or candidates) of a user.
+OneRec Technical Report, sections 2.2 and 2.3 (arXiv:2506.13695); OneRec-V2, section 2.2 (arXiv:2508.20900). Legend: B
+users, T context positions, R = B * m rows (m targets, beams or samples per user, rows of one user adjacent), C target
+tokens, L levels, D width, H heads, n targets (or candidates) of a user.
 """
 
 from collections.abc import Sequence
@@ -22,7 +22,8 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from .input_checks import check_range
 from .moe import FeedForward, SparseMoE
 
-# transformers 5.24 renamed `past_key_values`; our forwards take both names, and give each version the one that it reads
+# transformers 5.24 renamed `past_key_values`; our forwards take both names, and give each version the one that it
+# reads
 CACHE = "cache" if "cache" in BaseModelOutputWithPastAndCrossAttentions.__dataclass_fields__ else "past_key_values"
 
 
@@ -85,7 +86,9 @@ class KeyValueProjection(nn.Module):
 
 
 class MultiHeadAttention(KeyValueProjection):
-    """Attention with grouped key/value heads; subclasses say whether it is causal, and are what `output_attentions` records."""
+    """Attention with grouped key/value heads; subclasses say whether it is causal, and are what `output_attentions`
+    records.
+    """
 
     is_causal = False
 
@@ -128,7 +131,8 @@ class EncoderAttention(MultiHeadAttention):
 
 class ContextAttention(nn.Module):
     """
-    Attention of the rows of a user to that user's context: query and output projections only, the context owns keys and values.
+    Attention of the rows of a user to that user's context: query and output projections only, the context owns keys
+    and values.
 
     It is not causal, so the m rows of a user and the query heads that share a key/value head are folded into the query
     length: keys and values stay (B, H_kv, T, head_dim), copied for neither.
@@ -162,7 +166,9 @@ class ContextAttention(nn.Module):
 
 
 class EncoderLayer(GradientCheckpointingLayer):
-    """Technical Report, section 2.2.2: self-attention over everything, then `mlp` (dense or a mixture), pre-normed and residual."""
+    """Technical Report, section 2.2.2: self-attention over everything, then `mlp` (dense or a mixture), pre-normed and
+    residual.
+    """
 
     def __init__(self, config: Any, layer_idx: int, mlp: nn.Module):
         super().__init__()
@@ -182,7 +188,8 @@ class DecoderLayer(GradientCheckpointingLayer):
     """
     Causal self-attention and attention to the context, then `mlp` (dense or a mixture), each pre-normed and residual.
 
-    The Technical Report (section 2.3) attends to the target's own tokens first, OneRec-V2 (section 2.2.2) to the context first.
+    The Technical Report (section 2.3) attends to the target's own tokens first, OneRec-V2 (section 2.2.2) to the
+    context first.
     """
 
     context_first = False
@@ -238,7 +245,8 @@ class LevelHead(nn.Linear):
     """The output head, rows [specials | level 1 | ... | level L]; with `rows`, the scores of these rows alone."""
 
     def forward(self, hidden_states: Tensor, rows: slice = slice(None)) -> Tensor:
-        # in its own forward, so that whoever moves or gathers weights before a module runs (offload, FSDP) sees the slice too
+        # in its own forward, so that whoever moves or gathers weights before a module runs (offload, FSDP) sees the
+        # slice too
         return F.linear(hidden_states, self.weight[rows])
 
 
@@ -256,7 +264,9 @@ class FixedEmbedding(nn.Module):
 
 
 class FeatureEmbedding(nn.Module):
-    """Embeddings of categorical features, (..., F) -> a list of (..., width), in the order of the config; `fixed`: given ones."""
+    """Embeddings of categorical features, (..., F) -> a list of (..., width), in the order of the config; `fixed`:
+    given ones.
+    """
 
     def __init__(
         self, features: dict[str, int], config: Any, kind: str, fixed: Sequence[str] = (), width: int | None = None
@@ -278,14 +288,15 @@ class FeatureEmbedding(nn.Module):
         given = 0 if values is None else values.shape[-1]
         if given != len(self.names):
             raise ValueError(
-                f"{self.kind} holds {given} features, the config names {len(self.names)} ({self.names}): give a tensor whose last "
-                "dimension has one column per name, in this order."
+                f"{self.kind} holds {given} features, the config names {len(self.names)} ({self.names}): give a "
+                "tensor whose last dimension has one column per name, in this order."
             )
         if values is None:
             return []
         if values.shape[:-1] != torch.Size(shape):
             raise ValueError(
-                f"{self.kind} has shape {tuple(values.shape)}: expected {(*shape, given)}, one row for each of what it describes."
+                f"{self.kind} has shape {tuple(values.shape)}: expected {(*shape, given)}, one row for each of what "
+                "it describes."
             )
         for i, (name, size) in enumerate(zip(self.names, self.sizes)):
             hint = "Value 0 stands for unknown; the config says how many values there are."
@@ -293,12 +304,14 @@ class FeatureEmbedding(nn.Module):
         return [table(values[..., i]) for i, table in enumerate(self.tables)]
 
     def fill(self, name: str, vectors: Tensor) -> None:
-        """Table of a fixed feature: row i of `vectors` (N, width) goes to value i + 1, zeros to value 0 ("unknown")."""
+        """Table of a fixed feature: row i of `vectors` (N, width) goes to value i + 1, zeros to value 0
+        ("unknown").
+        """
         table = self.tables[self.names.index(name)].get_buffer("weight")
         if vectors.shape != (table.shape[0] - 1, table.shape[1]):
             raise ValueError(
-                f"vectors of {name!r} have shape {tuple(vectors.shape)}, the config says {table.shape[0] - 1} rows (its values "
-                f"without 0) of width {table.shape[1]}."
+                f"vectors of {name!r} have shape {tuple(vectors.shape)}, the config says {table.shape[0] - 1} rows "
+                f"(its values without 0) of width {table.shape[1]}."
             )
         table.copy_(F.pad(vectors, (0, 0, 1, 0)))
 
@@ -307,8 +320,8 @@ class ContextEmbedding(nn.Module):
     """
     The tables that a context is read from; each system puts its own maps on top.
 
-    A subclass sets `static_slot`, the learned vector in front of the items, and `user_proj`, which adds the user features to it: a
-    user without a history has this slot alone.
+    A subclass sets `static_slot`, the learned vector in front of the items, and `user_proj`, which adds the user
+    features to it: a user without a history has this slot alone.
     """
 
     static_slot: nn.Embedding
@@ -344,7 +357,8 @@ def item_ages(mask: Tensor) -> Tensor:
 
 def age_buckets(age: Tensor, num_buckets: int, max_distance: int) -> Tensor:
     """
-    Bucket of the age of a context item: exact up to half of the buckets, then logarithmic, as T5 does (arXiv:1910.10683).
+    Bucket of the age of a context item: exact up to half of the buckets, then logarithmic, as T5 does
+    (arXiv:1910.10683).
 
     Args:
         age (`torch.LongTensor` of any shape): 1 for the item right before the target; 0 for the static slot.
@@ -366,13 +380,13 @@ def visible_ages(
 
     Args:
         mask (`torch.BoolTensor` of shape (B, 1 + T)): True for real positions.
-        target_positions (`torch.LongTensor` of B * n numbers, *optional*): History items each target may see; default all, for
-            every target alike.
+        target_positions (`torch.LongTensor` of B * n numbers, *optional*): History items each target may see; default
+            all, for every target alike.
         num_targets (`int`): n, read where `target_positions` is given.
 
     Returns:
-        Ages, `torch.LongTensor` of shape (B, n or 1, 1 + T): 1 for the most recent item a target sees, 0 for the static slot; and
-        which positions it sees, `torch.BoolTensor` of the same shape.
+        Ages, `torch.LongTensor` of shape (B, n or 1, 1 + T): 1 for the most recent item a target sees, 0 for the
+        static slot; and which positions it sees, `torch.BoolTensor` of the same shape.
     """
     order = mask.long().cumsum(1) - 1  # 0 is the static slot, 1.. the items in time order
     if target_positions is None:
@@ -391,7 +405,9 @@ def visible_ages(
 
 
 class AgeBias(nn.Embedding):
-    """A learned number per head and bucket of ages, added to the attention scores: ages (...) -> (..., H). Starts at 0."""
+    """A learned number per head and bucket of ages, added to the attention scores: ages (...) -> (..., H). Starts at
+    0.
+    """
 
     def __init__(self, config: Any):
         super().__init__(config.position_bias_buckets, config.num_attention_heads)
@@ -414,8 +430,8 @@ class SemanticIdDecoder(nn.Module):
     Token embeddings, blocks and norm.
 
     Args:
-        num_context_sets (`int`): Key/value sets of the context, shared out evenly: block l of N reads set floor(l * sets / N)
-            (OneRec-V2, 2.2.2).
+        num_context_sets (`int`): Key/value sets of the context, shared out evenly: block l of N reads set floor(l *
+            sets / N) (OneRec-V2, 2.2.2).
         num_norms (`int`, defaults to 1): Output norms, one for each position of a semantic ID.
         num_positions (`int`, *optional*): Learned positions of the tokens of a session; without, there are none.
     """
@@ -492,8 +508,8 @@ class SemanticIdDecoder(nn.Module):
         if position_ids is None:
             past = cache.get_seq_length() if cache is not None else 0
             position_ids = torch.arange(past, past + length, device=inputs_embeds.device).unsqueeze(0)
-        # CUDA's fused attention is taken where positions are adjacent, and copies no mask where its rows start at multiples of 8;
-        # never without padding, so that an export need not know whether there is any
+        # CUDA's fused attention is taken where positions are adjacent, and copies no mask where its rows start at
+        # multiples of 8; never without padding, so that an export need not know whether there is any
         positions = context_mask.shape[-1]
         context_mask = F.pad(context_mask.contiguous(), (0, 8 - positions % 8))[..., :positions]
         hidden_states = inputs_embeds

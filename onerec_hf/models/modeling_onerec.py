@@ -1,4 +1,5 @@
-"""OneRec (arXiv:2502.18965, section 3): a bidirectional encoder over the behaviours, a decoder that writes a whole session.
+"""OneRec (arXiv:2502.18965, section 3): a bidirectional encoder over the behaviours, a decoder that writes a whole
+session.
 
 Legend: B users, T context items, S encoder positions, L levels, D width.
 """
@@ -34,8 +35,8 @@ class OneRecContextEmbedding(ContextEmbedding):
     """
     Section 3.1: the behaviour sequence as encoder input (B, S, D) and its mask (B, S).
 
-    In front stands the static slot. An item is one token per code (`config.context_tokens="code"`), each with the item's features
-    and position added, or one token.
+    In front stands the static slot. An item is one token per code (`config.context_tokens="code"`), each with the
+    item's features and position added, or one token.
     """
 
     def __init__(self, config: OneRecConfig):
@@ -73,7 +74,9 @@ class OneRecContextEmbedding(ContextEmbedding):
 
 
 class OneRecContextEncoder(nn.Module):
-    """Technical Report, section 2.2.2: blocks of full self-attention; then keys and values for every block of the decoder."""
+    """Technical Report, section 2.2.2: blocks of full self-attention; then keys and values for every block of the
+    decoder.
+    """
 
     def __init__(self, config: Any, embedding: nn.Module, moe: bool = False):
         super().__init__()
@@ -112,7 +115,9 @@ class OneRecContextEncoder(nn.Module):
 
 
 class OneRecModel(SemanticIdPreTrainedModel):
-    """Encoder and session decoder, without a head. Decoder input: BOS and the codes of every item of the session (section 3.2)."""
+    """Encoder and session decoder, without a head. Decoder input: BOS and the codes of every item of the session
+    (section 3.2).
+    """
 
     config: OneRecConfig
     _no_split_modules = ["DecoderLayer", "EncoderLayer"]
@@ -143,8 +148,8 @@ class OneRecModel(SemanticIdPreTrainedModel):
     ) -> BaseModelOutputWithPastAndCrossAttentions:
         r"""
         Args:
-            input_ids (`torch.LongTensor` of shape (R, C)): BOS and codes. R may be a multiple of the B contexts; the rows of one
-                context are adjacent.
+            input_ids (`torch.LongTensor` of shape (R, C)): BOS and codes. R may be a multiple of the B contexts; the
+                rows of one context are adjacent.
             context_ids (`torch.LongTensor` of shape (B, T, L)): Token ids of the history, oldest first.
             context_mask (`torch.BoolTensor` of shape (B, T), *optional*): True for real items.
             context_features (`torch.LongTensor` of shape (B, T, F), *optional*): As `config.context_features`.
@@ -160,7 +165,9 @@ class OneRecModel(SemanticIdPreTrainedModel):
 
 
 class OneRecForCausalLM(SemanticIdForCausalLM, GenerationMixin):
-    """OneRec with its head: `forward` trains on sessions, `generate` writes sessions of `config.num_session_items` items."""
+    """OneRec with its head: `forward` trains on sessions, `generate` writes sessions of `config.num_session_items`
+    items.
+    """
 
     config: OneRecConfig
 

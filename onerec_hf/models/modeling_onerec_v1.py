@@ -1,4 +1,5 @@
-"""OneRecV1, the OneRec Technical Report (arXiv:2506.13695, sections 2.2 and 2.3): four pathways, an encoder, a point-wise decoder.
+"""OneRecV1, the OneRec Technical Report (arXiv:2506.13695, sections 2.2 and 2.3): four pathways, an encoder, a
+point-wise decoder.
 
 Legend: B users, T context items of all pathways, L levels, N_q lifelong queries, D width.
 """
@@ -41,7 +42,9 @@ class DenseLeakyDense(nn.Module):
 
 
 class LifelongQFormerLayer(nn.Module):
-    """h <- CrossAttn(h, v, v); h <- FFN(RMSNorm(h)) (section 2.2.1), with residual connections unless the config says no."""
+    """h <- CrossAttn(h, v, v); h <- FFN(RMSNorm(h)) (section 2.2.1), with residual connections unless the config says
+    no.
+    """
 
     def __init__(self, config: OneRecV1Config):
         super().__init__()
@@ -61,8 +64,8 @@ class OneRecV1PathwayEmbedding(ContextEmbedding):
     """
     Section 2.2.1: [h_u; h_s; h_p; h_l] + e_pos, (B, 1 + L_s + L_p + N_q, D), and its mask.
 
-    `context_ids` holds the pathways side by side: `short_term_length` + `positive_length` + `lifelong_length` items, each padded to
-    that length. Code and feature embeddings are shared by the pathways, the dense maps are not.
+    `context_ids` holds the pathways side by side: `short_term_length` + `positive_length` + `lifelong_length` items,
+    each padded to that length. Code and feature embeddings are shared by the pathways, the dense maps are not.
     """
 
     def __init__(self, config: OneRecV1Config):
@@ -90,8 +93,8 @@ class OneRecV1PathwayEmbedding(ContextEmbedding):
         mask = checked_context(self.config, context_ids, context_mask)
         if context_ids.shape[1] != sum(self.lengths.values()):
             raise ValueError(
-                f"context_ids holds {context_ids.shape[1]} items: expected {sum(self.lengths.values())}, the pathways side by side "
-                f"and each padded to its length {self.lengths}."
+                f"context_ids holds {context_ids.shape[1]} items: expected {sum(self.lengths.values())}, the pathways "
+                f"side by side and each padded to its length {self.lengths}."
             )
         items = self.dropout(self.item_vectors(context_ids, context_features))
         static = self.static_vector(context_ids, user_features, self.dropout)
@@ -156,10 +159,10 @@ class OneRecV1Model(SemanticIdPreTrainedModel):
     ) -> BaseModelOutputWithPastAndCrossAttentions:
         r"""
         Args:
-            input_ids (`torch.LongTensor` of shape (R, C)): BOS and codes. R may be a multiple of the B contexts; the rows of one
-                context are adjacent.
-            context_ids (`torch.LongTensor` of shape (B, T, L)): Token ids of the pathways side by side, each oldest first.
-            context_mask (`torch.BoolTensor` of shape (B, T), *optional*): True for real items.
+            input_ids (`torch.LongTensor` of shape (R, C)): BOS and codes. R may be a multiple of the B contexts; the
+                rows of one context are adjacent.
+            context_ids (`torch.LongTensor` of shape (B, T, L)): Token ids of the pathways side by side, each oldest
+            first. context_mask (`torch.BoolTensor` of shape (B, T), *optional*): True for real items.
             context_features (`torch.LongTensor` of shape (B, T, F), *optional*): As `config.context_features`.
             user_features (`torch.LongTensor` of shape (B, F_u), *optional*): As `config.user_features`.
             context_kv (`ContextKV`, *optional*): Instead of the four above, the context encoded before.

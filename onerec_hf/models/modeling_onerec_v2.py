@@ -1,7 +1,7 @@
 """OneRec-V2 (arXiv:2508.20900, section 2.2): context processor and lazy decoder.
 
-Legend: B users, T context items, L levels, R = B * m rows (m targets, beams or samples of a user, adjacent), C decoder tokens,
-D width.
+Legend: B users, T context items, L levels, R = B * m rows (m targets, beams or samples of a user, adjacent), C decoder
+tokens, D width.
 """
 
 import torch
@@ -28,7 +28,9 @@ from .modeling_semantic_id import SemanticIdForCausalLM, SemanticIdPreTrainedMod
 
 
 class KeyValueRMSNorm(nn.RMSNorm):
-    """An RMSNorm that keeps the type of what it is given: under autocast, every block would narrow float32 keys again."""
+    """An RMSNorm that keeps the type of what it is given: under autocast, every block would narrow float32 keys
+    again.
+    """
 
     def forward(self, states: torch.Tensor) -> torch.Tensor:
         return F.rms_norm(states, self.normalized_shape, self.weight.to(states.dtype), self.eps)
@@ -36,11 +38,11 @@ class KeyValueRMSNorm(nn.RMSNorm):
 
 class OneRecV2ContextProcessor(ContextEmbedding):
     """
-    Section 2.2.1: every context item becomes one vector of width S_kv * L_kv * G_kv * head_dim, whose slices are, after an
-    RMSNorm and nothing else, the keys and values of the decoder.
+    Section 2.2.1: every context item becomes one vector of width S_kv * L_kv * G_kv * head_dim, whose slices are,
+    after an RMSNorm and nothing else, the keys and values of the decoder.
 
-    In front stands one static slot (the paper's N_s). An item is the concatenation of its code and feature embeddings under one
-    linear map, which is what the FLOPs of the paper's Table 3 imply.
+    In front stands one static slot (the paper's N_s). An item is the concatenation of its code and feature embeddings
+    under one linear map, which is what the FLOPs of the paper's Table 3 imply.
     """
 
     def __init__(self, config: OneRecV2Config):
@@ -126,15 +128,15 @@ class OneRecV2Model(SemanticIdPreTrainedModel):
     ) -> BaseModelOutputWithPastAndCrossAttentions:
         r"""
         Args:
-            input_ids (`torch.LongTensor` of shape (R, C)): BOS and codes. R may be a multiple of the B contexts; the rows of one
-                context are adjacent.
+            input_ids (`torch.LongTensor` of shape (R, C)): BOS and codes. R may be a multiple of the B contexts; the
+                rows of one context are adjacent.
             context_ids (`torch.LongTensor` of shape (B, T, L)): Token ids of the history, oldest first.
             context_mask (`torch.BoolTensor` of shape (B, T), *optional*): True for real items.
             context_features (`torch.LongTensor` of shape (B, T, F), *optional*): As `config.context_features`.
             user_features (`torch.LongTensor` of shape (B, F_u), *optional*): As `config.user_features`.
             context_kv (`ContextKV`, *optional*): Instead of the four above, the context encoded before.
-            target_positions (`torch.LongTensor` of shape (R,), *optional*): How many history items each row may see; default all.
-                An item's keys and values depend on that item alone, so one context serves every target.
+            target_positions (`torch.LongTensor` of shape (R,), *optional*): How many history items each row may see;
+                default all. An item's keys and values depend on that item alone, so one context serves every target.
         """
         cache = given_cache(past_key_values, kwargs)
         check_kwargs(self, kwargs)
@@ -146,7 +148,9 @@ class OneRecV2Model(SemanticIdPreTrainedModel):
     def context_mask(
         self, context_kv: ContextKV, hidden_states: torch.Tensor, target_positions: torch.Tensor | None
     ) -> torch.Tensor:
-        """Additive mask (B, H_kv, groups * m * C, 1 + T): padding, items a target must not see yet, and the bias over ages."""
+        """Additive mask (B, H_kv, groups * m * C, 1 + T): padding, items a target must not see yet, and the bias over
+        ages.
+        """
         rows, length, _ = hidden_states.shape
         targets, heads = rows // context_kv.mask.shape[0], self.config.num_context_key_value_heads
         dtype = context_kv.key_states[0].dtype

@@ -1,7 +1,8 @@
 """Reward models: the session-wise one of OneRec (arXiv:2502.18965, eq. 5 to 7) and the P-Score of the Technical Report
 (arXiv:2506.13695, reward system).
 
-Legend: B users, R = B * n rows (rows of one user adjacent), m candidates of a row, T behaviours, L levels, D width, X objectives.
+Legend: B users, R = B * n rows (rows of one user adjacent), m candidates of a row, T behaviours, L levels, D width, X
+objectives.
 """
 
 import os
@@ -36,8 +37,8 @@ from .parallel import unsharded_class
 class RewardModelOutput(ModelOutput):
     """
     Args:
-        loss (`torch.FloatTensor` of shape (1,)): Binary cross-entropy, summed over objectives, mean over known labels, in nats.
-        logits (`torch.FloatTensor` of shape (R, X), P-Score: (R, m, X)): Log-odds of every objective.
+        loss (`torch.FloatTensor` of shape (1,)): Binary cross-entropy, summed over objectives, mean over known labels,
+        in nats. logits (`torch.FloatTensor` of shape (R, X), P-Score: (R, m, X)): Log-odds of every objective.
         rewards (`torch.FloatTensor` of shape (R,), P-Score: (R, m)): The one number that ranks sessions or items.
     """
 
@@ -49,18 +50,19 @@ class RewardModelOutput(ModelOutput):
 def _check_item_mask(item_mask: torch.Tensor, item_ids: torch.Tensor) -> None:
     if item_mask.shape != item_ids.shape[:2]:
         raise ValueError(
-            f"item_mask has shape {tuple(item_mask.shape)}: expected {tuple(item_ids.shape[:2])}, one column per item of item_ids, "
-            "True for real items."
+            f"item_mask has shape {tuple(item_mask.shape)}: expected {tuple(item_ids.shape[:2])}, one column per item "
+            "of item_ids, True for real items."
         )
 
 
 class TargetAwareItems(ContextEmbedding):
     """
-    e_i = v_i (.) u: every candidate together with what the user's behaviours say about it, by target attention (OneRec, eq. 5).
+    e_i = v_i (.) u: every candidate together with what the user's behaviours say about it, by target attention
+    (OneRec, eq. 5).
 
-    In front of the behaviours stands the static slot, so a user without history has something to attend to. A candidate v_i,
-    its attention over the behaviours a_i, their product and the user go through one non-linear map; the paper only names the
-    operation.
+    In front of the behaviours stands the static slot, so a user without history has something to attend to. A
+    candidate v_i, its attention over the behaviours a_i, their product and the user go through one non-linear map; the
+    paper only names the operation.
     """
 
     def __init__(self, config: RewardConfig):
@@ -86,7 +88,9 @@ class TargetAwareItems(ContextEmbedding):
         context_features: torch.Tensor | None = None,
         user_features: torch.Tensor | None = None,
     ) -> tuple[ContextKV, torch.Tensor]:
-        """Keys and values of the behaviours, and the user vector (B, D); once per user, for any number of candidates."""
+        """Keys and values of the behaviours, and the user vector (B, D); once per user, for any number of
+        candidates.
+        """
         mask = checked_context(self.config, context_ids, context_mask)
         items = self.context_proj(self.dropout(self.item_vectors(context_ids, context_features)))
         user = self.static_vector(context_ids, user_features, self.dropout)  # (B, 1, D)
@@ -106,8 +110,8 @@ class TargetAwareItems(ContextEmbedding):
         """Candidates (R, m, L) -> e (R, m, D), v (R, m, D) and the user of every row (R, D)."""
         if item_ids.dim() != 3 or item_ids.shape[2] != self.config.num_levels:
             raise ValueError(
-                f"item_ids has shape {tuple(item_ids.shape)}: expected (rows, candidates, {self.config.num_levels}), one token "
-                "per level. Semantic IDs of another tokenizer do not fit this reward model."
+                f"item_ids has shape {tuple(item_ids.shape)}: expected (rows, candidates, {self.config.num_levels}), "
+                "one token per level. Semantic IDs of another tokenizer do not fit this reward model."
             )
         if len(item_ids) % len(user):
             raise ValueError(f"{len(item_ids)} rows of item_ids cannot share {len(user)} contexts evenly.")
@@ -177,7 +181,9 @@ class RewardPreTrainedModel(PreTrainedModel):
             init.zeros_(module.weight)
 
     def weighted_loss(self, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-        """sum over objectives of w^xtr BCE(y^xtr, sigmoid(logits^xtr)), mean over the rows (N, X) whose label is known."""
+        """sum over objectives of w^xtr BCE(y^xtr, sigmoid(logits^xtr)), mean over the rows (N, X) whose label is
+        known.
+        """
         known = ~labels.isnan()
         losses = F.binary_cross_entropy_with_logits(
             logits.float(), labels.float().masked_fill(~known, 0.0), reduction="none"
@@ -188,7 +194,8 @@ class RewardPreTrainedModel(PreTrainedModel):
     def _checked_labels(self, labels, shape) -> torch.Tensor:
         if tuple(labels.shape) != tuple(shape):
             raise ValueError(
-                f"labels has shape {tuple(labels.shape)}: expected {tuple(shape)}, one column for each of {self.config.targets}."
+                f"labels has shape {tuple(labels.shape)}: expected {tuple(shape)}, one column for each of "
+                f"{self.config.targets}."
             )
         if bool(((labels < 0) | (labels > 1)).any()):
             raise ValueError("labels must lie in [0, 1], or be NaN where they are unknown; see onerec_hf.data.labels.")
@@ -197,8 +204,8 @@ class RewardPreTrainedModel(PreTrainedModel):
 
 class OneRecSessionRewardModel(RewardPreTrainedModel):
     """
-    R(u, S) of OneRec (eq. 5 to 7): target-aware items, self-attention among the items of the session, their sum, one tower per
-    objective. As printed, the self-attention has no residual and no norm.
+    R(u, S) of OneRec (eq. 5 to 7): target-aware items, self-attention among the items of the session, their sum, one
+    tower per objective. As printed, the self-attention has no residual and no norm.
     """
 
     config: OneRecSessionRewardConfig
@@ -225,8 +232,8 @@ class OneRecSessionRewardModel(RewardPreTrainedModel):
     ) -> RewardModelOutput:
         r"""
         Args:
-            item_ids (`torch.LongTensor` of shape (R, m, L)): Token ids of the items of R sessions. R may be a multiple of the B
-                contexts; the sessions of one user are adjacent.
+            item_ids (`torch.LongTensor` of shape (R, m, L)): Token ids of the items of R sessions. R may be a multiple
+                of the B contexts; the sessions of one user are adjacent.
             item_features (`torch.LongTensor` of shape (R, m, F_i), *optional*): As `config.item_features`.
             item_numbers (`torch.FloatTensor` of shape (R, m, F_n), *optional*): As `config.item_numbers`.
             item_mask (`torch.BoolTensor` of shape (R, m), *optional*): False for padding of shorter sessions.
@@ -258,11 +265,11 @@ class OneRecSessionRewardModel(RewardPreTrainedModel):
 
 class OneRecPScoreModel(RewardPreTrainedModel):
     """
-    The Technical Report's P-Score: one tower per objective with an auxiliary loss each, and one fused score, made of the towers'
-    hidden states, the user and the item, that is trained on all objectives at once.
+    The Technical Report's P-Score: one tower per objective with an auxiliary loss each, and one fused score, made of
+    the towers' hidden states, the user and the item, that is trained on all objectives at once.
 
-    The report's backbone is SIM (search over a very long history, then target attention); here all behaviours that are given are
-    attended to.
+    The report's backbone is SIM (search over a very long history, then target attention); here all behaviours that are
+    given are attended to.
     """
 
     config: OneRecPScoreConfig
@@ -294,9 +301,9 @@ class OneRecPScoreModel(RewardPreTrainedModel):
         r"""
         Args:
             item_ids (`torch.LongTensor` of shape (R, m, L)): Token ids of m candidates per row, each judged alone.
-            item_mask (`torch.BoolTensor` of shape (R, m), *optional*): False for padding: no part in the loss, reward 0.
-            target_positions (`torch.LongTensor` of shape (R, m), *optional*): How many behaviours each candidate may see; default
-                all. So one context serves all of a user's logged exposures in one pass.
+            item_mask (`torch.BoolTensor` of shape (R, m), *optional*): False for padding: no part in the loss, reward
+            0. target_positions (`torch.LongTensor` of shape (R, m), *optional*): How many behaviours each candidate
+                may see; default all. So one context serves all of a user's logged exposures in one pass.
             labels (`torch.FloatTensor` of shape (R, m, X), *optional*): In [0, 1], NaN where unknown.
             item_features, item_numbers, context_ids, context_mask, context_features, user_features: As
                 [`OneRecSessionRewardModel`].

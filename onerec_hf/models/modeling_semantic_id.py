@@ -1,8 +1,8 @@
 """What every OneRec model with a head shares: log-probabilities within a level, recommending items, forward and loss.
 
-OneRec Technical Report, section 2.3 (arXiv:2506.13695); OneRec-V2, section 2.2 (arXiv:2508.20900). Legend: B users, T context
-positions, R = B * m rows (rows of one user adjacent), C decoder tokens, L levels, V_l codes of level l, D width, N items of the
-catalogue, K beams, m items of a session.
+OneRec Technical Report, section 2.3 (arXiv:2506.13695); OneRec-V2, section 2.2 (arXiv:2508.20900). Legend: B users, T
+context positions, R = B * m rows (rows of one user adjacent), C decoder tokens, L levels, V_l codes of level l, D
+width, N items of the catalogue, K beams, m items of a session.
 """
 
 import os
@@ -56,7 +56,8 @@ class SemanticIdPreTrainedModel(PreTrainedModel):
     accepts_loss_kwargs = False  # the loss is a mean of its own: `Trainer` divides it by the accumulation steps
     _skip_keys_device_placement = ["past_key_values", "cache", "context_kv"]
     _supports_sdpa = True
-    # transformers' flash path unpads queries by the key mask: wrong for a padded context (T5 and Mllama say no as well)
+    # transformers' flash path unpads queries by the key mask: wrong for a padded context (T5 and Mllama say no as
+    # well)
     _supports_flash_attn = False
     _supports_attention_backend = True
     _can_compile_fullgraph = True
@@ -79,7 +80,8 @@ class SemanticIdPreTrainedModel(PreTrainedModel):
             super().save_pretrained(save_directory, *args, **kwargs)
 
     def _can_set_experts_implementation(self) -> bool:  # type: ignore[override]
-        # no class method: whether there are experts is in the config. transformers looks for the decorator in the model's own file
+        # no class method: whether there are experts is in the config. transformers looks for the decorator in the
+        # model's own file
         return self.config.has_experts
 
     def encode_context(
@@ -122,12 +124,14 @@ class SemanticIdPreTrainedModel(PreTrainedModel):
 class SemanticIdCausalLMOutput(CausalLMOutputWithCrossAttentions):
     """
     Args:
-        loss (`torch.FloatTensor` of shape (1,)): Negative log-probability of the codes, in nats (`config.loss_reduction`).
-        logits (`torch.FloatTensor` of shape (R, C, vocab_size)): Scores of the next token; everything outside the level that
-            comes next is the lowest finite number, so a softmax over the vocabulary is the softmax over the level.
-        target_log_probs (`torch.FloatTensor` of shape (B, n, L)): Log-probability of each code of each target, in nats; with
-            `labels` of shape (R, items, L), one row per row of `input_ids`.
-        router_logits (`tuple[torch.FloatTensor]`): With `output_router_logits=True`, one (tokens, experts) tensor per mixture.
+        loss (`torch.FloatTensor` of shape (1,)): Negative log-probability of the codes, in nats
+        (`config.loss_reduction`). logits (`torch.FloatTensor` of shape (R, C, vocab_size)): Scores of the next token;
+            everything outside the level that comes next is the lowest finite number, so a softmax over the vocabulary
+            is the softmax over the level.
+        target_log_probs (`torch.FloatTensor` of shape (B, n, L)): Log-probability of each code of each target, in
+            nats; with `labels` of shape (R, items, L), one row per row of `input_ids`.
+        router_logits (`tuple[torch.FloatTensor]`): With `output_router_logits=True`, one (tokens, experts) tensor per
+            mixture.
     """
 
     target_log_probs: torch.Tensor | None = None
@@ -143,9 +147,9 @@ def recorded(outputs: ModelOutput) -> dict[str, Any]:
 class RecommendedItems(NamedTuple):
     """
     Args:
-        items (`torch.LongTensor` of shape (B, k), sessions (B, k, m)): Item indices of the catalogue, best first, -1 for none.
-        scores (`torch.FloatTensor` of shape (B, k)): Natural log-probability of the semantic IDs of an item, or of all items of a
-            session; `-inf` for none.
+        items (`torch.LongTensor` of shape (B, k), sessions (B, k, m)): Item indices of the catalogue, best first, -1
+        for none. scores (`torch.FloatTensor` of shape (B, k)): Natural log-probability of the semantic IDs of an item,
+            or of all items of a session; `-inf` for none.
     """
 
     items: torch.Tensor
@@ -156,8 +160,9 @@ class SemanticIdForCausalLM(CatalogueGenerationMixin, SemanticIdPreTrainedModel)
     """
     Head, loss, catalogue and `generate` around a base model that turns a context and codes into hidden states.
 
-    `lm_head` is one linear map whose rows are [specials | level 1 | ... | level L]; OneRec-V2's position-specific head is the slice
-    of the level (section 2.2.2). A subclass also names `GenerationMixin` among its bases, where transformers looks for it.
+    `lm_head` is one linear map whose rows are [specials | level 1 | ... | level L]; OneRec-V2's position-specific head
+    is the slice of the level (section 2.2.2). A subclass also names `GenerationMixin` among its bases, where
+    transformers looks for it.
     """
 
     _tied_weights_keys = {"lm_head.weight": "model.decoder.embed_tokens.weight"}  # with config.tie_word_embeddings
@@ -169,20 +174,23 @@ class SemanticIdForCausalLM(CatalogueGenerationMixin, SemanticIdPreTrainedModel)
         self.post_init()
         self.num_items = config.num_session_items if config.session_wise else 1
         self.generation_config.max_new_tokens = self.num_items * (config.num_levels + 1) - 1
-        # `transformers.Trainer` counts the codes in `labels`; its count fits a loss that is a mean over codes, and no other
+        # `transformers.Trainer` counts the codes in `labels`; its count fits a loss that is a mean over codes, and no
+        # other
         self.accepts_loss_kwargs = config.loss_reduction == "mean"
 
     def _require_catalogue(self, catalogue: Catalogue | None = None) -> Catalogue:
         catalogue = catalogue if catalogue is not None else self.catalogue
         if catalogue is None:
             raise ValueError(
-                f"{type(self).__name__} has no catalogue. Set `model.catalogue = Catalogue(semantic_ids, codebook_sizes, "
-                "item_ids)`, pass `catalogue=...`, or, in `generate`, `constrained=False` for codes without a check."
+                f"{type(self).__name__} has no catalogue. Set `model.catalogue = Catalogue(semantic_ids, "
+                "codebook_sizes, item_ids)`, pass `catalogue=...`, or, in `generate`, `constrained=False` for codes "
+                "without a check."
             )
         if catalogue.codebook_sizes != self.config.codebook_sizes:
             raise ValueError(
-                f"the catalogue has codebook_sizes={catalogue.codebook_sizes}, the model {self.config.codebook_sizes}: they "
-                "come from different semantic IDs. Use the catalogue that the model was trained with."
+                f"the catalogue has codebook_sizes={catalogue.codebook_sizes}, the model "
+                f"{self.config.codebook_sizes}: they come from different semantic IDs. Use the catalogue that the "
+                "model was trained with."
             )
         # where the head computes; under offloading its weights lie elsewhere
         hook = getattr(self.lm_head, "_hf_hook", None)
@@ -194,7 +202,8 @@ class SemanticIdForCausalLM(CatalogueGenerationMixin, SemanticIdPreTrainedModel)
             :, -1
         ]
 
-    # ---- the one place where scores become log-probabilities -----------------------------------------------------------
+    # ---- the one place where scores become log-probabilities
+    # -----------------------------------------------------------
 
     def level_log_probs(
         self,
@@ -210,7 +219,8 @@ class SemanticIdForCausalLM(CatalogueGenerationMixin, SemanticIdPreTrainedModel)
         Args:
             hidden_states (`torch.FloatTensor` of shape (R, D)): Last hidden states at the position before the code.
             level (`int`): 0-based level.
-            node (`torch.LongTensor` of shape (R,), *optional*): Catalogue node of each row's prefix; None at the first level.
+            node (`torch.LongTensor` of shape (R,), *optional*): Catalogue node of each row's prefix; None at the first
+            level.
             catalogue (`Catalogue`, *optional*): Read only under `"valid"`; defaults to the model's own.
 
         Returns:
@@ -227,11 +237,13 @@ class SemanticIdForCausalLM(CatalogueGenerationMixin, SemanticIdPreTrainedModel)
 
     def level_distributions(self, hidden_states: torch.Tensor, token_ids: torch.Tensor) -> Iterator[torch.Tensor]:
         """
-        The walk over the levels of given codes: the log-probabilities of every code of a level, behind the codes before it.
+        The walk over the levels of given codes: the log-probabilities of every code of a level, behind the codes
+        before it.
 
         Args:
             hidden_states (`torch.FloatTensor` of shape (R, L, D)): Position l is the one before code l.
-            token_ids (`torch.LongTensor` of shape (R, L)): Tokens of the codes; rows of pad tokens give meaningless numbers.
+            token_ids (`torch.LongTensor` of shape (R, L)): Tokens of the codes; rows of pad tokens give meaningless
+            numbers.
 
         Yields:
             `torch.FloatTensor` of shape (R, V_l) for each level l, in nats, one at a time: together they can be large.
@@ -250,7 +262,8 @@ class SemanticIdForCausalLM(CatalogueGenerationMixin, SemanticIdPreTrainedModel)
 
         Args:
             hidden_states (`torch.FloatTensor` of shape (R, L, D)): Position l is the one before code l.
-            token_ids (`torch.LongTensor` of shape (R, L)): Tokens of the codes; rows of pad tokens give meaningless numbers.
+            token_ids (`torch.LongTensor` of shape (R, L)): Tokens of the codes; rows of pad tokens give meaningless
+            numbers.
 
         Returns:
             `torch.FloatTensor` of shape (R, L), in nats.
@@ -267,8 +280,8 @@ class SemanticIdForCausalLM(CatalogueGenerationMixin, SemanticIdPreTrainedModel)
         As `code_log_probs`, for whole rows: BOS and the codes of one item, and so on for every item of a session.
 
         Args:
-            hidden_states (`torch.FloatTensor` of shape (R, C, D)): One position per token; the one of the last code may be missing.
-            token_ids (`torch.LongTensor` of shape (R, items * (L + 1))): BOS and codes.
+            hidden_states (`torch.FloatTensor` of shape (R, C, D)): One position per token; the one of the last code
+            may be missing. token_ids (`torch.LongTensor` of shape (R, items * (L + 1))): BOS and codes.
 
         Returns:
             `torch.FloatTensor` of shape (R, items, L), in nats: the codes' log-probabilities, never BOS's.
@@ -287,9 +300,9 @@ class SemanticIdForCausalLM(CatalogueGenerationMixin, SemanticIdPreTrainedModel)
 
     def mask_logits_to_level(self, logits: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
         """
-        `logits` (R, C, vocab) with everything that cannot follow at the lowest finite number: position p of a row predicts level
-        p mod (L + 1); behind the last level stands `<|sid_begin|>` of a session's next item, or `<|sid_end|>`.
-        `positions` (1 or R, C).
+        `logits` (R, C, vocab) with everything that cannot follow at the lowest finite number: position p of a row
+        predicts level p mod (L + 1); behind the last level stands `<|sid_begin|>` of a session's next item, or
+        `<|sid_end|>`. `positions` (1 or R, C).
         """
         levels = positions % (self.config.num_levels + 1)
         edges = torch.tensor([*self.config.level_offsets, self.config.vocab_size], device=logits.device)
@@ -307,7 +320,8 @@ class SemanticIdForCausalLM(CatalogueGenerationMixin, SemanticIdPreTrainedModel)
         inside = torch.where(ends, token == follower.unsqueeze(-1), inside)
         return logits.masked_fill(~inside, torch.finfo(logits.dtype).min)
 
-    # ---- recommending --------------------------------------------------------------------------------------------------
+    # ---- recommending
+    # --------------------------------------------------------------------------------------------------
 
     @torch.no_grad()
     def recommend_items(
@@ -323,15 +337,16 @@ class SemanticIdForCausalLM(CatalogueGenerationMixin, SemanticIdPreTrainedModel)
         r"""
         The `k` best items of each user, or the `k` best sessions.
 
-        The items of one semantic ID follow each other, popular ones first, and share its score. In a session, the most popular
-        allowed item of a semantic ID stands for all of them.
+        The items of one semantic ID follow each other, popular ones first, and share its score. In a session, the most
+        popular allowed item of a semantic ID stands for all of them.
 
         Args:
             k (`int`, defaults to 10): Items, or sessions, per user.
             num_beams (`int`, *optional*, defaults to the larger of `k` and 50): K, the width of the search.
-            allowed_items (`torch.BoolTensor` of shape (B, N) or (1, N), *optional*): Items each user may get; or a list of item
-                ids, for all users or one each.
-            num_session_items (`int`, *optional*): m; returns sessions of m different items, in order. Left out, single items.
+            allowed_items (`torch.BoolTensor` of shape (B, N) or (1, N), *optional*): Items each user may get; or a
+                list of item ids, for all users or one each.
+            num_session_items (`int`, *optional*): m; returns sessions of m different items, in order. Left out, single
+                items.
             catalogue (`Catalogue`, *optional*): Instead of the model's own.
             context: `context_ids` (B, T, L), `context_mask`, `context_features`, `user_features`, or `context_kv`.
 
@@ -339,8 +354,8 @@ class SemanticIdForCausalLM(CatalogueGenerationMixin, SemanticIdPreTrainedModel)
             [`RecommendedItems`].
 
         Raises:
-            ValueError: For a model in training mode; the mode is not changed here, since other threads may share the model. With
-                `k` above `num_beams`, without a catalogue, for a context or a mask of the wrong shape.
+            ValueError: For a model in training mode; the mode is not changed here, since other threads may share the
+                model. With `k` above `num_beams`, without a catalogue, for a context or a mask of the wrong shape.
         """
         if self.training:
             raise ValueError("the model is in training mode, with dropout: call `model.eval()` before you search.")
@@ -366,7 +381,8 @@ class SemanticIdForCausalLM(CatalogueGenerationMixin, SemanticIdPreTrainedModel)
         scores = found.scores.gather(1, beam.clamp(min=0)).masked_fill(items < 0, float("-inf"))
         return RecommendedItems(items, scores)
 
-    # ---- training ------------------------------------------------------------------------------------------------------
+    # ---- training
+    # ------------------------------------------------------------------------------------------------------
 
     @can_return_tuple
     def forward(
@@ -391,25 +407,30 @@ class SemanticIdForCausalLM(CatalogueGenerationMixin, SemanticIdPreTrainedModel)
     ) -> SemanticIdCausalLMOutput:
         r"""
         Args:
-            input_ids (`torch.LongTensor` of shape (R, C)): BOS and codes of one item per row; of a session-wise model, of every
-                item of a session. R may be a multiple of the B contexts, the rows of one context being adjacent.
-            labels (`torch.LongTensor` of shape (R, C), *optional*): As `input_ids`, -100 where no loss is wanted; never on BOS.
-            shift_labels (`torch.LongTensor` of shape (R, C), *optional*): Instead of `labels`: at each place the label of the next.
-            target_ids (`torch.LongTensor` of shape (B, n, L), *optional*): Instead of `input_ids` and `labels`: n targets of each
-                user that share one context (of a session-wise model, the n items of one session), pad tokens where there are fewer.
-            target_positions (`torch.LongTensor` of shape (B, n), *optional*): OneRec-V2 only: history items each target may see.
-            num_items_in_batch (`torch.Tensor` or `int`, *optional*): What the summed loss is divided by, in place of this batch's
-                own number ([`loss_items`]): that of all batches of an optimizer step, as `Trainer` gives it.
+            input_ids (`torch.LongTensor` of shape (R, C)): BOS and codes of one item per row; of a session-wise model,
+                of every item of a session. R may be a multiple of the B contexts, the rows of one context being
+                adjacent.
+            labels (`torch.LongTensor` of shape (R, C), *optional*): As `input_ids`, -100 where no loss is wanted;
+            never on BOS. shift_labels (`torch.LongTensor` of shape (R, C), *optional*): Instead of `labels`: at each
+            place the label of the next. target_ids (`torch.LongTensor` of shape (B, n, L), *optional*): Instead of
+                `input_ids` and `labels`: n targets of each user that share one context (of a session-wise model, the n
+                items of one session), pad tokens where there are fewer.
+            target_positions (`torch.LongTensor` of shape (B, n), *optional*): OneRec-V2 only: history items each
+            target may see.
+            num_items_in_batch (`torch.Tensor` or `int`, *optional*): What the summed loss is divided by, in place of
+                this batch's own number ([`loss_items`]): that of all batches of an optimizer step, as `Trainer` gives
+                it.
             return_loss (`bool`, defaults to `True`): Off: no loss, the log-probabilities alone.
             context_ids, context_mask, context_features, user_features, context_kv: See the base model's `forward`.
 
         Returns:
-            [`SemanticIdCausalLMOutput`]; the loss is -log p(s^l | BOS, s^{<l}, context), summed over the codes of a row (OneRec
-            eq. 1; Technical Report, L_NTP) or averaged (OneRec-V2, L_Gen). With `target_ids` there are no `logits`.
+            [`SemanticIdCausalLMOutput`]; the loss is -log p(s^l | BOS, s^{<l}, context), summed over the codes of a
+            row (OneRec eq. 1; Technical Report, L_NTP) or averaged (OneRec-V2, L_Gen). With `target_ids` there are no
+            `logits`.
         """
         past_key_values = given_cache(past_key_values, kwargs)
-        # not in the signature: `Trainer` takes a name with "label" there for what every batch holds, and a batch of `target_ids`
-        # would have no `eval_loss`
+        # not in the signature: `Trainer` takes a name with "label" there for what every batch holds, and a batch of
+        # `target_ids` would have no `eval_loss`
         labels, shift_labels = kwargs.pop("labels", None), kwargs.pop("shift_labels", None)
         context: dict[str, Any]
         context = {"context_ids": context_ids, "context_mask": context_mask, "context_features": context_features}
@@ -452,7 +473,7 @@ class SemanticIdForCausalLM(CatalogueGenerationMixin, SemanticIdPreTrainedModel)
         logits = self.mask_logits_to_level(self.lm_head(hidden[:, keep]), position_ids[:, keep])
         loss = log_probs = None
         if labels is not None:
-            # a prefix is read where no loss is wanted, too: `score_normalization="valid"` follows it down the catalogue
+            # `score_normalization="valid"` follows a prefix down the catalogue where no loss is wanted, too
             tokens = labels
             if input_ids is not None:
                 rows = F.pad(input_ids, (0, labels.shape[1] - input_ids.shape[1]))
@@ -469,27 +490,33 @@ class SemanticIdForCausalLM(CatalogueGenerationMixin, SemanticIdPreTrainedModel)
         )
 
     def loss_items(self, real: torch.Tensor) -> torch.Tensor:
-        """What the loss is a mean over, a scalar: the codes (OneRec-V2), items or sessions that `real` (B, n, L) says are there."""
+        """What the loss is a mean over, a scalar: the codes (OneRec-V2), items or sessions that `real` (B, n, L) says
+        are there.
+        """
         if self.config.loss_reduction == "mean":
             return real.sum()
         return (real.flatten(1) if self.config.session_wise else real.flatten(0, 1)).any(1).sum()
 
     def _loss(self, log_probs, real, num_items):
-        """`log_probs` and `real` (rows, items, L): the mean over codes, or the sum over a row's codes averaged over rows."""
+        """`log_probs` and `real` (rows, items, L): the mean over codes, or the sum over a row's codes averaged over
+        rows.
+        """
         if num_items is None:
             num_items = self.loss_items(real).clamp(min=1)
         return -torch.where(real, log_probs, 0.0).sum() / num_items
 
     def add_model_tags(self, tags: list[str] | str) -> None:
         """
-        As `PreTrainedModel.add_model_tags`. TRL's own trainers tag a model with `"trl"` before their first step, and are refused
+        As `PreTrainedModel.add_model_tags`. TRL's own trainers tag a model with `"trl"` before their first step, and
+        are refused
         here: their loss is a softmax over the codes of all levels, and would train another model without a word.
         """
         if "trl" in ([tags] if isinstance(tags, str) else tags):
             raise ValueError(
-                f"a trainer of TRL scores {type(self).__name__} over the codes of all levels at once, which is not the model's "
-                "probability. Use `OneRecSFTTrainer` instead of SFTTrainer, `IPATrainer` instead of DPOTrainer and "
-                "`OneRecGRPOTrainer` instead of GRPOTrainer (`from onerec_hf.trainers import ...`), or `transformers.Trainer`. A "
+                f"a trainer of TRL scores {type(self).__name__} over the codes of all levels at once, which is not "
+                "the model's probability. Use `OneRecSFTTrainer` instead of SFTTrainer, `IPATrainer` instead of "
+                "DPOTrainer and `OneRecGRPOTrainer` instead of GRPOTrainer (`from onerec_hf.trainers import ...`), or "
+                "`transformers.Trainer`. A "
                 'trainer of yours whose loss is the model\'s own sets `_tag_names` without "trl".'
             )
         super().add_model_tags(tags)
@@ -497,8 +524,9 @@ class SemanticIdForCausalLM(CatalogueGenerationMixin, SemanticIdPreTrainedModel)
     def resize_token_embeddings(self, *args, **kwargs) -> None:
         """Refused: the vocabulary is the semantic IDs."""
         raise NotImplementedError(
-            "the vocabulary of a OneRec model is its semantic IDs (codebook_sizes in the config); a token more would be no code of "
-            "any item. New items get semantic IDs from the same codebooks and join the catalogue instead."
+            "the vocabulary of a OneRec model is its semantic IDs (codebook_sizes in the config); a token more would "
+            "be no code of any item. New items get semantic IDs from the same codebooks and join the catalogue "
+            "instead."
         )
 
 

@@ -1,4 +1,5 @@
-"""Feed-forwards: dense, and the sparse mixture of experts with router, SwiGLU experts, shared experts, loss-free balancing.
+"""Feed-forwards: dense, and the sparse mixture of experts with router, SwiGLU experts, shared experts, loss-free
+balancing.
 
 OneRec eq. 2 (arXiv:2502.18965); OneRec Technical Report, section 2.3 (arXiv:2506.13695); OneRec-V2, section 2.2.2
 (arXiv:2508.20900). Balancing: DeepSeek-V3, section 2.1.2 (arXiv:2412.19437). Legend: S tokens, D width, E experts.
@@ -30,7 +31,8 @@ class Router(nn.Module):
     """
     Chooses `num_experts_per_tok` experts for every token.
 
-    The bias, which balances the load, helps to choose and does not weigh. It is saved with the model and stays float32.
+    The bias, which balances the load, helps to choose and does not weigh. It is saved with the model and stays
+    float32.
     """
 
     def __init__(self, config: Any):
@@ -60,7 +62,8 @@ class Router(nn.Module):
 
     @torch.no_grad()
     def _count(self, experts):
-        # With non-reentrant checkpointing the recomputation counts every token again: the shares, which are all that is used, stay.
+        # With non-reentrant checkpointing the recomputation counts every token again: the shares, which are all that
+        # is used, stay.
         if self.load is None or self.load.device != experts.device:
             self.load = torch.zeros(len(self.weight), device=experts.device)
         self.load.scatter_add_(0, experts.flatten(), torch.ones_like(experts.flatten(), dtype=torch.float32))
@@ -68,7 +71,9 @@ class Router(nn.Module):
 
 @use_experts_implementation
 class Experts(nn.Module):
-    """SwiGLU experts as two stacks of matrices; `config._experts_implementation` can replace the loop by grouped products."""
+    """SwiGLU experts as two stacks of matrices; `config._experts_implementation` can replace the loop by grouped
+    products.
+    """
 
     def __init__(self, config: Any):
         super().__init__()
@@ -111,18 +116,19 @@ class SparseMoE(nn.Module):
 @torch.no_grad()
 def balance_experts(model: nn.Module, rate: float) -> dict[str, float]:
     """
-    One step of loss-free balancing: experts above the mean load get a smaller bias, those below it a larger one, by `rate`.
+    One step of loss-free balancing: experts above the mean load get a smaller bias, those below it a larger one, by
+    `rate`.
 
-    Call it once per optimizer step. Loads are summed over the processes of the default group where one is initialised, so every
-    process makes the same update; they start again at zero.
+    Call it once per optimizer step. Loads are summed over the processes of the default group where one is initialised,
+    so every process makes the same update; they start again at zero.
 
     Args:
         model: Any module that contains mixtures of experts.
         rate (`float`): gamma; 0 leaves the biases alone and only reports.
 
     Returns:
-        Per mixture block, by module name: the largest load over the mean load (1 is perfect balance). Blocks that no token has
-        passed since the last call are left out.
+        Per mixture block, by module name: the largest load over the mean load (1 is perfect balance). Blocks that no
+        token has passed since the last call are left out.
     """
     routers = {
         name: module

@@ -1,8 +1,9 @@
 """How models are split over processes.
 
-Tensor- and expert-parallel plans say which weights `from_pretrained(distributed_config=...)` of transformers splits, and how.
-Names are those of the base models; a rule for a block that a model does not have (experts in a dense one) changes nothing. There is
-no rule for `lm_head`, which is read in slices of a level, and none for OneRec-V2's context, whose keys all blocks share whole.
+Tensor- and expert-parallel plans say which weights `from_pretrained(distributed_config=...)` of transformers splits,
+and how. Names are those of the base models; a rule for a block that a model does not have (experts in a dense one)
+changes nothing. There is no rule for `lm_head`, which is read in slices of a level, and none for OneRec-V2's context,
+whose keys all blocks share whole.
 """
 
 from collections.abc import Iterator
@@ -49,7 +50,8 @@ def unsharded_class(model: nn.Module) -> Iterator[None]:
     """
     Inside, a model that FSDP2 has sharded is of its own class again.
 
-    `fully_shard` gives it a child class in a private module of torch, which `save_pretrained` would name, and copy, as its code.
+    `fully_shard` gives it a child class in a private module of torch, which `save_pretrained` would name, and copy, as
+    its code.
     """
     sharded = type(model)
     model.__class__ = next(base for base in sharded.__mro__ if not base.__module__.startswith("torch."))

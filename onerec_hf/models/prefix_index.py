@@ -1,8 +1,8 @@
 """A flat, sorted prefix index over semantic IDs: which codes may follow which prefix.
 
-The layout follows STATIC (arXiv:2602.22647) without its dense tables: the nodes of a level are sorted by prefix, so that a node's
-id is its position, its children are one run of the next level, and the nodes of the last level, the leaves, are the semantic IDs
-in order. Legend: B users, K beams, N items, L levels, W children per run.
+The layout follows STATIC (arXiv:2602.22647) without its dense tables: the nodes of a level are sorted by prefix, so
+that a node's id is its position, its children are one run of the next level, and the nodes of the last level, the
+leaves, are the semantic IDs in order. Legend: B users, K beams, N items, L levels, W children per run.
 """
 
 import numpy as np
@@ -25,10 +25,11 @@ class PrefixIndex:
     Attributes:
         codebook_sizes (`list[int]`): Codes per level.
         codes (`list[torch.Tensor]`): Per level, the last code of each node.
-        surplus (`list[torch.Tensor]`): Per level, (first child of a node) - (number of the node), and one end more. A node has at
-            least one child, so this is how many children beyond one the nodes before it have: small numbers in a small type
-            where prefixes are nearly unique. Below a leaf lie the places of its items.
-        max_children (`list[int]`): Most children of one node that lie on each level; on the first level, those of the root.
+        surplus (`list[torch.Tensor]`): Per level, (first child of a node) - (number of the node), and one end more. A
+            node has at least one child, so this is how many children beyond one the nodes before it have: small
+            numbers in a small type where prefixes are nearly unique. Below a leaf lie the places of its items.
+        max_children (`list[int]`): Most children of one node that lie on each level; on the first level, those of the
+            root.
         max_items (`int`): Most items of one leaf.
     """
 
@@ -70,7 +71,9 @@ class PrefixIndex:
         return len(self.codes[-1])
 
     def first_child(self, node: torch.Tensor, level: int) -> torch.Tensor:
-        """First child of nodes of `level`; of `node + 1`, the end of the children. Below a leaf, a place in `item_order`."""
+        """First child of nodes of `level`; of `node + 1`, the end of the children. Below a leaf, a place in
+        `item_order`.
+        """
         return self.surplus[level][node] + node
 
     def leaf_range(self, node: torch.Tensor, level: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -85,7 +88,8 @@ class PrefixIndex:
         Children on `level` (0-based) of nodes of the level above; `node=None` is the root.
 
         Returns:
-            codes (..., W), node ids (..., W) and a bool mask (..., W) of real children; W is the largest fan-out of the level.
+            codes (..., W), node ids (..., W) and a bool mask (..., W) of real children; W is the largest fan-out of
+            the level.
         """
         child = torch.arange(self.max_children[level], device=self.codes[0].device)
         if node is None:
@@ -100,7 +104,8 @@ class PrefixIndex:
         The codes of `level` that lead on from nodes of the level above (R,), -1 for none; `node=None` is the root.
 
         Args:
-            alive (`torch.BoolTensor` of shape (B, nodes of `level`), *optional*): Those that count; rows of a request are adjacent.
+            alive (`torch.BoolTensor` of shape (B, nodes of `level`), *optional*): Those that count; rows of a request
+            are adjacent.
 
         Returns:
             `torch.BoolTensor` of shape (R, V_level); at the root (1 or B, V_level).
@@ -123,10 +128,10 @@ class PrefixIndex:
         """
         All children of K nodes per request, in R runs of W children.
 
-        Two layouts, the smaller one is taken: one run per node, as long as the largest fan-out of the level, or runs of 32
-        children. Where the nodes of a request are different, the runs of the K largest nodes of the level bound the number of runs
-        exactly, so nothing is lost and no length has to be read back from a device. On a CPU, where reading costs nothing, there
-        are as many runs as the largest request has; a compiled graph keeps the bound.
+        Two layouts, the smaller one is taken: one run per node, as long as the largest fan-out of the level, or runs
+        of 32 children. Where the nodes of a request are different, the runs of the K largest nodes of the level bound
+        the number of runs exactly, so nothing is lost and no length has to be read back from a device. On a CPU, where
+        reading costs nothing, there are as many runs as the largest request has; a compiled graph keeps the bound.
 
         Args:
             node (`torch.LongTensor` of shape (B, K)): Nodes of the level above, -1 for none; None is the root.
@@ -135,8 +140,8 @@ class PrefixIndex:
             padded (`bool`, defaults to `False`): Always one run per node, R = K.
 
         Returns:
-            parent (B, R) (position 0..K-1 in its row), child (B, R, W), each int64, and a bool mask (B, R, W) of real ones. At the
-            root B is 1.
+            parent (B, R) (position 0..K-1 in its row), child (B, R, W), each int64, and a bool mask (B, R, W) of real
+            ones. At the root B is 1.
         """
         if node is None:
             parent = torch.arange(beams, device=self.codes[0].device)[None]
@@ -172,7 +177,9 @@ class PrefixIndex:
         return total
 
     def step(self, node: torch.Tensor | None, level: int, code: torch.Tensor) -> torch.Tensor:
-        """The child of `node` that carries `code` on `level`, or -1; a dead parent (-1) stays dead. Shapes are equal."""
+        """The child of `node` that carries `code` on `level`, or -1; a dead parent (-1) stays dead. Shapes are
+        equal.
+        """
         if node is None:
             low, end = torch.zeros_like(code), torch.full_like(code, len(self.codes[0]))
         else:

@@ -1,4 +1,6 @@
-"""Tokenizer of semantic IDs, in OpenOneRec's spelling (arXiv:2512.24762): <|sid_begin|><s_a_12><s_b_7><s_c_255><|sid_end|>."""
+"""Tokenizer of semantic IDs, in OpenOneRec's spelling (arXiv:2512.24762):
+<|sid_begin|><s_a_12><s_b_7><s_c_255><|sid_end|>.
+"""
 
 import json
 import os
@@ -26,12 +28,14 @@ class SemanticIdTokenizer(TokenizersBackend):
     r"""
     A word-level tokenizer over the codes of every level, and exact arithmetic between items, codes and token ids.
 
-    The vocabulary is `<|pad|> <|sid_begin|> <|sid_end|> <|unk|>`, then the codes of level 1, level 2, ... `<|sid_begin|>` is the
-    BOS token in front of every generated item. Bulk work goes through `encode_items`, which never touches text.
+    The vocabulary is `<|pad|> <|sid_begin|> <|sid_end|> <|unk|>`, then the codes of level 1, level 2, ...
+    `<|sid_begin|>` is the BOS token in front of every generated item. Bulk work goes through `encode_items`, which
+    never touches text.
 
     Args:
         codebook_sizes (`list[int]`): Codes per level.
-        catalogue (`Catalogue`, *optional*): The items; needed by `encode_items` and `decode_items`, saved with the tokenizer.
+        catalogue (`Catalogue`, *optional*): The items; needed by `encode_items` and `decode_items`, saved with the
+            tokenizer.
     """
 
     model_input_names = ["input_ids", "attention_mask"]
@@ -50,8 +54,8 @@ class SemanticIdTokenizer(TokenizersBackend):
     ):
         if codebook_sizes is None:
             raise ValueError(
-                "codebook_sizes is missing: give the codes per level, as `SemanticIdTokenizer(codebook_sizes=[256, 256, 256])`; a "
-                "model's are `model.config.codebook_sizes`."
+                "codebook_sizes is missing: give the codes per level, as `SemanticIdTokenizer(codebook_sizes=[256, "
+                "256, 256])`; a model's are `model.config.codebook_sizes`."
             )
         codebook_sizes = [int(size) for size in codebook_sizes]
         if not 1 <= len(codebook_sizes) <= len(LEVEL_NAMES):
@@ -79,19 +83,21 @@ class SemanticIdTokenizer(TokenizersBackend):
 
     def __call__(self, text: Any = None, *args: Any, items: Any = None, **kwargs: Any) -> BatchEncoding:
         """
-        Text of semantic IDs as every tokenizer takes it; or, with `items`, histories of item ids as the models take them.
+        Text of semantic IDs as every tokenizer takes it; or, with `items`, histories of item ids as the models take
+        them.
 
         Args:
-            items (`list[list]` or `list`, *optional*): Histories of item ids, oldest first, or a single one. `padding`,
-                `truncation` (the newest `max_length` items stay), `max_length` and `return_tensors` (`"pt"`, `"np"`) as for text.
+            items (`list[list]` or `list`, *optional*): Histories of item ids, oldest first, or a single one.
+                `padding`, `truncation` (the newest `max_length` items stay), `max_length` and `return_tensors`
+                (`"pt"`, `"np"`) as for text.
 
         Returns:
-            [`BatchEncoding`]. Of `items`: `context_ids` (B, T, L) and `context_mask` (B, T), padded on the right; nested lists
-            without `return_tensors`, and without the B of a single history.
+            [`BatchEncoding`]. Of `items`: `context_ids` (B, T, L) and `context_mask` (B, T), padded on the right;
+            nested lists without `return_tensors`, and without the B of a single history.
 
         Raises:
-            ValueError: For item ids given as text, and for histories of unequal length in tensors without padding. KeyError: For
-                ids that the catalogue does not have.
+            ValueError: For item ids given as text, and for histories of unequal length in tensors without padding.
+                KeyError: For ids that the catalogue does not have.
         """
         if items is not None:
             if text is not None or args:
@@ -169,7 +175,8 @@ class SemanticIdTokenizer(TokenizersBackend):
             `np.ndarray` int64 of shape (..., L).
 
         Raises:
-            ValueError: Without a catalogue, and for lists of unequal length. KeyError: For unknown ids, naming the first.
+            ValueError: Without a catalogue, and for lists of unequal length. KeyError: For unknown ids, naming the
+                first.
         """
         catalogue = self._require_catalogue()
         if isinstance(item_ids, (list, tuple)) and all(isinstance(row, (list, tuple, np.ndarray)) for row in item_ids):
@@ -185,11 +192,12 @@ class SemanticIdTokenizer(TokenizersBackend):
         Original ids of the items behind token ids.
 
         Args:
-            token_ids: Of shape (S, L); or what `generate` returns, of shape (S, m * (1 + L)), with BOS before each item.
+            token_ids: Of shape (S, L); or what `generate` returns, of shape (S, m * (1 + L)), with BOS before each
+                item.
 
         Returns:
-            A list per semantic ID, S or S * m of them: the popular item first where several share it, empty where the codes belong
-            to no item.
+            A list per semantic ID, S or S * m of them: the popular item first where several share it, empty where the
+            codes belong to no item.
 
         Raises:
             ValueError: For codes that lack `level_offsets`, and for another number of columns.
@@ -217,21 +225,21 @@ class SemanticIdTokenizer(TokenizersBackend):
                 return rows[:, 1:]
         if tokens.dtype.kind not in "iu" or tokens.shape[-1] != levels:
             raise ValueError(
-                f"token_ids are {tokens.dtype} of shape {tokens.shape}: expected integers of shape (items, {levels}), or what "
-                f"`generate` returns, {levels + 1} columns for each item with {self.bos_token} first."
+                f"token_ids are {tokens.dtype} of shape {tokens.shape}: expected integers of shape (items, {levels}), "
+                f"or what `generate` returns, {levels + 1} columns for each item with {self.bos_token} first."
             )
         return tokens.reshape(-1, levels)
 
     def _require_catalogue(self) -> Catalogue:
         if self.catalogue is None:
             raise ValueError(
-                "this tokenizer has no catalogue, so it knows codes but no items. Set `tokenizer.catalogue = Catalogue(...)`, or "
-                f"load it from a folder that holds {CATALOGUE_NAME}."
+                "this tokenizer has no catalogue, so it knows codes but no items. Set `tokenizer.catalogue = "
+                f"Catalogue(...)`, or load it from a folder that holds {CATALOGUE_NAME}."
             )
         if self.catalogue.codebook_sizes != self.codebook_sizes:
             raise ValueError(
-                f"the catalogue has codebook_sizes={self.catalogue.codebook_sizes}, the tokenizer {self.codebook_sizes}: they come "
-                "from different semantic IDs."
+                f"the catalogue has codebook_sizes={self.catalogue.codebook_sizes}, the tokenizer "
+                f"{self.codebook_sizes}: they come from different semantic IDs."
             )
         return self.catalogue
 
@@ -247,8 +255,8 @@ class SemanticIdTokenizer(TokenizersBackend):
         cls, pretrained_model_name_or_path: str | os.PathLike, *args, **kwargs
     ) -> "SemanticIdTokenizer":
         """
-        As `PreTrainedTokenizerBase.from_pretrained`; attaches the repository's catalogue when it holds one. A repository without
-        files of a tokenizer has that of its model's `codebook_sizes`.
+        As `PreTrainedTokenizerBase.from_pretrained`; attaches the repository's catalogue when it holds one. A
+        repository without files of a tokenizer has that of its model's `codebook_sizes`.
         """
         names = ("cache_dir", "force_download", "local_files_only", "token", "revision", "subfolder")
         hub_kwargs = {name: kwargs[name] for name in names if kwargs.get(name)}

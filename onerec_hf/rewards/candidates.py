@@ -1,7 +1,7 @@
 """A reward model as a reward function: generated completions become the candidates it judges.
 
-OneRec, reward model (arXiv:2502.18965, eq. 5 to 7); OneRec Technical Report, P-Score (arXiv:2506.13695). Legend: B samples, G
-completions of a sample, m items of a completion.
+OneRec, reward model (arXiv:2502.18965, eq. 5 to 7); OneRec Technical Report, P-Score (arXiv:2506.13695). Legend: B
+samples, G completions of a sample, m items of a completion.
 """
 
 import math
@@ -20,13 +20,14 @@ class ModelReward:
     The score of any reward model or function.
 
     Args:
-        score (`Callable`): Called as `score(**collate(rows))` without gradients; returns (B, G) or (B * G,) scores, or an object
-            with such `rewards` (as our reward models do).
-        collate (`Callable[[list[dict]], dict]`): Tensors from B rows, one per **sample**: its own columns, and `completion_ids`,
-            the list of its G completions. So the context is encoded once for all completions of a sample.
+        score (`Callable`): Called as `score(**collate(rows))` without gradients; returns (B, G) or (B * G,) scores, or
+            an object with such `rewards` (as our reward models do).
+        collate (`Callable[[list[dict]], dict]`): Tensors from B rows, one per **sample**: its own columns, and
+            `completion_ids`, the list of its G completions. So the context is encoded once for all completions of a
+            sample.
         batch_size (`int`, defaults to 64): Samples per call of `score`.
-        catalogue (`Catalogue`, *optional*): The policy's. Then a completion that spells no item, or a session with one that does
-            not exist, has no reward (`None`), whatever `score` says of it.
+        catalogue (`Catalogue`, *optional*): The policy's. Then a completion that spells no item, or a session with one
+            that does not exist, has no reward (`None`), whatever `score` says of it.
 
     Completions of one sample are adjacent; where one sample ends and the next begins is seen from their columns.
 
@@ -86,7 +87,9 @@ _PER_COMPLETION = {ITEM_IDS, "sample_log_probs"}  # all other columns are those 
 
 
 def _group_size(columns: dict[str, Sequence], total: int) -> int:
-    """The largest G for which every G adjacent completions are of one sample: what stands in its columns is the same."""
+    """The largest G for which every G adjacent completions are of one sample: what stands in its columns is the
+    same.
+    """
     samples = [values for name, values in columns.items() if name not in _PER_COMPLETION]
     starts = [i for i in range(1, total) if not all(_equal(values[i - 1], values[i]) for values in samples)]
     return math.gcd(*(end - start for start, end in zip([0, *starts], [*starts, total])))
@@ -104,16 +107,17 @@ class CandidateCollator:
     r"""
     Makes a reward model's inputs from samples with `completion_ids`: the `collate` of [`ModelReward`].
 
-    A semantic ID that several items share counts as its most popular one. Item 0 stands in the tensors for what is no item;
-    [`ModelReward`] with the catalogue gives such a completion no reward.
+    A semantic ID that several items share counts as its most popular one. Item 0 stands in the tensors for what is no
+    item; [`ModelReward`] with the catalogue gives such a completion no reward.
 
-    A row without `targets` is taken as the request it was generated for: the last item of its history comes next, so the history
-    ends before it, and its time and scenario are the request's. Which columns run parallel to the history is the collator's to
-    say: `timestamp`, its `event_features` and its `request_features`. All others stay as they are.
+    A row without `targets` is taken as the request it was generated for: the last item of its history comes next, so
+    the history ends before it, and its time and scenario are the request's. Which columns run parallel to the history
+    is the collator's to say: `timestamp`, its `event_features` and its `request_features`. All others stay as they
+    are.
 
     Args:
-        collator: The reward model's own: `context(rows)`, the context tensors, and `candidates(rows)`, the tensors of the items in
-            each row's `targets` (`RewardCollator`).
+        collator: The reward model's own: `context(rows)`, the context tensors, and `candidates(rows)`, the tensors of
+            the items in each row's `targets` (`RewardCollator`).
         catalogue (`Catalogue`): The policy's, to read items from completions.
         device (`torch.device`, *optional*): Where the tensors shall be.
     """
@@ -171,12 +175,12 @@ def reward_of_model(
     A reward model as a reward function for the policy's completions; `None` for a completion that is no item.
 
     Args:
-        reward_model: Any module that takes the tensors of `collator` and returns an object with `rewards`, one for each completion,
-            or one for each item of it (P-Score), whose mean then counts.
+        reward_model: Any module that takes the tensors of `collator` and returns an object with `rewards`, one for
+            each completion, or one for each item of it (P-Score), whose mean then counts.
         collator: See [`CandidateCollator`].
         policy: The OneRec model that generates.
-        catalogue (`Catalogue`, *optional*): The one that the reward model was trained with, to be compared with the policy's beside
-            the fingerprint in the reward model's config.
+        catalogue (`Catalogue`, *optional*): The one that the reward model was trained with, to be compared with the
+            policy's beside the fingerprint in the reward model's config.
         batch_size (`int`, defaults to 64): Samples per call of the reward model.
 
     Raises:
@@ -184,15 +188,16 @@ def reward_of_model(
     """
     if list(reward_model.config.codebook_sizes) != list(policy.config.codebook_sizes):
         raise ValueError(
-            f"the reward model has codebook_sizes={reward_model.config.codebook_sizes}, the policy {policy.config.codebook_sizes}: "
-            "it was trained with other semantic IDs. Train it with the policy's tokenizer."
+            f"the reward model has codebook_sizes={reward_model.config.codebook_sizes}, the policy "
+            f"{policy.config.codebook_sizes}: it was trained with other semantic IDs. Train it with the policy's "
+            "tokenizer."
         )
     own = policy.catalogue
     known = {reward_model.config.catalogue_fingerprint, catalogue.fingerprint() if catalogue is not None else None}
     if known - {None, own.fingerprint()}:
         raise ValueError(
-            f"the reward model was trained with {catalogue or 'another catalogue'}, the policy has {own}: the same codes mean "
-            "other items. Train it with the policy's tokenizer."
+            f"the reward model was trained with {catalogue or 'another catalogue'}, the policy has {own}: the same "
+            "codes mean other items. Train it with the policy's tokenizer."
         )
     reward_model.eval()
     collate = CandidateCollator(collator, own, reward_model.device)

@@ -13,8 +13,8 @@ def duration_buckets(duration: torch.Tensor, base: float = 2.0, eps: float = 1e-
     F(d) = floor(log_base(d + eps)) (OneRec-V2, duration-aware reward shaping).
 
     Args:
-        duration (`torch.Tensor` of any shape): Lengths of videos, 0 or more, in any one unit: the bucket edges are the powers of
-            `base` in that unit, so milliseconds and seconds cut differently.
+        duration (`torch.Tensor` of any shape): Lengths of videos, 0 or more, in any one unit: the bucket edges are the
+            powers of `base` in that unit, so milliseconds and seconds cut differently.
         base (`float`, defaults to 2.0): The paper's beta, above 1. Its value is not in the paper.
         eps (`float`, defaults to 1e-6): The paper's example. It also keeps exact powers of `base` in the upper bucket.
 
@@ -51,15 +51,16 @@ def play_time_percentiles(
     q_i = |{p in P_{u,b}: p <= p_i}| / |P_{u,b}| with b = F(d_i) (OneRec-V2, duration-aware reward shaping).
 
     Args:
-        play_time, duration (`torch.Tensor` of shape (B, n)): Exposures to be judged, one unit for all times of the call.
-        history_play_time, history_duration (`torch.Tensor` of shape (B, T)): The users' past events.
-        history_mask (`torch.BoolTensor` of shape (B, T) or (B, n, T), *optional*): True for real events with a known play time and
-            duration; the second shape lets each exposure see its own past only.
+        play_time, duration (`torch.Tensor` of shape (B, n)): Exposures to be judged, one unit for all times of the
+        call. history_play_time, history_duration (`torch.Tensor` of shape (B, T)): The users' past events.
+        history_mask (`torch.BoolTensor` of shape (B, T) or (B, n, T), *optional*): True for real events with a known
+            play time and duration; the second shape lets each exposure see its own past only.
         base, eps: See [`duration_buckets`].
-        min_history (`int`, defaults to 1): Fewer past events than this in the bucket give NaN: no verdict. Not in the paper; 1 is
-            the least for which q is defined, larger values make q less coarse.
-        count_self (`bool`, defaults to `False`): Whether P_{u,b} holds p_i itself as well. Not in the paper. With `True` an
-            exposure in an empty bucket has q = 1 (if `min_history` is 0), so a user without history would only ever be rewarded.
+        min_history (`int`, defaults to 1): Fewer past events than this in the bucket give NaN: no verdict. Not in the
+            paper; 1 is the least for which q is defined, larger values make q less coarse.
+        count_self (`bool`, defaults to `False`): Whether P_{u,b} holds p_i itself as well. Not in the paper. With
+            `True` an exposure in an empty bucket has q = 1 (if `min_history` is 0), so a user without history would
+            only ever be rewarded.
 
     Returns:
         `torch.Tensor` of shape (B, n), float64, q in [0, 1]; NaN where the bucket holds too little.
@@ -94,19 +95,20 @@ def duration_aware_advantages(
     mask: torch.Tensor | None = None,
 ) -> torch.Tensor:
     r"""
-    A_i = -1 for explicit dislikes, +1 for the batch's top quartile of q, 0 for the rest, which does not train and should be dropped
-    (`advantages != 0`). Not normalised: the paper found that to hurt.
+    A_i = -1 for explicit dislikes, +1 for the batch's top quartile of q, 0 for the rest, which does not train and
+    should be dropped (`advantages != 0`). Not normalised: the paper found that to hurt.
 
-    The threshold tau_B is the `quantile` (linear interpolation) of all q of the call that are defined, disliked ones included. An
-    exposure without verdict (q = NaN) is 0, unless disliked.
+    The threshold tau_B is the `quantile` (linear interpolation) of all q of the call that are defined, disliked ones
+    included. An exposure without verdict (q = NaN) is 0, unless disliked.
 
     Args:
         percentiles (`torch.Tensor` of any shape): From [`play_time_percentiles`]; NaN for no verdict.
         is_negative (`torch.Tensor` of the same shape): True (1) for an explicit dislike.
         quantile (`float`, defaults to 0.75): The paper's top quartile.
-        ties: `"strict"` is the paper's q > tau_B: when more than a quarter of the batch shares the largest q (q = 1, with short
-            histories), nothing is positive. `"inclusive"` is q >= tau_B: then all of those are.
-        mask (`torch.BoolTensor` of the same shape, *optional*): False for padding, which is 0 and has no part in tau_B.
+        ties: `"strict"` is the paper's q > tau_B: when more than a quarter of the batch shares the largest q (q = 1,
+            with short histories), nothing is positive. `"inclusive"` is q >= tau_B: then all of those are.
+        mask (`torch.BoolTensor` of the same shape, *optional*): False for padding, which is 0 and has no part in
+            tau_B.
 
     Returns:
         `torch.Tensor` of the same shape, float32, in {-1, 0, 1}.

@@ -1,7 +1,7 @@
 """Reward functions with TRL's signature: `fn(prompts, completions, completion_ids, **columns) -> list[float]`.
 
-OneRec Technical Report (arXiv:2506.13695), reward system: P-Score, format and industrial rewards. Every reward is bound to its
-sample: completion i is judged by entry i of the columns, never by looking its history up.
+OneRec Technical Report (arXiv:2506.13695), reward system: P-Score, format and industrial rewards. Every reward is
+bound to its sample: completion i is judged by entry i of the columns, never by looking its history up.
 
 Legend: R completions, G completions of one sample (adjacent rows), L levels, C tokens of a completion.
 """
@@ -29,8 +29,9 @@ def completion_leaves(
     Special tokens (BOS in front of each item of a session, end, padding) separate items and are skipped.
 
     Returns:
-        `leaves` and `owner`, both `torch.LongTensor` of shape (items of all completions,) on the CPU: `owner` is the completion. A
-        leaf is -1 where no item has the semantic ID; tokens that are no whole semantic IDs, or none at all, are one leaf of -1.
+        `leaves` and `owner`, both `torch.LongTensor` of shape (items of all completions,) on the CPU: `owner` is the
+        completion. A leaf is -1 where no item has the semantic ID; tokens that are no whole semantic IDs, or none at
+        all, are one leaf of -1.
     """
     rows, levels = len(completion_ids), catalogue.num_levels
     sizes = torch.tensor(catalogue.codebook_sizes)
@@ -66,8 +67,8 @@ def select_for_format(
 
     Args:
         num_samples (`int`): K, 1 to `group_size`.
-        log_probs (`torch.Tensor` of shape (num_groups, group_size), *optional*): Then the K most probable samples, the variant
-            whose legality the paper saw rise and fall again; otherwise K at random, the paper's choice.
+        log_probs (`torch.Tensor` of shape (num_groups, group_size), *optional*): Then the K most probable samples, the
+            variant whose legality the paper saw rise and fall again; otherwise K at random, the paper's choice.
 
     Returns:
         `torch.BoolTensor` of shape (num_groups, group_size), K True per row.
@@ -81,21 +82,23 @@ def select_for_format(
 
 class FormatReward:
     r"""
-    1.0 for a selected legal sample, 0.0 for a selected illegal one (discarded, never punished), `None` for one not selected.
+    1.0 for a selected legal sample, 0.0 for a selected illegal one (discarded, never punished), `None` for one not
+    selected.
 
-    OneRec Technical Report, format reward: these numbers are advantages, so they are not normalised over the group; a trainer
-    that normalises must add them afterwards. TRL leaves `None` out of its means, so the mean it logs is the legality of the
-    selection.
+    OneRec Technical Report, format reward: these numbers are advantages, so they are not normalised over the group; a
+    trainer that normalises must add them afterwards. TRL leaves `None` out of its means, so the mean it logs is the
+    legality of the selection.
 
     Args:
         catalogue (`Catalogue`): The existing items.
-        num_generations (`int`): G, completions per sample, adjacent. A call with a column `num_generations`, as a trainer's whose
-            evaluation has other groups, says otherwise for itself.
-        num_samples (`int`, defaults to 5): K, all of a smaller group; the paper's test takes 5 of 128, the production value is not
-            in the paper.
-        selection: `"random"` (the paper's choice) or `"top"`, the K most probable, which needs the summed log-probabilities of the
-            completions as the column `sample_log_probs` (of a TRL `rollout_func`).
-        seed (`int`, *optional*): Of the random selection; default torch's global generator, which checkpoints of a trainer hold.
+        num_generations (`int`): G, completions per sample, adjacent. A call with a column `num_generations`, as a
+            trainer's whose evaluation has other groups, says otherwise for itself.
+        num_samples (`int`, defaults to 5): K, all of a smaller group; the paper's test takes 5 of 128, the production
+            value is not in the paper.
+        selection: `"random"` (the paper's choice) or `"top"`, the K most probable, which needs the summed
+            log-probabilities of the completions as the column `sample_log_probs` (of a TRL `rollout_func`).
+        seed (`int`, *optional*): Of the random selection; default torch's global generator, which checkpoints of a
+            trainer hold.
     """
 
     def __init__(
@@ -141,10 +144,11 @@ class HitReward:
     1.0 where the completion holds a target of **its own** sample, else 0.0.
 
     Args:
-        column (`str`, defaults to `"target_ids"`): Column with each sample's targets: the L tokens of one item, or a list of such
-            lists, of which any counts. Special tokens in the completion are skipped; of a session any item counts.
-        catalogue (`Catalogue`, *optional*): Then a completion that spells no item, or a session with one that does not exist, has
-            no reward (`None`) instead of 0.0, which a trainer would punish beside a hit.
+        column (`str`, defaults to `"target_ids"`): Column with each sample's targets: the L tokens of one item, or a
+            list of such lists, of which any counts. Special tokens in the completion are skipped; of a session any
+            item counts.
+        catalogue (`Catalogue`, *optional*): Then a completion that spells no item, or a session with one that does not
+            exist, has no reward (`None`) instead of 0.0, which a trainer would punish beside a hit.
     """
 
     def __init__(self, column: str = "target_ids", catalogue: Catalogue | None = None):
@@ -175,16 +179,18 @@ class HitReward:
 
 class IndustrialReward:
     r"""
-    Another reward, scaled down for a class of items while that class takes more than its quota: r' = alpha r (Technical Report,
-    industrial reward; the values of quota and factor are not in the paper).
+    Another reward, scaled down for a class of items while that class takes more than its quota: r' = alpha r
+    (Technical Report, industrial reward; the values of quota and factor are not in the paper).
 
-    The share is counted over the completions of one call, a rollout batch, that spell an item; a session belongs to the class
-    when one of its items does.
+    The share is counted over the completions of one call, a rollout batch, that spell an item; a session belongs to
+    the class when one of its items does.
 
     Args:
-        reward: The reward function to scale; its rewards must be 0 or more, since scaling a negative one would be a prize.
+        reward: The reward function to scale; its rewards must be 0 or more, since scaling a negative one would be a
+            prize.
         catalogue (`Catalogue`): To read items from completions.
-        tagged (`torch.BoolTensor` of shape (N,)): The class, by item index; a semantic ID is of the class when one of its items is.
+        tagged (`torch.BoolTensor` of shape (N,)): The class, by item index; a semantic ID is of the class when one of
+        its items is.
         quota (`float`): The paper's f, a share in [0, 1].
         factor (`float`): The paper's alpha, in (0, 1).
     """
@@ -214,7 +220,8 @@ class IndustrialReward:
         rewards = self.reward(prompts=prompts, completions=completions, completion_ids=completion_ids, **columns)
         if negative := [r for r in rewards if r is not None and r < 0]:
             raise ValueError(
-                f"{len(negative)} rewards are negative, such as {negative[0]}: scaling them down would reward the class."
+                f"{len(negative)} rewards are negative, such as {negative[0]}: scaling them down would reward the "
+                "class."
             )
         leaves, owner = completion_leaves(completion_ids, self.catalogue)
         hits = (leaves >= 0) & self.tagged_leaf[leaves.clamp(min=0)]
@@ -226,8 +233,9 @@ class IndustrialReward:
 
 def finite_or_none(function: RewardFunction) -> RewardFunction:
     """
-    A reward function that refuses what is no number: TRL would take NaN for "no reward", which is `None`, and one infinite reward
-    makes every advantage of its group NaN. Reward modules, names of models and asynchronous functions come back as they are.
+    A reward function that refuses what is no number: TRL would take NaN for "no reward", which is `None`, and one
+    infinite reward makes every advantage of its group NaN. Reward modules, names of models and asynchronous functions
+    come back as they are.
 
     Raises:
         ValueError: On a call, naming the function and the first such completion.
@@ -243,8 +251,8 @@ def finite_or_none(function: RewardFunction) -> RewardFunction:
         for place, reward in enumerate(rewards):
             if reward is not None and not math.isfinite(reward):
                 raise ValueError(
-                    f"the reward function {getattr(function, '__name__', function)!r} returned {reward} for completion {place}: "
-                    "rewards must be finite, or None for a completion that shall have none."
+                    f"the reward function {getattr(function, '__name__', function)!r} returned {reward} for "
+                    f"completion {place}: rewards must be finite, or None for a completion that shall have none."
                 )
         return rewards
 

@@ -27,8 +27,8 @@ class RewardModel:
     OneRecGRPOTrainer(..., reward_funcs=[reward])
     ```
 
-    As a reward function it reads the columns of its training rows (`user`, `history`, event columns), and what it knows of a user
-    is what the training log said of `user`. A completion that is no item has no reward (`None`).
+    As a reward function it reads the columns of its training rows (`user`, `history`, event columns), and what it
+    knows of a user is what the training log said of `user`. A completion that is no item has no reward (`None`).
 
     Args:
         model: [`OneRecSessionRewardModel`] or [`OneRecPScoreModel`].
@@ -41,8 +41,8 @@ class RewardModel:
         trained = model.config.catalogue_fingerprint
         if trained not in (None, catalogue.fingerprint()):
             raise ValueError(
-                f"the reward model was trained with the catalogue {trained}, this is {catalogue.fingerprint()}: the same codes "
-                "mean other items. Take the one that was saved with it."
+                f"the reward model was trained with the catalogue {trained}, this is {catalogue.fingerprint()}: the "
+                "same codes mean other items. Take the one that was saved with it."
             )
         self.model, self.collator, self.catalogue, self.batch_size = model, collator, catalogue, batch_size
         self.__name__ = "reward_model"
@@ -76,8 +76,8 @@ class RewardModel:
         collator = OneRecCollator.from_pretrained(repo, tokens.numpy(), **hub_kwargs)
         if not isinstance(collator, RewardCollator):
             raise ValueError(
-                f"{repo} holds the {type(collator).__name__} of a model that recommends: give the folder of a reward model, as "
-                "`onerec reward` writes it."
+                f"{repo} holds the {type(collator).__name__} of a model that recommends: give the folder of a reward "
+                "model, as `onerec reward` writes it."
             )
         return cls(model, collator, catalogue, batch_size)
 
@@ -102,16 +102,20 @@ class RewardModel:
 
         Args:
             histories: Per user the ids of the items, oldest first; may be empty.
-            items: Per user the ids of the items to judge, at least one; of a session-wise model, the items of one session in order.
-            events: Feedback on the items of the histories, parallel to them; a column that is left out counts as unknown.
+            items: Per user the ids of the items to judge, at least one; of a session-wise model, the items of one
+                session in order.
+            events: Feedback on the items of the histories, parallel to them; a column that is left out counts as
+                unknown.
             users: User features, one value per user, as [`Recommender.recommend`] takes them.
-            requests: What is known of a request before anything is shown (hour, scenario), one value per user; unknown if left out.
+            requests: What is known of a request before anything is shown (hour, scenario), one value per user; unknown
+                if left out.
 
         Returns:
             Per user one reward for each item, or, of a session-wise model, one reward.
 
         Raises:
-            KeyError: Unknown item ids. ValueError: Columns that the model does not have, or that do not run parallel to the users.
+            KeyError: Unknown item ids. ValueError: Columns that the model does not have, or that do not run parallel
+                to the users.
         """
         n, requests = len(histories), dict(requests or {})
         if len(items) != n or not all(
@@ -148,7 +152,8 @@ class RewardModel:
         """Raises a ValueError unless the policy's codes mean the items that this model judges."""
         if difference := self.catalogue.difference(policy.catalogue):
             raise ValueError(
-                f"the reward model and the policy do not know the same items: {difference}. Train both on one data folder."
+                f"the reward model and the policy do not know the same items: {difference}. Train both on one data "
+                "folder."
             )
 
 

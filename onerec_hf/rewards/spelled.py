@@ -1,4 +1,6 @@
-"""What every reward function is told of a completion, by IPA and by RL alike: its text, and the ids of the items that it spells."""
+"""What every reward function is told of a completion, by IPA and by RL alike: its text, and the ids of the items that
+it spells.
+"""
 
 from collections.abc import Collection, Sequence
 from functools import lru_cache
@@ -45,8 +47,8 @@ def check_columns(columns: Collection[str]) -> None:
     """Raises `ValueError` where rows have a column that reward functions are given by the trainer."""
     if ITEM_IDS in columns:
         raise ValueError(
-            f"the rows have a column {ITEM_IDS!r}, under which reward functions get the ids of the items that a completion spells: "
-            "rename it, `dataset.rename_column('item_ids', ...)`."
+            f"the rows have a column {ITEM_IDS!r}, under which reward functions get the ids of the items that a "
+            "completion spells: rename it, `dataset.rename_column('item_ids', ...)`."
         )
 
 

@@ -1,1 +1,3 @@
-"""What the command `onerec` runs: one module per step, from a log to a served model. Their YAML files are in `configs/`."""
+"""What the command `onerec` runs: one module per step, from a log to a served model. Their YAML files are in
+`configs/`.
+"""

@@ -1,11 +1,13 @@
-"""Simulated A/B test: two models serve the same simulated users for some days, their exposures become the next day's logs.
+"""Simulated A/B test: two models serve the same simulated users for some days, their exposures become the next day's
+logs.
 
     onerec ab_test --a outputs/quickstart/onerec-v2-quickstart --b outputs/rl --log impressions.parquet \\
         --world '{"num_users": 2000, "num_items": 2000, "seed": 0}' --num_days 7 --seeds 0 1 2 --output outputs/ab
 
-Both meet the same users, visits and random numbers; the interval is over users (bootstrap, each with both of their totals). `--log`
-is the world's log of all impressions. Writes `ab_test.json`, a table, a picture and, with `--keep_logs`, the exposures of both
-with the log-probabilities of their codes, as `onerec grpo` takes them. A simulated world says nothing about real users.
+Both meet the same users, visits and random numbers; the interval is over users (bootstrap, each with both of their
+totals). `--log` is the world's log of all impressions. Writes `ab_test.json`, a table, a picture and, with
+`--keep_logs`, the exposures of both with the log-probabilities of their codes, as `onerec grpo` takes them. A
+simulated world says nothing about real users.
 """
 
 import argparse
@@ -30,7 +32,9 @@ COLD_VIEWS = 5  # a video with at most so many long views in the training log is
 
 
 class Server:
-    """A model behind `serve`: rows of video ids in, lists of unseen video ids and the log-probabilities of their codes out."""
+    """A model behind `serve`: rows of video ids in, lists of unseen video ids and the log-probabilities of their codes
+    out.
+    """
 
     def __init__(self, ranker: ItemRanker, users: list[int], batch_size: int = 256):
         self.ranker, self.model, self.batch_size = ranker, ranker.model, batch_size
@@ -66,7 +70,9 @@ class Server:
 def compare(
     world: ShortVideoWorld, log: pd.DataFrame, servers: dict, num_days: int, seeds: list[int], output: Path | None
 ) -> tuple[dict, dict, dict]:
-    """Totals per user of each policy, summed over the seeds, and the lift of every metric of the second over the first."""
+    """Totals per user of each policy, summed over the seeds, and the lift of every metric of the second over the
+    first.
+    """
     users = np.unique(log.user_id[log.long_view == 1])
     log = log[log.user_id.isin(users)]
     views = np.bincount(log.video_id[log.long_view == 1], minlength=world.num_items)
@@ -157,7 +163,8 @@ def main(
         only = f"{len(first - second)} items are in the first alone, {len(second - first)} in the second alone"
         raise ValueError(f"{a} and {b} do not serve the same items: {only}. Train both on data of the same items.")
     if strange := first - set(range(simulated.num_items)):
-        what = f"{len(strange)} items of {a} and {b} are no videos of the world of {simulated.num_items}, such as {min(strange)!r}"
+        world = f"the world of {simulated.num_items}"
+        what = f"{len(strange)} items of {a} and {b} are no videos of {world}, such as {min(strange)!r}"
         raise ValueError(f"{what}: give in --world the world whose log they were trained on.")
     folder.mkdir(parents=True, exist_ok=True)
     totals, daily, lifts = compare(

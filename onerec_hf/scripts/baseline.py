@@ -2,14 +2,14 @@
 
     onerec baseline --name sasrec --data FOLDER --output outputs/sasrec --seed 0
 
-`--name`: popularity, cooccurrence, itemknn, sasrec (as published: `--model '{"temperature": null}' --fit '{"loss": "bce"}'`),
-bert4rec, fdsa (`--attributes brand category`), tiger (semantic IDs: `--tokenizer`).
+`--name`: popularity, cooccurrence, itemknn, sasrec (as published: `--model '{"temperature": null}' --fit '{"loss":
+"bce"}'`), bert4rec, fdsa (`--attributes brand category`), tiger (semantic IDs: `--tokenizer`).
 `--data` is a folder that
 `onerec prepare` wrote (same splits as our models) or, with `--layout`, a public data set, split leave-last-out.
-Rows of sessions (`onerec prepare --sessions`) become sequences: `--watched '{"long_view": 1}'` says which behaviours count.
-Writes `metrics.json`, `predictions.parquet`, `predictions_exclude_seen.parquet` (a row per user, for
-`evaluation.paired_bootstrap`) and, for what was trained, `model/`. Every field of `BaselineArguments` can also stand in a
-YAML file: `--config FILE`.
+Rows of sessions (`onerec prepare --sessions`) become sequences: `--watched '{"long_view": 1}'` says which behaviours
+count. Writes `metrics.json`, `predictions.parquet`, `predictions_exclude_seen.parquet` (a row per user, for
+`evaluation.paired_bootstrap`) and, for what was trained, `model/`. Every field of `BaselineArguments` can also stand
+in a YAML file: `--config FILE`.
 """
 
 import json
@@ -68,8 +68,8 @@ def load_splits(args: BaselineArguments) -> tuple[datasets.DatasetDict, int, Any
 
 def sequences(splits: datasets.DatasetDict, watched: dict[str, float]) -> datasets.DatasetDict:
     """
-    Session rows for models of sequences. Train: all that a user watched, in time order. Elsewhere: the part of a history that was
-    watched, or all of it where nothing was.
+    Session rows for models of sequences. Train: all that a user watched, in time order. Elsewhere: the part of a
+    history that was watched, or all of it where nothing was.
     """
 
     check_columns("the splits of --data, for --watched,", splits["train"].column_names, ["session_start", *watched])
@@ -122,7 +122,9 @@ def fit(args: BaselineArguments, model: Any, splits: datasets.DatasetDict, num_i
 
 
 def check(args: BaselineArguments) -> tuple:
-    """All that can be said before it is trained; returns splits, number of items, the baseline and the settings of its fit."""
+    """All that can be said before it is trained; returns splits, number of items, the baseline and the settings of its
+    fit.
+    """
     check_output(args.output)
     splits, num_items, items = load_splits(args)
     settings = mapping(args.fit)

@@ -1,4 +1,6 @@
-"""What the recipes that train check before their first step, so that no typo and no full disk is found after the last one."""
+"""What the recipes that train check before their first step, so that no typo and no full disk is found after the last
+one.
+"""
 
 import os
 import tempfile
@@ -37,8 +39,8 @@ def check_output(folder: str, replaces: bool = True) -> None:
     old = [file.name for file in earlier_results(path)]
     if replaces and old:
         logger.warning(
-            f"{folder} holds an earlier run: {', '.join(old)}. They are removed as soon as the new model is saved. To keep "
-            "them, stop now and name another folder."
+            f"{folder} holds an earlier run: {', '.join(old)}. They are removed as soon as the new model is saved. To "
+            "keep them, stop now and name another folder."
         )
 
 
@@ -61,8 +63,8 @@ def check_push(repo: str, token: str | None = None) -> None:
         HfApi(token=token).whoami()
     except Exception as error:  # of token, connection, offline mode
         raise OSError(
-            f"{repo} could not be pushed: the Hub does not say who you are ({type(error).__name__}: {error}). Log in with `hf "
-            "auth login`, or leave out the push and do it later with `onerec publish`."
+            f"{repo} could not be pushed: the Hub does not say who you are ({type(error).__name__}: {error}). Log in "
+            "with `hf auth login`, or leave out the push and do it later with `onerec publish`."
         ) from error
 
 
@@ -131,8 +133,8 @@ def check_splits(splits: Mapping[str, datasets.Dataset]) -> None:
     for name, rows in splits.items():
         if len(rows) == 0:
             raise ValueError(
-                f"the {name} split has no row that can be used: a user needs two events to train on, and one more for each of "
-                "validation and test. Prepare the data again, with more of the log."
+                f"the {name} split has no row that can be used: a user needs two events to train on, and one more for "
+                "each of validation and test. Prepare the data again, with more of the log."
             )
         if name != "train" and not all(len(targets) for targets in rows["targets"]):
             raise ValueError(f"the {name} split has rows without targets, which cannot be scored: prepare it again.")
@@ -140,7 +142,8 @@ def check_splits(splits: Mapping[str, datasets.Dataset]) -> None:
 
 def check_sharding(trainer: Trainer, score: bool) -> None:
     """
-    Refuses what one process does alone where each process holds a part of the weights: it would wait for the others forever.
+    Refuses what one process does alone where each process holds a part of the weights: it would wait for the others
+    forever.
 
     Args:
         score: Whether the first process shall search for recommendations, in evaluations and at the end.
@@ -151,9 +154,9 @@ def check_sharding(trainer: Trainer, score: bool) -> None:
     what = "DeepSpeed ZeRO-3" if zero3 else "FSDP"
     if score:
         raise ValueError(
-            f"under {what} no process has whole weights, and a search in one of them would wait for the others forever. Set "
-            "--score false, which saves the model without metrics, and then run `onerec score`; or leave out the sharding "
-            "(--accelerate_config multi_gpu)."
+            f"under {what} no process has whole weights, and a search in one of them would wait for the others "
+            "forever. Set --score false, which saves the model without metrics, and then run `onerec score`; or leave "
+            "out the sharding (--accelerate_config multi_gpu)."
         )
     if hasattr(trainer.accelerator.unwrap_model(trainer.model), "merge_and_unload"):
         raise ValueError(f"under {what} an adapter cannot be merged: leave out --lora_r, or the sharding.")

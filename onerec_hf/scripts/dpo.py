@@ -3,11 +3,11 @@
     onerec dpo --config small_dpo.yaml --data outputs/mydata --policy outputs/mymodel \\
         --reward outputs/reward --output_dir outputs/aligned
 
-`--policy` is a folder that `onerec sft` wrote, or a repository of the Hub; `--reward` a folder that `onerec reward` wrote, from
-the same log. Without a reward model, `--pairs TABLE` takes columns `row`, `chosen`, `rejected` of any table (plain DPO; as
-another run's `pairs/iteration_000`). One epoch is one iteration. `--loss_type`, `--dpo_ratio`, `--beta` and all `TrainingArguments`
-work on the command line and in the YAML file; `--lora_r 8` trains an adapter and writes the merged model. Writes the model folder,
-`metrics.json` and predictions of the test split, and the pairs.
+`--policy` is a folder that `onerec sft` wrote, or a repository of the Hub; `--reward` a folder that `onerec reward`
+wrote, from the same log. Without a reward model, `--pairs TABLE` takes columns `row`, `chosen`, `rejected` of any
+table (plain DPO; as another run's `pairs/iteration_000`). One epoch is one iteration. `--loss_type`, `--dpo_ratio`,
+`--beta` and all `TrainingArguments` work on the command line and in the YAML file; `--lora_r 8` trains an adapter and
+writes the merged model. Writes the model folder, `metrics.json` and predictions of the test split, and the pairs.
 """
 
 from dataclasses import dataclass, field

@@ -98,7 +98,9 @@ def remove_earlier_results(folder: Path) -> None:
 
 
 def save(trainer: Trainer, save_beside: Callable[[Path], None]) -> None:
-    """The model and what it is served with, by all processes; `save_beside` writes into the folder, in the first one."""
+    """The model and what it is served with, by all processes; `save_beside` writes into the folder, in the first
+    one.
+    """
     output = Path(trainer.args.output_dir)
     if trainer.is_world_process_zero():
         remove_earlier_results(output)
@@ -138,7 +140,8 @@ def finish(trainer: Trainer, steps: Mapping[str, Callable[[], object]], advice: 
     if failed:
         reasons = "\n".join(f"- {name}: {type(error).__name__}: {error}" for name, error in failed.items())
         raise RuntimeError(
-            f"the model is trained, and saved complete in {training.output_dir}. What failed after that:\n{reasons}\n{advice}"
+            f"the model is trained, and saved complete in {training.output_dir}. What failed after "
+            f"that:\n{reasons}\n{advice}"
         ) from next(iter(failed.values()))
 
 

@@ -6,10 +6,10 @@
         --exposures logs.parquet --output_dir outputs/mymodel_gbpo
 
 `--exposures` holds **every** impression with play time, duration, dislike and what counts as watched; columns
-`log_prob_1` to `log_prob_L`, if any, are the log-probabilities of the codes at exposure (null or above 0: not known). The reward
-`model` is that of `--reward FOLDER`, which `onerec reward` wrote; rewards of your own: `main(args, training, [...])` from Python.
-Every field of `OneRecGRPOConfig` works on the command line and in a YAML file; `--lora_r 8` trains an adapter and writes the merged
-model. Writes a repository as `onerec sft` does.
+`log_prob_1` to `log_prob_L`, if any, are the log-probabilities of the codes at exposure (null or above 0: not known).
+The reward `model` is that of `--reward FOLDER`, which `onerec reward` wrote; rewards of your own: `main(args,
+training, [...])` from Python. Every field of `OneRecGRPOConfig` works on the command line and in a YAML file;
+`--lora_r 8` trains an adapter and writes the merged model. Writes a repository as `onerec sft` does.
 """
 
 from collections.abc import Callable
@@ -140,15 +140,17 @@ def make_rewards(args: RLArguments, data: DataFolder, policy: Any, num_generatio
 def industrial_reward(
     name: str, reward: RewardFunction, settings: dict, data: DataFolder, catalogue: Catalogue
 ) -> IndustrialReward:
-    """A reward that is scaled down for the items that a column marks; raises where it marks none, or is no column of 0 and 1."""
+    """A reward that is scaled down for the items that a column marks; raises where it marks none, or is no column of 0
+    and 1.
+    """
     if set(settings) != {"column", "quota", "factor"}:
         raise ValueError(f"industrial={settings}: give column, quota and factor, and nothing else.")
     column = settings["column"]
     values = data.columns("items", [column])[column]
     if not set(values) <= {0, 1} or not any(values):
         raise ValueError(
-            f"industrial: {column!r} of items.parquet must be 0 or 1 for every item, and 1 for some; it has values such as "
-            f"{list(dict.fromkeys(values))[:4]}."
+            f"industrial: {column!r} of items.parquet must be 0 or 1 for every item, and 1 for some; it has values "
+            f"such as {list(dict.fromkeys(values))[:4]}."
         )
     scaled = IndustrialReward(reward, catalogue, torch.tensor(values).bool(), settings["quota"], settings["factor"])
     scaled.__name__ = f"industrial_{name}"

@@ -2,11 +2,11 @@
 
     onerec leaderboard --dataset outputs/beauty --entries leaderboard.yaml --output outputs/leaderboard
 
-`--dataset` is a folder that `onerec prepare` wrote. An entry of the YAML file names a recipe of this folder, its arguments, and
-`seeds` where one is enough. A run lies in `OUTPUT/<entry>/seed<n>`; it is taken as it is if it ended with the same arguments,
-resumed if it left a checkpoint, and made anew otherwise. Writes `leaderboard.md` (means ± standard deviation over seeds; paired
-bootstrap intervals against the best baseline, which is chosen on validation; recall by how often the target occurs in training),
-`leaderboard.json` and a picture. `--run false`: of what has ended.
+`--dataset` is a folder that `onerec prepare` wrote. An entry of the YAML file names a recipe of this folder, its
+arguments, and `seeds` where one is enough. A run lies in `OUTPUT/<entry>/seed<n>`; it is taken as it is if it ended
+with the same arguments, resumed if it left a checkpoint, and made anew otherwise. Writes `leaderboard.md` (means ±
+standard deviation over seeds; paired bootstrap intervals against the best baseline, which is chosen on validation;
+recall by how often the target occurs in training), `leaderboard.json` and a picture. `--run false`: of what has ended.
 """
 
 import contextlib
@@ -73,7 +73,9 @@ def command(args: LeaderboardArguments, entry: dict, seed: int) -> list[str]:
 
 
 def check_entry(name: str, argv: list[str], folder: Path) -> None:
-    """All that the recipe checks before it trains: an error in the last entry is not found when the others have ended."""
+    """All that the recipe checks before it trains: an error in the last entry is not found when the others have
+    ended.
+    """
     recipe, *argv = argv
     module, types, output = RECIPES[recipe]
     printed = io.StringIO()
@@ -84,7 +86,8 @@ def check_entry(name: str, argv: list[str], folder: Path) -> None:
     except (Exception, SystemExit) as error:
         reason = printed.getvalue().strip().split("\n")[-1] if isinstance(error, SystemExit) else error
         raise ValueError(
-            f"the entry {name!r} cannot run: {reason}\nNothing was started: correct it, or name the others with --only."
+            f"the entry {name!r} cannot run: {reason}\nNothing was started: correct it, or name the others with "
+            "--only."
         ) from error
 
 

@@ -93,7 +93,9 @@ def model_path(name: str) -> str:
 
 
 def make_config(args: ModelArguments, data: DataFolder, collator: OneRecCollator | None = None) -> PreTrainedConfig:
-    """The config that `--model_config` and `--model` describe, with the data folder's codebooks and the collator's features."""
+    """The config that `--model_config` and `--model` describe, with the data folder's codebooks and the collator's
+    features.
+    """
     settings: dict[str, Any] = {"model_type": "onerec_v2"}
     if args.model_config:
         settings |= yaml.safe_load(Path(config_path(args.model_config)).read_text(encoding="utf-8"))
@@ -115,7 +117,9 @@ def make_config(args: ModelArguments, data: DataFolder, collator: OneRecCollator
 
 
 def item_vectors(data: DataFolder) -> torch.Tensor:
-    """The item embeddings that the semantic IDs were made from, (N, D), at unit variance, as what comes out of a norm."""
+    """The item embeddings that the semantic IDs were made from, (N, D), at unit variance, as what comes out of a
+    norm.
+    """
     vectors = torch.from_numpy(data.item_embeddings)
     return vectors / vectors.std()
 
@@ -151,7 +155,9 @@ def make_collator(args: ModelArguments, data: DataFolder) -> OneRecCollator:
 
 
 def training_rows(train: datasets.Dataset, config: PreTrainedConfig, max_history: int) -> datasets.Dataset:
-    """OneRec-V2 takes every target of a user in one pass; an encoder needs one row per target, unless the rows are sessions."""
+    """OneRec-V2 takes every target of a user in one pass; an encoder needs one row per target, unless the rows are
+    sessions.
+    """
     if "targets" not in train.column_names and config.model_type != "onerec_v2":
         if config.model_type == "onerec_v1":
             max_history = max(config.pathway_lengths.values())
@@ -160,7 +166,9 @@ def training_rows(train: datasets.Dataset, config: PreTrainedConfig, max_history
 
 
 def load_policy(folder: str, data: DataFolder, num_beams: int) -> Recommender:
-    """A trained model with all that lies beside it, and the categories of the data folder's users, which are in no repository."""
+    """A trained model with all that lies beside it, and the categories of the data folder's users, which are in no
+    repository.
+    """
     recommender = Recommender.from_pretrained(folder, num_beams)
     data.check_model(folder, recommender.model.catalogue)
     collator = recommender.ranker.collator

@@ -13,7 +13,8 @@ CONFIGS = Path(__file__).parent / "configs"
 
 def config_path(name: str) -> str:
     """
-    A file of that path, or else the package's config of that name, such as `small_sft.yaml` or `models/onerec_v2_1b.yaml`.
+    A file of that path, or else the package's config of that name, such as `small_sft.yaml` or
+    `models/onerec_v2_1b.yaml`.
 
     Raises:
         FileNotFoundError: Where neither is there; the message lists the package's configs.

@@ -6,9 +6,9 @@
     onerec prepare --source logs.parquet --feedback request_id play_time_ms is_click is_like is_follow is_forward \\
         --sessions '{"request": "request_id", "min_interactions": 0}' --output outputs/mysessions
 
-Writes `splits/` (a `DatasetDict`), `items.parquet`, `users.parquet`, `item_embeddings.safetensors`, `tokenizer/` (tokenizer,
-catalogue and codebooks), `semantic_ids.json` (quality report) and `codebook_usage.png`. Co-occurrence and popularity are learned
-from the training split alone.
+Writes `splits/` (a `DatasetDict`), `items.parquet`, `users.parquet`, `item_embeddings.safetensors`, `tokenizer/`
+(tokenizer, catalogue and codebooks), `semantic_ids.json` (quality report) and `codebook_usage.png`. Co-occurrence and
+popularity are learned from the training split alone.
 """
 
 from functools import partial

@@ -86,7 +86,8 @@ def lifelong_settings(args: PrepareArguments) -> dict | None:
     config = session_config(args)
     if config is None or config.history != "all":
         raise ValueError(
-            "lifelong compresses what was shown before a row's targets: give sessions, with history: all. One row per watched item "
+            "lifelong compresses what was shown before a row's targets: give sessions, with history: all. One row per "
+            "watched item "
             'is {"max_gap": 0, "max_events": 1, "history": "all", ...}, as in mydata/lifelong_prepare.yaml.'
         )
     return {"seed": args.seed} | settings
@@ -98,13 +99,15 @@ def check_lifelong(settings: dict, columns: list[str]) -> None:
     wanted = [*settings.get("sparse", defaults["sparse"]), *settings.get("averaged", defaults["averaged"])]
     if absent := [name for name in wanted if name not in columns]:
         raise ValueError(
-            f"lifelong takes the event columns {wanted}; {absent} are not among those of the rows, {columns}. Name them in "
-            "feedback, or others in sparse and averaged."
+            f"lifelong takes the event columns {wanted}; {absent} are not among those of the rows, {columns}. Name "
+            "them in feedback, or others in sparse and averaged."
         )
 
 
 def check_arguments(args: PrepareArguments) -> None:
-    """Before anything is read: arguments that contradict each other, files that are not there, an output that is not writable."""
+    """Before anything is read: arguments that contradict each other, files that are not there, an output that is not
+    writable.
+    """
     if args.layout != "logs":
         of_logs = ("columns", "feedback", "items", "users", "load_options")
         if given := [name for name in of_logs if getattr(args, name) not in ("{}", {}, [], None)]:
@@ -116,7 +119,8 @@ def check_arguments(args: PrepareArguments) -> None:
     start, test = args.validation_start, args.test_start
     if (start is None) != (test is None) or (start is not None and not start < test):
         raise ValueError(
-            f"validation_start={start} and test_start={test}: give both, the earlier one first, or none (leave last out)."
+            f"validation_start={start} and test_start={test}: give both, the earlier one first, or none (leave last "
+            "out)."
         )
     session_config(args)
     lifelong_settings(args)
@@ -149,7 +153,9 @@ def _check_embedding_arguments(args: PrepareArguments) -> None:
 
 
 def check_items(args: PrepareArguments, interactions: Interactions) -> None:
-    """Before embeddings and semantic IDs are made: text fields that are not there, levels without room for the items."""
+    """Before embeddings and semantic IDs are made: text fields that are not there, levels without room for the
+    items.
+    """
     count, size = interactions.num_items, args.codebook_size
     if absent := [name for name in args.text_fields if name not in interactions.items]:
         raise ValueError(f"text_fields={absent}: the items have only {list(interactions.items)}.")
@@ -159,6 +165,6 @@ def check_items(args: PrepareArguments, interactions: Interactions) -> None:
         raise ValueError(f"codebook_size={size}: {count} items cannot fill so many codes; at most {count}.")
     if args.collisions == "next_free" and size**args.num_levels < count:
         raise ValueError(
-            f"num_levels={args.num_levels} of codebook_size={size} make {size**args.num_levels} semantic IDs for {count} items: "
-            "raise one of them, or set collisions to extra_level or keep."
+            f"num_levels={args.num_levels} of codebook_size={size} make {size**args.num_levels} semantic IDs for "
+            f"{count} items: raise one of them, or set collisions to extra_level or keep."
         )

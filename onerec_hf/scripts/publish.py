@@ -3,8 +3,9 @@
     onerec publish --model outputs/mymodel --data outputs/mydata --baselines outputs/cooccurrence outputs/sasrec
     onerec publish --model outputs/mymodel --data outputs/mydata --repo org/mymodel --private true
 
-Without `--repo` it writes the card alone: look at it first. Log in once with `hf auth login`. `--create_pr true` opens a pull
-request, `--revision NAME` commits to a branch. All is checked before the first byte; checkpoints and predictions stay here.
+Without `--repo` it writes the card alone: look at it first. Log in once with `hf auth login`. `--create_pr true` opens
+a pull request, `--revision NAME` commits to a branch. All is checked before the first byte; checkpoints and
+predictions stay here.
 """
 
 import json
@@ -74,8 +75,8 @@ def load_systems(args: PublishArguments, title: str, num_items: int) -> dict[str
         report = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
         if not {"test", "test_exclude_seen"} <= report.keys() or not (folder / "predictions.parquet").is_file():
             raise ValueError(
-                f"{folder} has no test metrics, metrics.json and predictions.parquet. Of a model, `onerec score --model "
-                f"{folder} --data {args.data}` makes them; of a baseline, `onerec baseline`."
+                f"{folder} has no test metrics, metrics.json and predictions.parquet. Of a model, `onerec score "
+                f"--model {folder} --data {args.data}` makes them; of a baseline, `onerec baseline`."
             )
         if report.get("num_items") not in (None, num_items):
             raise ValueError(f"{folder} knows {report['num_items']} items, {args.data} has {num_items}: another log.")
@@ -92,8 +93,9 @@ def read_recalls(systems: dict[str, tuple[Path, dict]], users: list[int], data: 
         own = table["user"][:] if "user" in table.column_names else users[: len(table)]
         if len(table) != size or own != users[:size]:
             raise ValueError(
-                f"{systems[name][0]} was scored on {len(table)} users of another test split, or on another number of them "
-                f"({size}) than the model: numbers of other users than those of {data} do not belong in one table. Score it again."
+                f"{systems[name][0]} was scored on {len(table)} users of another test split, or on another number of "
+                f"them ({size}) than the model: numbers of other users than those of {data} do not belong in one "
+                "table. Score it again."
             )
     return {name: np.asarray(table["recall@10"]) for name, table in tables.items()}
 
@@ -112,8 +114,8 @@ def draw_recall(recalls: dict[str, np.ndarray], splits: datasets.DatasetDict, pa
 
 def open_data(args: PublishArguments) -> tuple[datasets.DatasetDict, int, DataFolder | None]:
     """
-    The splits, the number of items, and the folder of `onerec prepare`. The last is None for a folder of splits alone, as
-    `leave_last_out(...).save_to_disk` makes one: nothing in it tells items by name or makes codes of new ones.
+    The splits, the number of items, and the folder of `onerec prepare`. The last is None for a folder of splits alone,
+    as `leave_last_out(...).save_to_disk` makes one: nothing in it tells items by name or makes codes of new ones.
     """
     folder, catalogue = Path(args.data), Catalogue.from_pretrained(args.model)
     if folder.is_dir() and [path.name for path in folder.iterdir()] == ["splits"]:

@@ -1,9 +1,10 @@
-"""The whole path on a laptop, offline: simulated world -> semantic IDs -> OneRec-V2 -> recommendations -> metrics -> repository.
+"""The whole path on a laptop, offline: simulated world -> semantic IDs -> OneRec-V2 -> recommendations -> metrics ->
+repository.
 
     onerec quickstart --output outputs/quickstart
 
-A few minutes on 2 cores. Everything below the world is what one's own data go through: `onerec prepare`, `baseline` and `sft`.
-The numbers belong to a simulated world and say nothing about real users.
+A few minutes on 2 cores. Everything below the world is what one's own data go through: `onerec prepare`, `baseline`
+and `sft`. The numbers belong to a simulated world and say nothing about real users.
 """
 
 import argparse
@@ -39,7 +40,9 @@ BASELINES: dict[Any, dict] = {
 
 
 def simulate(output: Path, num_users: int, num_items: int, seed: int) -> ShortVideoWorld:
-    """Writes the log of effective views (`long_view`, what OneRec calls effectively watched), the videos and their embeddings."""
+    """Writes the log of effective views (`long_view`, what OneRec calls effectively watched), the videos and their
+    embeddings.
+    """
     world = ShortVideoWorld(num_users=num_users, num_items=num_items, seed=seed)
     log = world.logs()
     print(f"simulated {len(log):,} impressions of {num_users:,} users on {num_items:,} videos")
@@ -99,7 +102,7 @@ def main(output: Path, num_users: int = 2000, num_items: int = 2000, epochs: flo
             data=str(data),
             baselines=[str(output / name) for name in BASELINES],
             title="OneRec-V2 quickstart",
-            summary="A small OneRec-V2 trained on a **simulated** short-video world; a demonstration, not a model for real users.",
+            summary="A small OneRec-V2 trained on a **simulated** short-video world; not for real users.",
             dataset_name="simulated short videos",
             simulated=True,
         )

@@ -2,8 +2,8 @@
 
     onerec recommend --repo org/onerec-1b --dataset histories.parquet --output outputs/recommended --k 20
 
-Each row's `history` holds item ids, oldest first. Several processes share the rows, each row is served once; process r writes
-`part-<r>-of-<processes>.parquet` with the columns of the data set, `item_ids` and `scores`.
+Each row's `history` holds item ids, oldest first. Several processes share the rows, each row is served once; process r
+writes `part-<r>-of-<processes>.parquet` with the columns of the data set, `item_ids` and `scores`.
 """
 
 from dataclasses import dataclass, field

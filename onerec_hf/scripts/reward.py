@@ -1,14 +1,16 @@
-"""Trains a reward model on logged exposures and scores it on the test period: AUC, GAUC, calibration of every feedback.
+"""Trains a reward model on logged exposures and scores it on the test period: AUC, GAUC, calibration of every
+feedback.
 
     onerec prepare --config kuairand_prepare.yaml --source FOLDER --output outputs/kuairand
     onerec reward --config kuairand_reward.yaml --data outputs/kuairand --output_dir outputs/reward
 
 Takes the folder that `onerec prepare` writes with `--sessions` and no criteria: for the P-Score one row per exposure
-(`max_events: 1`), for the session-wise reward model of OneRec, `--session_wise true`, one per request or session. Time is cut into
-periods (a day in ms): an exposure is judged from the histories and the rates of feedback before its period, in validation and test
-from those before the split. Built on `transformers.Trainer`: every `TrainingArguments` field works; model choice is on the
-validation split. Writes the model, its tokenizer, `arguments.json` (for `onerec dpo` and `onerec grpo`, which judge with it),
-`metrics.json` and the scores of every validation and test exposure or session.
+(`max_events: 1`), for the session-wise reward model of OneRec, `--session_wise true`, one per request or session. Time
+is cut into periods (a day in ms): an exposure is judged from the histories and the rates of feedback before its
+period, in validation and test from those before the split. Built on `transformers.Trainer`: every `TrainingArguments`
+field works; model choice is on the validation split. Writes the model, its tokenizer, `arguments.json` (for `onerec
+dpo` and `onerec grpo`, which judge with it), `metrics.json` and the scores of every validation and test exposure or
+session.
 """
 
 import json
@@ -40,7 +42,9 @@ class RewardTrainer(StopAtNonFinite, ResumableTrainer):
 def report(
     args: RewardArguments, prediction: PredictionOutput, split: datasets.Dataset
 ) -> tuple[dict, datasets.Dataset]:
-    """Metrics of the towers and of the one score (`p_score`, `reward`) against every feedback; and the scores themselves."""
+    """Metrics of the towers and of the one score (`p_score`, `reward`) against every feedback; and the scores
+    themselves.
+    """
     logits, rewards = cast(tuple[np.ndarray, np.ndarray], prediction.predictions)
     users, name = np.repeat(split["user"], rewards.size // len(split)), "reward" if args.session_wise else "p_score"
     labels, towers = (
@@ -59,7 +63,9 @@ def report(
 def make_trainer(
     args: RewardArguments, training: TrainingArguments
 ) -> tuple[RewardTrainer, datasets.DatasetDict, DataFolder]:
-    """Untrained model and trainer, the splits as it reads them, their folder; raises where something cannot be used."""
+    """Untrained model and trainer, the splits as it reads them, their folder; raises where something cannot be
+    used.
+    """
     data = DataFolder(args.data)
     splits, tokenizer, collator = data.splits, data.tokenizer, make_collator(args, data)
     config_class = OneRecSessionRewardConfig if args.session_wise else OneRecPScoreConfig

@@ -1,4 +1,6 @@
-"""What `onerec reward` and the recipes that judge with its model share: its arguments, its collator, the saved model."""
+"""What `onerec reward` and the recipes that judge with its model share: its arguments, its collator, the saved
+model.
+"""
 
 import json
 from dataclasses import dataclass, field
@@ -83,8 +85,8 @@ def make_collator(args: RewardArguments, data: DataFolder) -> RewardCollator:
     splits, tokenizer = data.splits, data.tokenizer
     if lacking := [name for name, rows in splits.items() if "session_start" not in rows.column_names]:
         raise ValueError(
-            f"the splits {lacking} of {data.path} have no session_start: a reward model reads rows of exposures or sessions. Make "
-            "them with `onerec prepare --sessions ...`."
+            f"the splits {lacking} of {data.path} have no session_start: a reward model reads rows of exposures or "
+            "sessions. Make them with `onerec prepare --sessions ...`."
         )
     starts = {name: np.array(rows["session_start"]) for name, rows in splits.items()}
     days = np.arange(starts["train"].min() + args.period, starts["validation"].min() - args.period / 2, args.period)
@@ -132,6 +134,7 @@ def load_reward(repo: str, data: DataFolder) -> RewardModel:
     trained = json.loads(path.read_text(encoding="utf-8"))["users"] if path.is_file() else None
     if trained not in (None, data.user_fingerprint):
         raise ValueError(
-            f"{repo} (a reward model) and {data.path} hold other users: prepare both from one log, with the same k_core."
+            f"{repo} (a reward model) and {data.path} hold other users: prepare both from one log, with the same "
+            "k_core."
         )
     return reward

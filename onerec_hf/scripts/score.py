@@ -2,7 +2,8 @@
 
     onerec score --model outputs/mymodel --data outputs/mydata
 
-Writes `predictions.parquet`, `predictions_exclude_seen.parquet` and the test metrics of `metrics.json` into the model's folder.
+Writes `predictions.parquet`, `predictions_exclude_seen.parquet` and the test metrics of `metrics.json` into the
+model's folder.
 """
 
 import json

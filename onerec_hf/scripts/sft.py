@@ -2,11 +2,11 @@
 
     onerec sft --config small_sft.yaml --data outputs/beauty --output_dir outputs/beauty_v2
 
-`--model '{"model_type": "onerec_v2", ...}'` names the system: `onerec` (sessions), `onerec_v1` (pathways) or `onerec_v2`;
-`--model_config models/onerec_v2_1b.yaml` is a size of the papers. Every `TrainingArguments` field works on the command line and in
-the YAML file (`--report_to`, `--resume_from_checkpoint`, `--bf16`, `--seed`, ...). Model choice is on the
-validation split. Writes the model, tokenizer and catalogue (one folder that `AutoModel.from_pretrained` loads), `metrics.json` and
-the predictions of every test user.
+`--model '{"model_type": "onerec_v2", ...}'` names the system: `onerec` (sessions), `onerec_v1` (pathways) or
+`onerec_v2`; `--model_config models/onerec_v2_1b.yaml` is a size of the papers. Every `TrainingArguments` field works
+on the command line and in the YAML file (`--report_to`, `--resume_from_checkpoint`, `--bf16`, `--seed`, ...). Model
+choice is on the validation split. Writes the model, tokenizer and catalogue (one folder that
+`AutoModel.from_pretrained` loads), `metrics.json` and the predictions of every test user.
 """
 
 from transformers import AutoModelForCausalLM, set_seed

@@ -1,23 +1,24 @@
 """Clusters of equal size, as in balanced k-means (OneRec, arXiv:2502.18965, Algorithm 1), by optimal transport.
 
-With fixed centroids, "every cluster takes exactly its size, at the least total squared distance" is a transport problem. Its
-dual has one price per cluster: item x goes to `argmin_k ||x - c_k||^2 + p_k`, and the right prices make every cluster exactly
-full (power diagrams; Aurenhammer, Hoffmann, Aronov, Algorithmica 20, 1998). Algorithm 1 as printed fills one cluster after the
-other instead: that is `kmeans._greedy`; see `kmeans._balanced` for why it is not the default.
+With fixed centroids, "every cluster takes exactly its size, at the least total squared distance" is a transport
+problem. Its dual has one price per cluster: item x goes to `argmin_k ||x - c_k||^2 + p_k`, and the right prices make
+every cluster exactly full (power diagrams; Aurenhammer, Hoffmann, Aronov, Algorithmica 20, 1998). Algorithm 1 as
+printed fills one cluster after the other instead: that is `kmeans._greedy`; see `kmeans._balanced` for why it is not
+the default.
 """
 
 import torch
 
 from .blocks import row_blocks, squared_distances
 
-# The prices are solved on a sample: 16 items per code, fewer where a (sample, K) matrix, of which two exist at a time, would have
-# more than 2^25 elements, but at least 4 per code (K = 8192: 1 GiB) and at least 4096 in all.
+# The prices are solved on a sample: 16 items per code, fewer where a (sample, K) matrix, of which two exist at a time,
+# would have more than 2^25 elements, but at least 4 per code (K = 8192: 1 GiB) and at least 4096 in all.
 _MOST_ITEMS_PER_CODE = 16
 _LEAST_ITEMS_PER_CODE = 4
 _LEAST_ITEMS = 4096
 _ELEMENTS = 2**25
-# Softness of the assignment while prices are solved, in units of the mean margin between an item's two cheapest clusters, and
-# the steps at each.
+# Softness of the assignment while prices are solved, in units of the mean margin between an item's two cheapest
+# clusters, and the steps at each.
 _TEMPERATURES = (0.3, 0.1)
 _STEPS_PER_TEMPERATURE = 16
 # `enforce_sizes` stops asking when a round seats less than this share of those who wait.
@@ -50,10 +51,10 @@ def _two_smallest(costs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 class Prices:
     """Prices of the clusters, warm from one Lloyd iteration to the next.
 
-    They maximise the entropy-smoothed dual of the transport problem on a fixed sample of the items, by damped Jacobi steps on
-    a kernel that is computed once per temperature, so that a step is two matrix-vector products. What the sample gets wrong
-    shows when the items are assigned: `correct` moves the shares that the sample must show, so that the items get the shares
-    they must have (a control variate).
+    They maximise the entropy-smoothed dual of the transport problem on a fixed sample of the items, by damped Jacobi
+    steps on a kernel that is computed once per temperature, so that a step is two matrix-vector products. What the
+    sample gets wrong shows when the items are assigned: `correct` moves the shares that the sample must show, so that
+    the items get the shares they must have (a control variate).
 
     Args:
         sizes (`torch.LongTensor` of shape `(K,)`): how many of all items each cluster must take.
@@ -124,9 +125,10 @@ def enforce_sizes(
 ) -> torch.Tensor:
     """Codes (N,) with exactly `sizes` items per cluster, as few items as possible away from the given codes.
 
-    In rounds: a cluster that is asked for more items than it has room for takes those that would lose most by going elsewhere
-    (`margins`); the others ask for the cheapest cluster with room left. Where nearly all of them ask for the same cluster round
-    after round, they are copies of one another, and what is left of them fills the room as it comes.
+    In rounds: a cluster that is asked for more items than it has room for takes those that would lose most by going
+    elsewhere (`margins`); the others ask for the cheapest cluster with room left. Where nearly all of them ask for the
+    same cluster round after round, they are copies of one another, and what is left of them fills the room as it
+    comes.
     """
     result = torch.empty_like(codes)
     room = sizes.clone()

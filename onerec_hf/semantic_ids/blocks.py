@@ -20,7 +20,9 @@ def row_blocks(num_rows: int, num_columns: int, device: torch.device) -> Iterato
 def squared_distances(
     items: torch.Tensor, centroids: torch.Tensor, prices: torch.Tensor | None = None, out: torch.Tensor | None = None
 ) -> torch.Tensor:
-    """`||x - c_k||^2 - ||x||^2 + p_k` (n, K): squared distances up to a constant per item, plus a price per centroid."""
+    """`||x - c_k||^2 - ||x||^2 + p_k` (n, K): squared distances up to a constant per item, plus a price per
+    centroid.
+    """
     offsets = centroids.square().sum(dim=1)
     if prices is not None:
         offsets = offsets + prices

@@ -1,4 +1,6 @@
-"""Items that share a semantic ID: the policies. None of the OneRec papers states one (TIGER, arXiv:2305.05065, adds a level)."""
+"""Items that share a semantic ID: the policies. None of the OneRec papers states one (TIGER, arXiv:2305.05065, adds a
+level).
+"""
 
 import torch
 
@@ -18,17 +20,19 @@ def resolve_collisions(
 ) -> torch.Tensor:
     """Semantic IDs of a catalogue from the codes of its items.
 
-    - `"extra_level"`: one level more, which numbers the items with the same codes by row, from 0; an item alone has 0. The new
-      level has as many codes as the largest group has items. Items added later do not move the others.
-    - `"next_free"`: of the items with the same codes the one nearest to its last-level centroid keeps them; the others, nearest
-      first, take the nearest last-level code that is still free under the same prefix. No further level, every ID unique.
+    - `"extra_level"`: one level more, which numbers the items with the same codes by row, from 0; an item alone has 0.
+      The new level has as many codes as the largest group has items. Items added later do not move the others.
+    - `"next_free"`: of the items with the same codes the one nearest to its last-level centroid keeps them; the
+      others, nearest first, take the nearest last-level code that is still free under the same prefix. No further
+      level, every ID unique.
     - `"keep"`: items share semantic IDs; whoever ranks items must rank them inside one ID.
 
     Args:
         codes (`torch.LongTensor` of shape `(num_items, num_levels)`): `train_codes`, or what `encode` returned.
-        quantizer (`ResidualKMeans` or `RQVAE`, *optional*): for `"next_free"`; distances are those of the space it quantises.
-        item_embeddings (`torch.FloatTensor` of shape `(num_items, embedding_dim)`, *optional*): for `"next_free"`; the same
-            rows on the same device.
+        quantizer (`ResidualKMeans` or `RQVAE`, *optional*): for `"next_free"`; distances are those of the space it
+            quantises.
+        item_embeddings (`torch.FloatTensor` of shape `(num_items, embedding_dim)`, *optional*): for `"next_free"`; the
+            same rows on the same device.
         policy (`str`): one of the three.
 
     Returns:
@@ -85,7 +89,8 @@ def _next_free(codes: torch.Tensor, quantizer: ResidualKMeans, item_embeddings: 
     if len(movers) == 0:
         return resolved
 
-    # Prefixes do not touch each other, so the r-th mover of all prefixes moves at once; a part of the prefixes at a time.
+    # Prefixes do not touch each other, so the r-th mover of all prefixes moves at once; a part of the prefixes at a
+    # time.
     crowded = torch.unique(prefixes[movers])
     place = torch.full((int(prefixes.max()) + 1,), -1, device=codes.device)
     place[crowded] = torch.arange(len(crowded), device=codes.device)

@@ -1,6 +1,7 @@
 """k-means of one level: Lloyd's algorithm, plain or balanced (OneRec, arXiv:2502.18965, Algorithm 1).
 
-N items, K codebook size, D embedding width. All arithmetic is float32, in blocks of rows: nothing of size N x K is ever held.
+N items, K codebook size, D embedding width. All arithmetic is float32, in blocks of rows: nothing of size N x K is
+ever held.
 """
 
 import math
@@ -11,8 +12,8 @@ import torch
 from .balance import Prices, balanced_sizes, cheapest_two, enforce_sizes
 from .blocks import row_blocks, squared_distances
 
-# Most Lloyd iterations see a random sample: this many items per code (at least _MIN_SAMPLE_ITEMS in all). Plain clusters differ
-# in size, so that their sample must be larger: 256 is what faiss takes.
+# Most Lloyd iterations see a random sample: this many items per code (at least _MIN_SAMPLE_ITEMS in all). Plain
+# clusters differ in size, so that their sample must be larger: 256 is what faiss takes.
 _BALANCED_SAMPLE_PER_CODE = 64
 _PLAIN_SAMPLE_PER_CODE = 256
 _MIN_SAMPLE_ITEMS = 16384
@@ -61,9 +62,9 @@ def train_codebook(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Codebook and codes of the training items for one level.
 
-    Balanced clusters start from `codebook_size` items at random, as the paper does, plain ones from `kmeans_plus_plus`; then
-    `num_iterations` Lloyd iterations over a random sample of the items and `num_full_iterations` over all of them. `"greedy"`:
-    Algorithm 1 as printed, all iterations over all items.
+    Balanced clusters start from `codebook_size` items at random, as the paper does, plain ones from
+    `kmeans_plus_plus`; then `num_iterations` Lloyd iterations over a random sample of the items and
+    `num_full_iterations` over all of them. `"greedy"`: Algorithm 1 as printed, all iterations over all items.
 
     Args:
         items (`torch.FloatTensor` of shape `(N, D)`): float32, `N >= codebook_size`.
@@ -73,8 +74,8 @@ def train_codebook(
         generator (`torch.Generator`): on the CPU; picks the sample and the starting centroids.
 
     Returns:
-        `(centroids (K, D) float32, codes (N,) int64)`. Balanced: `codes` are the balanced clusters and the centroids their
-        means. Plain: `codes` are the nearest centroids.
+        `(centroids (K, D) float32, codes (N,) int64)`. Balanced: `codes` are the balanced clusters and the centroids
+        their means. Plain: `codes` are the nearest centroids.
     """
     per_code = _BALANCED_SAMPLE_PER_CODE if balanced else _PLAIN_SAMPLE_PER_CODE
     order = torch.randperm(len(items), generator=generator)
@@ -90,8 +91,8 @@ def kmeans_plus_plus(items: torch.Tensor, codebook_size: int, generator: torch.G
     """
     Starting centroids: greedy k-means++ (Arthur and Vassilvitskii, SODA 2007), as scikit-learn does it.
 
-    Every next centroid is an item drawn with probability proportional to its squared distance to the nearest centroid so far:
-    of `2 + ln K` draws the one that leaves the smallest sum of squared distances.
+    Every next centroid is an item drawn with probability proportional to its squared distance to the nearest centroid
+    so far: of `2 + ln K` draws the one that leaves the smallest sum of squared distances.
 
     Args:
         items (`torch.FloatTensor` of shape `(N, D)`): float32, `N >= codebook_size`.
@@ -135,8 +136,8 @@ def _plain(
 def _balanced(items, order, codebook_size, num_iterations, num_full_iterations) -> tuple[torch.Tensor, torch.Tensor]:
     """Lloyd's algorithm whose assignment step is a transport problem: prices first, then the last few exchanges.
 
-    This is not Algorithm 1 as printed (`_greedy`), which fills the clusters one after the other: K passes per iteration, a result
-    that depends on their order, no convergence, and the last clusters get what nobody wanted.
+    This is not Algorithm 1 as printed (`_greedy`), which fills the clusters one after the other: K passes per
+    iteration, a result that depends on their order, no convergence, and the last clusters get what nobody wanted.
     """
     sample = items[order]
     centroids = sample[:codebook_size].clone()
@@ -166,7 +167,8 @@ def _balanced(items, order, codebook_size, num_iterations, num_full_iterations) 
 
 def _greedy(items, order, codebook_size, num_iterations) -> tuple[torch.Tensor, torch.Tensor]:
     """
-    OneRec's Algorithm 1 as printed: cluster after cluster takes the nearest items that are left, until no item changes its cluster.
+    OneRec's Algorithm 1 as printed: cluster after cluster takes the nearest items that are left, until no item changes
+    its cluster.
 
     That need not happen, so the iterations are counted and the cheapest of them is returned.
     """

@@ -16,8 +16,8 @@ def quality_report(codes: torch.Tensor, item_embeddings: torch.Tensor, quantizer
     """Numbers that say how good a catalogue's semantic IDs are. Lists have one entry per level of the quantizer.
 
     Args:
-        codes (`torch.LongTensor` of shape `(num_items, num_levels)`): or one level more, appended by the collision policy
-            `"extra_level"`, which then counts in the three numbers about collisions and in no other.
+        codes (`torch.LongTensor` of shape `(num_items, num_levels)`): or one level more, appended by the collision
+            policy `"extra_level"`, which then counts in the three numbers about collisions and in no other.
         item_embeddings (`torch.FloatTensor` of shape `(num_items, embedding_dim)`): the same rows on the same device.
         quantizer (`ResidualKMeans` or `RQVAE`): fitted.
 
@@ -26,8 +26,9 @@ def quality_report(codes: torch.Tensor, item_embeddings: torch.Tensor, quantizer
 
         - `num_items`, `codebook_size`
         - `reconstruction_mse`: mean over items *and* elements of `(x - decode(codes))^2`.
-        - `reconstruction_relative`: the same sum over the sum of squared deviations of the items from their mean. 0 is perfect,
-          1 is one code for all. The Technical Report does not say how it normalises, so only ratios compare with its Table 11.
+        - `reconstruction_relative`: the same sum over the sum of squared deviations of the items from their mean. 0 is
+          perfect, 1 is one code for all. The Technical Report does not say how it normalises, so only ratios compare
+          with its Table 11.
         - `utilisation`: share of the codes that some item has.
         - `entropy`: Shannon entropy of the code histogram in nats; `entropy_percent`: in percent of `ln K`.
         - `collision_rate`: share of items that share their semantic ID with another item.
@@ -38,7 +39,8 @@ def quality_report(codes: torch.Tensor, item_embeddings: torch.Tensor, quantizer
     levels, size = quantizer.num_levels, quantizer.codebook_size
     if codes.ndim != 2 or codes.shape[1] not in (levels, levels + 1) or len(codes) != len(item_embeddings):
         raise ValueError(
-            f"`codes` has shape {tuple(codes.shape)}; expected ({len(item_embeddings)}, {levels}), or one column more after "
+            f"`codes` has shape {tuple(codes.shape)}; expected ({len(item_embeddings)}, {levels}), or one column more "
+            "after "
             'the collision policy "extra_level".'
         )
     squared_error, deviation = 0.0, 0.0
@@ -76,7 +78,8 @@ def plot_codebook_usage(codes: torch.Tensor, codebook_size: int, path: str | Pat
     Codes are sorted by use; the dashed line is what every code would have if all had the same.
 
     Args:
-        codes (`torch.LongTensor` of shape `(num_items, num_levels)`): without a level that a collision policy appended.
+        codes (`torch.LongTensor` of shape `(num_items, num_levels)`): without a level that a collision policy
+        appended.
         codebook_size (`int`): K.
         path (`str` or `Path`): file to write, `.png`.
     """

@@ -1,4 +1,6 @@
-"""Residual k-means: item embeddings to semantic IDs, level by level (OneRec, arXiv:2502.18965; report arXiv:2506.13695)."""
+"""Residual k-means: item embeddings to semantic IDs, level by level (OneRec, arXiv:2502.18965; report
+arXiv:2506.13695).
+"""
 
 import json
 import logging
@@ -26,28 +28,32 @@ class ResidualKMeans:
     Level l has a codebook of K centroids for what the levels before it left over: `r_1 = e`,
     `s_l = argmin_k ||r_l - c_k^l||^2`, `r_{l+1} = r_l - c^l_{s_l}`. Codebooks are trained one after the other.
 
-    With `balanced=True` (the sizes of OneRec's Algorithm 1 by another procedure, optimal transport) and `balanced="greedy"`
-    (Algorithm 1 as printed) every code of every level is given to exactly `N / K` *training* items (the
-    first `N mod K` codes to one more), and the residuals of the next level are those of these codes. New items can only take
-    the nearest centroid, which is not balanced; the papers do not say which of the two they deploy for training items. Here
-    `train_codes` (and `fit_encode`) are the balanced codes and `encode` is the nearest centroid at every level: choose one for
-    the catalogue and say so.
+    With `balanced=True` (the sizes of OneRec's Algorithm 1 by another procedure, optimal transport) and
+    `balanced="greedy"` (Algorithm 1 as printed) every code of every level is given to exactly `N / K` *training* items
+    (the first `N mod K` codes to one more), and the residuals of the next level are those of these codes. New items
+    can only take the nearest centroid, which is not balanced; the papers do not say which of the two they deploy for
+    training items. Here `train_codes` (and `fit_encode`) are the balanced codes and `encode` is the nearest centroid
+    at every level: choose one for the catalogue and say so.
 
     Args:
         num_levels (`int`, *optional*, defaults to 3): L.
-        codebook_size (`int`, *optional*, defaults to 256): K, the same at every level, at least 2. The papers use 8192 for
-            hundreds of millions of items.
-        balanced (`bool` or `"greedy"`, *optional*, defaults to `True`): clusters of equal size, or plain k-means. `"greedy"` is
-            OneRec's Algorithm 1 as printed: K passes over all items per iteration, and the last clusters get what is left.
-        num_iterations (`int`, *optional*, defaults to 20): Lloyd iterations per level on a random sample of 64 items per code
-            (all items where there are fewer; all items with `"greedy"`). OpenOneRec runs 20; the papers are silent.
-        num_full_iterations (`int`, *optional*, defaults to 4): iterations per level over all items that follow, at least 1.
+        codebook_size (`int`, *optional*, defaults to 256): K, the same at every level, at least 2. The papers use 8192
+            for hundreds of millions of items.
+        balanced (`bool` or `"greedy"`, *optional*, defaults to `True`): clusters of equal size, or plain k-means.
+            `"greedy"` is OneRec's Algorithm 1 as printed: K passes over all items per iteration, and the last clusters
+            get what is left.
+        num_iterations (`int`, *optional*, defaults to 20): Lloyd iterations per level on a random sample of 64 items
+            per code (all items where there are fewer; all items with `"greedy"`). OpenOneRec runs 20; the papers are
+            silent.
+        num_full_iterations (`int`, *optional*, defaults to 4): iterations per level over all items that follow, at
+            least 1.
         seed (`int`, *optional*, defaults to 0): same seed, same data, same codebooks on the CPU.
 
     Attributes:
         codebooks (`torch.FloatTensor` of shape `(num_levels, codebook_size, embedding_dim)`): `None` before `fit`.
-        train_codes (`torch.LongTensor` of shape `(num_items, num_levels)`): codes of the training items, on their device;
-            `None` before `fit` and after `from_pretrained` (they belong to the catalogue, not to the quantizer).
+        train_codes (`torch.LongTensor` of shape `(num_items, num_levels)`): codes of the training items, on their
+            device; `None` before `fit` and after `from_pretrained` (they belong to the catalogue, not to the
+            quantizer).
 
     Example:
         >>> quantizer = ResidualKMeans(num_levels=3, codebook_size=256).fit(item_embeddings)
@@ -86,11 +92,12 @@ class ResidualKMeans:
     def fit(self, item_embeddings: torch.Tensor | np.ndarray) -> "ResidualKMeans":
         """Trains the codebooks on all rows, on the device of `item_embeddings`.
 
-        Memory: one float32 copy of the embeddings (the residuals), about 100 bytes per item and less than 3 GiB of work space.
+        Memory: one float32 copy of the embeddings (the residuals), about 100 bytes per item and less than 3 GiB of
+            work space.
 
         Args:
-            item_embeddings (`torch.FloatTensor` or `numpy.ndarray` of shape `(num_items, embedding_dim)`): any float type,
-                every value finite, `num_items >= codebook_size`. Not changed, not normalised.
+            item_embeddings (`torch.FloatTensor` or `numpy.ndarray` of shape `(num_items, embedding_dim)`): any float
+                type, every value finite, `num_items >= codebook_size`. Not changed, not normalised.
 
         Returns:
             The quantizer itself.
@@ -133,10 +140,12 @@ class ResidualKMeans:
         """Codes of any items by the nearest centroid of each level (the papers' rule).
 
         Args:
-            item_embeddings (`torch.FloatTensor` or `numpy.ndarray` of shape `(num_items, embedding_dim)`): any float type.
+            item_embeddings (`torch.FloatTensor` or `numpy.ndarray` of shape `(num_items, embedding_dim)`): any float
+            type.
 
         Returns:
-            `torch.LongTensor` of shape `(num_items, num_levels)`, values in `[0, codebook_size)`, on the items' device.
+            `torch.LongTensor` of shape `(num_items, num_levels)`, values in `[0, codebook_size)`, on the items'
+            device.
         """
         codebooks = self._fitted()
         item_embeddings = self.checked(item_embeddings, width=codebooks.shape[2])
@@ -233,15 +242,15 @@ class ResidualKMeans:
             )
         if width is not None and item_embeddings.shape[1] != width:
             raise ValueError(
-                f"`item_embeddings` has width {item_embeddings.shape[1]}, but the codebooks were trained on width {width}: "
-                "encode with the embedding model that the quantizer was fitted on."
+                f"`item_embeddings` has width {item_embeddings.shape[1]}, but the codebooks were trained on width "
+                f"{width}: encode with the embedding model that the quantizer was fitted on."
             )
         broken = 0
         for block in row_blocks(len(item_embeddings), item_embeddings.shape[1], item_embeddings.device):
             broken += int((~item_embeddings[block].isfinite()).any(dim=1).sum())
         if broken > 0:
             raise ValueError(
-                f"{broken} of {len(item_embeddings)} rows of `item_embeddings` hold NaN or infinity: drop these items or "
-                "repair their embeddings first (`numpy.isfinite(x).all(axis=1)` finds the rows)."
+                f"{broken} of {len(item_embeddings)} rows of `item_embeddings` hold NaN or infinity: drop these items "
+                "or repair their embeddings first (`numpy.isfinite(x).all(axis=1)` finds the rows)."
             )
         return item_embeddings

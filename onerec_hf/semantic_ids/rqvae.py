@@ -1,7 +1,7 @@
 """RQ-VAE (TIGER, arXiv:2305.05065, section 3.1): residual quantisation in the latent space of an autoencoder.
 
-The baseline of the OneRec Technical Report (arXiv:2506.13695, Table 11). N items, D their width, L levels, K codebook size, Z
-latent width.
+The baseline of the OneRec Technical Report (arXiv:2506.13695, Table 11). N items, D their width, L levels, K codebook
+size, Z latent width.
 """
 
 import itertools
@@ -28,23 +28,25 @@ logger = logging.getLogger(__name__)
 class RQVAE:
     """Residual-quantised autoencoder, with the calls of [`ResidualKMeans`].
 
-    `z = encoder(x)`; `r_1 = z`, `s_l = argmin_k ||r_l - c_k^l||^2`, `r_{l+1} = r_l - c^l_{s_l}`; `x^ = decoder(sum of codes)`.
-    Loss per item: `||x - x^||^2 + sum_l (||sg(r_l) - c_l||^2 + beta ||r_l - sg(c_l)||^2)`, straight-through to the encoder.
+    `z = encoder(x)`; `r_1 = z`, `s_l = argmin_k ||r_l - c_k^l||^2`, `r_{l+1} = r_l - c^l_{s_l}`; `x^ = decoder(sum of
+    codes)`. Loss per item: `||x - x^||^2 + sum_l (||sg(r_l) - c_l||^2 + beta ||r_l - sg(c_l)||^2)`, straight-through
+    to the encoder.
 
-    Where TIGER leaves room: the codebooks start as residual k-means of the untrained encoder's latents; a code that no item of an
-    epoch took is moved to the residual of a random item, in all epochs but the last quarter; items are centred and divided by one
-    number, their root mean squared deviation, so that the loss is in proportion to the reconstruction error of the items as given.
+    Where TIGER leaves room: the codebooks start as residual k-means of the untrained encoder's latents; a code that no
+    item of an epoch took is moved to the residual of a random item, in all epochs but the last quarter; items are
+    centred and divided by one number, their root mean squared deviation, so that the loss is in proportion to the
+    reconstruction error of the items as given.
 
     Args:
         num_levels (`int`, *optional*, defaults to 3), codebook_size (`int`, *optional*, defaults to 256): L and K.
         latent_dim (`int`, *optional*, defaults to 32): Z.
-        hidden_sizes (sequence of `int`, *optional*, defaults to `(512, 256, 128)`): encoder layers between D and Z; the decoder
-            mirrors them. ReLU between layers.
+        hidden_sizes (sequence of `int`, *optional*, defaults to `(512, 256, 128)`): encoder layers between D and Z;
+            the decoder mirrors them. ReLU between layers.
         beta (`float`, *optional*, defaults to 0.25): weight of the commitment.
         num_epochs (`int`, *optional*, defaults to 200): over all items. TIGER runs 20,000.
         batch_size (`int`, *optional*, defaults to 1024): items per step.
-        learning_rate (`float`, *optional*, defaults to 1e-3): of AdamW, falling to 0 as a cosine. TIGER's Adagrad at .4
-            collapses on standardised inputs.
+        learning_rate (`float`, *optional*, defaults to 1e-3): of AdamW, falling to 0 as a cosine. TIGER's Adagrad at
+            .4 collapses on standardised inputs.
         reset_dead_codes (`bool`, *optional*, defaults to `True`): see above.
         seed (`int`, *optional*, defaults to 0): same seed, same data, same codes on the CPU.
 
@@ -136,7 +138,9 @@ class RQVAE:
 
     @torch.no_grad()
     def _reset(self, codebooks, dead, items, optimizer, generator) -> None:
-        """Moves every code of `dead` (L, K) to the residual of a random item at its level; the optimiser forgets it."""
+        """Moves every code of `dead` (L, K) to the residual of a random item at its level; the optimiser forgets
+        it.
+        """
         if not dead.any():
             return
         rows = torch.randint(len(items), (self.codebook_size,), generator=generator).to(items.device)
@@ -252,6 +256,7 @@ def load_quantizer(folder: str | os.PathLike) -> ResidualKMeans | RQVAE:
             return kinds[kind].from_pretrained(folder)
     except (SafetensorError, json.JSONDecodeError) as error:
         raise ValueError(
-            f"{path} or {WEIGHTS_NAME} beside it cannot be read ({error}): a file is cut off. Save or download it again."
+            f"{path} or {WEIGHTS_NAME} beside it cannot be read ({error}): a file is cut off. Save or download it "
+            "again."
         ) from error
     raise ValueError(f"{path} names the quantizer {kind!r}, known are {sorted(kinds)}. Update onerec_hf.")

@@ -1,9 +1,11 @@
-"""Feedback of one shown video, calibrated on KuaiRand-Pure (Gao et al., CIKM 2022): watch levels, play time, reactions.
+"""Feedback of one shown video, calibrated on KuaiRand-Pure (Gao et al., CIKM 2022): watch levels, play time,
+reactions.
 
-A view reaches one of five ordered levels: 0 not played, 1 skipped within seconds, 2 watched in part, 3 watched to the end,
-4 watched again. The level follows an ordered logit of the affinity, so a better liked video is watched further; given the
-level, the play time depends on the duration alone. Reactions are logits of the affinity, the user's expressiveness and
-the long view. All distributions have elementary distribution functions, so every expected value is a closed form.
+A view reaches one of five ordered levels: 0 not played, 1 skipped within seconds, 2 watched in part, 3 watched to the
+end, 4 watched again. The level follows an ordered logit of the affinity, so a better liked video is watched further;
+given the level, the play time depends on the duration alone. Reactions are logits of the affinity, the user's
+expressiveness and the long view. All distributions have elementary distribution functions, so every expected value is
+a closed form.
 """
 
 import numpy as np
@@ -14,8 +16,9 @@ REACTIONS = FEEDBACK[3:]
 CLICK_MS = 7_001  # is_click: over 7 s, or all of a shorter video
 LONG_VIEW_MS = 18_000  # long_view: 18 s or more, or all of a shorter video
 
-# Share of each level by duration: least squares on the play times of KuaiRand-Pure (2022-04-25 to 05-08), rounded and then
-# adjusted by hand so that the published rates by duration come out; level 0 is .095 at all durations, as on average there
+# Share of each level by duration: least squares on the play times of KuaiRand-Pure (2022-04-25 to 05-08), rounded and
+# then adjusted by hand so that the published rates by duration come out; level 0 is .095 at all durations, as on
+# average there
 _KNOTS_S = np.array([6.0, 9.0, 15.0, 25.0, 45.0, 90.0, 180.0, 400.0])
 _PLAYED = np.full(8, 0.905)
 _AGAIN = np.array([0.47, 0.22, 0.15, 0.105, 0.035, 0.012, 0.004, 0.001])
@@ -29,7 +32,8 @@ _END_OVERTIME = 0.08  # level 3: duration times U(1, 1.08)
 _AGAIN_MEAN = 0.6  # level 4: duration times (1 + exponential of this mean)
 
 _LEVEL_SLOPE = 1.2  # log-odds per standard deviation of affinity
-# P(reaction | long view), P(reaction | no long view) in KuaiRand-Pure; log-odds per unit of affinity, of expressiveness
+# P(reaction | long view), P(reaction | no long view) in KuaiRand-Pure; log-odds per unit of affinity, of
+# expressiveness
 _REACTIONS = {
     "is_like": (0.0350, 0.0090, 0.8, 1.0),
     "is_follow": (0.0028, 0.00064, 0.8, 0.8),
@@ -44,7 +48,9 @@ def sigmoid(x: np.ndarray) -> np.ndarray:
 
 
 def hash_keys(*keys) -> np.ndarray:
-    """64 random-looking bits (uint64) that are a function of the broadcastable integer keys and their order (splitmix64)."""
+    """64 random-looking bits (uint64) that are a function of the broadcastable integer keys and their order
+    (splitmix64).
+    """
     with np.errstate(over="ignore"):
         state = np.zeros(1, dtype=np.uint64)
         for key in keys:

@@ -1,9 +1,10 @@
 """The recommender that writes the simulated logs, and the loop in which it does.
 
-Two stages, as in industry: some seventy candidates (by the user's mood, interests and passing interests, by popularity, and
-relatives of the last long-viewed video), then a noisy ranking by affinity and popularity. A part of the impressions goes to
-popular and to random videos whatever the user's taste. It is decent, not optimal: `tests/simulator/test_simulator.py` bounds it on
-both sides. Its constants were chosen by hand for the published popularity skew and for histories that tell the next video.
+Two stages, as in industry: some seventy candidates (by the user's mood, interests and passing interests, by
+popularity, and relatives of the last long-viewed video), then a noisy ranking by affinity and popularity. A part of
+the impressions goes to popular and to random videos whatever the user's taste. It is decent, not optimal:
+`tests/simulator/test_simulator.py` bounds it on both sides. Its constants were chosen by hand for the published
+popularity skew and for histories that tell the next video.
 """
 
 from collections.abc import Callable
@@ -83,7 +84,8 @@ class LoggingPolicy:
             size (`int`): videos of a request.
             rng (`np.random.Generator`): of candidates and ranking.
             last_item (`np.ndarray` of shape `(B,)`, *optional*): last long-viewed video, -1 for none.
-            seen (callable, *optional*): `(B, C)` items -> bool mask of videos shown to the user before; they come last.
+            seen (callable, *optional*): `(B, C)` items -> bool mask of videos shown to the user before; they come
+                last.
 
         Returns:
             `np.ndarray` of shape `(B, size)`: uploaded videos, different ones, in random order.

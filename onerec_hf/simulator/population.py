@@ -1,7 +1,7 @@
 """Who lives in the simulated world: videos with latent vectors and titles, users with tastes that drift and moods.
 
-All vectors live in one latent space of 32 dimensions: category centres (orthonormal), subjects, authors and items are nested
-offsets; a user's taste points at three lasting interests and circles between two passing ones.
+All vectors live in one latent space of 32 dimensions: category centres (orthonormal), subjects, authors and items are
+nested offsets; a user's taste points at three lasting interests and circles between two passing ones.
 """
 
 from dataclasses import dataclass
@@ -109,7 +109,9 @@ def build_items(
 
 
 def _exposure_sigma(num_items: int) -> float:
-    """Spread of the log exposure weights: small catalogues need more, as users who see no video twice flatten the head."""
+    """Spread of the log exposure weights: small catalogues need more, as users who see no video twice flatten the
+    head.
+    """
     return float(np.clip(2.2 - np.log10(num_items / 2000), 1.2, 2.2))
 
 
@@ -127,7 +129,9 @@ def _durations(exposure: np.ndarray, rng: np.random.Generator) -> np.ndarray:
 
 
 def _content_embeddings(latent: np.ndarray, embedding_dim: int, rng: np.random.Generator) -> np.ndarray:
-    """Linear view of the latent vectors plus noise of a fifth of its variance; knows nothing of quality or exposure."""
+    """Linear view of the latent vectors plus noise of a fifth of its variance; knows nothing of quality or
+    exposure.
+    """
     view = latent @ rng.normal(size=(LATENT_DIM, embedding_dim)) / np.sqrt(LATENT_DIM)
     noise = rng.normal(size=view.shape) * np.sqrt(0.2) * view.std()
     return (view + noise).astype(np.float32)

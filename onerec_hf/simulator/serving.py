@@ -1,8 +1,9 @@
 """A recommender serves the users of a simulated world for some days; its exposures become the next day's logs.
 
-The online tests of the OneRec Technical Report (arXiv:2506.13695) and OneRec-V2 (arXiv:2508.20900) in small. How long a session
-lasts is an assumption of this file, calibrated on nothing: a user leaves after a video with a fixed probability, a smaller one
-after a long view. All chance is a function of (seed, user, day, position, video), so policies with one seed meet the same users.
+The online tests of the OneRec Technical Report (arXiv:2506.13695) and OneRec-V2 (arXiv:2508.20900) in small. How long
+a session lasts is an assumption of this file, calibrated on nothing: a user leaves after a video with a fixed
+probability, a smaller one after a long view. All chance is a function of (seed, user, day, position, video), so
+policies with one seed meet the same users.
 """
 
 from collections.abc import Callable, Sequence
@@ -34,21 +35,21 @@ def serve(
     """
     Serve every user of `history` for some days after the world's log.
 
-    Once a day the recommender makes a list for each user from what they watched until the day before (long views); it leaves out
-    what they have seen. The user opens the app with `visit_probability`, sees the list from the top and leaves at some point, at
-    the latest at its end.
+    Once a day the recommender makes a list for each user from what they watched until the day before (long views); it
+    leaves out what they have seen. The user opens the app with `visit_probability`, sees the list from the top and
+    leaves at some point, at the latest at its end.
 
     Args:
         world: With its truth; the recommender never sees it.
-        recommend (`Callable`): `recommend(rows, seen, max_views)`; row = `user_id` and, per column of `EVENT_COLUMNS`, the list of
-            the user's long views so far, oldest first; `seen`, one array of video ids per row. Returns video ids (B, max_views), or
-            that and log-probabilities (B, max_views, L).
+        recommend (`Callable`): `recommend(rows, seen, max_views)`; row = `user_id` and, per column of `EVENT_COLUMNS`,
+            the list of the user's long views so far, oldest first; `seen`, one array of video ids per row. Returns
+            video ids (B, max_views), or that and log-probabilities (B, max_views, L).
         history: A log of impressions as `world.logs()` gives it.
         num_days, visit_probability, max_views, seed: Of the test.
 
     Returns:
-        `pandas.DataFrame` as `world.logs()`, and columns `day` (0 is the first of the test), `position` in the day's list and,
-        where the recommender gives them, `log_prob_1` to `log_prob_L`. `request_id` is one list.
+        `pandas.DataFrame` as `world.logs()`, and columns `day` (0 is the first of the test), `position` in the day's
+        list and, where the recommender gives them, `log_prob_1` to `log_prob_L`. `request_id` is one list.
     """
     users = np.unique(history.user_id.to_numpy())
     events: dict[int, dict[str, list]] = {user: {name: [] for name in EVENT_COLUMNS} for user in users.tolist()}
@@ -109,12 +110,12 @@ def user_totals(
 
     Args:
         log: From [`serve`].
-        embeddings (`np.ndarray` of shape (N, D)): For `diversity`, the mean over days of 1 - mean cosine of two videos of a day.
-        cold_videos (`np.ndarray` of shape (N,), bool): Which videos count as cold.
+        embeddings (`np.ndarray` of shape (N, D)): For `diversity`, the mean over days of 1 - mean cosine of two videos
+        of a day. cold_videos (`np.ndarray` of shape (N,), bool): Which videos count as cold.
 
     Returns:
-        `app_stay_time` (s, swipes included), `watch_time` (s), `views`, `likes`, `follows`, `forwards`, `dislikes`, `long_views`,
-        `cold_start_views`, `diversity`.
+        `app_stay_time` (s, swipes included), `watch_time` (s), `views`, `likes`, `follows`, `forwards`, `dislikes`,
+        `long_views`, `cold_start_views`, `diversity`.
     """
     columns = {"app_stay_time": (log.play_time_ms + SWIPE_MS) / 1000, "watch_time": log.play_time_ms / 1000}
     columns |= {"views": np.ones(len(log)), "likes": log.is_like, "follows": log.is_follow, "forwards": log.is_forward}

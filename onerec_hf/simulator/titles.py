@@ -1,7 +1,7 @@
 """Word lists of the simulated videos: 20 categories, each with ten subjects, five title templates and eight details.
 
-Written for this package; no text comes from a real data set. A title is `template.format(subject) + ", " + detail`, so its
-words tell the category and the subject, which are also the coarse parts of the item's latent vector.
+Written for this package; no text comes from a real data set. A title is `template.format(subject) + ", " + detail`, so
+its words tell the category and the subject, which are also the coarse parts of the item's latent vector.
 """
 
 import numpy as np

@@ -2,8 +2,8 @@
 
 Statistics it imitates: KuaiRand-Pure (Gao et al., KuaiRand, CIKM 2022), events of 2022-04-25 to 2022-05-08.
 
-Numbers measured in this world say whether code works and whether a method moves what it should move. They are never results
-on real data, and must not be reported beside them.
+Numbers measured in this world say whether code works and whether a method moves what it should move. They are never
+results on real data, and must not be reported beside them.
 """
 
 import numpy as np
@@ -14,7 +14,8 @@ from .feedback import FeedbackModel, hash_keys, hash_uniform
 from .logging_policy import LoggingPolicy, simulate_logs, simulate_users
 from .population import DAY_MS, NUM_INTERESTS, SLOT_MS, build_geometry, build_items, build_users
 
-# Weights in the affinity, beside taste . latent: the mood's category, what all users like, what this user likes of anything
+# Weights in the affinity, beside taste . latent: the mood's category, what all users like, what this user likes of
+# anything
 _MOOD, _QUALITY, _PATIENCE = 1.0, 0.35, 0.6
 # The intercepts are solved on a log of so many events, so many views of it, and at most so many users
 _PILOT_EVENTS, _PILOT_VIEWS, _MAX_PILOT_USERS = 30_000, 10_000, 2_000
@@ -24,17 +25,17 @@ class ShortVideoWorld:
     """
     A seeded world of users and short videos that writes logs and knows the truth behind them.
 
-    What a view brings depends on (user, video, time) alone, through an affinity: the inner product of the user's taste at
-    that time and the video's latent vector, a bonus for the category the user is in the mood for (moods last six hours
-    and walk through the user's three interests in a fixed order), the video's quality and the user's patience. Tastes
-    circle slowly through two passing interests. The logging policy (`logging_policy.py`) adds the sequential structure:
-    it ranks by affinity, follows the mood, and offers relatives of the last long-viewed video.
+    What a view brings depends on (user, video, time) alone, through an affinity: the inner product of the user's taste
+    at that time and the video's latent vector, a bonus for the category the user is in the mood for (moods last six
+    hours and walk through the user's three interests in a fixed order), the video's quality and the user's patience.
+    Tastes circle slowly through two passing interests. The logging policy (`logging_policy.py`) adds the sequential
+    structure: it ranks by affinity, follows the mood, and offers relatives of the last long-viewed video.
 
-    Calibrated on KuaiRand-Pure (two weeks of standard-policy events): quantiles of duration, play time and their ratio;
-    rates of click, long view (also by duration), like (also given long view or not), follow, forward and hate; roughly,
-    the share of events of the top tenth of the videos (60%; here 50 to 70%, less in worlds of some hundred videos); and,
-    with `mean_events=9`, events per user. Not calibrated: how well feedback can be predicted, how users and videos
-    correlate, repeats (next to none here), time between requests, reactions by duration, catalogue
+    Calibrated on KuaiRand-Pure (two weeks of standard-policy events): quantiles of duration, play time and their
+    ratio; rates of click, long view (also by duration), like (also given long view or not), follow, forward and hate;
+    roughly, the share of events of the top tenth of the videos (60%; here 50 to 70%, less in worlds of some hundred
+    videos); and, with `mean_events=9`, events per user. Not calibrated: how well feedback can be predicted, how users
+    and videos correlate, repeats (next to none here), time between requests, reactions by duration, catalogue
     structure, and the hours of the day beyond their rough shape. Intercepts are solved in each world, so the rates
     hold for its logging policy at any size; a policy that picks better videos gets more feedback, which is the point.
 
@@ -42,19 +43,21 @@ class ShortVideoWorld:
         num_users (`int`, *optional*, defaults to 2000): U, at least 1.
         num_items (`int`, *optional*, defaults to 2000): N, at least twice `request_size`.
         num_days (`int`, *optional*, defaults to 14): length of a log in days, at least 1.
-        mean_events (`float`, *optional*, defaults to 50): mean impressions of a user in a log, at least 1. KuaiRand-Pure
-            has 9; the default is larger so that a small log teaches something.
-        request_size (`int`, *optional*, defaults to 5): impressions of a request (the last one of a user may be shorter).
+        mean_events (`float`, *optional*, defaults to 50): mean impressions of a user in a log, at least 1.
+            KuaiRand-Pure has 9; the default is larger so that a small log teaches something.
+        request_size (`int`, *optional*, defaults to 5): impressions of a request (the last one of a user may be
+            shorter).
         embedding_dim (`int`, *optional*, defaults to 64): D, width of `content_embeddings`.
         start_time_ms (`int`, *optional*, defaults to 1704067200000): first instant of a log, in ms since 1970 UTC.
         seed (`int`, *optional*, defaults to 0): of the world; each log and each feedback draw has a seed of its own.
 
     Attributes:
-        items (`pandas.DataFrame`): row i is video i: video_id, title, category, author_id, duration_ms (5,000 to 600,000),
-            upload_day (0 is the first day of the log, negative before it), tags (list of two strings).
-        users (`pandas.DataFrame`): row u is user u: user_id, declared_interest (a category; right in about 80%), activity
-            (low, middle, high, full: quarters of the users), registered_days.
-        content_embeddings (`np.ndarray` of shape `(num_items, embedding_dim)`): float32, what a video encoder would give.
+        items (`pandas.DataFrame`): row i is video i: video_id, title, category, author_id, duration_ms (5,000 to
+            600,000), upload_day (0 is the first day of the log, negative before it), tags (list of two strings).
+        users (`pandas.DataFrame`): row u is user u: user_id, declared_interest (a category; right in about 80%),
+            activity (low, middle, high, full: quarters of the users), registered_days.
+        content_embeddings (`np.ndarray` of shape `(num_items, embedding_dim)`): float32, what a video encoder would
+        give.
 
     Raises:
         ValueError: an argument is out of its range; the message names it.
@@ -116,14 +119,14 @@ class ShortVideoWorld:
         Let the logging policy serve every user for `num_days` and write down what happens.
 
         Args:
-            seed (`int`, *optional*, defaults to 0): of the policy's choices, the request times and the feedback. The same
-                users come equally often in every log of a world.
+            seed (`int`, *optional*, defaults to 0): of the policy's choices, the request times and the feedback. The
+                same users come equally often in every log of a world.
 
         Returns:
-            `pandas.DataFrame`: one row per impression, sorted by time: user_id, video_id, time_ms (int64, ms since 1970
-            UTC, increasing within a user), request_id (int64, numbered by time), play_time_ms, duration_ms (int64), and
-            int8 0/1 is_click, long_view, is_like, is_follow, is_forward, is_hate. A session that is open at the end of the
-            last day runs on, so the last few events may lie shortly after it.
+            `pandas.DataFrame`: one row per impression, sorted by time: user_id, video_id, time_ms (int64, ms since
+            1970 UTC, increasing within a user), request_id (int64, numbered by time), play_time_ms, duration_ms
+            (int64), and int8 0/1 is_click, long_view, is_like, is_follow, is_forward, is_hate. A session that is open
+            at the end of the last day runs on, so the last few events may lie shortly after it.
         """
         return simulate_logs(self, self._logging_policy, _checked("seed", seed))
 
@@ -132,11 +135,12 @@ class ShortVideoWorld:
         True expected feedback of showing a video to a user at a time: the mean of `sample_feedback` over seeds.
 
         Exact up to the rounding of play times to whole milliseconds. Defined for any time (also after the log) and for
-        videos not uploaded yet. For all pairs of B users and N items pass shapes (B, 1) and (1, N), in blocks of about a
-        million pairs to keep memory near 200 MB.
+        videos not uploaded yet. For all pairs of B users and N items pass shapes (B, 1) and (1, N), in blocks of about
+        a million pairs to keep memory near 200 MB.
 
         Args:
-            user_id, video_id, time_ms (integer arrays or integers): broadcastable to one shape; ids from 0, ms since 1970.
+            user_id, video_id, time_ms (integer arrays or integers): broadcastable to one shape; ids from 0, ms since
+            1970.
 
         Returns:
             `dict[str, np.ndarray]` of float64 arrays of the broadcast shape: play_time_ms in ms (not capped by the
@@ -155,21 +159,21 @@ class ShortVideoWorld:
         """
         Draw the feedback of showing a video to a user at a time.
 
-        The draw is a function of (world, seed, user, video, time) alone: not of the order or the batching of calls. So each
-        seed fixes a table of potential outcomes, and two policies compared with one seed (a simulated A/B test with common
-        random numbers) get identical feedback wherever they show the same video to the same user at the same time; their
-        difference comes only from where they choose differently. Different videos and times are independent. Give each
-        position of a request its own time, or the same video shown twice in it would get the same answer twice. Replicate a
-        test over several seeds for its spread. `logs(seed)` draws from the same table.
+        The draw is a function of (world, seed, user, video, time) alone: not of the order or the batching of calls. So
+        each seed fixes a table of potential outcomes, and two policies compared with one seed (a simulated A/B test
+        with common random numbers) get identical feedback wherever they show the same video to the same user at the
+        same time; their difference comes only from where they choose differently. Different videos and times are
+        independent. Give each position of a request its own time, or the same video shown twice in it would get the
+        same answer twice. Replicate a test over several seeds for its spread. `logs(seed)` draws from the same table.
 
         Args:
             user_id, video_id, time_ms (integer arrays or integers): as for `expected_feedback`.
-            seed (`int` or integer array, *optional*, defaults to 0): broadcast with the others; an array of seeds gives
-                many realisations of the same triples.
+            seed (`int` or integer array, *optional*, defaults to 0): broadcast with the others; an array of seeds
+                gives many realisations of the same triples.
 
         Returns:
-            `dict[str, np.ndarray]` of the broadcast shape: play_time_ms (int64, ms), the others int8 0/1. `is_click` and
-            `long_view` follow from the play time: over 7 s, or 18 s and more, or all of a shorter video.
+            `dict[str, np.ndarray]` of the broadcast shape: play_time_ms (int64, ms), the others int8 0/1. `is_click`
+            and `long_view` follow from the play time: over 7 s, or 18 s and more, or all of a shorter video.
 
         Raises:
             ValueError: an id out of range, a negative seed, or a non-integer argument.
@@ -180,7 +184,9 @@ class ShortVideoWorld:
         return self._feedback.sample(affinity, item, self._users.expressiveness[user], state)
 
     def _affinity(self, user: np.ndarray, item: np.ndarray, time: np.ndarray) -> np.ndarray:
-        """How much users like items at times, no unit, larger is better; index arrays, broadcast. Arguments unchecked."""
+        """How much users like items at times, no unit, larger is better; index arrays, broadcast. Arguments
+        unchecked.
+        """
         days = (time - self.start_time_ms) / DAY_MS
         angle = 2 * np.pi * days / self._users.period_days[user]
         parts = np.stack([np.ones_like(angle), np.cos(angle), np.sin(angle)], axis=-1)
@@ -197,7 +203,9 @@ class ShortVideoWorld:
         return self._users.interests[user, (first + elapsed // SLOT_MS) % NUM_INTERESTS]
 
     def _calibrate(self, rng: np.random.Generator) -> None:
-        """Fit the feedback to what the logging policy shows: first at random times without history, then in a small log."""
+        """Fit the feedback to what the logging policy shows: first at random times without history, then in a small
+        log.
+        """
         activity = self._users.num_events / self._users.num_events.sum()
         user = rng.choice(self.num_users, size=max(1, 2_500 // self.request_size), p=activity)
         time = self.start_time_ms + rng.integers(self.num_days * DAY_MS, size=len(user))

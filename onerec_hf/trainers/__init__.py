@@ -1,4 +1,6 @@
-"""Trainers: supervised (SFT), iterative preference alignment (IPA), reinforcement learning (GRPO, ECPO, GBPO); LoRA defaults."""
+"""Trainers: supervised (SFT), iterative preference alignment (IPA), reinforcement learning (GRPO, ECPO, GBPO); LoRA
+defaults.
+"""
 
 from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 
@@ -12,7 +14,8 @@ from .pair_files import load_pairs
 from .resume import ResumableTrainer, StopAtNonFinite
 from .sft import OneRecSFTConfig, OneRecSFTTrainer
 
-# What a `LoraConfig` without `target_modules` adapts. OneRec-V2's `item_proj` makes the keys and values of its context.
+# What a `LoraConfig` without `target_modules` adapts. OneRec-V2's `item_proj` makes the keys and values of its
+# context.
 _ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
 TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING.update(
     {"onerec": _ATTENTION, "onerec_v1": _ATTENTION, "onerec_v2": [*_ATTENTION, "item_proj"]}

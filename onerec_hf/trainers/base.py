@@ -1,4 +1,6 @@
-"""What all trainers share: the OneRec model inside its wrappers, balanced experts, and logs that are means over what is counted."""
+"""What all trainers share: the OneRec model inside its wrappers, balanced experts, and logs that are means over what
+is counted.
+"""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -14,11 +16,11 @@ from .repository import RepositoryMixin
 
 class ExpertBalanceCallback(TrainerCallback):
     r"""
-    Updates the router biases after every optimizer step, and keeps the loads for the log: loss-free balancing (DeepSeek-V3,
-    arXiv:2412.19437; OneRec-V2, section 2.2.2).
+    Updates the router biases after every optimizer step, and keeps the loads for the log: loss-free balancing
+    (DeepSeek-V3, arXiv:2412.19437; OneRec-V2, section 2.2.2).
 
-    Works under gradient accumulation and DDP: the loads of all micro-batches and of all processes count. Under PEFT the biases stay
-    as they are, because an adapter file does not hold them.
+    Works under gradient accumulation and DDP: the loads of all micro-batches and of all processes count. Under PEFT
+    the biases stay as they are, because an adapter file does not hold them.
 
     Args:
         rate (`float`): gamma; the model's `config.router_bias_update_rate`.
@@ -34,7 +36,9 @@ class ExpertBalanceCallback(TrainerCallback):
             self.since_last_log.append(violations)
 
     def logs(self) -> dict[str, float]:
-        """Mean over the steps since the last call of the largest load over the mean load: the worst block's, and every block's."""
+        """Mean over the steps since the last call of the largest load over the mean load: the worst block's, and every
+        block's.
+        """
         steps, self.since_last_log = self.since_last_log, []
         if not steps:
             return {}
@@ -61,7 +65,8 @@ class OneRecTrainer(RepositoryMixin):
         model = self.accelerator.unwrap_model(self.model)
         return model.get_base_model() if hasattr(model, "peft_config") else model
 
-    # ---- counting ------------------------------------------------------------------------------------------------------
+    # ---- counting
+    # ------------------------------------------------------------------------------------------------------
 
     def loss_items(self, batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
         """What the loss of a batch is a mean over ([`~models.SemanticIdForCausalLM.loss_items`])."""
@@ -82,12 +87,13 @@ class OneRecTrainer(RepositoryMixin):
         """How many processes DDP averages gradients over, where counts are those of all processes."""
         return self.accelerator.num_processes if self.args.average_tokens_across_devices else 1
 
-    # ---- logs ----------------------------------------------------------------------------------------------------------
+    # ---- logs
+    # ----------------------------------------------------------------------------------------------------------
 
     def record(self, means: Mapping[str, float | torch.Tensor], count: float | torch.Tensor = 1.0) -> None:
         """
-        Adds means over `count` things each to the next log, which has the mean over all things since the last one, in all
-        processes.
+        Adds means over `count` things each to the next log, which has the mean over all things since the last one, in
+        all processes.
 
         A NaN, the mean over nothing, does not count.
         """
@@ -118,7 +124,8 @@ class OneRecTrainer(RepositoryMixin):
             logs |= self.expert_balance.logs()
         super().log(logs, *args, **kwargs)
 
-    # ---- resuming ------------------------------------------------------------------------------------------------------
+    # ---- resuming
+    # ------------------------------------------------------------------------------------------------------
 
     def _progress(self, folder: Path) -> dict[str, Any]:
         sums = {name: pair.tolist() for name, pair in self._sums["train"].items()}

@@ -1,7 +1,7 @@
 """Logged exposures -> rows for reinforcement learning from user feedback, and for rejection-sampled fine-tuning.
 
-OneRec-V2, duration-aware reward shaping and GBPO (arXiv:2508.20900); OneRec Technical Report, RSFT (arXiv:2506.13695). Legend:
-M events of a log, U users, n exposures of a request, L levels.
+OneRec-V2, duration-aware reward shaping and GBPO (arXiv:2508.20900); OneRec Technical Report, RSFT (arXiv:2506.13695).
+Legend: M events of a log, U users, n exposures of a request, L levels.
 """
 
 from collections.abc import Mapping
@@ -38,30 +38,33 @@ def feedback_exposures(
     r"""
     One row per request of a log of **all** impressions, short plays included.
 
-    The advantage of an exposure is OneRec-V2's: -1 for an explicit dislike, +1 for the top quartile of play-time percentiles among
-    the user's own earlier plays of videos of similar length, 0 otherwise. The quartile is taken over all exposures of the call (the
-    paper: of a batch). The context of a request holds what the user watched before it, as in supervised training.
+    The advantage of an exposure is OneRec-V2's: -1 for an explicit dislike, +1 for the top quartile of play-time
+    percentiles among the user's own earlier plays of videos of similar length, 0 otherwise. The quartile is taken over
+    all exposures of the call (the paper: of a batch). The context of a request holds what the user watched before it,
+    as in supervised training.
 
     Args:
         interactions (`Interactions`): Every impression, with the columns named below in `feedback`.
-        catalogue (`Catalogue`): Items that the policy knows; others are neither targets nor context, their play times still count.
+        catalogue (`Catalogue`): Items that the policy knows; others are neither targets nor context, their play times
+            still count.
         positive (`dict[str, float]`): Column -> threshold of an effective view, the events that make up histories.
         negative, play_time, duration (`str`): Columns: dislike (0/1), times in one unit.
-        request (`str`, *optional*): Column of request ids, of any kind; what one user got for one id shares a context, however
-            its rows lie among others. `None`: each exposure is its own.
-        start (`float`, *optional*): Only exposures from this time on make rows; the earlier ones are past to judge them by.
-        log_probs (`np.ndarray` of shape (M, L), *optional*): Log-probability of each code at exposure, by the policy that chose
-            it, in the order of `interactions`; NaN where another pipeline did.
-        user_ids (`np.ndarray`, *optional*): Ids in the order of the `user` column, of which users of the log that it lacks become
-            -1; default the log's own.
+        request (`str`, *optional*): Column of request ids, of any kind; what one user got for one id shares a context,
+            however its rows lie among others. `None`: each exposure is its own.
+        start (`float`, *optional*): Only exposures from this time on make rows; the earlier ones are past to judge
+            them by.
+        log_probs (`np.ndarray` of shape (M, L), *optional*): Log-probability of each code at exposure, by the policy
+            that chose it, in the order of `interactions`; NaN where another pipeline did.
+        user_ids (`np.ndarray`, *optional*): Ids in the order of the `user` column, of which users of the log that it
+            lacks become -1; default the log's own.
         max_history (`int`): Items of history kept.
         quantile, ties: See [`duration_aware_advantages`]; `percentiles`: `base`, `eps`, `min_history`, `count_self` of
             [`play_time_percentiles`].
 
     Returns:
-        `datasets.Dataset`, sorted by user and by time of the request's first exposure: `user`, `history` (watched before that
-        exposure), `timestamp` and the feedback columns but the request id parallel to it, `targets` (n), `advantage` (n),
-        `play_time` (of all exposures of the request, summed) and, if given, `log_probs` (n, L).
+        `datasets.Dataset`, sorted by user and by time of the request's first exposure: `user`, `history` (watched
+        before that exposure), `timestamp` and the feedback columns but the request id parallel to it, `targets` (n),
+        `advantage` (n), `play_time` (of all exposures of the request, summed) and, if given, `log_probs` (n, L).
 
     Raises:
         ValueError: a column that the log lacks, a request id that is NaN, `log_probs` of another shape, or no row.
@@ -137,7 +140,8 @@ def _percentiles(
 
 def rejection_sample(rows: datasets.Dataset, drop: float = 0.5, column: str = "play_time") -> datasets.Dataset:
     """
-    RSFT's data: the rows without the share `drop` that was played least (Technical Report: the worst half of exposure sessions).
+    RSFT's data: the rows without the share `drop` that was played least (Technical Report: the worst half of exposure
+    sessions).
 
     Args:
         rows (`datasets.Dataset`): With a number per row in `column`, such as [`feedback_exposures`] makes.

@@ -1,4 +1,6 @@
-"""What a trainer fills in where its caller gave nothing, as TRL's do: arguments, the model behind a folder, tokenizer, collator."""
+"""What a trainer fills in where its caller gave nothing, as TRL's do: arguments, the model behind a folder, tokenizer,
+collator.
+"""
 
 import dataclasses
 import os
@@ -53,8 +55,8 @@ def complete(
         processing_class = SemanticIdTokenizer(codebook_sizes=sizes, catalogue=getattr(policy, "catalogue", None))
     if (own := getattr(processing_class, "codebook_sizes", sizes)) != sizes:
         raise ValueError(
-            f"processing_class has codebook_sizes={own}, the model {sizes}: they come from different semantic IDs. Leave it out, "
-            "or give the tokenizer that lies beside the model."
+            f"processing_class has codebook_sizes={own}, the model {sizes}: they come from different semantic IDs. "
+            "Leave it out, or give the tokenizer that lies beside the model."
         )
     if data_collator is None:
         base, commit = policy.config._name_or_path, vars(policy.config).get("_commit_hash")  # of a repository
@@ -81,7 +83,9 @@ def complete_arguments(kind: type, method: str, model: Any, args: TrainingArgume
 
 
 def load_model(repo: str, args: Any, quantization_config: Any = None) -> Any:
-    """The model of a folder or repository in float32, as TRL loads one; of an adapter, base and adapter, to be trained further."""
+    """The model of a folder or repository in float32, as TRL loads one; of an adapter, base and adapter, to be trained
+    further.
+    """
     settings = {"dtype": "float32", "trust_remote_code": args.trust_remote_code} | (args.model_init_kwargs or {})
     if quantization_config is not None:
         settings["quantization_config"] = quantization_config
@@ -104,8 +108,9 @@ def _default_collator(policy: Any, repos: list[str], revision: str | None) -> Ca
     collator = collator_of(policy, *repos, revision=revision)
     if collator.user_feature_sizes:
         raise ValueError(
-            f"data_collator is missing: the model reads the user features {sorted(collator.user_feature_sizes)}, and the users of "
-            "a training set lie in no repository. Give a collator with `user_features` of the rows' users."
+            f"data_collator is missing: the model reads the user features {sorted(collator.user_feature_sizes)}, and "
+            "the users of a training set lie in no repository. Give a collator with `user_features` of the rows' "
+            "users."
         )
     return collator
 

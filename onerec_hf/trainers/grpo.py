@@ -1,8 +1,9 @@
-"""Reinforcement learning of a OneRec model: ECPO (OneRec Technical Report, arXiv:2506.13695), GBPO (OneRec-V2, arXiv:2508.20900).
+"""Reinforcement learning of a OneRec model: ECPO (OneRec Technical Report, arXiv:2506.13695), GBPO (OneRec-V2,
+arXiv:2508.20900).
 
-TRL's `GRPOTrainer` keeps the sampler, the buffer of rollouts, rewards, reference, PEFT and logging; rollouts are its public
-`rollout_func`, and the loss is ours, because its ratio is pi(code | prefix, user) within the level. Legend: B users, G candidates
-of a user, R = B * G rows, C tokens of a completion, n exposures of a user, L levels.
+TRL's `GRPOTrainer` keeps the sampler, the buffer of rollouts, rewards, reference, PEFT and logging; rollouts are its
+public `rollout_func`, and the loss is ours, because its ratio is pi(code | prefix, user) within the level. Legend: B
+users, G candidates of a user, R = B * G rows, C tokens of a completion, n exposures of a user, L levels.
 """
 
 from collections.abc import Callable
@@ -40,34 +41,36 @@ class OneRecGRPOTrainer(OneRecTrainer, GRPOTrainer):
     r"""
     GRPO, ECPO or GBPO on groups that the policy generates, on logged exposures, or on both, beside a supervised loss.
 
-    Every user's candidates share one pass over the context, in the rollouts and in the loss: the buffer holds groups, so TRL
-    shuffles users, not candidates. Contexts, reward columns and targets are looked up once per user.
+    Every user's candidates share one pass over the context, in the rollouts and in the loss: the buffer holds groups,
+    so TRL shuffles users, not candidates. Contexts, reward columns and targets are looked up once per user.
 
     Args:
         model: A OneRec model with a catalogue, a PEFT model around one, or the folder or repository of either.
-        reward_funcs: TRL's reward functions, as in `onerec_hf.rewards`; `prompts` are the numbers of the rows. `None` for a
-            candidate: no reward of this function; where no function has one, the advantage is 0 and the candidate has no part in
-            the group's mean. NaN and infinite rewards are refused. Beside the columns of the rows they get `item_ids`
-            ([`~rewards.spelled_items`]), and `num_generations`, for each candidate the G of this call, which
-            `num_generations_eval` may say otherwise. May be left out with `logged_weight=1`.
+        reward_funcs: TRL's reward functions, as in `onerec_hf.rewards`; `prompts` are the numbers of the rows. `None`
+            for a candidate: no reward of this function; where no function has one, the advantage is 0 and the
+            candidate has no part in the group's mean. NaN and infinite rewards are refused. Beside the columns of the
+            rows they get `item_ids` ([`~rewards.spelled_items`]), and `num_generations`, for each candidate the G of
+            this call, which `num_generations_eval` may say otherwise. May be left out with `logged_weight=1`.
         args ([`OneRecGRPOConfig`], *optional*): As in SFT.
-        train_dataset, eval_dataset (`datasets.Dataset`): One row per user, whatever `data_collator.context` and the reward
-            functions read; with a column `targets` (item indices) the share of groups that hold a target is logged.
-        data_collator (*optional*): As in SFT: `data_collator.context(rows)` gives the context, `data_collator(rows)` also
-            `target_ids`.
+        train_dataset, eval_dataset (`datasets.Dataset`): One row per user, whatever `data_collator.context` and the
+            reward functions read; with a column `targets` (item indices) the share of groups that hold a target is
+            logged.
+        data_collator (*optional*): As in SFT: `data_collator.context(rows)` gives the context, `data_collator(rows)`
+            also `target_ids`.
         logged_dataset (`datasets.Dataset`, *optional*): Logged exposures, one row per context: `targets` (n items),
-            `advantage` (n numbers, used as they are by every loss; 0 is left out) and, where the policy that showed them is known,
-            `log_probs` (n lists of L log-probabilities within the level at exposure; NaN or an absent column: pi_old = sg(pi)).
-            [`feedback_exposures`] makes them.
+            `advantage` (n numbers, used as they are by every loss; 0 is left out) and, where the policy that showed
+            them is known, `log_probs` (n lists of L log-probabilities within the level at exposure; NaN or an absent
+            column: pi_old = sg(pi)). [`feedback_exposures`] makes them.
         sft_dataset (`datasets.Dataset`, *optional*): Rows of the supervised loss, as `data_collator` takes them.
         processing_class, callbacks, optimizers, peft_config, ...: As TRL's.
 
-    The losses of logged exposures and of supervised rows are means over the exposures and the targets of the whole optimizer step,
-    in all processes. Logged beside TRL's numbers are means over what was counted since the last log: `loss/on_policy` (of a
-    candidate), `loss/logged` (of an exposure whose advantage is not 0), `loss/sft` (of a target); `legality`; `hit_rate` (groups
-    with a true target); `zero_advantage`; `entropy/level_<l>` in nats; `kl` and the shares of [`policy_loss_metrics`] (of a code;
-    on-policy ones where there are any, else logged ones). Means over micro-batches: its largest weights; `grad_norm/positive` and
-    `grad_norm/negative`, see `sign_norm_steps`; `rollout_seconds`.
+    The losses of logged exposures and of supervised rows are means over the exposures and the targets of the whole
+    optimizer step, in all processes. Logged beside TRL's numbers are means over what was counted since the last log:
+    `loss/on_policy` (of a candidate), `loss/logged` (of an exposure whose advantage is not 0), `loss/sft` (of a
+    target); `legality`; `hit_rate` (groups with a true target); `zero_advantage`; `entropy/level_<l>` in nats; `kl`
+    and the shares of [`policy_loss_metrics`] (of a code; on-policy ones where there are any, else logged ones). Means
+    over micro-batches: its largest weights; `grad_norm/positive` and `grad_norm/negative`, see `sign_norm_steps`;
+    `rollout_seconds`.
     """
 
     args: OneRecGRPOConfig
@@ -139,7 +142,8 @@ class OneRecGRPOTrainer(OneRecTrainer, GRPOTrainer):
         """G of the current mode."""
         return self.num_generations if self.model.training else self.num_generations_eval
 
-    # ---- resuming ------------------------------------------------------------------------------------------------------
+    # ---- resuming
+    # ------------------------------------------------------------------------------------------------------
 
     def _progress(self, folder):
         save_rollouts(self, folder)
@@ -150,7 +154,8 @@ class OneRecGRPOTrainer(OneRecTrainer, GRPOTrainer):
         load_rollouts(self, folder)
         self._metrics["train"].update(progress["metrics"])
 
-    # ---- rollouts ------------------------------------------------------------------------------------------------------
+    # ---- rollouts
+    # ------------------------------------------------------------------------------------------------------
 
     def _generate_and_score_completions(self, inputs):
         """As TRL's, which sees row numbers for prompts; one entry per group comes back, with the group's context."""
@@ -188,7 +193,8 @@ class OneRecGRPOTrainer(OneRecTrainer, GRPOTrainer):
         self.record(found | {"zero_advantage": (advantages == 0).float().mean()})
         return rewards
 
-    # ---- log-probabilities ---------------------------------------------------------------------------------------------
+    # ---- log-probabilities
+    # ---------------------------------------------------------------------------------------------
 
     def row_log_probs(
         self, model: Any, context: dict[str, torch.Tensor], rows: torch.Tensor
@@ -225,10 +231,13 @@ class OneRecGRPOTrainer(OneRecTrainer, GRPOTrainer):
         entropy = [torch.special.entr(log_probs.exp()).sum(1).mean() for log_probs in levels]
         return {f"entropy/level_{level + 1}": value for level, value in enumerate(entropy)}
 
-    # ---- loss ----------------------------------------------------------------------------------------------------------
+    # ---- loss
+    # ----------------------------------------------------------------------------------------------------------
 
     def _look_ahead(self) -> None:
-        """Takes what the micro-batches of the step that begins train on beside rollouts, and counts it in all processes."""
+        """Takes what the micro-batches of the step that begins train on beside rollouts, and counts it in all
+        processes.
+        """
         steps = range(self._step, self._step + self.current_gradient_accumulation_steps)
         self._beside = {step: (self._logged_batch(step), self._supervised_batch(step)) for step in steps}
         exposures, targets = torch.tensor(0), torch.tensor(0)
@@ -309,7 +318,9 @@ class OneRecGRPOTrainer(OneRecTrainer, GRPOTrainer):
         return per_sample, advantages.flatten(), self._exposures_per_share
 
     def _policy_loss(self, loss_type, log_probs, old, advantages, mask, with_metrics=True):
-        """Loss of each code, shape of `log_probs`; `advantages` broadcast to it, `mask` says which codes the log counts."""
+        """Loss of each code, shape of `log_probs`; `advantages` broadcast to it, `mask` says which codes the log
+        counts.
+        """
         settings: dict[str, Any] = {
             "loss_type": loss_type,
             "epsilon": self.args.epsilon,
@@ -325,7 +336,8 @@ class OneRecGRPOTrainer(OneRecTrainer, GRPOTrainer):
         """
         Gradient norm of the policy loss of positive and of negative advantages alone, over all trained parameters.
 
-        Exact for this process's micro-batch, before clipping and without `rl_weight`; the log has the mean over processes.
+        Exact for this process's micro-batch, before clipping and without `rl_weight`; the log has the mean over
+        processes.
         """
         parameters = [p for p in self.policy.parameters() if p.requires_grad]
         norms = {}

@@ -10,10 +10,11 @@ LOSS_TYPES = ("grpo", "ecpo", "gbpo")
 ROLLOUTS = ("beam", "sample", "tree", "unconstrained")
 # fields of TRL's config that describe text generation, other losses or vLLM; nothing here reads them
 _NOT_READ = (
-    "top_p top_k min_p repetition_penalty generation_kwargs chat_template_kwargs cache_implementation max_completion_length "
-    "use_vllm epsilon_high importance_sampling_level multi_objective_aggregation scale_rewards mask_truncated_completions "
-    "top_entropy_quantile entropy_coef use_adaptive_entropy off_policy_mask_threshold use_bias_correction_kl "
-    "cast_lm_head_to_fp32 router_aux_loss_coef use_transformers_continuous_batching use_transformers_paged"
+    "top_p top_k min_p repetition_penalty generation_kwargs chat_template_kwargs cache_implementation "
+    "max_completion_length use_vllm epsilon_high importance_sampling_level multi_objective_aggregation scale_rewards "
+    "mask_truncated_completions top_entropy_quantile entropy_coef use_adaptive_entropy off_policy_mask_threshold "
+    "use_bias_correction_kl cast_lm_head_to_fp32 router_aux_loss_coef use_transformers_continuous_batching "
+    "use_transformers_paged"
 ).split()
 
 
@@ -27,32 +28,39 @@ class OneRecGRPOConfig(GRPOConfig):
     Neither paper reports a weight, a learning rate of RL or (for feedback samples) a group size.
 
     Args:
-        loss_type: `"ecpo"` (Technical Report, default), `"gbpo"` (OneRec-V2) or `"grpo"`. With each of them the rewards of a group
-            are normalised to advantages, so that the worse half of a group is negative: what is used as it is, is a property of a
-            reward (`unnormalized_rewards`, the advantages of `logged_dataset`) and not of the loss.
-        logged_loss_type (`str`, *optional*): Of logged exposures, where it shall be another one than `loss_type` of rollouts.
+        loss_type: `"ecpo"` (Technical Report, default), `"gbpo"` (OneRec-V2) or `"grpo"`. With each of them the
+            rewards of a group are normalised to advantages, so that the worse half of a group is negative: what is
+            used as it is, is a property of a reward (`unnormalized_rewards`, the advantages of `logged_dataset`) and
+            not of the loss.
+        logged_loss_type (`str`, *optional*): Of logged exposures, where it shall be another one than `loss_type` of
+            rollouts.
         epsilon: Clip range of GRPO and ECPO; not in the paper, 0.2 is customary.
-        delta (`float`, defaults to 0.1): ECPO's early clip: no ratio is above 1 + epsilon + delta (the paper's value). TRL's option
-            of the same name is another rule, which drops such samples.
-        rollout: How the G = `num_generations` candidates of a user are made: `"beam"` (the G best items; the Technical Report
-            found it better than sampling), `"sample"` (constrained, may repeat), `"tree"` (constrained, all different) or
-            `"unconstrained"` (codes that may belong to no item; what the format reward is for). Log-probabilities are the
-            policy's own in each case.
-        temperature: Of the sampling alone. Ratios, entropy and KL are those of the policy as it serves, at temperature 1.
-        steps_per_generation: Parameters of the rollouts are refreshed after so many micro-batches (times `num_iterations`); the
-            default is every optimizer step. The Technical Report pushes parameters every 1000 steps.
-        unnormalized_rewards: Names of reward functions whose values are advantages already: added after the normalisation. A reward
-            that is never negative, as a P-Score, would only ever raise probabilities so.
-        logged_weight (`float`, defaults to 0): Share of logged exposures in the policy loss, 0 to 1; 1 does no rollouts.
+        delta (`float`, defaults to 0.1): ECPO's early clip: no ratio is above 1 + epsilon + delta (the paper's value).
+            TRL's option of the same name is another rule, which drops such samples.
+        rollout: How the G = `num_generations` candidates of a user are made: `"beam"` (the G best items; the Technical
+            Report found it better than sampling), `"sample"` (constrained, may repeat), `"tree"` (constrained, all
+            different) or `"unconstrained"` (codes that may belong to no item; what the format reward is for).
+            Log-probabilities are the policy's own in each case.
+        temperature: Of the sampling alone. Ratios, entropy and KL are those of the policy as it serves, at temperature
+            1.
+        steps_per_generation: Parameters of the rollouts are refreshed after so many micro-batches (times
+            `num_iterations`); the default is every optimizer step. The Technical Report pushes parameters every 1000
+            steps.
+        unnormalized_rewards: Names of reward functions whose values are advantages already: added after the
+            normalisation. A reward that is never negative, as a P-Score, would only ever raise probabilities so.
+        logged_weight (`float`, defaults to 0): Share of logged exposures in the policy loss, 0 to 1; 1 does no
+            rollouts.
         logged_batch_size (`int`, defaults to 32): Rows of `logged_dataset` per micro-batch and process.
         rl_weight, sft_weight (`float`, default to 1 and 0): Weights of the two losses.
         sft_batch_size (`int`, defaults to 32): Rows of `sft_dataset` per micro-batch and process.
-        sign_norm_steps (`int`, defaults to 20): Every so many micro-batches the gradient is also taken for positive and for
-            negative advantages alone, two more backward passes; 0 is never.
-        per_device_train_batch_size: Candidates per micro-batch, whole groups: a multiple of `num_generations`, since the candidates
-            of a user share one pass over the context.
-        hub_strategy: `"end"`: one commit of the finished model; the checkpoints before it would be no complete repositories.
-        beta: Weight of KL(policy || reference), 0 in both papers. The policy must come from a folder, which is the reference.
+        sign_norm_steps (`int`, defaults to 20): Every so many micro-batches the gradient is also taken for positive
+            and for negative advantages alone, two more backward passes; 0 is never.
+        per_device_train_batch_size: Candidates per micro-batch, whole groups: a multiple of `num_generations`, since
+            the candidates of a user share one pass over the context.
+        hub_strategy: `"end"`: one commit of the finished model; the checkpoints before it would be no complete
+            repositories.
+        beta: Weight of KL(policy || reference), 0 in both papers. The policy must come from a folder, which is the
+            reference.
     """
 
     loss_type: str = field(default="ecpo", metadata={"help": f"One of {', '.join(LOSS_TYPES)}."})
@@ -92,8 +100,8 @@ class OneRecGRPOConfig(GRPOConfig):
                 raise ValueError(f"{name}={getattr(self, name)!r}: allowed are {', '.join(map(str, allowed))}.")
         if self.logged_loss_type is not None and self.logged_weight == 0:
             raise ValueError(
-                f"logged_loss_type={self.logged_loss_type!r} with logged_weight=0: nothing logged is trained on. Leave it out, or "
-                "give a weight and logged_dataset."
+                f"logged_loss_type={self.logged_loss_type!r} with logged_weight=0: nothing logged is trained on. "
+                "Leave it out, or give a weight and logged_dataset."
             )
         if not 0 <= self.logged_weight <= 1:
             raise ValueError(
@@ -112,12 +120,15 @@ class OneRecGRPOConfig(GRPOConfig):
 
 
 def check_reference(model: Any, args: OneRecGRPOConfig, peft_config: Any) -> None:
-    """Raises where `beta` asks for a reference that lies nowhere: of an adapter it is the base, else TRL loads it from a folder."""
+    """Raises where `beta` asks for a reference that lies nowhere: of an adapter it is the base, else TRL loads it from
+    a folder.
+    """
     adapter = peft_config is not None or hasattr(model, "peft_config")
     if args.beta and not adapter and not model.config._name_or_path:
         raise ValueError(
-            f"beta={args.beta}: the reference is loaded from the folder that the policy came from, and this policy was never "
-            "saved. `model.save_pretrained(folder)`, then give the folder as `model`; or leave out beta, as both papers do."
+            f"beta={args.beta}: the reference is loaded from the folder that the policy came from, and this policy "
+            "was never saved. `model.save_pretrained(folder)`, then give the folder as `model`; or leave out beta, as "
+            "both papers do."
         )
 
 
@@ -132,8 +143,8 @@ def check_policy(policy: Any, args: OneRecGRPOConfig, reward_names: list[str]) -
         raise ValueError(f"{type(policy).__name__} has no catalogue: set `model.catalogue`, or load it from a folder.")
     if args.rollout == "unconstrained" and policy.config.score_normalization == "valid":
         raise ValueError(
-            "rollout='unconstrained' with score_normalization='valid': codes of no item have no probability there. Train "
-            "the policy with score_normalization='level', or use a constrained rollout."
+            "rollout='unconstrained' with score_normalization='valid': codes of no item have no probability there. "
+            "Train the policy with score_normalization='level', or use a constrained rollout."
         )
 
 

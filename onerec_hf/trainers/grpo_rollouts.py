@@ -1,8 +1,9 @@
-"""What a step of reinforcement learning trains on: rollouts, their place in a checkpoint, and logged exposures by number.
+"""What a step of reinforcement learning trains on: rollouts, their place in a checkpoint, and logged exposures by
+number.
 
-OneRec Technical Report, RL (arXiv:2506.13695): beam search on the current policy did best, and RL runs beside a supervised loss;
-OneRec-V2 (arXiv:2508.20900): only some logged exposures have a logged probability. Legend: B users or contexts, G candidates of a
-user, R = B * G rows, C tokens of a completion, n exposures of a context, L levels.
+OneRec Technical Report, RL (arXiv:2506.13695): beam search on the current policy did best, and RL runs beside a
+supervised loss; OneRec-V2 (arXiv:2508.20900): only some logged exposures have a logged probability. Legend: B users or
+contexts, G candidates of a user, R = B * G rows, C tokens of a completion, n exposures of a context, L levels.
 """
 
 import logging
@@ -55,7 +56,9 @@ def rollout(prompts: list[int], trainer: Any) -> dict[str, list]:
 def rollout_metrics(
     completion_ids: list[list[int]], rows: list[dict], catalogue: Catalogue, group_size: int
 ) -> dict[str, float]:
-    """`legality` of candidates, a row each, and where the rows have `targets`, `hit_rate`: groups in which one is a true target."""
+    """`legality` of candidates, a row each, and where the rows have `targets`, `hit_rate`: groups in which one is a
+    true target.
+    """
     leaves, owner = completion_leaves(completion_ids, catalogue)
     metrics = {"legality": 1 - len(owner[leaves < 0].unique()) / len(rows)}
     if "targets" in rows[0]:
@@ -71,8 +74,8 @@ def save_rollouts(trainer: Any, folder: Path) -> None:
     """
     Writes the rollouts of this process that are still to be trained on into a checkpoint.
 
-    Without them a run that stops between two generations would go on with new rollouts of a newer policy: other numbers than
-    those of the unbroken run.
+    Without them a run that stops between two generations would go on with new rollouts of a newer policy: other
+    numbers than those of the unbroken run.
     """
     args = trainer.args
     tensors = {"step": torch.tensor(trainer._step)}
@@ -154,7 +157,8 @@ def chunks(rows: list, size: int) -> list[list]:
 
 class EndlessBatches:
     """
-    Batch k of an endless pass over a data set, reshuffled each time round: a function of k, so a resumed run needs no state.
+    Batch k of an endless pass over a data set, reshuffled each time round: a function of k, so a resumed run needs no
+    state.
 
     Args:
         rows (`datasets.Dataset`): At least one row.
@@ -184,7 +188,8 @@ class EndlessBatches:
 
 def pad_logged(rows: list[dict], shape: tuple[int, int, int]) -> tuple[torch.Tensor, torch.Tensor]:
     """
-    Advantages (B, n), 0 where a row has fewer exposures, and logged log-probabilities (B, n, L), NaN where none are known.
+    Advantages (B, n), 0 where a row has fewer exposures, and logged log-probabilities (B, n, L), NaN where none are
+    known.
 
     Raises:
         ValueError: Where a row has not one advantage, or not L log-probabilities, per target.

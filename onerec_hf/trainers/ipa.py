@@ -1,8 +1,10 @@
-"""Iterative Preference Alignment (OneRec, Algorithm 2, arXiv:2502.18965): next-item training plus preferences among own beams.
+"""Iterative Preference Alignment (OneRec, Algorithm 2, arXiv:2502.18965): next-item training plus preferences among
+own beams.
 
-TRL's `DPOTrainer` gives the trainer its arguments, PEFT, metrics and reference. Algorithm 2 needs what it has not: every sample has
-the next-item loss and 1% have a preference besides, the pairs come from the model itself, and probabilities are normalised within
-a level. So rows keep their shape, and the loss is ours; the tests compare it with TRL's own code.
+TRL's `DPOTrainer` gives the trainer its arguments, PEFT, metrics and reference. Algorithm 2 needs what it has not:
+every sample has the next-item loss and 1% have a preference besides, the pairs come from the model itself, and
+probabilities are normalised within a level. So rows keep their shape, and the loss is ours; the tests compare it with
+TRL's own code.
 """
 
 from collections.abc import Callable, Iterator
@@ -40,23 +42,27 @@ ROW = "ipa_row"  # column that tells a batch which rows it holds
 
 class IPATrainer(NextItemTrainer, DPOTrainer):
     r"""
-    Algorithm 2. At the start of every epoch the current model M_t, buffers such as router biases included, generates candidates for
-    a share of the rows, the reward picks the best and the worst, and their log-probabilities under M_t are stored: they are the
-    reference, so no second model is kept. Then the loss of a batch is its next-item loss plus lambda times the sum of its pairs'
-    preference losses over its number of rows: the mean over samples of Algorithm 2.
+    Algorithm 2. At the start of every epoch the current model M_t, buffers such as router biases included, generates
+    candidates for a share of the rows, the reward picks the best and the worst, and their log-probabilities under M_t
+    are stored: they are the reference, so no second model is kept. Then the loss of a batch is its next-item loss plus
+    lambda times the sum of its pairs' preference losses over its number of rows: the mean over samples of Algorithm 2.
 
-    Pairs lie in `output_dir/pairs/iteration_000`, ... as `datasets` sets (see [`mine_pairs`]), each complete or absent. A run that
-    resumes inside an iteration goes on with its pairs; one that resumes between iterations mines anew, from the same weights. What
-    draws random numbers while mining, such as a reward of yours, draws the same ones again.
+    Pairs lie in `output_dir/pairs/iteration_000`, ... as `datasets` sets (see [`mine_pairs`]), each complete or
+    absent. A run that resumes inside an iteration goes on with its pairs; one that resumes between iterations mines
+    anew, from the same weights. What draws random numbers while mining, such as a reward of yours, draws the same ones
+    again.
 
-    Under PEFT (LoRA) the base is frozen and the reference is M_t all the same: in the first iteration the model without adapter.
+    Under PEFT (LoRA) the base is frozen and the reference is M_t all the same: in the first iteration the model
+    without adapter.
 
-    Logged per iteration: `ipa/reward_chosen`, `ipa/reward_rejected`, `ipa/reward_candidates` (the reward function's, means over
-    users and, of the last, over candidates), `ipa/tied` and `ipa/few` (shares of users without a pair because of equal rewards, or
-    of too few candidates), `ipa/hit_rate` (a candidate holds a true next item) and, also at the end, `ipa/kl_to_seed`.
+    Logged per iteration: `ipa/reward_chosen`, `ipa/reward_rejected`, `ipa/reward_candidates` (the reward function's,
+    means over users and, of the last, over candidates), `ipa/tied` and `ipa/few` (shares of users without a pair
+    because of equal rewards, or of too few candidates), `ipa/hit_rate` (a candidate holds a true next item) and, also
+    at the end, `ipa/kl_to_seed`.
 
-    Logged with the loss, under TRL's names: `ntp_loss`, `preference_loss` (per pair), `logps/chosen`, `logps/rejected`, and of
-    beta times the log-ratio to M_t: `rewards/chosen`, `rewards/rejected`, `rewards/margins`, `rewards/accuracies`.
+    Logged with the loss, under TRL's names: `ntp_loss`, `preference_loss` (per pair), `logps/chosen`,
+    `logps/rejected`, and of beta times the log-ratio to M_t: `rewards/chosen`, `rewards/rejected`, `rewards/margins`,
+    `rewards/accuracies`.
 
     Works on any number of processes under DDP. FSDP is refused.
 
@@ -65,19 +71,20 @@ class IPATrainer(NextItemTrainer, DPOTrainer):
         args ([`IPAConfig`], *optional*), data_collator (`Callable`, *optional*): As in SFT.
         train_dataset (`datasets.Dataset`): As in SFT.
         reward (`RewardFunction`, *optional*): See [`mine_pairs`]; for a reward model: `reward_of_model`.
-        pairs (`datasets.Dataset`, *optional*): Given pairs instead of `reward`, such as logged ones: `row` (of `train_dataset`),
-            `chosen` (m * L token ids), `rejected` (n * m * L). They serve every epoch: plain DPO. [`load_pairs`] reads those of
-            another run and compares its items and rows with this one's.
-        ref_model (*optional*): With `pairs`, the model whose log-probabilities are the reference; by default the policy before its
-            first step, as in TRL. It is asked once and then let go. Refused with `reward`, where it is M_t.
+        pairs (`datasets.Dataset`, *optional*): Given pairs instead of `reward`, such as logged ones: `row` (of
+            `train_dataset`), `chosen` (m * L token ids), `rejected` (n * m * L). They serve every epoch: plain DPO.
+            [`load_pairs`] reads those of another run and compares its items and rows with this one's.
+        ref_model (*optional*): With `pairs`, the model whose log-probabilities are the reference; by default the
+            policy before its first step, as in TRL. It is asked once and then let go. Refused with `reward`, where it
+            is M_t.
         kwargs: As [`OneRecSFTTrainer`]'s, `peft_config` included.
     """
 
     args: IPAConfig
     _tag_names = ["onerec", "dpo"]
     _card_method = (
-        "Iterative Preference Alignment (OneRec, Algorithm 2): the next-item loss, plus a preference loss between the best and the "
-        "worst of the model's own beams by a reward, against the model that generated them."
+        "Iterative Preference Alignment (OneRec, Algorithm 2): the next-item loss, plus a preference loss between the "
+        "best and the worst of the model's own beams by a reward, against the model that generated them."
     )
     _card_settings = ("loss_type", "beta", "dpo_ratio", "num_candidates", "num_rejected", "preference_weight")
     _card_papers = ("onerec", "dpo")
@@ -102,8 +109,8 @@ class IPATrainer(NextItemTrainer, DPOTrainer):
             )
         if reward is not None and ref_model is not None:
             raise ValueError(
-                "ref_model with reward: in Algorithm 2 the reference is the model that generated an iteration's pairs. Leave it "
-                "out, or give pairs."
+                "ref_model with reward: in Algorithm 2 the reference is the model that generated an iteration's "
+                "pairs. Leave it out, or give pairs."
             )
         if not isinstance(train_dataset, datasets.Dataset):
             raise TypeError(
@@ -114,9 +121,9 @@ class IPATrainer(NextItemTrainer, DPOTrainer):
         )
         if under_fsdp(args):
             raise ValueError(
-                "IPATrainer does not work under FSDP: pairs are generated and scored with whole weights, and a process that has no "
-                "pair in a batch runs one forward pass less, for which sharded weights would wait forever. Train data-parallel (no "
-                "fsdp, `accelerate launch --multi_gpu`), or an adapter (peft_config)."
+                "IPATrainer does not work under FSDP: pairs are generated and scored with whole weights, and a "
+                "process that has no pair in a batch runs one forward pass less, for which sharded weights would wait "
+                "forever. Train data-parallel (no fsdp, `accelerate launch --multi_gpu`), or an adapter (peft_config)."
             )
         self.reward, self.given_pairs, self.collator = reward, pairs, data_collator
         self.rows = train_dataset
@@ -142,7 +149,8 @@ class IPATrainer(NextItemTrainer, DPOTrainer):
         self._num_rows = torch.tensor(1)
         self._seed_samples: list[dict] | None = None
 
-    # ---- Algorithm 2 ---------------------------------------------------------------------------------------------------
+    # ---- Algorithm 2
+    # ---------------------------------------------------------------------------------------------------
     #
     # for t = 1, ..., T:                                                    an epoch; its start is `begin_iteration`
     #     for r_DPO of the samples:                                         `_mine`
@@ -161,8 +169,9 @@ class IPATrainer(NextItemTrainer, DPOTrainer):
             found, logs = self._mine(iteration) if self.reward is not None else (self._with_reference(), {})
         if not found:
             raise ValueError(
-                f"iteration {iteration}: none of the users drawn has a pair ({logs['ipa/tied']:.0%} have equal rewards for all "
-                f"candidates, {logs['ipa/few']:.0%} too few candidates). Check the reward, or raise num_candidates or dpo_ratio."
+                f"iteration {iteration}: none of the users drawn has a pair ({logs['ipa/tied']:.0%} have equal "
+                f"rewards for all candidates, {logs['ipa/few']:.0%} too few candidates). Check the reward, or raise "
+                "num_candidates or dpo_ratio."
             )
         self.files.write_pairs(iteration, found, logs)
         self._use(datasets.Dataset.from_list(found))
@@ -183,7 +192,9 @@ class IPATrainer(NextItemTrainer, DPOTrainer):
     def compute_loss(
         self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
-        """The next-item loss; in training, plus lambda times the preference losses of the batch's pairs over its rows."""
+        """The next-item loss; in training, plus lambda times the preference losses of the batch's pairs over its
+        rows.
+        """
         rows = inputs.pop(ROW, None)
         result: Any = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         if rows is None or not model.training:
@@ -217,7 +228,8 @@ class IPATrainer(NextItemTrainer, DPOTrainer):
         self.record({name: values.double().mean() for name, values in sides.items()}, margins.numel())
         return found
 
-    # ---- what it takes -------------------------------------------------------------------------------------------------
+    # ---- what it takes
+    # -------------------------------------------------------------------------------------------------
 
     def _use(self, pairs: datasets.Dataset) -> None:
         """The pairs as tensors, and which of them each row has."""

@@ -33,41 +33,50 @@ IPA_NOT_READ |= dict.fromkeys(
 @dataclass
 class IPAConfig(NextItemArguments, DPOConfig):
     r"""
-    TRL's `DPOConfig` plus Algorithm 2. One epoch is one iteration: `num_train_epochs` is the paper's T, the rows of the training
-    set are its N_sample, the weights at the start of an epoch are M_t. Fields of TRL's config that nothing here reads are refused.
+    TRL's `DPOConfig` plus Algorithm 2. One epoch is one iteration: `num_train_epochs` is the paper's T, the rows of
+    the training set are its N_sample, the weights at the start of an epoch are M_t. Fields of TRL's config that
+    nothing here reads are refused.
 
-    The paper gives N = 128 and r_DPO = 1% and neither beta, lambda, T, N_sample nor the hyper-parameters of any other loss.
+    The paper gives N = 128 and r_DPO = 1% and neither beta, lambda, T, N_sample nor the hyper-parameters of any other
+    loss.
 
     Args:
-        remove_unused_columns, label_names, hub_strategy, learning_rate, weight_average_decay, ...: See [`OneRecSFTConfig`].
+        remove_unused_columns, label_names, hub_strategy, learning_rate, weight_average_decay, ...: See
+        [`OneRecSFTConfig`].
         train_sampling_strategy: Random, as in Algorithm 2.
-        ddp_broadcast_buffers: Off: a process whose batch has no pair runs one forward pass less, so passes must not wait for each
-            other. The only buffers, router biases, are equal everywhere without it.
-        dpo_ratio (`float`, defaults to 0.01): r_DPO, the share of the rows that get a pair, drawn anew in every iteration.
+        ddp_broadcast_buffers: Off: a process whose batch has no pair runs one forward pass less, so passes must not
+            wait for each other. The only buffers, router biases, are equal everywhere without it.
+        dpo_ratio (`float`, defaults to 0.01): r_DPO, the share of the rows that get a pair, drawn anew in every
+            iteration.
         num_candidates (`int`, defaults to 128): N, beams per user.
-        loss_type (`str`, defaults to `"dpo"`): Of Table 1: `"dpo"`, `"ipo"`, `"cdpo"`, `"rdpo"`, `"cpo"`, `"simpo"`, `"sdpo"`. TRL
-            calls `"dpo"` `sigmoid` and `"rdpo"` `robust`.
-        num_rejected (`int`, defaults to 1): Rejected candidates per pair; more than one for `"sdpo"` only (its authors: 3).
+        loss_type (`str`, defaults to `"dpo"`): Of Table 1: `"dpo"`, `"ipo"`, `"cdpo"`, `"rdpo"`, `"cpo"`, `"simpo"`,
+            `"sdpo"`. TRL calls `"dpo"` `sigmoid` and `"rdpo"` `robust`.
+        num_rejected (`int`, defaults to 1): Rejected candidates per pair; more than one for `"sdpo"` only (its
+            authors: 3).
         beta (`float`, *optional*): Of the loss; defaults to [`DEFAULT_BETA`].
-        preference_weight (`float`, defaults to 1.0): lambda. In our simulated worlds 1 / `dpo_ratio` with pairs for 1% of the rows
-            did nearly what 1 did with pairs for all of them, and 1 with 1% next to nothing (docs/results.md).
+        preference_weight (`float`, defaults to 1.0): lambda. In our simulated worlds 1 / `dpo_ratio` with pairs for 1%
+            of the rows did nearly what 1 did with pairs for all of them, and 1 with 1% next to nothing
+            (docs/results.md).
         label_smoothing (`float`, defaults to 0.1): Share of flipped pairs that `"cdpo"` and `"rdpo"` assume.
         simpo_gamma (`float`, defaults to 1.375): Margin of `"simpo"`.
         cpo_alpha (`float`, defaults to 1.0): Weight of the winner's negative log-likelihood in `"cpo"`.
-        length_normalized (`bool`, defaults to `True`): `"ipo"` and `"cpo"` per token of a session, as in TRL. `False`: as in their
-            own papers, where the margin of IPO is smaller by the number of tokens and the likelihood in CPO weighs more by it.
+        length_normalized (`bool`, defaults to `True`): `"ipo"` and `"cpo"` per token of a session, as in TRL. `False`:
+            as in their own papers, where the margin of IPO is smaller by the number of tokens and the likelihood in
+            CPO weighs more by it.
         disable_dropout (`bool`, defaults to `True`): As TRL does, so that the ratio to the reference starts at 1.
-        precompute_ref_log_probs: On, and not to be changed: pairs are stored with the log-probabilities of their reference.
+        precompute_ref_log_probs: On, and not to be changed: pairs are stored with the log-probabilities of their
+            reference.
         mining_batch_size (`int`, defaults to 32): Users per beam search and process.
-        kl_users (`int`, defaults to 64): Rows, fixed for the run, on which the divergence from the seed model is estimated; 0 for
-            none.
+        kl_users (`int`, defaults to 64): Rows, fixed for the run, on which the divergence from the seed model is
+            estimated; 0 for none.
     """
 
     train_sampling_strategy: str = field(default="random")
     ddp_broadcast_buffers: bool | None = field(default=False)
     dpo_ratio: float = field(default=0.01)
     num_candidates: int = field(default=128)
-    loss_type: Literal["dpo", "ipo", "cdpo", "rdpo", "cpo", "simpo", "sdpo"] = field(  # type: ignore[assignment]  # TRL: a list
+    # TRL: a list
+    loss_type: Literal["dpo", "ipo", "cdpo", "rdpo", "cpo", "simpo", "sdpo"] = field(  # type: ignore[assignment]
         default="dpo"
     )
     num_rejected: int = field(default=1)
@@ -96,7 +105,8 @@ class IPAConfig(NextItemArguments, DPOConfig):
             raise ValueError(f"num_rejected={self.num_rejected}: 1, or more with loss_type='sdpo'.")
         if self.num_candidates <= self.num_rejected:
             raise ValueError(
-                f"num_candidates={self.num_candidates}: a pair needs at least num_rejected + 1 = {self.num_rejected + 1}."
+                f"num_candidates={self.num_candidates}: a pair needs at least num_rejected + 1 = "
+                f"{self.num_rejected + 1}."
             )
         if self.beta is None:
             self.beta = DEFAULT_BETA[self.loss_type]
@@ -112,7 +122,9 @@ class IPAConfig(NextItemArguments, DPOConfig):
         ref_rejected: torch.Tensor,
         num_tokens: int,
     ) -> torch.Tensor:
-        """The loss of each pair, (P,), from summed log-probabilities: chosen (P,), rejected (P, n), and the reference's."""
+        """The loss of each pair, (P,), from summed log-probabilities: chosen (P,), rejected (P, n), and the
+        reference's.
+        """
         if self.loss_type == "sdpo":
             return losses.sdpo_loss(chosen, rejected, ref_chosen, ref_rejected, self.beta)
         both = (chosen, rejected[:, 0])

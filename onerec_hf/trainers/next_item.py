@@ -1,7 +1,8 @@
-"""Next-item training, which SFT is and IPA starts from: the model's own loss as a mean over the targets of a whole step, evaluation
-by what the model really recommends, and averaged weights.
+"""Next-item training, which SFT is and IPA starts from: the model's own loss as a mean over the targets of a whole
+step, evaluation by what the model really recommends, and averaged weights.
 
-TRL's trainers around it prepare text and score one vocabulary; what they do with either is left out here, by calling `Trainer`.
+TRL's trainers around it prepare text and score one vocabulary; what they do with either is left out here, by calling
+`Trainer`.
 """
 
 import dataclasses
@@ -49,7 +50,9 @@ def refuse_unread(arguments: TrainingArguments, not_read: Mapping[str, str]) -> 
 
 @dataclass
 class NextItemArguments:
-    """Defaults and fields of next-item training, to be named before a config of TRL among the bases; see [`OneRecSFTConfig`]."""
+    """Defaults and fields of next-item training, to be named before a config of TRL among the bases; see
+    [`OneRecSFTConfig`].
+    """
 
     remove_unused_columns: bool = field(default=False)
     label_names: list[str] | None = field(default_factory=lambda: ["target_ids"])
@@ -78,7 +81,9 @@ class NextItemArguments:
 
 
 def under_fsdp(args: TrainingArguments) -> bool:
-    """Whether weights will be sharded: what the arguments or `accelerate launch` say, before there is a process group."""
+    """Whether weights will be sharded: what the arguments or `accelerate launch` say, before there is a process
+    group.
+    """
     return bool(args.fsdp) or os.environ.get("ACCELERATE_USE_FSDP", "false").lower() in ("true", "1")
 
 
@@ -111,10 +116,13 @@ class NextItemTrainer(OneRecTrainer):
         if self.args.weight_average_decay is not None:
             self.add_callback(_UpdateAverage(self))
 
-    # ---- a mean over all targets of a step, whatever they were divided into ---------------------------------------------
+    # ---- a mean over all targets of a step, whatever they were divided into
+    # ---------------------------------------------
 
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> tuple[list, Any]:
-        """The batches of the next optimizer step, and what their summed losses are divided by, in all processes together."""
+        """The batches of the next optimizer step, and what their summed losses are divided by, in all processes
+        together.
+        """
         batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
         counts = [self.loss_items(batch) for batch in batches]
         return batches, self.of_all_processes(torch.stack(counts).sum(), device) if counts else None
@@ -164,7 +172,8 @@ class NextItemTrainer(OneRecTrainer):
         with self._averaged_weights():
             return Trainer.evaluate(self, eval_dataset, ignore_keys, metric_key_prefix)
 
-    # ---- the moving average of the weights ------------------------------------------------------------------------------
+    # ---- the moving average of the weights
+    # ------------------------------------------------------------------------------
 
     def train(self, *args, **kwargs) -> TrainOutput:
         result = super().train(*args, **kwargs)

@@ -18,7 +18,9 @@ _METADATA = "pairs.json"
 
 
 def save_rows(rows: list[dict], folder: Path, metadata: dict) -> None:
-    """Writes rows as a `datasets` set and its metadata, complete or not at all: the folder appears under its name at the end."""
+    """Writes rows as a `datasets` set and its metadata, complete or not at all: the folder appears under its name at
+    the end.
+    """
     unfinished = folder.with_name(folder.name + ".unfinished")
     shutil.rmtree(unfinished, ignore_errors=True)
     datasets.Dataset.from_list(rows).save_to_disk(str(unfinished))
@@ -36,8 +38,8 @@ def load_rows(folder: Path, metadata: dict) -> datasets.Dataset:
     """
     if not folder.is_dir():
         raise ValueError(
-            f"the run continues inside an iteration, but its pairs are not at {folder}: keep them beside the checkpoints, or "
-            "resume from a checkpoint at the end of an iteration."
+            f"the run continues inside an iteration, but its pairs are not at {folder}: keep them beside the "
+            "checkpoints, or resume from a checkpoint at the end of an iteration."
         )
     found = json.loads((folder / _METADATA).read_text(encoding="utf-8"))
     if different := sorted(name for name in metadata if found.get(name) != metadata[name]):
@@ -50,7 +52,9 @@ def load_rows(folder: Path, metadata: dict) -> datasets.Dataset:
 
 
 class PairFiles:
-    """What a run of [`IPATrainer`] keeps in `output_dir/pairs`: the pairs of each iteration, and the samples of the seed model."""
+    """What a run of [`IPATrainer`] keeps in `output_dir/pairs`: the pairs of each iteration, and the samples of the
+    seed model.
+    """
 
     def __init__(self, trainer: Any):
         self.trainer, self.folder = trainer, Path(trainer.args.output_dir) / "pairs"
@@ -97,11 +101,12 @@ class PairFiles:
 
 def load_pairs(folder: str | os.PathLike, num_rows: int, catalogue: Catalogue) -> datasets.Dataset:
     """
-    Pairs that somebody brings, for [`IPATrainer`]: a folder that another run of it left (`pairs/iteration_000`), or a table of
-    one's own, which says nothing of where it comes from; then a warning says what is assumed.
+    Pairs that somebody brings, for [`IPATrainer`]: a folder that another run of it left (`pairs/iteration_000`), or a
+    table of one's own, which says nothing of where it comes from; then a warning says what is assumed.
 
     Args:
-        folder: Of any kind that `data.read_table` reads: a folder of `datasets`, parquet, JSONL, CSV (token ids as `[4, 20, 36]`).
+        folder: Of any kind that `data.read_table` reads: a folder of `datasets`, parquet, JSONL, CSV (token ids as
+            `[4, 20, 36]`).
         num_rows (`int`): Rows of the training set, which the column `row` of the pairs counts.
         catalogue (`Catalogue`): The policy's.
 
@@ -116,13 +121,14 @@ def load_pairs(folder: str | os.PathLike, num_rows: int, catalogue: Catalogue) -
         raise ValueError(
             f"the pairs in {folder} do not fit this run: "
             + ", ".join(f"{name}={known[name]!r}, here {own[name]!r}" for name in different)
-            + ". Their token ids and row numbers would mean other items and other users. Take the policy and the data folder they "
-            "were mined with, or mine new ones with a reward."
+            + ". Their token ids and row numbers would mean other items and users. Take the policy and the data "
+            "folder they were mined with, or mine new ones with a reward."
         )
     if absent := sorted(own.keys() - known.keys()):
         logger.warning(
-            f"{folder} does not say of which items and rows its pairs are ({_METADATA} has no {', '.join(absent)}). Assumed is: "
-            f"`row` counts the {num_rows} training rows of this run from 0, and token ids are those of {catalogue}."
+            f"{folder} does not say of which items and rows its pairs are ({_METADATA} has no {', '.join(absent)}). "
+            f"Assumed is: `row` counts the {num_rows} training rows of this run from 0, and token ids are those of "
+            f"{catalogue}."
         )
     pairs = arrow_dataset(read_table(folder))
     if lacking := [name for name in ("row", "chosen", "rejected") if name not in pairs.column_names]:

@@ -1,4 +1,5 @@
-"""Preference pairs from a model's own beams (OneRec, Algorithm 2, arXiv:2502.18965): candidates, best and worst, probabilities.
+"""Preference pairs from a model's own beams (OneRec, Algorithm 2, arXiv:2502.18965): candidates, best and worst,
+probabilities.
 
 Legend: B users, N candidates of a user, n rejected ones, m items of a candidate (1, or a session), L levels.
 """
@@ -33,8 +34,8 @@ def generate_candidates(
         context (`dict[str, torch.Tensor]`): The context of B users.
 
     Returns:
-        `token_ids`, `torch.LongTensor` of shape (B, N, m, L), and `alive`, `torch.BoolTensor` of shape (B, N): False where the
-        catalogue holds fewer items, or the session fewer combinations; pad tokens stand there.
+        `token_ids`, `torch.LongTensor` of shape (B, N, m, L), and `alive`, `torch.BoolTensor` of shape (B, N): False
+        where the catalogue holds fewer items, or the session fewer combinations; pad tokens stand there.
     """
     found = model.recommend_items(
         num_candidates, num_beams=num_candidates, num_session_items=model.num_items, **context
@@ -50,7 +51,8 @@ def completion_log_probs(model: Any, context: dict[str, torch.Tensor], token_ids
     log M(S|H) of candidates: the sum over code tokens, normalised within the level, BOS excluded (OneRec eq. 10).
 
     Args:
-        token_ids (`torch.LongTensor` of shape (B, N, m, L)): The candidates of a user are adjacent rows: one context serves them.
+        token_ids (`torch.LongTensor` of shape (B, N, m, L)): The candidates of a user are adjacent rows: one context
+        serves them.
 
     Returns:
         `torch.FloatTensor` of shape (B, N), in nats, with gradient where enabled.
@@ -65,15 +67,15 @@ def choose_pairs(
     """
     The best candidate and the `num_rejected` worst ones ("self-hard" negatives).
 
-    Of equally good ones the more probable is taken on both sides; every rejected one is worse than the chosen one by more than the
-    rounding of float32.
+    Of equally good ones the more probable is taken on both sides; every rejected one is worse than the chosen one by
+    more than the rounding of float32.
 
     Args:
         rewards (`torch.Tensor` of shape (B, N)): Most probable candidate first; NaN for one that takes no part.
 
     Returns:
-        `chosen` (B,), `rejected` (B, n), both positions among the candidates; and the users without a pair as two masks (B,):
-        `tied`, too few of whose rewards are different, and `few`, with fewer than n + 1 candidates.
+        `chosen` (B,), `rejected` (B, n), both positions among the candidates; and the users without a pair as two
+        masks (B,): `tied`, too few of whose rewards are different, and `few`, with fewer than n + 1 candidates.
     """
     usable = ~rewards.isnan()
     few = usable.sum(1) <= num_rejected
@@ -102,15 +104,17 @@ def mine_pairs(
     Args:
         model: In evaluation mode; it generates the candidates, and its log-probabilities become the reference's.
         rows (`list[dict]`): Rows of the data set, as the collator takes them; `row_ids` says which ones.
-        reward (`RewardFunction`): With TRL's signature, as of `onerec_hf.rewards`: called with `prompts` (the numbers of the rows),
-            `completions` (text), `completion_ids` (N adjacent ones per row: the codes, BOS between the items of a session, pad
-            tokens where fewer candidates exist), `item_ids` ([`spelled_items`]) and every column of the rows, N times each;
-            returns a finite number each, or `None` for a candidate that shall take no part.
+        reward (`RewardFunction`): With TRL's signature, as of `onerec_hf.rewards`: called with `prompts` (the numbers
+            of the rows), `completions` (text), `completion_ids` (N adjacent ones per row: the codes, BOS between the
+            items of a session, pad tokens where fewer candidates exist), `item_ids` ([`spelled_items`]) and every
+            column of the rows, N times each; returns a finite number each, or `None` for a candidate that shall take
+            no part.
 
     Returns:
-        The pairs, `row`, `chosen` (m * L token ids), `rejected` (n * m * L), `ref_chosen_logps`, `ref_rejected_logps` (n),
-        `chosen_reward`, `rejected_reward` (n); and sums over rows: `users`, `tied`, `few`, `hits` (a candidate holds a true next
-        item), `reward` (mean over a user's candidates that have one) and `rewarded` (users with such a candidate).
+        The pairs, `row`, `chosen` (m * L token ids), `rejected` (n * m * L), `ref_chosen_logps`, `ref_rejected_logps`
+        (n), `chosen_reward`, `rejected_reward` (n); and sums over rows: `users`, `tied`, `few`, `hits` (a candidate
+        holds a true next item), `reward` (mean over a user's candidates that have one) and `rewarded` (users with such
+        a candidate).
 
     Raises:
         ValueError: A reward that is NaN or infinite, or another number of rewards than candidates.
@@ -143,7 +147,9 @@ def mine_pairs(
 
 
 def mining_logs(pairs: list[dict], sums: list[dict[str, float]]) -> dict[str, float]:
-    """What [`IPATrainer`] logs of an iteration: of the pairs of all processes, and of the sums of each ([`mine_pairs`])."""
+    """What [`IPATrainer`] logs of an iteration: of the pairs of all processes, and of the sums of each
+    ([`mine_pairs`]).
+    """
     total = {name: sum(part[name] for part in sums) for name in sums[0]}
     names = {"tied": "tied", "few": "few", "hits": "hit_rate"}
     logs = {f"ipa/{new}": total[name] / total["users"] for name, new in names.items()} | {"ipa/pairs": len(pairs)}
@@ -187,8 +193,8 @@ def _rewards(reward, rows, row_ids, token_ids, alive, model) -> torch.Tensor:
     if bool(bad.any()):
         user, candidate = bad.nonzero()[0].tolist()
         raise ValueError(
-            f"the reward function returned {values[user, candidate].item()} for candidate {candidate} of row {row_ids[user]}: "
-            "rewards must be finite, or None for a candidate that shall take no part."
+            f"the reward function returned {values[user, candidate].item()} for candidate {candidate} of row "
+            f"{row_ids[user]}: rewards must be finite, or None for a candidate that shall take no part."
         )
     return values
 
@@ -206,8 +212,8 @@ def _hits(token_ids, batch, pad_token_id) -> torch.Tensor:
 
 def check_pairs(pairs: datasets.Dataset, num_rows: int, model: Any, num_rejected: int) -> None:
     """
-    Raises a ValueError unless pairs that somebody brought fit the data set and the model: columns, one pair per row, `num_rejected`
-    whole candidates each, of existing items, and chosen different from rejected.
+    Raises a ValueError unless pairs that somebody brought fit the data set and the model: columns, one pair per row,
+    `num_rejected` whole candidates each, of existing items, and chosen different from rejected.
     """
     if missing := {"row", "chosen", "rejected"} - set(pairs.column_names):
         raise ValueError(f"the pairs have no {sorted(missing)}, only {pairs.column_names}.")
@@ -219,7 +225,8 @@ def check_pairs(pairs: datasets.Dataset, num_rows: int, model: Any, num_rejected
     for name, count in (("chosen", 1), ("rejected", num_rejected)):
         if wrong := {len(ids) for ids in columns[name]} - {count * size}:
             raise ValueError(
-                f"`{name}` has {sorted(wrong)} token ids in some pairs: expected {count * size}, {count} times {size} codes."
+                f"`{name}` has {sorted(wrong)} token ids in some pairs: expected {count * size}, {count} times {size} "
+                "codes."
             )
     chosen = torch.tensor(columns["chosen"]).view(len(rows), 1, -1, model.config.num_levels)
     rejected = torch.tensor(columns["rejected"]).view(len(rows), num_rejected, -1, model.config.num_levels)
@@ -232,8 +239,8 @@ def check_pairs(pairs: datasets.Dataset, num_rows: int, model: Any, num_rejected
     leaves, owner = completion_leaves(both.flatten(0, 1).flatten(1).tolist(), model.catalogue)
     if strange := len((owner[leaves < 0] // both.shape[1]).unique()):
         raise ValueError(
-            f"{strange} of {len(rows)} pairs hold codes that no item of {model.catalogue} has: they come from other semantic IDs, "
-            "or are no items. Make them with the policy's tokenizer, of existing items."
+            f"{strange} of {len(rows)} pairs hold codes that no item of {model.catalogue} has: they come from other "
+            "semantic IDs, or are no items. Make them with the policy's tokenizer, of existing items."
         )
     if same := int((chosen == rejected).flatten(2).all(2).any(1).sum()):
         raise ValueError(f"{same} of {len(rows)} pairs have chosen equal to rejected: leave them out.")
@@ -268,7 +275,8 @@ def add_reference(model: Any, pairs: datasets.Dataset, rows: Any, collator: Any,
 @contextmanager
 def seeded(seed: int) -> Iterator[None]:
     """Random numbers inside are a function of `seed`; outside they go on as if nothing had been drawn."""
-    python, numpy = random.getstate(), np.random.get_state()  # noqa: NPY002  # the global state is what rewards may draw from
+    # the global state is what rewards may draw from
+    python, numpy = random.getstate(), np.random.get_state()  # noqa: NPY002
     with torch.random.fork_rng():
         set_seed(seed)
         try:

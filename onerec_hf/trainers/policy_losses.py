@@ -1,9 +1,11 @@
-"""Policy-gradient losses: GRPO, ECPO (OneRec Technical Report, arXiv:2506.13695) and GBPO (OneRec-V2, arXiv:2508.20900).
+"""Policy-gradient losses: GRPO, ECPO (OneRec Technical Report, arXiv:2506.13695) and GBPO (OneRec-V2,
+arXiv:2508.20900).
 
-ECPO and GBPO only change the denominator of the ratio, pi_old -> pi'_old, so each is a rule for the behaviour log-probabilities;
-a trainer that knows the clipped loss needs nothing else. All functions are elementwise: `log_probs` may be those of tokens (B, C)
-or of whole items (B,), `advantages` broadcasts to them. The papers do not say which ratio ECPO takes; GBPO's derivation is per
-token, and has to be: with the probability of a whole item (about 1e-6) a negative would teach nothing.
+ECPO and GBPO only change the denominator of the ratio, pi_old -> pi'_old, so each is a rule for the behaviour
+log-probabilities; a trainer that knows the clipped loss needs nothing else. All functions are elementwise: `log_probs`
+may be those of tokens (B, C) or of whole items (B,), `advantages` broadcasts to them. The papers do not say which
+ratio ECPO takes; GBPO's derivation is per token, and has to be: with the probability of a whole item (about 1e-6) a
+negative would teach nothing.
 
 Legend: B samples, G samples of a group, C tokens of a completion.
 """
@@ -16,7 +18,8 @@ def group_advantages(rewards_BG: torch.Tensor) -> torch.Tensor:
     A_i = (r_i - mean(r)) / std(r) over each group (Technical Report, ECPO), std being the population's.
 
     Args:
-        rewards_BG (`torch.Tensor` of shape (B, G)): Rewards; NaN for a sample without one, which has no part in mean and std.
+        rewards_BG (`torch.Tensor` of shape (B, G)): Rewards; NaN for a sample without one, which has no part in mean
+        and std.
 
     Returns:
         `torch.Tensor` of shape (B, G); exactly 0 in a group whose rewards are all equal, and where there is no reward.
@@ -33,12 +36,12 @@ def group_advantages(rewards_BG: torch.Tensor) -> torch.Tensor:
 
 def reward_advantages(rewards: torch.Tensor, group_size: int, unnormalized: torch.Tensor) -> torch.Tensor:
     """
-    Advantages of completions from the weighted rewards of several functions: the sum of those to be normalised, over the group, and
-    the others added to it as they are.
+    Advantages of completions from the weighted rewards of several functions: the sum of those to be normalised, over
+    the group, and the others added to it as they are.
 
     Args:
-        rewards (`torch.Tensor` of shape (R, F)): NaN where a function gives no reward. The G completions of a user are adjacent.
-        unnormalized (`torch.BoolTensor` of shape (F,)): Functions whose rewards are advantages already.
+        rewards (`torch.Tensor` of shape (R, F)): NaN where a function gives no reward. The G completions of a user are
+        adjacent. unnormalized (`torch.BoolTensor` of shape (F,)): Functions whose rewards are advantages already.
 
     Returns:
         `torch.Tensor` of shape (R,); 0 where no function gave a reward.
@@ -59,7 +62,9 @@ def log_complement(log_probs: torch.Tensor) -> torch.Tensor:
 
 
 def behaviour_log_probs(log_probs: torch.Tensor, logged_log_probs: torch.Tensor) -> torch.Tensor:
-    """log pi_old: what was logged at exposure, and sg(log pi) where it is NaN, i.e. another pipeline chose the item (OneRec-V2)."""
+    """log pi_old: what was logged at exposure, and sg(log pi) where it is NaN, i.e. another pipeline chose the item
+    (OneRec-V2).
+    """
     return torch.where(logged_log_probs.isnan(), log_probs.detach(), logged_log_probs)
 
 
@@ -70,8 +75,8 @@ def ecpo_old_log_probs(
     log pi'_old with pi'_old = max(sg(pi) / (1 + epsilon + delta), pi_old) (Technical Report, ECPO): no ratio is above
     1 + epsilon + delta.
 
-    Only negative advantages feel it, since the clip stops positive ones at 1 + epsilon already. `epsilon` is not in the paper,
-    0.2 is customary; `delta` = 0.1 is the paper's.
+    Only negative advantages feel it, since the clip stops positive ones at 1 + epsilon already. `epsilon` is not in
+    the paper, 0.2 is customary; `delta` = 0.1 is the paper's.
     """
     if not delta > 0:
         raise ValueError(f"delta={delta}: must be above 0; the paper's value is 0.1.")
@@ -83,8 +88,8 @@ def gbpo_old_log_probs(log_probs: torch.Tensor, old_log_probs: torch.Tensor, adv
     """
     log pi'_old with pi'_old = max(pi_old, sg(pi)) for A >= 0 and max(pi_old, 1 - sg(pi)) for A < 0 (OneRec-V2, GBPO).
 
-    So the gradient of a token's probability is at most that of binary cross-entropy: 1 / pi for a positive, 1 / (1 - pi) for a
-    negative. Computed from logarithms alone; pi may be 1, or too small for a float.
+    So the gradient of a token's probability is at most that of binary cross-entropy: 1 / pi for a positive, 1 / (1 -
+    pi) for a negative. Computed from logarithms alone; pi may be 1, or too small for a float.
     """
     current = log_probs.detach()
     return torch.maximum(old_log_probs, torch.where(advantages < 0, log_complement(current), current))
@@ -117,7 +122,9 @@ def ecpo_loss(
 
 
 def gbpo_loss(log_probs: torch.Tensor, old_log_probs: torch.Tensor, advantages: torch.Tensor) -> torch.Tensor:
-    """-A pi / pi'_old with the denominator of [`gbpo_old_log_probs`] and no clip of the ratio; elementwise, to be minimised."""
+    """-A pi / pi'_old with the denominator of [`gbpo_old_log_probs`] and no clip of the ratio; elementwise, to be
+    minimised.
+    """
     return -(log_probs - gbpo_old_log_probs(log_probs, old_log_probs, advantages)).exp() * advantages
 
 
@@ -150,9 +157,10 @@ def policy_loss_metrics(
     What the rule does to a batch; codes with an advantage of 0, or `mask` 0, do not count.
 
     Returns:
-        `bound_fraction`, the share of codes whose pi_old was raised to pi'_old; `clip_fraction` (not of GBPO), of those whose
-        gradient the clip removed; `weight/positive` and `weight/negative`, the largest |d loss / d log pi| / |A| of a code (NaN
-        where there is none): 1 for REINFORCE; for GBPO at most 1 where A > 0, and pi / (1 - pi) where A < 0.
+        `bound_fraction`, the share of codes whose pi_old was raised to pi'_old; `clip_fraction` (not of GBPO), of
+        those whose gradient the clip removed; `weight/positive` and `weight/negative`, the largest |d loss / d log pi|
+        / |A| of a code (NaN where there is none): 1 for REINFORCE; for GBPO at most 1 where A > 0, and pi / (1 - pi)
+        where A < 0.
     """
     leaf = log_probs.detach().requires_grad_()
     with torch.enable_grad():

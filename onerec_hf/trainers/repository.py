@@ -1,4 +1,6 @@
-"""What a trainer does with its output folder: it checks that it can write there, writes the card, and pushes it in one commit."""
+"""What a trainer does with its output folder: it checks that it can write there, writes the card, and pushes it in one
+commit.
+"""
 
 import importlib.util
 import os
@@ -40,7 +42,8 @@ class RepositoryMixin(StopAtNonFinite, ResumableTrainer):
             folder, os.W_OK, effective_ids=os.access in os.supports_effective_ids
         ):
             raise PermissionError(
-                f"output_dir={folder!r} cannot be written: choose another folder, or `chmod u+w` this one. Nothing was trained."
+                f"output_dir={folder!r} cannot be written: choose another folder, or `chmod u+w` this one. Nothing "
+                "was trained."
             )
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
@@ -51,8 +54,9 @@ class RepositoryMixin(StopAtNonFinite, ResumableTrainer):
         model = self.accelerator.unwrap_model(self.model)
         if hasattr(model, "peft_config") and not next(iter(model.peft_config.values())).base_model_name_or_path:
             logger.warning_once(
-                "the adapter is saved, and its base lies nowhere, so nothing can load it: `trainer.model.merge_and_unload()` and "
-                "`save_pretrained(folder)` keep the whole model; or save the base before training, and give its folder as `model`."
+                "the adapter is saved, and its base lies nowhere, so nothing can load it: "
+                "`trainer.model.merge_and_unload()` and `save_pretrained(folder)` keep the whole model; or save the "
+                "base before training, and give its folder as `model`."
             )
 
     def create_model_card(  # type: ignore[override]  # in TRL's order
@@ -64,11 +68,13 @@ class RepositoryMixin(StopAtNonFinite, ResumableTrainer):
         **card,
     ) -> None:
         """
-        Writes `README.md`, `training_curve.png` and `prediction_entropy.png` into `args.output_dir`, from what the run knows.
+        Writes `README.md`, `training_curve.png` and `prediction_entropy.png` into `args.output_dir`, from what the run
+        knows.
 
         Args:
             model_name, dataset_name, tags, finetuned_from: As in transformers and TRL; all may be left out.
-            card: Arguments of [`~hub.model_card`] that replace what is found here (`data`, `training`, `results`, `pictures`, ...).
+            card: Arguments of [`~hub.model_card`] that replace what is found here (`data`, `training`, `results`,
+                `pictures`, ...).
         """
         if not self.is_world_process_zero():
             return
@@ -103,7 +109,9 @@ class RepositoryMixin(StopAtNonFinite, ResumableTrainer):
         private: bool | None = None,
         **card,
     ) -> CommitInfo | None:
-        """Model, tokenizer, catalogue, code and card in one commit ([`~hub.push_to_hub`]), always blocking; `card` as above."""
+        """Model, tokenizer, catalogue, code and card in one commit ([`~hub.push_to_hub`]), always blocking; `card` as
+        above.
+        """
         self.save_model(_internal_call=True)  # every process takes part in it
         if not self.is_world_process_zero():
             return None
@@ -136,13 +144,14 @@ class RepositoryMixin(StopAtNonFinite, ResumableTrainer):
     def _training_text(self) -> str:
         args = self.args
         batch = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
+        optimizer, schedule = (getattr(name, "value", name) for name in (args.optim, args.lr_scheduler_type))
         precision = "bf16" if args.bf16 else "fp16" if args.fp16 else "fp32"
         facts: dict[str, Any] = {
             "steps": f"{self.state.global_step:,} ({self.state.epoch or 0:.3g} epochs)",
             "rows per step": batch,
-            "optimizer": f"{getattr(args.optim, 'value', args.optim)}, betas {args.adam_beta1:g} / {args.adam_beta2:g}, "
+            "optimizer": f"{optimizer}, betas {args.adam_beta1:g} / {args.adam_beta2:g}, "
             f"weight decay {args.weight_decay:g}",
-            "learning rate": f"{args.learning_rate:g}, {getattr(args.lr_scheduler_type, 'value', args.lr_scheduler_type)}",
+            "learning rate": f"{args.learning_rate:g}, {schedule}",
             "precision, seed": f"{precision}, {args.seed}",
             "versions": f"onerec_hf {__version__}, transformers {transformers.__version__}, torch {torch.__version__}",
         }

@@ -1,4 +1,5 @@
-"""Runs that stop: killed ones go on from their checkpoint as if unbroken, and one whose numbers are no numbers saves nothing of it.
+"""Runs that stop: killed ones go on from their checkpoint as if unbroken, and one whose numbers are no numbers saves
+nothing of it.
 
 A checkpoint is complete or skipped, of the same run or refused.
 """
@@ -61,15 +62,15 @@ def why_incomplete(checkpoint: str | Path) -> str | None:
 
 class ResumableTrainer(Trainer):
     r"""
-    `Trainer` whose killed runs go on bit for bit, on the same machine with the same settings. To be named before a trainer of TRL
-    among the bases.
+    `Trainer` whose killed runs go on bit for bit, on the same machine with the same settings. To be named before a
+    trainer of TRL among the bases.
 
-    A checkpoint counts as complete when all its files have the sizes that `resume.json` lists and `trainer_state.json`, which is
-    written last, can be read. Older checkpoints are deleted (`save_total_limit`) only after that. The order of the rows is a
-    function of the seed and the epoch, whatever `train_sampling_strategy` says.
+    A checkpoint counts as complete when all its files have the sizes that `resume.json` lists and
+    `trainer_state.json`, which is written last, can be read. Older checkpoints are deleted (`save_total_limit`) only
+    after that. The order of the rows is a function of the seed and the epoch, whatever `train_sampling_strategy` says.
 
-    A subclass adds to the checkpoint by overriding `_resume_settings` (must be equal in both runs), `_progress` (of each process)
-    and `_restore_progress`.
+    A subclass adds to the checkpoint by overriding `_resume_settings` (must be equal in both runs), `_progress` (of
+    each process) and `_restore_progress`.
     """
 
     resumed_from: Path | None = None
@@ -84,13 +85,13 @@ class ResumableTrainer(Trainer):
         As `Trainer.train`.
 
         Args:
-            resume_from_checkpoint (`str` or `bool`, *optional*): `True`, `"true"` or `"latest"`: the newest complete checkpoint of
-                `output_dir`; a checkpoint that was cut off is skipped with a warning. A path: that checkpoint. `None`, `False` or
-                `"false"`: a new run.
+            resume_from_checkpoint (`str` or `bool`, *optional*): `True`, `"true"` or `"latest"`: the newest complete
+                checkpoint of `output_dir`; a checkpoint that was cut off is skipped with a warning. A path: that
+                checkpoint. `None`, `False` or `"false"`: a new run.
 
         Raises:
-            ValueError: Before the first step: no complete checkpoint; one of other semantic IDs, rows or number of processes; a new
-                run into a folder that holds the checkpoints of another.
+            ValueError: Before the first step: no complete checkpoint; one of other semantic IDs, rows or number of
+                processes; a new run into a folder that holds the checkpoints of another.
         """
         if isinstance(resume_from_checkpoint, str):
             resume_from_checkpoint = _WORDS.get(resume_from_checkpoint.lower(), resume_from_checkpoint)
@@ -105,7 +106,8 @@ class ResumableTrainer(Trainer):
         checkpoint = None if self.resumed_from is None else str(self.resumed_from)
         return super().train(checkpoint, *args, **kwargs)
 
-    # ---- choosing a checkpoint -----------------------------------------------------------------------------------------
+    # ---- choosing a checkpoint
+    # -----------------------------------------------------------------------------------------
 
     def _find_checkpoint(self, resume: str | bool | None) -> Path | None:
         folder = self.args.output_dir
@@ -113,8 +115,9 @@ class ResumableTrainer(Trainer):
         if not resume:
             if finished := [path for path in found if (path / STATE_NAME).is_file()]:
                 raise ValueError(
-                    f"output_dir={folder!r} holds {finished[-1].name} of an earlier run, and a new run would mix with it. Go on "
-                    "with that run (resume_from_checkpoint=true), choose another output_dir, or delete its checkpoints."
+                    f"output_dir={folder!r} holds {finished[-1].name} of an earlier run, and a new run would mix with "
+                    "it. Go on with that run (resume_from_checkpoint=true), choose another output_dir, or delete its "
+                    "checkpoints."
                 )
             return None
         if resume is not True:
@@ -160,7 +163,8 @@ class ResumableTrainer(Trainer):
             "number of training rows": len(self.train_dataset) if hasattr(self.train_dataset, "__len__") else None,
         }
 
-    # ---- writing and reading it ----------------------------------------------------------------------------------------
+    # ---- writing and reading it
+    # ----------------------------------------------------------------------------------------
 
     def _save_checkpoint(self, *args, **kwargs):
         folder = Path(self.args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
@@ -171,7 +175,9 @@ class ResumableTrainer(Trainer):
         super()._save_checkpoint(*args, **kwargs)
 
     def _save_rng_state(self, output_dir: str) -> None:
-        """The last call of every process before the main one writes `trainer_state.json` and deletes older checkpoints."""
+        """The last call of every process before the main one writes `trainer_state.json` and deletes older
+        checkpoints.
+        """
         super()._save_rng_state(output_dir)
         folder = Path(output_dir)
         (folder / self._progress_name).write_text(json.dumps(self._progress(folder)), encoding="utf-8")
@@ -199,7 +205,8 @@ class ResumableTrainer(Trainer):
         self._tr_loss.fill_(progress["loss"])
         self._globalstep_last_logged = progress["last_logged_step"]
 
-    # ---- the same rows in the same order -------------------------------------------------------------------------------
+    # ---- the same rows in the same order
+    # -------------------------------------------------------------------------------
 
     def _get_train_sampler(self, *args, **kwargs):
         self._order = super()._get_train_sampler(*args, **kwargs)
@@ -222,11 +229,13 @@ class ResumableTrainer(Trainer):
 
 class StopAtNonFinite(Trainer):
     r"""
-    To be named before `Trainer` among the bases. Raises a `FloatingPointError` before a loss or a gradient that is NaN or infinite
-    reaches the weights; `Trainer` itself logs such a loss as the mean of the earlier ones and goes on. What was saved stays.
+    To be named before `Trainer` among the bases. Raises a `FloatingPointError` before a loss or a gradient that is NaN
+    or infinite reaches the weights; `Trainer` itself logs such a loss as the mean of the earlier ones and goes on.
+    What was saved stays.
 
-    Reads one number per micro-batch back to the host, as `Trainer` does for its `logging_nan_inf_filter`, which this replaces, and
-    one per step. Under float16 a scaler skips steps whose gradients overflow; there the loss alone is looked at.
+    Reads one number per micro-batch back to the host, as `Trainer` does for its `logging_nan_inf_filter`, which this
+    replaces, and one per step. Under float16 a scaler skips steps whose gradients overflow; there the loss alone is
+    looked at.
     """
 
     _micro_batch = 0
@@ -241,7 +250,8 @@ class StopAtNonFinite(Trainer):
         if not torch.isfinite(loss):
             shapes = {name: tuple(value.shape) for name, value in inputs.items() if isinstance(value, torch.Tensor)}
             self._stop(
-                f"the loss is {loss.item()} in batch {self._micro_batch} of step {self.state.global_step + 1}, of {shapes}"
+                f"the loss is {loss.item()} in batch {self._micro_batch} of step {self.state.global_step + 1}, of "
+                f"{shapes}"
             )
         return loss
 
@@ -255,9 +265,9 @@ class StopAtNonFinite(Trainer):
 
     def _stop(self, what: str) -> None:
         raise FloatingPointError(
-            f"{what}: training stops, and no model of it is saved. Look for NaN or infinite values in the data or the weights it "
-            f"started from; else lower learning_rate ({self.args.learning_rate:g}) or max_grad_norm, or train in bf16 or float32. "
-            f"Earlier checkpoints, if any, are in {self.args.output_dir}."
+            f"{what}: training stops, and no model of it is saved. Look for NaN or infinite values in the data or the "
+            f"weights it started from; else lower learning_rate ({self.args.learning_rate:g}) or max_grad_norm, or "
+            f"train in bf16 or float32. Earlier checkpoints, if any, are in {self.args.output_dir}."
         )
 
 
@@ -273,7 +283,8 @@ class _SayWhatStarts(TrainerCallback):
             examples = f"{len(rows):,} examples" if hasattr(rows, "__len__") else "streamed examples"
             total, trained = (get_model_param_count(model, trainable_only=only) for only in (False, True))
             logger.warning(  # which is shown, where an info is not
-                f"Training {total:,} parameters, {trained:,} of them trainable, on {examples} in {state.max_steps:,} steps."
+                f"Training {total:,} parameters, {trained:,} of them trainable, on {examples} in {state.max_steps:,} "
+                "steps."
             )
 
 
@@ -281,7 +292,8 @@ class _EpochSampler(Sampler):
     """
     The sampler's rows in an order that is a function of the seed and the epoch, the same in all processes.
 
-    transformers' draw from the global generator (by length), TRL's and accelerate's count the epochs since the process started.
+    transformers' draw from the global generator (by length), TRL's and accelerate's count the epochs since the process
+    started.
     """
 
     def __init__(self, sampler: Any, trainer: Trainer):

@@ -1,8 +1,8 @@
 """How far a model has moved from the seed model: KL(seed || M), estimated without keeping the seed model.
 
-Before the first step one candidate S is sampled from the seed model for each of some rows, and log seed(S|H) is stored. The mean
-of log seed(S|H) - log M(S|H) is then an unbiased estimate of the divergence per item or session, in nats; it may be negative by
-chance.
+Before the first step one candidate S is sampled from the seed model for each of some rows, and log seed(S|H) is
+stored. The mean of log seed(S|H) - log M(S|H) is then an unbiased estimate of the divergence per item or session, in
+nats; it may be negative by chance.
 The direction is the one whose samples can be drawn once; KL(M || seed) would need the seed model at every estimate.
 
 Legend: B users, m items of a candidate (1, or a session), L levels.
@@ -22,7 +22,8 @@ def sample_candidates(
     model: Any, context: dict[str, torch.Tensor], num_samples: int, generator: torch.Generator
 ) -> torch.Tensor:
     """
-    Ancestral samples of the model's own distribution, codes that are no item included unless it normalises over items alone.
+    Ancestral samples of the model's own distribution, codes that are no item included unless it normalises over items
+    alone.
 
     Returns:
         `torch.LongTensor` of shape (B, num_samples, m, L): token ids.

@@ -1,7 +1,8 @@
 """What a few steps of training leave behind, as literal numbers: no change of the training loop may pass unseen.
 
-Every model trains three epochs on the same 30 histories; the second epoch is the best one on validation and must be kept, but
-where a row says that the last one is. A loss is in nats per target, of the training histories without dropout.
+Every model trains three epochs on the same 30 histories; the second epoch is the best one on validation and must be
+kept, but where a row says that the last one is. A loss is in nats per target, of the training histories without
+dropout.
 """
 
 import numpy as np

@@ -1,4 +1,6 @@
-"""Item-kNN against brute force; BERT4Rec, FDSA and TIGER on a world they can learn exactly, and what each of them promises."""
+"""Item-kNN against brute force; BERT4Rec, FDSA and TIGER on a world they can learn exactly, and what each of them
+promises.
+"""
 
 import itertools
 
@@ -243,7 +245,9 @@ def test_tiger_spells_users_and_items():
 
 @pytest.mark.parametrize("causal", [False, True])
 def test_tiger_drops_dead_beams_and_ranks_by_probability(causal):
-    """More beams than items: what is left is the exact ranking of all items by T5's own probabilities, padding or not."""
+    """More beams than items: what is left is the exact ranking of all items by T5's own probabilities, padding or
+    not.
+    """
     model, history = tiger(num_beams=40, num_user_tokens=0, causal_items=causal), [3, 4]
     ranked = model.recommend({"history": [history, [1, 2, 3, 4]]}, 40)[0]
     assert (ranked[12:] == -1).all()

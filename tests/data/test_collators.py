@@ -50,7 +50,8 @@ def test_features_run_parallel_to_the_items():
     # context: items 1 and 3; gaps 3 -> 1 + floor(log2 4) = 3, 0 -> 1 + floor(log2 1) = 1
     assert batch["context_features"].tolist() == [[[2, 2, 3], [3, 1, 1]]]
     assert batch["user_features"].tolist() == [[7]]
-    # generation sees the last two events; the gap before item 3 is still known: 0, and 997 -> 1 + floor(log2 998) = 10, clipped
+    # generation sees the last two events; the gap before item 3 is still known: 0, and 997 -> 1 + floor(log2 998) =
+    # 10, clipped
     assert collator.context(rows)["context_features"].tolist() == [[[3, 1, 1], [0, 0, 7]]]
 
 

@@ -1,4 +1,6 @@
-"""The pathways of OneRecV1 against literal tensors; the lifelong compression against its definitions, by brute force."""
+"""The pathways of OneRecV1 against literal tensors; the lifelong compression against its definitions, by brute
+force.
+"""
 
 import datasets
 import numpy as np
@@ -50,7 +52,8 @@ def test_every_pathway_against_literal_tensors():
     items = [[13, 23], [14, 24], [12, 22], [13, 23], [12, 22], [15, 25], pad]
     assert batch["context_ids"].tolist() == [items, [pad] * 7]
     assert batch["context_mask"].tolist() == [[True] * 6 + [False], [False] * 7]
-    # columns: author, is_like, timestamp; gaps 7 -> 1 + log2(8) = 4, 1023 -> 11, 0 -> 1, 7.5 -> 4, the first one is unknown
+    # columns: author, is_like, timestamp; gaps 7 -> 1 + log2(8) = 4, 1023 -> 11, 0 -> 1, 7.5 -> 4, the first one is
+    # unknown
     none = [0, 0, 0]
     features = [[1, 0, 4], [0, 1, 11], [2, 2, 1], [1, 0, 4], [2, 2, 0], [4, 1, 4], none]
     assert batch["context_features"].tolist() == [features, [none] * 7]
@@ -126,7 +129,9 @@ def test_a_step_is_lloyds_algorithm():
 
 
 def test_clusters_against_the_definition(monkeypatch):
-    """Every step: floor(n^(1/3)) clusters of the members of one cluster of more than M; nothing else, and until none is left."""
+    """Every step: floor(n^(1/3)) clusters of the members of one cluster of more than M; nothing else, and until none
+    is left.
+    """
     items, embeddings = random_user(1)
     steps = []
 

@@ -1,4 +1,6 @@
-"""What a reward model reads: past rates, buckets, and batches of logged exposures, against tables small enough to read."""
+"""What a reward model reads: past rates, buckets, and batches of logged exposures, against tables small enough to
+read.
+"""
 
 import math
 

@@ -1,4 +1,6 @@
-"""Sessions and their rows against literal values and a brute force over the raw log; leaks; every kind of bad input."""
+"""Sessions and their rows against literal values and a brute force over the raw log; leaks; every kind of bad
+input.
+"""
 
 import itertools
 import logging

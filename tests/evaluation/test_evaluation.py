@@ -186,7 +186,9 @@ def test_paired_bootstrap_separates_a_real_difference_from_noise():
 
 
 def test_the_bootstraps_equal_their_definition():
-    """Users drawn with replacement, one draw after the other from one generator; also where a draw has nothing in the control."""
+    """Users drawn with replacement, one draw after the other from one generator; also where a draw has nothing in the
+    control.
+    """
     rng = np.random.default_rng(0)
     for users in (2, 7, 120):  # of 120, more than one batch of resamples would be cut wrongly if it mattered
         a, b = rng.random(users), rng.random(users) * (rng.random(users) < 0.7)

@@ -43,7 +43,8 @@ def folder(complete, tmp_path):
     return shutil.copytree(complete, tmp_path / "model")
 
 
-# ---- up ----------------------------------------------------------------------------------------------------------------
+# ---- up
+# ----------------------------------------------------------------------------------------------------------------
 
 
 def test_one_commit_with_everything_and_nothing_else(hub, folder):
@@ -156,7 +157,8 @@ def test_a_wrong_token_and_a_wrong_name(hub, folder):
     assert hub.repos == {}
 
 
-# ---- what is refused before the first byte -----------------------------------------------------------------------------
+# ---- what is refused before the first byte
+# -----------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -240,7 +242,8 @@ def test_no_folder_and_no_model(tmp_path):
         repository_files(tmp_path)
 
 
-# ---- trainers ----------------------------------------------------------------------------------------------------------
+# ---- trainers
+# ----------------------------------------------------------------------------------------------------------
 
 
 def test_a_trainer_writes_our_card_and_pushes_itself(hub, tmp_path):
@@ -290,7 +293,8 @@ def test_a_trainer_writes_our_card_and_pushes_itself(hub, tmp_path):
     assert "time machine" not in card.content and "quick start" not in card.content.lower()
 
 
-# ---- adapters ----------------------------------------------------------------------------------------------------------
+# ---- adapters
+# ----------------------------------------------------------------------------------------------------------
 
 
 def adapter_of(base, folder, **card):
@@ -309,7 +313,8 @@ def test_an_adapter_of_a_model_that_only_lies_here_is_refused(complete, tmp_path
         repository_files(folder)
 
 
-# ---- down: a process that does not have the package --------------------------------------------------------------------
+# ---- down: a process that does not have the package
+# --------------------------------------------------------------------
 
 DOWN = """
 import json, sys

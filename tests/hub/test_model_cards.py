@@ -194,7 +194,8 @@ def test_the_snippet_pads_the_pathways():
     assert names["mask"][0].tolist() == [True, True, True, True, False, True, True, True, True]
 
 
-# ---- pictures ----------------------------------------------------------------------------------------------------------
+# ---- pictures
+# ----------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
@@ -241,7 +242,8 @@ def test_the_entropy_picture(tmp_path):
         plot_prediction_entropy({"ours": values[:, :2]}, SIZES, tmp_path / "entropy.png")
 
 
-# ---- the committed cards -----------------------------------------------------------------------------------------------
+# ---- the committed cards
+# -----------------------------------------------------------------------------------------------
 
 
 def test_the_committed_cards_are_what_the_command_writes(tmp_path, monkeypatch):

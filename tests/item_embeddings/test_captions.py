@@ -1,4 +1,6 @@
-"""The caption loss against transformers' own, and that it keeps in the vectors what behaviour alone would throw away."""
+"""The caption loss against transformers' own, and that it keeps in the vectors what behaviour alone would throw
+away.
+"""
 
 import numpy as np
 import pytest
@@ -38,7 +40,9 @@ def test_captions_are_cut_and_end(small):
 
 
 def two_factors(num_items=360, seed=0):
-    """Items whose behaviour depends on a group (strong) and whose text is a colour (weak); both show in the content."""
+    """Items whose behaviour depends on a group (strong) and whose text is a colour (weak); both show in the
+    content.
+    """
     rng = np.random.default_rng(seed)
     group, colour = rng.integers(0, 12, num_items), rng.integers(0, len(COLOURS), num_items)
     content = 0.3 * rng.normal(size=(num_items, 24))

@@ -1,4 +1,6 @@
-"""Item pairs against the definitions, the contrastive loss in closed form, and a projection that finds a hidden signal."""
+"""Item pairs against the definitions, the contrastive loss in closed form, and a projection that finds a hidden
+signal.
+"""
 
 import math
 

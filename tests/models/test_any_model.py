@@ -1,4 +1,6 @@
-"""The catalogue with models of transformers: logits processor and `custom_generate` against scoring every item by `forward`."""
+"""The catalogue with models of transformers: logits processor and `custom_generate` against scoring every item by
+`forward`.
+"""
 
 import pytest
 import torch
@@ -53,7 +55,9 @@ def prompts():
 
 
 def log_prob_of_items(model, catalogue, row, mask, normalize):
-    """(S,) log-probability of each semantic ID behind one prompt, by a forward pass over each; and their codes (S, L)."""
+    """(S,) log-probability of each semantic ID behind one prompt, by a forward pass over each; and their codes (S,
+    L).
+    """
     codes = torch.unique(catalogue.semantic_ids.long(), dim=0)
     row = row[mask.bool()].expand(len(codes), -1)
     with torch.no_grad():
@@ -114,7 +118,8 @@ def test_custom_generate_and_processor_give_the_same_beams(name):
 def test_processor_in_an_encoder_decoder():
     torch.manual_seed(0)
     config = T5Config(
-        vocab_size=VOCABULARY, d_model=16, d_kv=8, d_ff=24, num_layers=1, num_heads=2, decoder_start_token_id=0, eos_token_id=None
+        vocab_size=VOCABULARY, d_model=16, d_kv=8, d_ff=24, num_layers=1, num_heads=2, decoder_start_token_id=0,
+        eos_token_id=None
     )  # fmt: skip
     model, catalogue, inputs = T5ForConditionalGeneration(config).eval(), tiny_catalogue(), prompts()
     model.generation_config.eos_token_id = None

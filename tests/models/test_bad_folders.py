@@ -35,7 +35,8 @@ def edit_config(folder, **changes):
     (folder / "config.json").write_text(json.dumps(config | changes))
 
 
-# ---- a folder that is not a model --------------------------------------------------------------------------------------
+# ---- a folder that is not a model
+# --------------------------------------------------------------------------------------
 
 
 def test_a_folder_that_is_not_a_model(tmp_path):
@@ -54,7 +55,8 @@ def test_a_folder_without_weights(folder):
         AutoModel.from_pretrained(folder)
 
 
-# ---- cut-off files (of the catalogue: test_auto_classes.py) --------------------------------------------------------------
+# ---- cut-off files (of the catalogue: test_auto_classes.py)
+# --------------------------------------------------------------
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
@@ -67,7 +69,8 @@ def test_cut_off_weights(tmp_path, architecture, kept):
         AutoModel.from_pretrained(tmp_path)
 
 
-# ---- a catalogue from another tokenizer ----------------------------------------------------------------------------------
+# ---- a catalogue from another tokenizer
+# ----------------------------------------------------------------------------------
 
 
 def test_a_catalogue_from_another_tokenizer(folder):
@@ -109,7 +112,8 @@ def test_a_catalogue_of_the_same_sizes_but_of_another_tokenizer(folder):
     assert AutoModel.from_pretrained(folder).catalogue.num_items == own.num_items
 
 
-# ---- a config of a newer version -----------------------------------------------------------------------------------------
+# ---- a config of a newer version
+# -----------------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -140,7 +144,8 @@ def test_a_value_or_a_model_of_a_newer_version(folder):
         AutoModel.from_pretrained(folder)
 
 
-# ---- no write permission -------------------------------------------------------------------------------------------------
+# ---- no write permission
+# -------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture

@@ -1,4 +1,6 @@
-"""Constrained generation against brute force over the whole catalogue, and transformers' own loop as a second opinion."""
+"""Constrained generation against brute force over the whole catalogue, and transformers' own loop as a second
+opinion.
+"""
 
 import copy
 
@@ -195,7 +197,9 @@ def test_half_precision(dtype):
 
 
 def test_decoding_is_one_graph():
-    """`torch.compile(fullgraph=True)` of the whole search; inductor takes minutes on a CPU, so the graph is run as it is."""
+    """`torch.compile(fullgraph=True)` of the whole search; inductor takes minutes on a CPU, so the graph is run as it
+    is.
+    """
     catalogue = Catalogue(tiny_catalogue().semantic_ids[:, :2], [8, 8])
     model = tiny_model(catalogue, num_hidden_layers=1, codebook_sizes=[8, 8])
     context = tiny_context(catalogue, model)
@@ -272,7 +276,9 @@ def test_bad_arguments(arguments, message):
 
 @pytest.mark.parametrize("static", [False, True])
 def test_both_layouts_of_expand_list_every_child_once(static, monkeypatch):
-    """A skewed catalogue, one prefix with 200 children: runs are shorter than padding, and both must list the same children."""
+    """A skewed catalogue, one prefix with 200 children: runs are shorter than padding, and both must list the same
+    children.
+    """
     monkeypatch.setattr(torch.compiler, "is_compiling", lambda: static)
     generator = torch.Generator().manual_seed(0)
     wide = torch.stack([torch.zeros(200).long(), torch.arange(200)], dim=1)

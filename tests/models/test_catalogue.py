@@ -31,7 +31,9 @@ def test_index_of_six_items():
 
 
 def test_accepted_set_equals_the_catalogue():
-    """Peers build the constraint from level sets or from the test file; ours accepts the catalogue and nothing else."""
+    """Peers build the constraint from level sets or from the test file; ours accepts the catalogue and nothing
+    else.
+    """
     catalogue = tiny_catalogue()
     existing = {tuple(row) for row in catalogue.semantic_ids.tolist()}
     every = torch.cartesian_prod(*(torch.arange(size) for size in SIZES))

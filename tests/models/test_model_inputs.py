@@ -1,4 +1,6 @@
-"""What the models refuse, and what they must not refuse: nothing is ignored in silence, and every message names what to do."""
+"""What the models refuse, and what they must not refuse: nothing is ignored in silence, and every message names what
+to do.
+"""
 
 import copy
 import io
@@ -29,7 +31,8 @@ def refused(message, call, *args, error=ValueError, **kwargs):
         call(*args, **kwargs)
 
 
-# ---- values and shapes -------------------------------------------------------------------------------------------------
+# ---- values and shapes
+# -------------------------------------------------------------------------------------------------
 
 
 @every_architecture
@@ -116,7 +119,8 @@ def test_reward_models_name_what_does_not_fit(kind):
         refused(message, model, **batch | bad)
 
 
-# ---- keyword arguments -------------------------------------------------------------------------------------------------
+# ---- keyword arguments
+# -------------------------------------------------------------------------------------------------
 
 
 @every_architecture
@@ -169,7 +173,8 @@ def test_rows_need_a_begin_and_a_filler(name):
     refused(f"{name}=None", OneRecV2Config, error=Strict, **{name: None})
 
 
-# ---- generation --------------------------------------------------------------------------------------------------------
+# ---- generation
+# --------------------------------------------------------------------------------------------------------
 
 
 @every_architecture
@@ -243,7 +248,8 @@ def test_no_item_is_no_fault(catalogue):
         assert (found[:, 1:] == 0).all()
 
 
-# ---- empty histories, no targets ---------------------------------------------------------------------------------------
+# ---- empty histories, no targets
+# ---------------------------------------------------------------------------------------
 
 
 @every_architecture
@@ -274,7 +280,8 @@ def test_no_target_at_all_is_no_loss(catalogue, architecture, normalization):
         assert all((p.grad == 0).all() for p in model.parameters() if p.grad is not None)
 
 
-# ---- copies, threads, plans --------------------------------------------------------------------------------------------
+# ---- copies, threads, plans
+# --------------------------------------------------------------------------------------------
 
 
 @every_architecture

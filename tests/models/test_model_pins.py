@@ -1,7 +1,8 @@
-"""Numbers of tiny models that no rewriting may change: loss, score of the best item or session, and the items themselves.
+"""Numbers of tiny models that no rewriting may change: loss, score of the best item or session, and the items
+themselves.
 
-Weights are a seeded draw in the order of `named_parameters`, so this also says that the order of the blocks has stayed. When a
-change of the numbers is meant, say so in the changelog, and write the new ones here.
+Weights are a seeded draw in the order of `named_parameters`, so this also says that the order of the blocks has
+stayed. When a change of the numbers is meant, say so in the changelog, and write the new ones here.
 """
 
 import pytest

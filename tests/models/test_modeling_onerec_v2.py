@@ -19,7 +19,9 @@ VARIANTS = [{}, SHARING, {"position_bias_buckets": 0}, {"score_normalization": "
 
 
 def all_targets(catalogue, model, batch=3, length=6, seed=2):
-    """Context of `length` items, each of which but the first is a target that sees the ones before it; user 1 is shorter."""
+    """Context of `length` items, each of which but the first is a target that sees the ones before it; user 1 is
+    shorter.
+    """
     generator = torch.Generator().manual_seed(seed)
     history = torch.randint(catalogue.num_items, (batch, length + 1), generator=generator)
     ids = catalogue.semantic_ids[history] + torch.tensor(model.config.level_offsets)
@@ -177,7 +179,9 @@ def test_features_reach_the_output_and_are_demanded():
 
 
 def test_the_order_of_features_survives_a_reload(tmp_path):
-    """config.json is written with sorted keys; the columns of context_features must not change their meaning with it."""
+    """config.json is written with sorted keys; the columns of context_features must not change their meaning with
+    it.
+    """
     config = OneRecV2Config(
         codebook_sizes=[4, 4], context_features={"watch": 5, "action": 9}, user_features={"z": 2, "b": 3}
     )

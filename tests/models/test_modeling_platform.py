@@ -1,16 +1,20 @@
-"""Every architecture on the platform around it: export, offloading, FSDP2, LoRA, and the rest of transformers' common tests.
+"""Every architecture on the platform around it: export, offloading, FSDP2, LoRA, and the rest of transformers' common
+tests.
 
-With test_modeling_common.py this covers what transformers asks of every model of its own. What does not apply, and why:
+With test_modeling_common.py this covers what transformers asks of every model of its own. What does not apply, and
+why:
 
 * resizing embeddings, pruning heads: the vocabulary is the semantic IDs, refused with an error;
 * tied weights: `lm_head` and `embed_tokens` are two matrices in the papers;
-* flash attention, flex attention: refused, because transformers unpads queries by the mask of the keys, which is wrong for a padded
-  context; attention kernels are reached through sdpa;
-* left padding of `input_ids`: every row has the same length, BOS and codes; the context is what is padded, and is tested;
+* flash attention, flex attention: refused, because transformers unpads queries by the mask of the keys, which is wrong
+  for a padded context; attention kernels are reached through sdpa;
+* left padding of `input_ids`: every row has the same length, BOS and codes; the context is what is padded, and is
+tested;
 * feed-forward chunking, problem types, image, audio and text sub-models, backbones: there are none;
-* prompt lookup, assisted, contrastive and group beam decoding, chunked prefill: they shorten long generations, these are of
-  three tokens; contrastive and group search have left transformers for hub repositories;
-* `generate(inputs_embeds=...)`, continuing from a cache, quantised caches: a prompt is one BOS token and a cache three positions;
+* prompt lookup, assisted, contrastive and group beam decoding, chunked prefill: they shorten long generations, these
+  are of three tokens; contrastive and group search have left transformers for hub repositories;
+* `generate(inputs_embeds=...)`, continuing from a cache, quantised caches: a prompt is one BOS token and a cache three
+positions;
 * text-generation pipeline, chat templates: the input is a context of tensors, no text;
 * `nn.DataParallel`, DeepSpeed stage 3 and several GPUs in one process: need GPUs that the tests do not have.
 """
@@ -66,7 +70,9 @@ def test_nothing_is_read_back(catalogue, architecture):
 @every_architecture
 @pytest.mark.parametrize("autocast", [False, True])
 def test_attention_to_the_context_can_be_fused(catalogue, architecture, autocast, monkeypatch):
-    """What CUDA's fused attention asks of keys, values and mask; else it silently multiplies whole matrices in float32."""
+    """What CUDA's fused attention asks of keys, values and mask; else it silently multiplies whole matrices in
+    float32.
+    """
     model, context, targets = prepared(catalogue, architecture)
     seen, attend = [], torch.nn.functional.scaled_dot_product_attention
 
@@ -89,7 +95,8 @@ def test_attention_to_the_context_can_be_fused(catalogue, architecture, autocast
     assert all(s.dtype == (torch.bfloat16 if autocast else torch.float32) for s in kv.key_states + kv.value_states)
 
 
-# ---- inputs and outputs ------------------------------------------------------------------------------------------------
+# ---- inputs and outputs
+# ------------------------------------------------------------------------------------------------
 
 
 @every_architecture
@@ -134,7 +141,8 @@ def test_recording_by_the_config(catalogue, architecture):
     assert len(model(input_ids=rows_of(targets, model), **context).hidden_states) == 5
 
 
-# ---- loading -----------------------------------------------------------------------------------------------------------
+# ---- loading
+# -----------------------------------------------------------------------------------------------------------
 
 
 @every_architecture
@@ -214,7 +222,9 @@ def test_copies(catalogue, architecture):
 
 
 def test_number_of_parameters():
-    """By hand, V2: 4 blocks of cross- and self-attention, gated feed-forward and three norms; tables, context, head."""
+    """By hand, V2: 4 blocks of cross- and self-attention, gated feed-forward and three norms; tables, context,
+    head.
+    """
     d, ff, vocab, dim = 32, 48, 28, 8
     block = 6 * d * d + 3 * d * ff + 3 * d
     context = vocab * dim + 3 * dim * d + d + d  # codes, item map, static slot, norm of the one key set
@@ -226,7 +236,8 @@ def test_number_of_parameters():
     assert model.num_parameters(only_trainable=True) == expected - vocab * d
 
 
-# ---- generation --------------------------------------------------------------------------------------------------------
+# ---- generation
+# --------------------------------------------------------------------------------------------------------
 
 
 @every_architecture
@@ -249,7 +260,8 @@ def test_ways_to_generate_agree(catalogue, architecture):
         assert_close(own.sequences_scores, expected.sequences_scores)
 
 
-# ---- graphs ------------------------------------------------------------------------------------------------------------
+# ---- graphs
+# ------------------------------------------------------------------------------------------------------------
 
 
 class Decode(nn.Module):
@@ -307,7 +319,8 @@ def test_inductor(catalogue):
     assert_gradients_close({name: p.grad for name, p in model.named_parameters()}, gradients)
 
 
-# ---- several processes -------------------------------------------------------------------------------------------------
+# ---- several processes
+# -------------------------------------------------------------------------------------------------
 
 
 def _save_sharded(model, folder, rank):
@@ -349,9 +362,11 @@ def _shard_on_one_rank(rank, port, folder):
 
 
 def test_fsdp2(tmp_path):
-    """Two processes, each block sharded: gradients, averaged over the processes, and generated items as of the whole model.
+    """Two processes, each block sharded: gradients, averaged over the processes, and generated items as of the whole
+    model.
 
-    What is saved of it is what the whole model would have saved: torch's class around it is no class of the repository.
+    What is saved of it is what the whole model would have saved: torch's class around it is no class of the
+    repository.
     """
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -428,7 +443,8 @@ def test_tensor_and_expert_parallel(tmp_path):
     multiprocessing.spawn(_split_on_one_rank, (port, tmp_path), nprocs=2)
 
 
-# ---- LoRA --------------------------------------------------------------------------------------------------------------
+# ---- LoRA
+# --------------------------------------------------------------------------------------------------------------
 
 PROJECTIONS = ["q_proj", "k_proj", "v_proj", "o_proj", "item_proj", "code_proj"]
 
@@ -478,7 +494,9 @@ def test_lora_with_checkpointing(catalogue, architecture):
 
 @every_architecture
 def test_lora_without_target_modules(catalogue, architecture):
-    """`import onerec_hf.trainers` says what a `LoraConfig` without `target_modules` adapts: queries, keys, values, outputs."""
+    """`import onerec_hf.trainers` says what a `LoraConfig` without `target_modules` adapts: queries, keys, values,
+    outputs.
+    """
     model, context, targets = prepared(catalogue, architecture)
     adapted = peft.get_peft_model(model, peft.LoraConfig(r=2, init_lora_weights=False))
     adapted.train()(target_ids=targets, **context).loss.backward()

@@ -96,8 +96,9 @@ V2_SIZES = {
 @pytest.mark.parametrize("size", V2_SIZES)
 def test_v2(size):
     """
-    The paper's sizes are those of the decoder's blocks: d_ff, which it does not report, is set to that. Counted in full, the
-    FLOPs are up to 4% more than its own, which leave out one of the two products of an attention (6 * layers * q * kv * d).
+    The paper's sizes are those of the decoder's blocks: d_ff, which it does not report, is set to that. Counted in
+    full, the FLOPs are up to 4% more than its own, which leave out one of the two products of an attention (6 * layers
+    * q * kv * d).
     """
     reported, gflops = V2_SIZES[size]
     model = preset(f"onerec_v2_{size}")
@@ -161,8 +162,9 @@ V1_SIZES = {
 @pytest.mark.parametrize("size", V1_SIZES)
 def test_v1(size):
     """
-    Parameters without embedding tables. The report does not say what it counts: the two large models fit to 2%; of the 0.121B
-    model blocks, head and pathways fit to 1% while the QFormer makes it 13% larger; nothing at the reported widths is 0.015B.
+    Parameters without embedding tables. The report does not say what it counts: the two large models fit to 2%; of the
+    0.121B model blocks, head and pathways fit to 1% while the QFormer makes it 13% larger; nothing at the reported
+    widths is 0.015B.
     """
     reported, dense, active = V1_SIZES[size]
     model = preset(f"onerec_v1_{size}", **V1)
@@ -179,7 +181,9 @@ def test_v1(size):
 
 @pytest.mark.parametrize("size", V1_SIZES)
 def test_widths_of_the_features(size):
-    """Section 2.2.1: the vid has d, the author 512, every other feature of an item 128, every feature of the user 64."""
+    """Section 2.2.1: the vid has d, the author 512, every other feature of an item 128, every feature of the user
+    64.
+    """
     model = preset(f"onerec_v1_{size}", **V1)
     embedding, d = model.model.context_processor.embedding, model.config.hidden_size
     tables = zip(embedding.embed_features.names, embedding.embed_features.tables)
@@ -206,7 +210,9 @@ def test_a_preset_fits_data_without_its_features():
 
 
 def test_onerec():
-    """Sections 4 and 5: m = 5, n = 256, 24 experts, 2 per token, 13% of the parameters active (of the blocks); Adam, 2e-4."""
+    """Sections 4 and 5: m = 5, n = 256, 24 experts, 2 per token, 13% of the parameters active (of the blocks); Adam,
+    2e-4.
+    """
     model = preset("onerec_1b")
     config = model.config
     assert (config.num_session_items, config.max_context_items) == (5, 256)

@@ -20,7 +20,9 @@ def same_users(model, batch):
 
 
 def exact(model, temperature=1.0, length=1, leaves=LEAVES):
-    """{session: (log-probability of being drawn, model's log-probability)}, code by code over what exists and is left."""
+    """{session: (log-probability of being drawn, model's log-probability)}, code by code over what exists and is
+    left.
+    """
     user = model.context(1).key_states[0]
     found = {}
 
@@ -105,7 +107,9 @@ def test_prefixes_with_hundreds_of_children(replacement):
 
 
 def test_gumbels_give_unbiased_sums():
-    """sum over all items of p(item) f(item), from 3 samples without replacement, as the docstring of the output says."""
+    """sum over all items of p(item) f(item), from 3 samples without replacement, as the docstring of the output
+    says.
+    """
     model, catalogue, total = HistoryModel(scale=0.5), Catalogue(CODES, [3, 3, 3]), 4000
     found = sample_items(model, catalogue, same_users(model, total), 4, generator=torch.Generator().manual_seed(1))
     kappa, q = found.gumbels[:, -1:], found.sample_log_probs[:, :-1]

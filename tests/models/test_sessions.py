@@ -15,7 +15,9 @@ CODES = torch.tensor([[0, 0, 0], [0, 0, 1], [0, 1, 2], [1, 0, 0], [1, 2, 1], [2,
 
 
 class HistoryModel:
-    """Scores that depend on every token so far, in order, and on the user: nothing but what the search may ask of a model."""
+    """Scores that depend on every token so far, in order, and on the user: nothing but what the search may ask of a
+    model.
+    """
 
     def __init__(self, sizes=(3, 3, 3), width=8, scale=2.0):
         self.config = OneRecV2Config(

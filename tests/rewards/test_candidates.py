@@ -1,4 +1,6 @@
-"""Reward models as reward functions: the candidates they see are the items that were generated, judged beside their own user."""
+"""Reward models as reward functions: the candidates they see are the items that were generated, judged beside their
+own user.
+"""
 
 from types import SimpleNamespace
 

@@ -31,7 +31,8 @@ ITEM = [[4, 8], [5, 11], [4, 8], [7, 10]]
 BOS = 1
 
 
-# ---- duration-aware shaping --------------------------------------------------------------------------------------------
+# ---- duration-aware shaping
+# --------------------------------------------------------------------------------------------
 
 
 def test_buckets_are_powers_of_the_base():
@@ -136,7 +137,8 @@ def test_impossible_durations_are_refused(bad):
         duration_buckets(torch.tensor([1.0]), base=1.0)
 
 
-# ---- legality ----------------------------------------------------------------------------------------------------------
+# ---- legality
+# ----------------------------------------------------------------------------------------------------------
 
 
 def test_what_completions_spell():
@@ -186,7 +188,8 @@ def test_format_reward_on_the_most_probable():
         select_for_format(2, 3, 4)
 
 
-# ---- bound to the sample -----------------------------------------------------------------------------------------------
+# ---- bound to the sample
+# -----------------------------------------------------------------------------------------------
 
 
 def test_equal_histories_with_different_targets_keep_their_own_reward():

@@ -1,4 +1,6 @@
-"""What is wrong is said before the first step; what fails after the last one costs neither the model nor the rest of the ending."""
+"""What is wrong is said before the first step; what fails after the last one costs neither the model nor the rest of
+the ending.
+"""
 
 import datetime
 import decimal
@@ -300,7 +302,8 @@ def test_a_run_in_the_folder_of_another_says_so_and_leaves_none_of_its_results(d
     assert not old and (run / "notes.txt").read_text() == "mine" and not (run / "items.jsonl").exists()
 
 
-# ---- baselines and the leaderboard -------------------------------------------------------------------------------------
+# ---- baselines and the leaderboard
+# -------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -359,7 +362,8 @@ def test_the_leaderboard_checks_every_entry_before_the_first(data, tmp_path, ent
     assert not list(tmp_path.rglob("metrics.json"))
 
 
-# ---- publish -----------------------------------------------------------------------------------------------------------
+# ---- publish
+# -----------------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture

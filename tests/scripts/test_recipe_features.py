@@ -1,4 +1,6 @@
-"""Features of the papers that are off by default, from the log on: OneRecV1's lifelong pathway, the industrial reward."""
+"""Features of the papers that are off by default, from the log on: OneRecV1's lifelong pathway, the industrial
+reward.
+"""
 
 import json
 import shutil
@@ -96,7 +98,8 @@ def test_what_lifelong_needs_is_said_before_the_long_work(log, tmp_path, monkeyp
         prepare_lifelong(log, tmp_path / "data", **changes)
 
 
-# ---- the industrial reward ---------------------------------------------------------------------------------------------
+# ---- the industrial reward
+# ---------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")

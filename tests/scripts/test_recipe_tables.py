@@ -18,7 +18,9 @@ def recipe(name):
 
 @pytest.mark.parametrize("suffix", ["parquet", "csv", "jsonl", "save_to_disk"])
 def test_exposures_of_any_source_and_of_users_that_the_data_folder_lacks(suffix, tmp_path):
-    """The log may write ids as text that are integers in the catalogue and in users.parquet; item 9 and user 3 are not in them."""
+    """The log may write ids as text that are integers in the catalogue and in users.parquet; item 9 and user 3 are not
+    in them.
+    """
     grpo = recipe("grpo")
     log = {"uid": list("112233"), "vid": ["0", "1", "2", "9", "0", "1"], "timestamp": [1, 2, 3, 4, 5, 6]}
     log |= {"request_id": ["01", "01", "1", "1", "1", "2"], "play_time_ms": [5000] * 6, "duration_ms": [9000] * 6}

@@ -247,7 +247,9 @@ def test_grpo_from_rollouts_leaves_and_pushes_a_repository(quickstart, hub, tmp_
 
 
 def test_feedback_of_own_exposures_then_an_ab_test(quickstart, impressions, tmp_path):
-    """A model against itself: every lift is exactly 0. What it logged is its own probability, so the first ratio is 1."""
+    """A model against itself: every lift is exactly 0. What it logged is its own probability, so the first ratio is
+    1.
+    """
     import pandas as pd
 
     from onerec_hf.scripts import ab_test

@@ -1,4 +1,6 @@
-"""recipes/README.md as a person follows it: its commands, in order and as printed, from two tables to a model that serves."""
+"""recipes/README.md as a person follows it: its commands, in order and as printed, from two tables to a model that
+serves.
+"""
 
 import json
 import os
@@ -67,7 +69,9 @@ def desk(tmp_path, monkeypatch):
 
 
 def run(line: str, monkeypatch) -> None:
-    """In this process, which has imported everything already; `accelerate launch` of one process is the script itself."""
+    """In this process, which has imported everything already; `accelerate launch` of one process is the script
+    itself.
+    """
     words = shlex.split(line)
     words = words[2:] if words[:2] == ["accelerate", "launch"] else words[1:]
     if words[0] == "-c":

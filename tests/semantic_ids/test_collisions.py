@@ -20,8 +20,9 @@ CODES = torch.tensor([[0, 1], [0, 1], [1, 2], [0, 2], [0, 1], [1, 2]])
 
 
 def test_next_free_by_hand():
-    """Under prefix 0, item 1 is nearest to code 1 and keeps it; then 0 takes the nearest free code -1 (code 2 belongs to item 3),
-    and 4 the only one left. Under prefix 1, item 2 keeps code 2 and item 5 takes code 1 at distance 0.8."""
+    """Under prefix 0, item 1 is nearest to code 1 and keeps it; then 0 takes the nearest free code -1 (code 2 belongs
+    to item 3), and 4 the only one left. Under prefix 1, item 2 keeps code 2 and item 5 takes code 1 at distance
+    0.8."""
     codes = resolve_collisions(CODES, literal_quantizer(), EMBEDDINGS, policy="next_free")
     assert codes.tolist() == [[0, 0], [0, 1], [1, 2], [0, 2], [0, 3], [1, 1]]
 

@@ -1,4 +1,6 @@
-"""RQ-VAE: the loss term by term, gradients that stop where the paper stops them, dead codes, and the calls of k-means."""
+"""RQ-VAE: the loss term by term, gradients that stop where the paper stops them, dead codes, and the calls of
+k-means.
+"""
 
 import json
 

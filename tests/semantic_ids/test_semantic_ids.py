@@ -76,7 +76,9 @@ def test_centroids_are_the_means_of_the_residuals_of_their_items(items, quantize
 
 
 def algorithm_1(items, centroids, num_iterations):
-    """OneRec's Algorithm 1, line by line: U, its sort by distance, the first w, their mean; the cheapest iteration's codes."""
+    """OneRec's Algorithm 1, line by line: U, its sort by distance, the first w, their mean; the cheapest iteration's
+    codes.
+    """
     best, lowest, codebook_size = None, math.inf, len(centroids)
     for _ in range(num_iterations):
         unassigned, codes, error = list(range(len(items))), [0] * len(items), 0.0
@@ -167,7 +169,9 @@ def test_kmeans_plus_plus_takes_one_item_per_group_and_no_item_twice():
 
 
 def test_kmeans_plus_plus_draws_by_squared_distance():
-    """From 0 the next one of two draws is 1, 3 or 10 with p = 1/110, 9/110, 100/110; the better of both leaves less: 10, then 3."""
+    """From 0 the next one of two draws is 1, 3 or 10 with p = 1/110, 9/110, 100/110; the better of both leaves less:
+    10, then 3.
+    """
     items = torch.tensor([[0.0], [1.0], [3.0], [10.0]])
     counts = torch.zeros(11)
     for seed in range(2000):
@@ -310,7 +314,9 @@ def test_next_free_equals_a_plain_loop():
 
 
 def test_items_far_from_the_origin():
-    """Float32 keeps 7 digits: without centring, squared distances of 100 beside squared norms of 10^9 would be noise."""
+    """Float32 keeps 7 digits: without centring, squared distances of 100 beside squared norms of 10^9 would be
+    noise.
+    """
     items = clustered_items(400, 8, 20)
     near, far = (ResidualKMeans(2, 16, num_iterations=5).fit(x) for x in (items, items + 10_000))
     errors = [(x - q.decode(q.encode(x))).square().mean().item() for x, q in ((items, near), (items + 10_000, far))]

@@ -1,4 +1,6 @@
-"""Serving a simulated world: common random numbers, next-day logs, who leaves when; totals and intervals of an A/B test."""
+"""Serving a simulated world: common random numbers, next-day logs, who leaves when; totals and intervals of an A/B
+test.
+"""
 
 import numpy as np
 import pandas as pd

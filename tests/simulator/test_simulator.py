@@ -1,4 +1,6 @@
-"""The simulated world: calibration on published rates, exact expectations, common random numbers, learnable histories."""
+"""The simulated world: calibration on published rates, exact expectations, common random numbers, learnable
+histories.
+"""
 
 import numpy as np
 import pandas as pd
@@ -28,7 +30,8 @@ def real_size():
     return log, world.expected_feedback(log["user_id"], log["video_id"], log["time_ms"])
 
 
-# KuaiRand-Pure, standard policy, 2022-04-25 to 05-08 (Gao et al., CIKM 2022): measured on the real log, not on simulated ones
+# KuaiRand-Pure, standard policy, 2022-04-25 to 05-08 (Gao et al., CIKM 2022): measured on the real log, not on
+# simulated ones
 @pytest.mark.parametrize(
     "name, levels, published",
     [

@@ -1,4 +1,6 @@
-"""Reinforcement learning on tiny models: losses and gradients against closed forms, rollouts, rewards, logged exposures, resume."""
+"""Reinforcement learning on tiny models: losses and gradients against closed forms, rollouts, rewards, logged
+exposures, resume.
+"""
 
 import logging
 import math
@@ -79,7 +81,9 @@ def make(folder, model=None, reward_funcs=reward, architecture="v2", rows=None, 
 
 
 def brute_log_probs(model, context, row):
-    """log pi of the codes of one candidate (L,), by a softmax over each level's slice of the logits; `context` of one user."""
+    """log pi of the codes of one candidate (L,), by a softmax over each level's slice of the logits; `context` of one
+    user.
+    """
     logits = model(input_ids=row[None, :-1], **context).logits[0]
     edges = [*model.config.level_offsets, model.config.vocab_size]
     return torch.stack(
@@ -309,11 +313,14 @@ def test_entropy_and_norms_by_sign(tmp_path):
         assert log[f"grad_norm/{name}"] == pytest.approx(norm.item(), rel=1e-3)
 
 
-# ---- rewards -----------------------------------------------------------------------------------------------------------
+# ---- rewards
+# -----------------------------------------------------------------------------------------------------------
 
 
 def test_rewards_stay_with_their_sample(tmp_path):
-    """After TRL's shuffle, advantage, candidate and context of a group still belong together; a hit is the user's own target."""
+    """After TRL's shuffle, advantage, candidate and context of a group still belong together; a hit is the user's own
+    target.
+    """
     seen = []
 
     def record(completion_ids, user, targets, sample_log_probs, **columns):
@@ -452,7 +459,8 @@ def test_rewards_that_are_no_numbers_stop_the_run(value, tmp_path):
         make(tmp_path, reward_funcs=broken).train()
 
 
-# ---- logged exposures --------------------------------------------------------------------------------------------------
+# ---- logged exposures
+# --------------------------------------------------------------------------------------------------
 
 
 def logged_rows():
@@ -465,7 +473,9 @@ def logged_rows():
 
 @pytest.mark.parametrize("loss_type", ["grpo", "ecpo", "gbpo"])
 def test_logged_exposures_with_and_without_logged_probabilities(loss_type, tmp_path):
-    """No rollouts; pi_old is what was logged, and the policy itself where it is NaN; advantages of 0 are left out of the mean."""
+    """No rollouts; pi_old is what was logged, and the policy itself where it is NaN; advantages of 0 are left out of
+    the mean.
+    """
     trainer = make(
         tmp_path,
         rows=datasets.Dataset.from_dict({"user": [0]}),
@@ -514,7 +524,9 @@ def test_rollouts_and_logged_exposures_may_have_losses_of_their_own(tmp_path):
 
 
 def beside(folder, batch_size, accumulate):
-    """Logged exposures and supervised targets alone: users have one to three of them, some exposures without advantage."""
+    """Logged exposures and supervised targets alone: users have one to three of them, some exposures without
+    advantage.
+    """
     rows = [
         {"user": u, "targets": [7 * u, 7 * u + 1, 7 * u + 2][: 1 + u % 3], "advantage": [1.0, 0.0, -0.5][: 1 + u % 3]}
         for u in range(USERS)
@@ -579,7 +591,8 @@ def test_endless_batches_are_a_function_of_their_number():
     assert EndlessBatches(rows, 3, seed=1, process=1, num_processes=2)(7) == halves[1](7)
 
 
-# ---- the rest of the contract ------------------------------------------------------------------------------------------
+# ---- the rest of the contract
+# ------------------------------------------------------------------------------------------
 
 
 def run(folder, resume=None, **settings):

@@ -1,4 +1,6 @@
-"""Iterative Preference Alignment: pairs against brute force, a step against the formula, iterations, resuming, bad input."""
+"""Iterative Preference Alignment: pairs against brute force, a step against the formula, iterations, resuming, bad
+input.
+"""
 
 import itertools
 import json
@@ -95,7 +97,8 @@ def one_user(collator, row) -> dict:
     return context_inputs(collator([row]))
 
 
-# ---- mining -----------------------------------------------------------------------------------------------------------
+# ---- mining
+# -----------------------------------------------------------------------------------------------------------
 
 
 def test_best_and_worst_by_hand():
@@ -176,7 +179,8 @@ def test_rewards_that_are_no_numbers_are_refused():
         mine(reward=lambda completion_ids, **columns: [0.0, 1.0])
 
 
-# ---- loss -------------------------------------------------------------------------------------------------------------
+# ---- loss
+# -------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
@@ -252,7 +256,8 @@ def test_training_widens_the_margin(loss_type, tmp_path):
     assert bool((moved[:, 0] > moved[:, -1] + 0.05).all())
 
 
-# ---- iterations -------------------------------------------------------------------------------------------------------
+# ---- iterations
+# -------------------------------------------------------------------------------------------------------
 
 
 def test_the_generator_of_an_iteration_is_its_reference_router_biases_included(tmp_path):
@@ -474,7 +479,8 @@ def test_two_processes_equal_one(tmp_path):
     assert sum(step[0] is not None for step in one) > 2
 
 
-# ---- given pairs ------------------------------------------------------------------------------------------------------
+# ---- given pairs
+# ------------------------------------------------------------------------------------------------------
 
 
 def test_given_pairs_serve_every_epoch_with_the_seed_as_reference(tmp_path):
@@ -567,7 +573,8 @@ def test_pairs_of_another_run_are_compared_with_this_one(tmp_path):
     assert len(warned) == 1 and "`row` counts the 8 training rows" in warned[0]
 
 
-# ---- bad input --------------------------------------------------------------------------------------------------------
+# ---- bad input
+# --------------------------------------------------------------------------------------------------------
 
 
 def test_no_pair_at_all_is_an_error(tmp_path):
@@ -651,7 +658,8 @@ def test_arguments_of_a_run_make_the_arguments_of_another(kind, tmp_path):
             assert getattr(again, entry.name) == getattr(args, entry.name), entry.name
 
 
-# ---- LoRA -------------------------------------------------------------------------------------------------------------
+# ---- LoRA
+# -------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)

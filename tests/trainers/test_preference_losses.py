@@ -1,4 +1,6 @@
-"""Preference losses: TRL's own code on equal log-probabilities is the oracle; cDPO and S-DPO, which TRL lacks, by hand."""
+"""Preference losses: TRL's own code on equal log-probabilities is the oracle; cDPO and S-DPO, which TRL lacks, by
+hand.
+"""
 
 import math
 import warnings

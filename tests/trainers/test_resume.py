@@ -1,4 +1,6 @@
-"""Runs that were killed go on as the unbroken one; checkpoints that are cut off, or of another run, are skipped or refused."""
+"""Runs that were killed go on as the unbroken one; checkpoints that are cut off, or of another run, are skipped or
+refused.
+"""
 
 import json
 import shutil
@@ -54,7 +56,8 @@ def warnings(monkeypatch):
     return found
 
 
-# ---- the same numbers ----------------------------------------------------------------------------------------------------
+# ---- the same numbers
+# ----------------------------------------------------------------------------------------------------
 
 
 def forked(name, folder, processes, **settings):
@@ -66,7 +69,9 @@ def forked(name, folder, processes, **settings):
 
 
 def test_a_run_takes_no_lock_of_its_parents_progress_bars(tmp_path, monkeypatch):
-    """A killed run, or tqdm's monitor at the moment of a fork, keeps it for ever, and the first bar of the next run would wait."""
+    """A killed run, or tqdm's monitor at the moment of a fork, keeps it for ever, and the first bar of the next run
+    would wait.
+    """
     kept = TqdmDefaultWriteLock()
     for kind in (tqdm, tqdm_auto):  # the second, which transformers draws with, can have one of its own
         monkeypatch.setattr(kind, "_lock", kept, raising=False)
@@ -77,7 +82,9 @@ def test_a_run_takes_no_lock_of_its_parents_progress_bars(tmp_path, monkeypatch)
 @pytest.mark.parametrize("processes", [1, 2])
 @pytest.mark.parametrize("name", TRAINERS)
 def test_resumed_equals_unbroken(name, processes, tmp_path):
-    """From inside the second epoch, between two logs (9 of GRPO: with rollouts left); from the start of one; from the last step."""
+    """From inside the second epoch, between two logs (9 of GRPO: with rollouts left); from the start of one; from the
+    last step.
+    """
     expected = forked(name, tmp_path / "unbroken", processes, **KEPT)
     last = len(expected[0]["log"])
     assert last > 4 and any("expert_load_max" in record for record in expected[0]["log"])
@@ -102,7 +109,9 @@ def test_every_order_of_the_rows_is_resumed(strategy, tmp_path):
 @pytest.mark.parametrize("name", ["SFT", "IPA"])
 @pytest.mark.parametrize("step", [9, 12])
 def test_patience_survives(name, step, tmp_path):
-    """It has run out at step 12; a run that resumes before that stops there too, and one that resumes after it at once."""
+    """It has run out at step 12; a run that resumes before that stops there too, and one that resumes after it at
+    once.
+    """
 
     def run(folder, resume=None):
         def change(trainer):
@@ -146,7 +155,8 @@ def test_the_last_step_is_not_trained_twice(tmp_path):
     assert trainer.state.global_step == 4 and differences(expected, trainer.model.state_dict()) == []
 
 
-# ---- which checkpoint ------------------------------------------------------------------------------------------------------
+# ---- which checkpoint
+# ------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("resume", ["true", "True", "latest", True])
@@ -202,7 +212,8 @@ def test_nothing_to_resume_from(stopped, tmp_path):
         train("SFT", stopped, "true")
 
 
-# ---- of the same run -----------------------------------------------------------------------------------------------------
+# ---- of the same run
+# -----------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", ["SFT", "IPA", "GRPO"])

@@ -1,4 +1,5 @@
-"""What every trainer did before it moved to another base class: losses of each micro-batch, and how far the weights went.
+"""What every trainer did before it moved to another base class: losses of each micro-batch, and how far the weights
+went.
 
 `python -m tests.trainers.test_trainer_pins` prints the numbers. A change that is meant to change them says so and
 replaces them here.
@@ -108,7 +109,9 @@ def make(name, folder):
 
 
 def record(name, folder):
-    """Losses of the micro-batches, as they go into the gradient; sum and absolute sum of what was added to the weights."""
+    """Losses of the micro-batches, as they go into the gradient; sum and absolute sum of what was added to the
+    weights.
+    """
     trainer = make(name, folder)
     before = {name: weight.detach().clone() for name, weight in trainer.model.named_parameters()}
     losses, step = [], trainer.training_step

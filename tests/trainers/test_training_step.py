@@ -79,7 +79,8 @@ def trained(folder, architecture, batch, accumulate, kind="sft"):
 def check(found, expected):
     scale = max(move.abs().max().item() for move in expected[0].values())
     for name, move in expected[0].items():
-        # of 16 short users and a few long ones, means of means were off by a half; weights of 1 round the moves at 1e-7
+        # of 16 short users and a few long ones, means of means were off by a half; weights of 1 round the moves at
+        # 1e-7
         assert_close(found[0][name], move, scale=scale + 0.1, msg=name)
     assert found[1] == {name: value and pytest.approx(value, abs=2e-4) for name, value in expected[1].items()}
 
@@ -180,7 +181,9 @@ def test_the_evaluation_loss_is_a_mean_over_targets(tmp_path):
 @pytest.mark.parametrize("kind", ["sft", "ipa"])
 @pytest.mark.parametrize("what", ["loss", "gradient"])
 def test_training_stops_where_numbers_stop(kind, what, tmp_path):
-    """A weight of NaN in the middle; or a finite loss whose gradient is none. The checkpoint before it stays, no model is saved."""
+    """A weight of NaN in the middle; or a finite loss whose gradient is none. The checkpoint before it stays, no model
+    is saved.
+    """
     catalogue = tiny_catalogue()
     model = tiny_model(catalogue)
     tokens = catalogue.semantic_ids.numpy() + np.array(model.config.level_offsets)
