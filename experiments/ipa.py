@@ -25,7 +25,8 @@ from transformers import set_seed
 from world import CODEBOOK_SIZES, QUIET, World, align, first_pairs, rank_correlation, train_reward
 
 from onerec_hf import OneRecV2Config, OneRecV2ForCausalLM
-from onerec_hf.data import OneRecCollator, SessionConfig, leave_last_out, session_splits
+from onerec_hf.collators import OneRecCollator
+from onerec_hf.data import SessionConfig, leave_last_out, session_splits
 from onerec_hf.evaluation import evaluate
 from onerec_hf.recommender import ItemRanker
 from onerec_hf.rewards import reward_of_model

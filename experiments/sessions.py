@@ -22,7 +22,8 @@ from transformers import set_seed
 from world import World
 
 from onerec_hf import Catalogue, OneRecConfig, OneRecForCausalLM
-from onerec_hf.data import SessionCollator, SessionConfig, session_splits, training_events
+from onerec_hf.collators import SessionCollator
+from onerec_hf.data import SessionConfig, session_splits, training_events
 from onerec_hf.trainers import OneRecSFTConfig, OneRecSFTTrainer
 
 DAY_MS = 86_400_000

@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from .data.histories import check_per_user, history_rows
+from .collators.histories import check_per_user, history_rows
 
 BATCH_SIZE = 256  # histories that are scored at once
 

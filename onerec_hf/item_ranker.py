@@ -5,7 +5,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from .data.collators import OneRecCollator
+from .collators import OneRecCollator
 from .models import RecommendedItems
 
 

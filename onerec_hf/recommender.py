@@ -12,8 +12,8 @@ from tqdm.auto import tqdm
 from transformers import AutoModel
 from transformers.utils.hub import cached_file
 
-from .data.histories import check_per_user, history_rows, is_per_user
-from .data.saved_collator import collator_of
+from .collators.histories import check_per_user, history_rows, is_per_user
+from .collators.loading import collator_of
 from .explanation import Contribution, leave_one_out
 from .item_ranker import ItemRanker
 from .models.item_ids import id_array, is_text

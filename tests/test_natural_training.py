@@ -11,7 +11,8 @@ from transformers import AutoModel, EarlyStoppingCallback, Trainer, TrainingArgu
 from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
 
 from onerec_hf import SemanticIdTokenizer
-from onerec_hf.data import Interactions, OneRecCollator, SessionCollator, leave_last_out
+from onerec_hf.collators import OneRecCollator, SessionCollator
+from onerec_hf.data import Interactions, leave_last_out
 from onerec_hf.trainers import (
     IPAConfig,
     IPATrainer,

@@ -13,7 +13,8 @@ import torch
 from transformers import pipeline
 
 from onerec_hf import Catalogue
-from onerec_hf.data import EventFeature, OneRecCollator, PathwayCollator, SessionCollator
+from onerec_hf.collators import OneRecCollator, PathwayCollator, SessionCollator
+from onerec_hf.data import EventFeature
 from onerec_hf.recommender import ItemRanker, Recommender
 from onerec_hf.scripts import recommend
 from onerec_hf.semantic_ids import ResidualKMeans

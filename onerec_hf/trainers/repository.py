@@ -15,7 +15,7 @@ from huggingface_hub import CommitInfo
 from transformers.utils import logging
 
 from .._version import __version__
-from ..data import OneRecCollator
+from ..collators import OneRecCollator
 from ..evaluation import prediction_entropy
 from ..hub import model_card, plot_prediction_entropy, plot_training_curve, push_to_hub, table_cell
 from .resume import ResumableTrainer, StopAtNonFinite

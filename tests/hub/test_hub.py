@@ -14,7 +14,7 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoModel
 
 from onerec_hf import SemanticIdTokenizer
-from onerec_hf.data import OneRecCollator
+from onerec_hf.collators import OneRecCollator
 from onerec_hf.hub import model_card, push_to_hub, repository_files
 from onerec_hf.trainers import OneRecSFTConfig, OneRecSFTTrainer
 

@@ -11,7 +11,8 @@ import pytest
 from transformers import AutoModel, AutoTokenizer
 
 from onerec_hf import Catalogue, SemanticIdTokenizer
-from onerec_hf.data import OneRecCollator, load_splits
+from onerec_hf.collators import OneRecCollator
+from onerec_hf.data import load_splits
 from onerec_hf.trainers import OneRecSFTConfig, OneRecSFTTrainer
 
 from ..tiny import ARCHITECTURES, SIZES, tiny_catalogue, tiny_model

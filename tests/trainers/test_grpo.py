@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from trl.trainer import grpo_trainer
 
-from onerec_hf.data import OneRecCollator
+from onerec_hf.collators import OneRecCollator
 from onerec_hf.rewards import FormatReward, is_legal, reward_of_model
 from onerec_hf.trainers import OneRecGRPOConfig, OneRecGRPOTrainer
 from onerec_hf.trainers.grpo_rollouts import EndlessBatches, pad_logged, rollout

@@ -21,7 +21,7 @@ from safetensors.torch import load_file, save_file
 from trl import DPOTrainer
 
 from onerec_hf import Catalogue, OneRecV2ForCausalLM
-from onerec_hf.data import OneRecCollator, PathwayCollator, SessionCollator
+from onerec_hf.collators import OneRecCollator, PathwayCollator, SessionCollator
 from onerec_hf.trainers import IPAConfig, IPATrainer, OneRecSFTConfig
 from onerec_hf.trainers.pair_files import load_pairs, load_rows, save_rows
 from onerec_hf.trainers.pair_mining import choose_pairs, completion_log_probs, context_inputs, mine_pairs

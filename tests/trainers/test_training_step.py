@@ -17,7 +17,7 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 from trl import SFTConfig, SFTTrainer
 
 from onerec_hf import SemanticIdTokenizer
-from onerec_hf.data import OneRecCollator, SessionCollator
+from onerec_hf.collators import OneRecCollator, SessionCollator
 from onerec_hf.trainers import IPAConfig, IPATrainer, OneRecSFTConfig, OneRecSFTTrainer
 
 from ..numeric import assert_close
