@@ -187,7 +187,7 @@ class Recommender:
         allowed = self._allowed([row["history"] for row in rows], exclude_seen, allow, deny)
         k = k if session else min(k, catalogue.num_items)
         width = max(self.ranker.num_beams, k)
-        length = self.model.num_items if session else None
+        length = self.model.num_session_items if session else None
         context = {name: tensor.to(self.model.device) for name, tensor in collator.context(rows).items()}
         items, scores = self.model.recommend_items(
             k, num_beams=width, allowed_items=allowed, num_session_items=length, **context

@@ -74,7 +74,7 @@ def test_equals_a_plain_generate(architecture):
             ]
         )
         out = model.generate(
-            **context, num_beams=20, num_return_sequences=20, num_items=1, return_dict_in_generate=True
+            **context, num_beams=20, num_return_sequences=20, num_session_items=1, return_dict_in_generate=True
         )
         codes = out.sequences[:, 1:] - torch.tensor(model.config.level_offsets)
         expected = [

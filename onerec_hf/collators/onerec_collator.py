@@ -212,7 +212,6 @@ class OneRecCollator:
         return found
 
     # ---- saved with the model
-    # ------------------------------------------------------------------------------------------
 
     def save_pretrained(self, folder: str | os.PathLike) -> None:
         """

@@ -172,8 +172,8 @@ class SemanticIdForCausalLM(CatalogueGenerationMixin, SemanticIdPreTrainedModel)
         self.model = model
         self.lm_head = LevelHead(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
-        self.num_items = config.num_session_items if config.session_wise else 1
-        self.generation_config.max_new_tokens = self.num_items * (config.num_levels + 1) - 1
+        self.num_session_items = config.num_session_items if config.session_wise else 1
+        self.generation_config.max_new_tokens = self.num_session_items * (config.num_levels + 1) - 1
         # `transformers.Trainer` counts the codes in `labels`; its count fits a loss that is a mean over codes, and no
         # other
         self.accepts_loss_kwargs = config.loss_reduction == "mean"
@@ -203,7 +203,6 @@ class SemanticIdForCausalLM(CatalogueGenerationMixin, SemanticIdPreTrainedModel)
         ]
 
     # ---- the one place where scores become log-probabilities
-    # -----------------------------------------------------------
 
     def level_log_probs(
         self,
@@ -321,7 +320,6 @@ class SemanticIdForCausalLM(CatalogueGenerationMixin, SemanticIdPreTrainedModel)
         return logits.masked_fill(~inside, torch.finfo(logits.dtype).min)
 
     # ---- recommending
-    # --------------------------------------------------------------------------------------------------
 
     @torch.no_grad()
     def recommend_items(
@@ -382,7 +380,6 @@ class SemanticIdForCausalLM(CatalogueGenerationMixin, SemanticIdPreTrainedModel)
         return RecommendedItems(items, scores)
 
     # ---- training
-    # ------------------------------------------------------------------------------------------------------
 
     @can_return_tuple
     def forward(

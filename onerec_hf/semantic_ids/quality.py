@@ -6,8 +6,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from .blocks import row_blocks
 from .collisions import row_ids
+from .distances import row_blocks
 from .residual import ResidualKMeans
 from .rqvae import RQVAE
 

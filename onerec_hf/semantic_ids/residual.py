@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
 
-from .blocks import row_blocks
+from .distances import row_blocks
 from .kmeans import nearest_centroids, train_codebook
 
 logger = logging.getLogger(__name__)

@@ -44,7 +44,6 @@ def folder(complete, tmp_path):
 
 
 # ---- up
-# ----------------------------------------------------------------------------------------------------------------
 
 
 def test_one_commit_with_everything_and_nothing_else(hub, folder):
@@ -64,7 +63,9 @@ def test_one_commit_with_everything_and_nothing_else(hub, folder):
     repository = hub.repos["org/onerec-1b"]
     assert repository.private and [message for _, message, _ in repository.commits] == ["First"]
     code = "configuration_onerec modeling_onerec_v2 modeling_semantic_id generation_semantic_id beam_search catalogue "
-    code += "prefix_index modeling_layers moe any_model tokenization_semantic_id item_ids input_checks parallel"
+    code += (
+        "prefix_index modeling_layers moe catalogue_generate tokenization_semantic_id item_ids input_checks parallel"
+    )
     assert set(repository.branches["main"]) == {
         *(f"{name}.py" for name in code.split()),
         *("config.json", "model.safetensors", "generation_config.json", "catalogue.safetensors"),
@@ -158,7 +159,6 @@ def test_a_wrong_token_and_a_wrong_name(hub, folder):
 
 
 # ---- what is refused before the first byte
-# -----------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -243,7 +243,6 @@ def test_no_folder_and_no_model(tmp_path):
 
 
 # ---- trainers
-# ----------------------------------------------------------------------------------------------------------
 
 
 def test_a_trainer_writes_our_card_and_pushes_itself(hub, tmp_path):
@@ -294,7 +293,6 @@ def test_a_trainer_writes_our_card_and_pushes_itself(hub, tmp_path):
 
 
 # ---- adapters
-# ----------------------------------------------------------------------------------------------------------
 
 
 def adapter_of(base, folder, **card):
@@ -314,7 +312,6 @@ def test_an_adapter_of_a_model_that_only_lies_here_is_refused(complete, tmp_path
 
 
 # ---- down: a process that does not have the package
-# --------------------------------------------------------------------
 
 DOWN = """
 import json, sys

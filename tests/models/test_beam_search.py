@@ -223,12 +223,12 @@ def test_no_synchronisation_on_a_gpu(dtype):
     expected = [beam_search(model, catalogue, kv, 7, allowed, num_items) for num_items in (1, 2)]
     reference, model, catalogue = model, copy.deepcopy(model).to("cuda", dtype), catalogue.to("cuda")
     kv = model.encode_context(**{name: tensor.cuda() for name, tensor in context.items()})
-    alive = catalogue.alive(allowed.cuda())
+    alive = catalogue.node_masks(allowed.cuda())
     beam_search(model, catalogue, kv, 7, alive)
     torch.cuda.set_sync_debug_mode("error")
     try:
         found = [beam_search(model, catalogue, kv, 7, alive, num_items) for num_items in (1, 2)]
-        sample_items(model, catalogue, kv, 7, allowed=alive, generator=torch.Generator("cuda"))
+        sample_items(model, catalogue, kv, 7, allowed_items=alive, generator=torch.Generator("cuda"))
     finally:
         torch.cuda.set_sync_debug_mode("default")
     if dtype == torch.float32:

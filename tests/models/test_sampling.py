@@ -63,7 +63,7 @@ def test_with_replacement(temperature, length):
     model, catalogue, total = HistoryModel(scale=0.5), Catalogue(CODES, [3, 3, 3]), 4000
     generator = torch.Generator().manual_seed(0)
     found = sample_items(
-        model, catalogue, same_users(model, 2), total // 2, True, temperature, generator, num_items=length
+        model, catalogue, same_users(model, 2), total // 2, True, temperature, generator, num_session_items=length
     )
     expected = exact(model, temperature, length)
     check_probabilities(found, expected)
@@ -77,7 +77,7 @@ def test_without_replacement(length):
     """The first sample has the probabilities of the model, the second those that are left, renormalised."""
     model, catalogue, total = HistoryModel(scale=0.5), Catalogue(CODES, [3, 3, 3]), 4000
     generator = torch.Generator().manual_seed(0)
-    found = sample_items(model, catalogue, same_users(model, total), 2, generator=generator, num_items=length)
+    found = sample_items(model, catalogue, same_users(model, total), 2, generator=generator, num_session_items=length)
     expected = exact(model, length=length)
     check_probabilities(found, expected)
     pairs = [tuple(tuple(codes) for codes in pair) for pair in found.semantic_ids.flatten(2).tolist()]
