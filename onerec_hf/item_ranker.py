@@ -7,6 +7,7 @@ import torch
 
 from .collators import OneRecCollator
 from .models import RecommendedItems
+from .reranker import Reranker
 
 
 class ItemRanker:
@@ -18,12 +19,15 @@ class ItemRanker:
         model: A OneRec model with a catalogue.
         collator (`OneRecCollator`): As in training; its `context` makes the model's inputs.
         num_beams (`int`, defaults to 50): Beam width; at least the number of items asked for.
+        reranker ([`Reranker`], *optional*): Orders what the search and its scorers propose.
     """
 
-    def __init__(self, model: Any, collator: OneRecCollator, num_beams: int = 50):
+    def __init__(
+        self, model: Any, collator: OneRecCollator, num_beams: int = 50, reranker: Reranker | None = None
+    ):
         if model.catalogue is None:
             raise ValueError("the model has no catalogue: set `model.catalogue`, or load it from a folder with one.")
-        self.model, self.collator, self.num_beams = model, collator, num_beams
+        self.model, self.collator, self.num_beams, self.reranker = model, collator, num_beams, reranker
 
     def recommend(self, examples: dict[str, list], k: int, exclude_seen: bool = False) -> np.ndarray:
         """
@@ -43,7 +47,11 @@ class ItemRanker:
             allowed = torch.ones(len(rows), self.model.catalogue.num_items, dtype=torch.bool)
             for i, row in enumerate(rows):
                 allowed[i, np.asarray(row["history"], dtype=np.int64)] = False
-        return self.search(rows, k, allowed).items.cpu().numpy()
+        found = self.search(rows, max(k, self.num_beams) if self.reranker else k, allowed)
+        if self.reranker is not None:
+            kind = "masked" if exclude_seen else "kept"
+            found = self.reranker(found, examples["history"], self.model.catalogue, k, kind, allowed)
+        return found.items.cpu().numpy()
 
     def search(
         self,
@@ -57,7 +65,7 @@ class ItemRanker:
         batch = {name: tensor.to(self.model.device) for name, tensor in self.collator.context(rows).items()}
         return self.model.recommend_items(
             k,
-            num_beams=num_beams or self.num_beams,
+            num_beams=num_beams or max(k, self.num_beams),
             allowed_items=allowed_items,
             num_session_items=num_session_items,
             **batch,

@@ -9,7 +9,11 @@ from .ranking import rank_items
 from .sasrec import SASRec
 from .tiger import TIGER
 
+# what a re-ranker can be saved with
+SCORERS: dict[str, type] = {scorer.__name__: scorer for scorer in (BERT4Rec, CoOccurrence, FDSA, SASRec)}
+
 __all__ = [
+    "SCORERS",
     "FDSA",
     "TIGER",
     "BERT4Rec",

@@ -329,6 +329,7 @@ class SemanticIdForCausalLM(CatalogueGenerationMixin, SemanticIdPreTrainedModel)
         num_beams: int | None = None,
         allowed_items: Any = None,
         num_session_items: int | None = None,
+        item_scorer: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] | None = None,
         catalogue: Catalogue | None = None,
         **context: Any,
     ) -> RecommendedItems:
@@ -345,6 +346,9 @@ class SemanticIdForCausalLM(CatalogueGenerationMixin, SemanticIdPreTrainedModel)
                 list of item ids, for all users or one each.
             num_session_items (`int`, *optional*): m; returns sessions of m different items, in order. Left out, single
                 items.
+            item_scorer (`Callable`, *optional*): Judges all that the search found: item indices (B, K), or sessions
+                (B, K, m), -1 for none, and their log-probabilities (B, K). What it returns, (B, K), ranks them and is
+                their score.
             catalogue (`Catalogue`, *optional*): Instead of the model's own.
             context: `context_ids` (B, T, L), `context_mask`, `context_features`, `user_features`, or `context_kv`.
 
@@ -372,12 +376,15 @@ class SemanticIdForCausalLM(CatalogueGenerationMixin, SemanticIdPreTrainedModel)
             context_kv = self.encode_context(**context)
         found = beam_search(self, catalogue, context_kv, width, allowed, length)
         check_finite(found.scores, f"{type(self).__name__}.recommend_items")
+        wanted = k if item_scorer is None else width
         if num_session_items is not None:
-            items = catalogue.item_of_each(found.leaves[:, :k].flatten(1), allowed).view(batch, k, length)
-            return RecommendedItems(items, found.scores[:, :k])
-        items, beam = catalogue._ranked_items(found.leaves[:, :, 0], k, allowed)
-        scores = found.scores.gather(1, beam.clamp(min=0)).masked_fill(items < 0, float("-inf"))
-        return RecommendedItems(items, scores)
+            items = catalogue.item_of_each(found.leaves[:, :wanted].flatten(1), allowed).view(batch, wanted, length)
+            result = RecommendedItems(items, found.scores[:, :wanted])
+        else:
+            items, beam = catalogue._ranked_items(found.leaves[:, :, 0], wanted, allowed)
+            scores = found.scores.gather(1, beam.clamp(min=0)).masked_fill(items < 0, float("-inf"))
+            result = RecommendedItems(items, scores)
+        return result if item_scorer is None else _judged(result, item_scorer, k)
 
     # ---- training
 

@@ -1,0 +1,230 @@
+"""Re-ranking: several scorers judge what the search and they themselves propose; a fitted linear model orders it.
+
+Models of semantic IDs, models of item ids and counts find different items, so that their sum ranks better than each
+(EnsRec, arXiv:2512.17820). Shapes: **B** users, **C** candidates of a user, **F** features of a candidate, **N** items.
+"""
+
+import json
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from . import baselines
+from .models import RecommendedItems
+from .models.catalogue import Catalogue
+
+CONFIG_NAME, FOLDER = "reranker.json", "scorers"
+KINDS = ("kept", "masked")  # weights where seen items may come back, and where they may not
+
+
+class Reranker:
+    r"""
+    Orders candidates by a weighted sum of scores.
+
+    The candidates of a user are the items of the beam and the `num_candidates` best of each scorer. Each has these
+    features: log p of its semantic ID (of the beam's worst item where the beam does not have it) and a flag for that;
+    of each scorer the log-probability among all items; log(1 + training events), and whether the history has it.
+
+    Args:
+        scorers: By name, each with `score_items(examples)`: for the columns of a split, log-probabilities (B, N),
+            `-inf` where an item can't be scored. Baselines have it.
+        weights (`dict`, *optional*): By kind (`"kept"`, `"masked"`), a weight per feature; `fit` makes it.
+        num_candidates (`int`, defaults to 50): What each scorer adds to the candidates.
+    """
+
+    def __init__(
+        self,
+        scorers: Mapping[str, Any],
+        weights: Mapping[str, Mapping[str, float]] | None = None,
+        num_candidates: int = 50,
+    ):
+        if without := [name for name, scorer in scorers.items() if not hasattr(scorer, "score_items")]:
+            raise TypeError(f"the scorers {without} have no `score_items(examples)`; `onerec_hf.baselines` have it.")
+        if num_candidates < 1:
+            raise ValueError(f"num_candidates={num_candidates}: at least 1.")
+        self.scorers, self.num_candidates = dict(scorers), num_candidates
+        self.positions: torch.Tensor | None = None  # (N,) the scorers' index of each item; None: the same
+        self.features = ("log p(codes)", "not in the beam", *self.scorers, "popularity", "seen")
+        self.weights = {kind: dict(own) for kind, own in (weights or {}).items()}
+        for kind, own in self.weights.items():
+            if kind not in KINDS or set(own) != set(self.features):
+                raise ValueError(f"weights[{kind!r}] has {sorted(own)}, the features are {list(self.features)}.")
+
+    def candidates(
+        self,
+        found: RecommendedItems,
+        histories: Sequence[Sequence[int]],
+        catalogue: Catalogue,
+        allowed_items: torch.Tensor | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """
+        What may be recommended, and what speaks for it.
+
+        Args:
+            found: The beam's items and scores, (B, K).
+            histories: Item indices of the catalogue, one list per user.
+            allowed_items (`torch.BoolTensor` of shape (B or 1, N), *optional*): Items a user may get.
+
+        Returns:
+            Item indices (B, C), -1 where a row has fewer, each item once; and features (B, C, F).
+        """
+        beam, log_probs = found.items.cpu(), found.scores.float().cpu()
+        scores = self._scores(histories, catalogue.num_items)
+        columns = [beam]
+        for own in scores.values():
+            if allowed_items is not None:
+                own = own.masked_fill(~allowed_items.cpu(), -torch.inf)
+            best = own.topk(min(self.num_candidates, own.shape[1]))
+            columns.append(best.indices.masked_fill(best.values == -torch.inf, -1))
+        items = _once(torch.cat(columns, dim=1))
+        known = items.clamp(min=0)
+        in_beam = (items[:, :, None] == beam[:, None, :]) & (items >= 0)[:, :, None]  # (B, C, K)
+        worst = log_probs.masked_fill(beam < 0, torch.inf).amin(1, keepdim=True)
+        codes = torch.where(in_beam.any(2), log_probs.gather(1, in_beam.int().argmax(2)), worst)
+        seen = torch.zeros(len(items), catalogue.num_items, dtype=torch.bool)
+        for row, history in zip(seen, histories):
+            row[torch.as_tensor(list(history), dtype=torch.long)] = True
+        counts = catalogue.popularity
+        popularity = torch.zeros(catalogue.num_items) if counts is None else torch.as_tensor(counts).float().log1p()
+        features = [codes, (~in_beam.any(2)).float()]
+        features += [own.gather(1, known).clamp(min=_FLOOR) for own in scores.values()]
+        features += [popularity[known], seen.gather(1, known).float()]
+        return items, torch.stack(features, dim=2).nan_to_num(neginf=_FLOOR, posinf=0.0)
+
+    def __call__(
+        self,
+        found: RecommendedItems,
+        histories: Sequence[Sequence[int]],
+        catalogue: Catalogue,
+        k: int,
+        kind: str,
+        allowed_items: torch.Tensor | None = None,
+    ) -> RecommendedItems:
+        """The `k` best candidates of each user; arguments as in `candidates` and `rank`."""
+        return self.rank(*self.candidates(found, histories, catalogue, allowed_items), k, kind)
+
+    def _scores(self, histories: Sequence[Sequence[int]], num_items: int) -> dict[str, torch.Tensor]:
+        """Of each scorer log-probabilities (B, N), `-inf` for items that it does not know."""
+        positions = torch.arange(num_items) if self.positions is None else self.positions
+        known = [own[own >= 0].tolist() for own in (positions[list(history)] for history in histories)]
+        scores = {}
+        for name, scorer in self.scorers.items():
+            own = scorer.score_items({"history": known}).float().cpu()
+            own = torch.nn.functional.pad(own, (0, 1), value=-torch.inf)  # what -1 points at
+            scores[name] = own[:, positions]
+        return scores
+
+    def follow(self, kept: np.ndarray, num_new: int = 0) -> None:
+        """The catalogue keeps the items `kept` (indices), and gets `num_new` behind them that no scorer knows."""
+        positions = torch.arange(int(kept.max()) + 1) if self.positions is None else self.positions
+        self.positions = torch.cat([positions[torch.as_tensor(kept)], torch.full((num_new,), -1)])
+
+    def rank(
+        self, items: torch.Tensor, features: torch.Tensor, k: int, kind: str, without: Sequence[str] = ()
+    ) -> RecommendedItems:
+        """The `k` best candidates by the fitted weights; `without` leaves features out of the sum."""
+        if kind not in self.weights:
+            raise ValueError(f"the re-ranker has no weights {kind!r} yet: call `fit`.")
+        own = self.weights[kind]
+        weights = torch.tensor([0.0 if name in without else own[name] for name in self.features])
+        scores = (features @ weights).masked_fill(items < 0, -torch.inf)
+        order = scores.topk(min(k, scores.shape[1])).indices
+        items, scores = items.gather(1, order), scores.gather(1, order)
+        missing = (0, k - order.shape[1])
+        return RecommendedItems(
+            torch.nn.functional.pad(items, missing, value=-1),
+            torch.nn.functional.pad(scores, missing, value=-torch.inf),
+        )
+
+    def fit(
+        self, items: torch.Tensor, features: torch.Tensor, targets: Sequence[Sequence[int]], kind: str
+    ) -> dict[str, float]:
+        """
+        Weights by a listwise softmax: the mean log-probability of a user's targets among the candidates, maximised by
+        L-BFGS. It is convex, so nothing is drawn at random. Users none of whose targets is a candidate teach nothing.
+
+        Args:
+            items, features: Of `candidates`, of users on whom no scorer was trained.
+            targets: Item indices that each user chose next.
+
+        Returns:
+            The weights, by feature; they are kept under `kind`.
+        """
+        longest = max(map(len, targets))
+        padded = torch.full((len(targets), longest), -2)
+        for row, own in zip(padded, targets):
+            row[: len(own)] = torch.as_tensor(own)
+        chosen = (items[:, :, None] == padded[:, None, :]).any(2)  # (B, C)
+        useful = chosen.any(1)
+        if not useful.any():
+            raise ValueError(f"no target of the {len(targets)} users is among their candidates: nothing to fit.")
+        x, chosen, real = features[useful].double(), chosen[useful], items[useful] >= 0
+        spread = x[real].std(0)
+        scale = torch.where(spread > 0, spread, torch.ones_like(spread))
+        x = x / scale  # one step size for all features
+        weights = torch.zeros(x.shape[2], dtype=torch.double)
+        weights[0] = 1.0
+        weights.requires_grad_()
+        optimizer = torch.optim.LBFGS([weights], max_iter=200, line_search_fn="strong_wolfe")
+
+        def closure():
+            optimizer.zero_grad()
+            log_probs = (x @ weights).masked_fill(~real, -torch.inf).log_softmax(1)
+            loss = -(log_probs.masked_fill(~chosen, 0.0).sum(1) / chosen.sum(1)).mean()
+            loss = loss + _RIDGE * weights.square().sum()
+            loss.backward()
+            return loss
+
+        optimizer.step(closure)
+        own = (weights.detach() / scale).tolist()
+        self.weights[kind] = dict(zip(self.features, own))
+        return self.weights[kind]
+
+    def save_pretrained(self, folder: str | os.PathLike) -> None:
+        """Writes `reranker.json`, and each scorer into `scorers/<name>`."""
+        classes = {name: type(scorer).__name__ for name, scorer in self.scorers.items()}
+        if strange := [name for name, own in classes.items() if own not in baselines.SCORERS]:
+            raise ValueError(f"the scorers {strange} are no baselines of this package: they cannot be saved with it.")
+        folder = Path(folder)
+        for name, scorer in self.scorers.items():
+            (folder / FOLDER / name).mkdir(parents=True, exist_ok=True)
+            scorer.save_pretrained(folder / FOLDER / name)
+        settings = {"scorers": classes, "weights": self.weights, "num_candidates": self.num_candidates}
+        if self.positions is not None:
+            settings["positions"] = self.positions.tolist()
+        (folder / CONFIG_NAME).write_text(json.dumps(settings, indent=2), encoding="utf-8")
+
+    @classmethod
+    def from_pretrained(cls, folder: str | os.PathLike) -> "Reranker":
+        """Reads what `save_pretrained` wrote."""
+        settings = json.loads((Path(folder) / CONFIG_NAME).read_text(encoding="utf-8"))
+        scorers = {
+            name: baselines.SCORERS[kind].from_pretrained(Path(folder) / FOLDER / name)
+            for name, kind in settings["scorers"].items()
+        }
+        reranker = cls(scorers, settings["weights"], settings["num_candidates"])
+        if "positions" in settings:
+            reranker.positions = torch.tensor(settings["positions"])
+        return reranker
+
+
+_FLOOR = -20.0  # nats: what "cannot be scored" counts as
+_RIDGE = 1e-6  # a feature that never varies gets weight 0
+
+
+def _once(items: torch.Tensor) -> torch.Tensor:
+    """Candidates (B, C), each item of a row once, -1 at the end of a row; columns that are empty everywhere go."""
+    ordered, order = items.sort(dim=1, stable=True)
+    twice = torch.zeros_like(ordered, dtype=torch.bool)
+    twice[:, 1:] = ordered[:, 1:] == ordered[:, :-1]
+    items = items.masked_fill(torch.zeros_like(twice).scatter(1, order, twice), -1)
+    order = (items < 0).int().argsort(dim=1, stable=True)  # the beam's items first, in their order
+    items = items.gather(1, order)
+    return items[:, : max(1, int((items >= 0).sum(1).max()))]
+
+
+__all__ = ["Reranker"]
