@@ -153,7 +153,7 @@ class Recommender:
             k: Items, or sessions, per user; fewer come back where fewer are allowed or exist.
             exclude_seen: Leave out the items of the history.
             allow, deny: Item ids that alone may, or that may not, be recommended: one list for all users, or one per
-            user.
+                user.
             events: Event columns that the model takes beside the ids (`play_time_ms`, ...), parallel to `histories`; a
                 column that is left out counts as unknown.
             users: User features, one value per user: as they stand in `users.parquet` where the repository knows its

@@ -28,9 +28,11 @@ class BeamSearchOutput(ModelOutput):
     """
     Args:
         semantic_ids (`torch.LongTensor` of shape (B, K, m, L)): Codes of each item of each beam, best beam first; -1
-        on dead beams. leaves (`torch.LongTensor` of shape (B, K, m)): Leaves of the catalogue, -1 on dead beams.
+            on dead beams.
+        leaves (`torch.LongTensor` of shape (B, K, m)): Leaves of the catalogue, -1 on dead beams.
         scores (`torch.FloatTensor` of shape (B, K)): Summed natural log-probability of the codes, `-inf` on dead
-        beams. sample_log_probs (`torch.FloatTensor` of shape (B, K)): Of samples, the natural log-probability with
+            beams.
+        sample_log_probs (`torch.FloatTensor` of shape (B, K)): Of samples, the natural log-probability with
             which each was drawn: as `scores`, but after the temperature and normalised at each step over the codes
             that could be drawn.
         gumbels (`torch.FloatTensor` of shape (B, K)): Of samples without replacement, `sample_log_probs` plus Gumbel
@@ -163,7 +165,7 @@ def _used_up(catalogue: Catalogue, path: torch.Tensor, level: int, leaf_totals) 
     Args:
         path (`torch.LongTensor` of shape (B, K, i, L)): Nodes on the way to the i items that each beam has.
         leaf_totals (`torch.Tensor` of shape (B, leaves + 1), *optional*): Running count of the leaves that each user
-        may get.
+            may get.
 
     Returns:
         `torch.LongTensor` of shape (B, K, i): node or -1. Only the ancestors of a session's items can be used up.

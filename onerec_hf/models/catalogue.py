@@ -31,12 +31,12 @@ class Catalogue(PrefixIndex):
 
     Args:
         semantic_ids (array or tensor of shape (N, L)): Code of every item on every level, 0 to `codebook_sizes[l] -
-        1`.
+            1`.
         codebook_sizes (`list[int]`): Codes per level.
         item_ids (array of shape (N,), *optional*): The ids by which the outside knows the items, integers of 64 bits
             or strings, all different. Defaults to 0..N-1.
         popularity (array of shape (N,), *optional*): Larger is more popular; orders the items that share a semantic
-        ID.
+            ID.
 
     Raises:
         ValueError: On shapes that do not fit, codes outside their codebook, repeated item ids, ids that are neither
@@ -147,7 +147,8 @@ class Catalogue(PrefixIndex):
 
         Args:
             semantic_ids (array of shape (M, L)), item_ids (array of shape (M,)): As at construction, of the new items
-            alone. popularity (array of shape (M,), *optional*): Demanded if, and only if, this catalogue has it.
+                alone.
+            popularity (array of shape (M,), *optional*): Demanded if, and only if, this catalogue has it.
         """
         if (popularity is None) != (self.popularity is None):
             raise ValueError(
@@ -218,7 +219,7 @@ class Catalogue(PrefixIndex):
             leaves (`torch.LongTensor` of shape (B, S)): Ranked leaves, best first, -1 for none.
             k (`int`): Items wanted per row.
             allowed_items (`torch.BoolTensor` of shape (B, N), *optional*): Items each row may get; the others of a
-            leaf are skipped.
+                leaf are skipped.
 
         Returns:
             `torch.LongTensor` of shape (B, k): item indices, -1 where the leaves hold fewer than `k` items.

@@ -36,7 +36,7 @@ class CatalogueLogitsProcessor(LogitsProcessor):
         prompt_length (`int`): Tokens in front of the first code, BOS included; of an encoder-decoder, those of the
             decoder.
         allowed_items (`torch.BoolTensor` of shape (B, N), *optional*): Subset per request; rows of one request are
-        adjacent.
+            adjacent.
         eos_token_id (`int`, *optional*): Allowed alone once the semantic ID is complete.
     """
 

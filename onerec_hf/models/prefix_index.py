@@ -107,7 +107,7 @@ class PrefixIndex:
 
         Args:
             node_mask (`torch.BoolTensor` of shape (B, nodes of `level`), *optional*): Those that count; rows of a
-            request are adjacent.
+                request are adjacent.
 
         Returns:
             `torch.BoolTensor` of shape (R, V_level); at the root (1 or B, V_level).

@@ -141,7 +141,7 @@ class ResidualKMeans:
 
         Args:
             item_embeddings (`torch.FloatTensor` or `numpy.ndarray` of shape `(num_items, embedding_dim)`): any float
-            type.
+                type.
 
         Returns:
             `torch.LongTensor` of shape `(num_items, num_levels)`, values in `[0, codebook_size)`, on the items'

@@ -111,7 +111,8 @@ def user_totals(
     Args:
         log: From [`simulate_visits`].
         embeddings (`np.ndarray` of shape (N, D)): For `diversity`, the mean over days of 1 - mean cosine of two videos
-        of a day. cold_videos (`np.ndarray` of shape (N,), bool): Which videos count as cold.
+            of a day.
+        cold_videos (`np.ndarray` of shape (N,), bool): Which videos count as cold.
 
     Returns:
         `app_stay_time` (s, swipes included), `watch_time` (s), `views`, `likes`, `follows`, `forwards`, `dislikes`,

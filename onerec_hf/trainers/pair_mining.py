@@ -52,7 +52,7 @@ def completion_log_probs(model: Any, context: dict[str, torch.Tensor], token_ids
 
     Args:
         token_ids (`torch.LongTensor` of shape (B, N, m, L)): The candidates of a user are adjacent rows: one context
-        serves them.
+            serves them.
 
     Returns:
         `torch.FloatTensor` of shape (B, N), in nats, with gradient where enabled.
