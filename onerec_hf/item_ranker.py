@@ -22,9 +22,7 @@ class ItemRanker:
         reranker ([`Reranker`], *optional*): Orders what the search and its scorers propose.
     """
 
-    def __init__(
-        self, model: Any, collator: OneRecCollator, num_beams: int = 50, reranker: Reranker | None = None
-    ):
+    def __init__(self, model: Any, collator: OneRecCollator, num_beams: int = 50, reranker: Reranker | None = None):
         if model.catalogue is None:
             raise ValueError("the model has no catalogue: set `model.catalogue`, or load it from a folder with one.")
         self.model, self.collator, self.num_beams, self.reranker = model, collator, num_beams, reranker
@@ -42,16 +40,27 @@ class ItemRanker:
             `np.ndarray` of shape (B, k), int64: item indices, best first, -1 where fewer items exist.
         """
         rows = [dict(zip(examples, values)) for values in zip(*examples.values())]
-        allowed = None
-        if exclude_seen:
-            allowed = torch.ones(len(rows), self.model.catalogue.num_items, dtype=torch.bool)
-            for i, row in enumerate(rows):
-                allowed[i, np.asarray(row["history"], dtype=np.int64)] = False
-        found = self.search(rows, max(k, self.num_beams) if self.reranker else k, allowed)
-        if self.reranker is not None:
-            kind = "masked" if exclude_seen else "kept"
-            found = self.reranker(found, examples["history"], self.model.catalogue, k, kind, allowed)
+        if self.reranker is None:
+            return self.search(rows, k, self._allowed(rows, exclude_seen)).items.cpu().numpy()
+        kind = "masked" if exclude_seen else "kept"
+        found = self.reranker.rank(*self.candidates(rows, self.reranker, exclude_seen), k, kind)
         return found.items.cpu().numpy()
+
+    def candidates(
+        self, rows: list[dict], reranker: Reranker, exclude_seen: bool = False
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """What `reranker` may choose from for the rows: item indices (B, C) and features (B, C, F)."""
+        allowed = self._allowed(rows, exclude_seen)
+        found = self.search(rows, self.num_beams, allowed)
+        return reranker.candidates(found, [row["history"] for row in rows], self.model.catalogue, allowed)
+
+    def _allowed(self, rows: list[dict], exclude_seen: bool) -> torch.Tensor | None:
+        if not exclude_seen:
+            return None
+        allowed = torch.ones(len(rows), self.model.catalogue.num_items, dtype=torch.bool)
+        for own, row in zip(allowed, rows):
+            own[np.asarray(row["history"], dtype=np.int64)] = False
+        return allowed
 
     def search(
         self,

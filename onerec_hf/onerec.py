@@ -173,6 +173,8 @@ class OneRec:
         for file in (self.folder / "model").iterdir():
             if file.is_file():
                 shutil.copy2(file, folder)
+        if (scorers := self.folder / "model" / "scorers").is_dir():
+            shutil.copytree(scorers, Path(folder) / "scorers", dirs_exist_ok=True)
 
     @classmethod
     def from_pretrained(cls, repo: str | os.PathLike, **hub_kwargs: Any) -> "OneRec":

@@ -1,23 +1,25 @@
 """Re-ranking: several scorers judge what the search and they themselves propose; a fitted linear model orders it.
 
 Models of semantic IDs, models of item ids and counts find different items, so that their sum ranks better than each
-(EnsRec, arXiv:2512.17820). Shapes: **B** users, **C** candidates of a user, **F** features of a candidate, **N** items.
+(EnsRec, arXiv:2512.17820). Shapes: **B** users, **C** candidates, **F** features, **N** items.
 """
 
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from transformers.utils.hub import cached_file
 
 from . import baselines
 from .models import RecommendedItems
 from .models.catalogue import Catalogue
 
 CONFIG_NAME, FOLDER = "reranker.json", "scorers"
+FILES = ("config.json", "model.safetensors")  # of a scorer
 KINDS = ("kept", "masked")  # weights where seen items may come back, and where they may not
 
 
@@ -199,17 +201,67 @@ class Reranker:
         (folder / CONFIG_NAME).write_text(json.dumps(settings, indent=2), encoding="utf-8")
 
     @classmethod
-    def from_pretrained(cls, folder: str | os.PathLike) -> "Reranker":
-        """Reads what `save_pretrained` wrote."""
-        settings = json.loads((Path(folder) / CONFIG_NAME).read_text(encoding="utf-8"))
-        scorers = {
-            name: baselines.SCORERS[kind].from_pretrained(Path(folder) / FOLDER / name)
-            for name, kind in settings["scorers"].items()
-        }
+    def from_pretrained(cls, repo: str | os.PathLike, **hub_kwargs) -> "Reranker":
+        """Reads what `save_pretrained` wrote, from a folder or a Hub repository."""
+        settings = json.loads(Path(str(cached_file(str(repo), CONFIG_NAME, **hub_kwargs))).read_text(encoding="utf-8"))
+        scorers = {}
+        for name, kind in settings["scorers"].items():
+            paths = [cached_file(str(repo), f"{FOLDER}/{name}/{file}", **hub_kwargs) for file in FILES]
+            scorers[name] = baselines.SCORERS[kind].from_pretrained(Path(str(paths[0])).parent)
         reranker = cls(scorers, settings["weights"], settings["num_candidates"])
         if "positions" in settings:
             reranker.positions = torch.tensor(settings["positions"])
         return reranker
+
+
+def judge_ids(
+    item_scorer: Any,
+    catalogue: Catalogue,
+    rows: Sequence[Mapping[str, Any]],
+    events: Mapping[str, Any],
+    users: Mapping[str, Any],
+    num_candidates: int | None = None,
+) -> Callable[[torch.Tensor, torch.Tensor], torch.Tensor]:
+    """
+    What judges item ids, as `recommend_items` takes it, which knows indices.
+
+    Args:
+        item_scorer: A reward model, which also gets the `events` and `users` that it reads, or a function `(histories,
+            items)` of lists of ids that returns a number for each item.
+        rows: One per user, with `history` (indices) and event columns.
+        events, users: The columns that were given; `users` one value per user.
+        num_candidates: How many of a user's items or sessions are judged, the first; the others get `-inf`.
+    """
+    ids = catalogue.item_ids
+
+    def judge(items: torch.Tensor, log_probs: torch.Tensor) -> torch.Tensor:
+        sessions, found = items.dim() == 3, torch.full(log_probs.shape, -torch.inf)
+        real = log_probs.cpu() > -torch.inf
+        real[:, real.shape[1] if num_candidates is None else num_candidates :] = False
+        places = real.nonzero().tolist() if sessions else [[i] for i in real.any(1).nonzero().flatten().tolist()]
+        asked = (
+            [ids[items[tuple(place)].cpu().numpy()].tolist() for place in places]
+            if sessions
+            else [ids[items[i][real[i]].cpu().numpy()].tolist() for (i,) in places]
+        )
+        own = [rows[place[0]] for place in places]
+        histories = [ids[np.asarray(row["history"], dtype=np.int64)].tolist() for row in own]
+        if hasattr(item_scorer, "score"):
+            known = {"events": {name: [row[name] for row in own] for name in events}}
+            known["users"] = {name: [values[place[0]] for place in places] for name, values in users.items()}
+            judged = item_scorer.score(histories, asked, **known)
+        else:
+            judged = item_scorer(histories, asked)
+        wanted = [1 if sessions else len(one) for one in asked]
+        given = [1 if np.ndim(one) == 0 else len(one) for one in judged]
+        if given != wanted or any((np.ndim(one) == 0) != sessions for one in judged):
+            what = "one number for each session" if sessions else "one number for each item of each user"
+            raise ValueError(f"item_scorer returned {given[:5]} numbers, asked about {wanted[:5]}: {what} is needed.")
+        for place, one in zip(places, judged):
+            found[tuple(place) if sessions else (place[0], real[place[0]])] = torch.as_tensor(one, dtype=torch.float)
+        return found.to(log_probs.device)
+
+    return judge
 
 
 _FLOOR = -20.0  # nats: what "cannot be scored" counts as
@@ -227,4 +279,4 @@ def _once(items: torch.Tensor) -> torch.Tensor:
     return items[:, : max(1, int((items >= 0).sum(1).max()))]
 
 
-__all__ = ["Reranker"]
+__all__ = ["CONFIG_NAME", "FILES", "FOLDER", "Reranker", "judge_ids"]

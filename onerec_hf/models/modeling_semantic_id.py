@@ -6,7 +6,7 @@ width, N items of the catalogue, K beams, m items of a session.
 """
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -156,6 +156,25 @@ class RecommendedItems(NamedTuple):
 
     items: torch.Tensor
     scores: torch.Tensor
+
+
+def _judged(found: RecommendedItems, item_scorer: Callable, k: int) -> RecommendedItems:
+    """The `k` best by the numbers that `item_scorer` gives."""
+    scores = item_scorer(found.items, found.scores)
+    if not isinstance(scores, torch.Tensor) or scores.shape != found.scores.shape:
+        what = tuple(scores.shape) if isinstance(scores, torch.Tensor) else type(scores).__name__
+        raise ValueError(
+            f"item_scorer returned {what}: a tensor of shape {tuple(found.scores.shape)}, one number each."
+        )
+    none = found.scores == float("-inf")
+    scores = scores.to(found.scores).masked_fill(none, float("-inf"))
+    if bool(scores.isnan().any()):
+        raise ValueError(
+            "item_scorer returned NaN, by which nothing can be ranked: return -inf for what must not come."
+        )
+    order = scores.argsort(dim=1, descending=True, stable=True)[:, :k]  # equal ones stay in the order of the search
+    shape = order.shape + (1,) * (found.items.dim() - 2)
+    return RecommendedItems(found.items.take_along_dim(order.view(shape), 1), scores.gather(1, order))
 
 
 class SemanticIdForCausalLM(CatalogueGenerationMixin, SemanticIdPreTrainedModel):
