@@ -120,7 +120,11 @@ def shown_items(model, collator, rows: datasets.Dataset, how: str) -> np.ndarray
                 )
                 chosen = np.concatenate([chosen, items_of(found, catalogue, model)], axis=1)
         else:
-            settings = {"num_items": ITEMS} if how == "session" else {"num_items": 1, "num_return_sequences": ITEMS}
+            settings = (
+                {"num_session_items": ITEMS}
+                if how == "session"
+                else {"num_session_items": 1, "num_return_sequences": ITEMS}
+            )
             found = model.generate(**collator.context(batch), num_beams=20, **settings)
             chosen = items_of(found, catalogue, model).reshape(len(batch), ITEMS)
         shown.append(chosen)

@@ -97,8 +97,8 @@ def test_branch_and_pull_request(hub, folder):
     "where, problem, advice",
     [
         ("repos/create|preupload", 401, "hf auth login"),
-        ("repos/create|preupload", 403, "write permission"),
-        ("preupload", 404, "check all three"),
+        ("repos/create|preupload", 403, "pass one that may"),
+        ("preupload", 404, "check the name"),
         ("preupload", 500, "run the same call again"),
         ("commit", 500, "run the same call again"),
         ("commit", 412, "in between"),

@@ -167,7 +167,7 @@ def test_users_may_be_worked_off_in_parts(monkeypatch):
     model = tiny_model(catalogue)
     context = tiny_context(catalogue, model)
     allowed = torch.rand(3, catalogue.num_items, generator=torch.Generator().manual_seed(5)) < 0.5
-    arguments = {"allowed_items": allowed, "num_items": 2, "num_beams": 6, "num_return_sequences": 6}
+    arguments = {"allowed_items": allowed, "num_session_items": 2, "num_beams": 6, "num_return_sequences": 6}
     together = model.generate(**context, **arguments)
     monkeypatch.setattr(BeamSearch, "chunk_bytes", 1)
     assert torch.equal(model.generate(**context, **arguments), together)

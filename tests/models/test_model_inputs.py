@@ -178,16 +178,16 @@ def test_rows_need_a_begin_and_a_filler(name):
 @pytest.mark.parametrize("constrained", [True, False])
 def test_arguments_of_generate(catalogue, architecture, constrained):
     model, context, _ = prepared(catalogue, architecture)
-    for name in ("num_items", "num_beams", "num_return_sequences"):
+    for name in ("num_session_items", "num_beams", "num_return_sequences"):
         for number in (0, -1):
             refused(f"'{name}': {number}", model.generate, **context, constrained=constrained, **{name: number})
-    every = {**context, "constrained": constrained, "num_items": 1}
+    every = {**context, "constrained": constrained, "num_session_items": 1}
     mask = context["context_mask"]
     refused("it belongs to input_ids, BOS alone", model.generate, **every, attention_mask=mask)
     refused("one row for each of 3 users", model.generate, torch.ones(2, 1, dtype=torch.long), **every)
     refused("num_return_sequences", model.generate, **every, num_beams=2, num_return_sequences=3)
     if model.config.session_wise:
-        refused("num_session_items=3", model.generate, **every | {"num_items": 4})
+        refused("num_session_items=3", model.generate, **every | {"num_session_items": 4})
 
 
 @pytest.mark.parametrize("extra", [{}, {"output_scores": True}, {"do_sample": True}])

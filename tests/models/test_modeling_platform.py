@@ -249,7 +249,7 @@ def test_generation_in_inference_mode(catalogue, architecture):
 def test_ways_to_generate_agree(catalogue, architecture):
     """transformers' own loop without a cache, with a static cache and with scores, against the package's search."""
     model, context, _ = prepared(catalogue, architecture)
-    found = {"num_beams": 3, "num_return_sequences": 3, "num_items": 1, "return_dict_in_generate": True}
+    found = {"num_beams": 3, "num_return_sequences": 3, "num_session_items": 1, "return_dict_in_generate": True}
     expected = model.generate(**context, **found)
     for extra in ({"use_cache": False}, {"cache_implementation": "static"}, {}):
         own = model.generate(**context, **found, **extra, output_scores=True, max_new_tokens=3)

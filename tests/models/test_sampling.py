@@ -125,7 +125,7 @@ def test_subset_seed_and_dead_samples(replacement):
     model, catalogue = HistoryModel(scale=0.5), Catalogue(CODES, [3, 3, 3])
     allowed = torch.zeros(2, len(CODES), dtype=torch.bool)
     allowed[0, [1, 6, 4]] = True  # items 1 and 6 are one leaf
-    arguments = {"num_samples": 4, "replacement": replacement, "allowed": allowed}
+    arguments = {"num_samples": 4, "replacement": replacement, "allowed_items": allowed}
     draws = [
         sample_items(model, catalogue, model.context(2), **arguments, generator=torch.Generator().manual_seed(seed))
         for seed in (3, 3, 4)
