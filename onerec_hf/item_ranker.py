@@ -51,8 +51,13 @@ class ItemRanker:
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """What `reranker` may choose from for the rows: item indices (B, C) and features (B, C, F)."""
         allowed = self._allowed(rows, exclude_seen)
-        found = self.search(rows, self.num_beams, allowed)
-        return reranker.candidates(found, [row["history"] for row in rows], self.model.catalogue, allowed)
+        batch = {name: tensor.to(self.model.device) for name, tensor in self.collator.context(rows).items()}
+        context_kv = self.model.encode_context(**batch)
+        found = self.model.recommend_items(
+            self.num_beams, num_beams=self.num_beams, allowed_items=allowed, context_kv=context_kv
+        )
+        head = self.model.score_items(context_kv=context_kv) if reranker.item_head else None
+        return reranker.candidates(found, [row["history"] for row in rows], self.model.catalogue, allowed, head)
 
     def _allowed(self, rows: list[dict], exclude_seen: bool) -> torch.Tensor | None:
         if not exclude_seen:

@@ -174,7 +174,7 @@ class Recommender:
         catalogue, n = self.model.catalogue, len(histories)
         if k < 1 or k != int(k):
             raise ValueError(f"k={k}: a whole number, at least one item per user.")
-        if num_candidates is not None and num_candidates < k:
+        if (num_candidates or k) < k:
             raise ValueError(f"num_candidates={num_candidates} with k={k}: at least as many as come back.")
         if session and not self.model.config.session_wise:
             raise ValueError(
@@ -191,13 +191,15 @@ class Recommender:
         k = k if session else min(k, catalogue.num_items)
         width = max(num_candidates or 1, self.ranker.num_beams, k)
         length = self.model.num_session_items if session else None
-        reranker = self.ranker.reranker if rerank and item_scorer is None and not session else None
+        reranker = None if session or item_scorer is not None or not rerank else self.ranker.reranker
         judge = (
             None
             if item_scorer is None
             else judge_ids(item_scorer, catalogue, rows, events or {}, users or {}, num_candidates)
         )
         context = {name: tensor.to(self.model.device) for name, tensor in collator.context(rows).items()}
+        if reranker is not None and reranker.item_head:
+            context = {"context_kv": self.model.encode_context(**context)}
         found = self.model.recommend_items(
             k if reranker is None else width,
             num_beams=width,
@@ -208,7 +210,8 @@ class Recommender:
         )
         if reranker is not None:
             kind = "masked" if exclude_seen else "kept"
-            found = reranker(found, [row["history"] for row in rows], catalogue, k, kind, allowed)
+            head = self.model.score_items(**context) if reranker.item_head else None
+            found = reranker(found, [row["history"] for row in rows], catalogue, k, kind, allowed, head)
         items, scores = found
         ids = catalogue.item_ids[items.cpu().clamp(min=0).numpy()].tolist()
         ranked = [[(i, s) for i, s in zip(*row) if s > float("-inf")] for row in zip(ids, scores.tolist())]

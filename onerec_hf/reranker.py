@@ -20,6 +20,7 @@ from .models.catalogue import Catalogue
 
 CONFIG_NAME, FOLDER = "reranker.json", "scorers"
 FILES = ("config.json", "model.safetensors")  # of a scorer
+CODES, ITEM_HEAD = "codes", "item head"
 KINDS = ("kept", "masked")  # weights where seen items may come back, and where they may not
 
 
@@ -29,13 +30,16 @@ class Reranker:
 
     The candidates of a user are the items of the beam and the `num_candidates` best of each scorer. Each has these
     features: log p of its semantic ID (of the beam's worst item where the beam does not have it) and a flag for that;
-    of each scorer the log-probability among all items; log(1 + training events), and whether the history has it.
+    of each scorer the log-probability among all items; of each of these also the probability as a share of the best
+    candidate's, since a logarithm makes little of the difference between good ones; log(1 + training events), and
+    whether the history has the item.
 
     Args:
         scorers: By name, each with `score_items(examples)`: for the columns of a split, log-probabilities (B, N),
             `-inf` where an item can't be scored. Baselines have it.
         weights (`dict`, *optional*): By kind (`"kept"`, `"masked"`), a weight per feature; `fit` makes it.
         num_candidates (`int`, defaults to 50): What each scorer adds to the candidates.
+        item_head (`bool`, defaults to `False`): The item head of the model is a scorer, too.
     """
 
     def __init__(
@@ -43,14 +47,17 @@ class Reranker:
         scorers: Mapping[str, Any],
         weights: Mapping[str, Mapping[str, float]] | None = None,
         num_candidates: int = 50,
+        item_head: bool = False,
     ):
         if without := [name for name, scorer in scorers.items() if not hasattr(scorer, "score_items")]:
             raise TypeError(f"the scorers {without} have no `score_items(examples)`; `onerec_hf.baselines` have it.")
         if num_candidates < 1:
             raise ValueError(f"num_candidates={num_candidates}: at least 1.")
-        self.scorers, self.num_candidates = dict(scorers), num_candidates
+        self.scorers, self.num_candidates, self.item_head = dict(scorers), num_candidates, item_head
         self.positions: torch.Tensor | None = None  # (N,) the scorers' index of each item; None: the same
-        self.features = ("log p(codes)", "not in the beam", *self.scorers, "popularity", "seen")
+        self.parts = (CODES, *([ITEM_HEAD] if item_head else []), *self.scorers)
+        best = (f"{part}, of the best" for part in self.parts)
+        self.features = (*self.parts, *best, "not in the beam", "popularity", "seen")
         self.weights = {kind: dict(own) for kind, own in (weights or {}).items()}
         for kind, own in self.weights.items():
             if kind not in KINDS or set(own) != set(self.features):
@@ -62,6 +69,7 @@ class Reranker:
         histories: Sequence[Sequence[int]],
         catalogue: Catalogue,
         allowed_items: torch.Tensor | None = None,
+        head_scores: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """
         What may be recommended, and what speaks for it.
@@ -70,12 +78,13 @@ class Reranker:
             found: The beam's items and scores, (B, K).
             histories: Item indices of the catalogue, one list per user.
             allowed_items (`torch.BoolTensor` of shape (B or 1, N), *optional*): Items a user may get.
+            head_scores (`torch.FloatTensor` of shape (B, N), *optional*): Of the model's item head.
 
         Returns:
             Item indices (B, C), -1 where a row has fewer, each item once; and features (B, C, F).
         """
         beam, log_probs = found.items.cpu(), found.scores.float().cpu()
-        scores = self._scores(histories, catalogue.num_items)
+        scores = self._scores(histories, catalogue.num_items, head_scores)
         columns = [beam]
         for own in scores.values():
             if allowed_items is not None:
@@ -92,10 +101,11 @@ class Reranker:
             row[torch.as_tensor(list(history), dtype=torch.long)] = True
         counts = catalogue.popularity
         popularity = torch.zeros(catalogue.num_items) if counts is None else torch.as_tensor(counts).float().log1p()
-        features = [codes, (~in_beam.any(2)).float()]
-        features += [own.gather(1, known).clamp(min=_FLOOR) for own in scores.values()]
-        features += [popularity[known], seen.gather(1, known).float()]
-        return items, torch.stack(features, dim=2).nan_to_num(neginf=_FLOOR, posinf=0.0)
+        parts = [codes, *(own.gather(1, known).clamp(min=_FLOOR) for own in scores.values())]
+        parts = [part.nan_to_num(neginf=_FLOOR).masked_fill(items < 0, _FLOOR) for part in parts]
+        relative = [(part - part.amax(1, keepdim=True)).exp() for part in parts]
+        flags = [(~in_beam.any(2)).float(), popularity[known], seen.gather(1, known).float()]
+        return items, torch.stack([*parts, *relative, *flags], dim=2)
 
     def __call__(
         self,
@@ -105,17 +115,25 @@ class Reranker:
         k: int,
         kind: str,
         allowed_items: torch.Tensor | None = None,
+        head_scores: torch.Tensor | None = None,
     ) -> RecommendedItems:
         """The `k` best candidates of each user; arguments as in `candidates` and `rank`."""
-        return self.rank(*self.candidates(found, histories, catalogue, allowed_items), k, kind)
+        return self.rank(*self.candidates(found, histories, catalogue, allowed_items, head_scores), k, kind)
 
-    def _scores(self, histories: Sequence[Sequence[int]], num_items: int) -> dict[str, torch.Tensor]:
+    def _scores(
+        self, histories: Sequence[Sequence[int]], num_items: int, head_scores: torch.Tensor | None
+    ) -> dict[str, torch.Tensor]:
         """Of each scorer log-probabilities (B, N), `-inf` for items that it does not know."""
         positions = torch.arange(num_items) if self.positions is None else self.positions
         known = [own[own >= 0].tolist() for own in (positions[list(history)] for history in histories)]
+        every = {name: scorer.score_items({"history": known}) for name, scorer in self.scorers.items()}
+        if self.item_head:
+            if head_scores is None:
+                raise ValueError("this re-ranker was fitted with the model's item head: pass `head_scores`.")
+            every = {ITEM_HEAD: head_scores} | every
         scores = {}
-        for name, scorer in self.scorers.items():
-            own = scorer.score_items({"history": known}).float().cpu()
+        for name, own in every.items():
+            own = own.float().cpu()
             own = torch.nn.functional.pad(own, (0, 1), value=-torch.inf)  # what -1 points at
             scores[name] = own[:, positions]
         return scores
@@ -196,6 +214,7 @@ class Reranker:
             (folder / FOLDER / name).mkdir(parents=True, exist_ok=True)
             scorer.save_pretrained(folder / FOLDER / name)
         settings = {"scorers": classes, "weights": self.weights, "num_candidates": self.num_candidates}
+        settings["item_head"] = self.item_head
         if self.positions is not None:
             settings["positions"] = self.positions.tolist()
         (folder / CONFIG_NAME).write_text(json.dumps(settings, indent=2), encoding="utf-8")
@@ -208,7 +227,7 @@ class Reranker:
         for name, kind in settings["scorers"].items():
             paths = [cached_file(str(repo), f"{FOLDER}/{name}/{file}", **hub_kwargs) for file in FILES]
             scorers[name] = baselines.SCORERS[kind].from_pretrained(Path(str(paths[0])).parent)
-        reranker = cls(scorers, settings["weights"], settings["num_candidates"])
+        reranker = cls(scorers, settings["weights"], settings["num_candidates"], settings["item_head"])
         if "positions" in settings:
             reranker.positions = torch.tensor(settings["positions"])
         return reranker

@@ -31,7 +31,7 @@ def scorers():
 
 
 def weights(**own):
-    names = ("log p(codes)", "not in the beam", "counter", "sasrec", "popularity", "seen")
+    names = Reranker(scorers()).features
     return {kind: dict.fromkeys(names, 0.0) | own for kind in ("kept", "masked")}
 
 
@@ -52,12 +52,17 @@ def test_candidates_and_features_as_plain_loops_make_them(masked):
             wanted |= dict.fromkeys(sorted(free, key=lambda i: -own[i])[:2])
         found = [i for i in items[row].tolist() if i >= 0]
         assert sorted(found) == sorted(wanted) and found[: len(beam)] == list(beam)
-        for item, (codes, absent, counter, sasrec, popularity, seen) in zip(found, features[row].tolist()):
-            assert codes == beam.get(item, min(beam.values())) and absent == (item not in beam)
-            assert_close(
-                torch.tensor([counter, sasrec]), torch.stack([own[item] for own in every.values()]).clamp(-20)
-            )
-            assert popularity == pytest.approx(np.log1p(item)) and seen == (item in histories[row])
+        parts = {
+            i: [beam.get(i, min(beam.values())), *(max(float(own[i]), -20) for own in every.values())] for i in found
+        }
+        highest = [max(column) for column in zip(*parts.values())]
+        for item, numbers in zip(found, features[row]):
+            assert_close(numbers[:3], torch.tensor(parts[item]))
+            shares = [np.exp(part - top) for part, top in zip(parts[item], highest)]
+            assert_close(numbers[3:6], torch.tensor(shares, dtype=torch.float))
+            absent, popularity, seen = numbers[6:].tolist()
+            assert popularity == pytest.approx(np.log1p(item)) and absent == (item not in beam)
+            assert seen == (item in histories[row])
 
 
 def test_scorers_say_log_probabilities():
@@ -76,9 +81,9 @@ def test_fitted_weights_are_the_best():
     generator = torch.Generator().manual_seed(0)
     items = torch.arange(20).repeat(4000, 1)
     items[:, 15:] = -1  # some users have fewer
-    features = torch.randn(4000, 20, 6, generator=generator)
-    features[..., 5] = 3.0  # says nothing
-    true = torch.tensor([0.8, -0.5, 0.3, 0.0, 1.5, 0.0])
+    features = torch.randn(4000, 20, 9, generator=generator)
+    features[..., 8] = 3.0  # says nothing
+    true = torch.tensor([0.8, -0.5, 0.3, 0.0, 1.5, 0.2, 0.0, -1.0, 0.0])
     choice = (features @ true).masked_fill(items < 0, -torch.inf).softmax(1).multinomial(1, generator=generator)
     reranker = Reranker(scorers())
     found = reranker.fit(items, features, [[int(i), 64] for i in choice], "kept")  # 64 is no candidate
@@ -88,7 +93,7 @@ def test_fitted_weights_are_the_best():
     def likelihood(own):
         return (features @ own).masked_fill(items < 0, -torch.inf).log_softmax(1).gather(1, choice).mean()
 
-    for i in range(5):
+    for i in range(8):
         for step in (-0.05, 0.05):
             moved = estimate.clone()
             moved[i] += step
@@ -99,8 +104,8 @@ def test_fitted_weights_are_the_best():
 
 def test_ranks_by_the_sum_and_fills_with_none():
     reranker = Reranker(scorers(), weights(popularity=2.0, seen=-100.0))
-    items, features = torch.tensor([[4, 8, 6], [3, -1, -1]]), torch.zeros(2, 3, 6)
-    features[0, :, 4], features[0, 1, 5] = torch.tensor([1.0, 9.0, 5.0]), 1.0
+    items, features = torch.tensor([[4, 8, 6], [3, -1, -1]]), torch.zeros(2, 3, 9)
+    features[0, :, 7], features[0, 1, 8] = torch.tensor([1.0, 9.0, 5.0]), 1.0
     found = reranker.rank(items, features, 4, "kept")
     assert found.items.tolist() == [[6, 4, 8, -1], [3, -1, -1, -1]]
     assert found.scores[0, :3].tolist() == [10.0, 2.0, -82.0] and found.scores[1, 1] == -torch.inf
@@ -111,7 +116,7 @@ def test_ranks_by_the_sum_and_fills_with_none():
 def test_a_served_recommender_uses_it_and_can_do_without(tmp_path):
     recommender = recommender_of()
     alone = recommender.recommend(HISTORIES, k=5)
-    recommender.ranker.reranker = Reranker(scorers(), weights(**{"log p(codes)": 1.0, "not in the beam": -50.0}))
+    recommender.ranker.reranker = Reranker(scorers(), weights(**{"codes": 1.0, "not in the beam": -50.0}))
     same(recommender.recommend(HISTORIES, k=5), alone)  # the codes alone decide, and what the beam lacks comes last
     recommender.ranker.reranker = Reranker(scorers(), weights(sasrec=1.0), num_candidates=60)
     found = recommender.recommend(HISTORIES[:2], k=5, exclude_seen=True)
@@ -220,10 +225,9 @@ def test_the_command_fits_on_validation_and_saves_with_the_model(trained, tmp_pa
     report = rerank.main(rerank.RerankArguments(**settings))
     assert report["search_alone"]["test"] == before["test"]
     fitted = report["reranker"]["kept"]
-    assert set(fitted["weights"]) >= {"log p(codes)", "cooccurrence", "sasrec"}
-    assert set(fitted["recall@10 of the fit users"]) == {
-        "all", "without log p(codes)", "without cooccurrence", "without sasrec",
-    }  # fmt: skip
+    assert set(fitted["weights"]) >= {"codes", "cooccurrence", "sasrec, of the best"}
+    parts = {"all", "without codes", "without cooccurrence", "without sasrec"}
+    assert set(fitted["recall@10 of half of the users"]) == parts
     # the report is of what is served from the folder
     served = Recommender.from_pretrained(tmp_path / "model", num_beams=20)
     test = datasets.load_from_disk(str(trained / "data" / "splits"))["test"]

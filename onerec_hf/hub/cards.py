@@ -301,17 +301,17 @@ def reranking_text(report: dict) -> str:
         "**Re-ranking.** `Recommender` orders the items of the search and of the scorers "
         f"{', '.join(code(Path(name).name) for name in fitted['scorers'])} by a weighted sum, fitted on "
         f"{fitted['fit_users']:,} validation users; `recommend(..., rerank=False)` and `generate` search alone. "
-        "Weights, and recall@10 of the same validation users without a part (refitted):",
+        "Weights, and recall@10 of half of these users without a part, by weights fitted on the other half:",
         "",
         f"| part | {' | '.join(f'weight, seen items {kind}' for kind in kinds)} | without it |",
         "|---" * (len(kinds) + 2) + "|",
     ]
     for part in fitted[kinds[0]]["weights"]:
-        recalls = [fitted[kind]["recall@10 of the fit users"] for kind in kinds]
+        recalls = [fitted[kind]["recall@10 of half of the users"] for kind in kinds]
         without = " / ".join(f"{own[f'without {part}']:.4f}" for own in recalls if f"without {part}" in own) or "–"
         weights = " | ".join(f"{fitted[kind]['weights'][part]:.3f}" for kind in kinds)
         lines.append(f"| {table_cell(part)} | {weights} | {without} |")
-    whole = " / ".join(f"{fitted[kind]['recall@10 of the fit users']['all']:.4f}" for kind in kinds)
+    whole = " / ".join(f"{fitted[kind]['recall@10 of half of the users']['all']:.4f}" for kind in kinds)
     return "\n".join([*lines, f"| all |{' |' * len(kinds)} {whole} |"])
 
 

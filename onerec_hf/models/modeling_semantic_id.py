@@ -478,6 +478,8 @@ class SemanticIdForCausalLM(CatalogueGenerationMixin, SemanticIdPreTrainedModel)
             log_probs = self.row_log_probs(outputs.last_hidden_state, rows).view(target_ids.shape)
             real = target_ids != self.config.pad_token_id
             loss = self._loss(log_probs, real, num_items_in_batch) if return_loss else None
+            if loss is not None:
+                loss = loss + self._auxiliary_loss(outputs.last_hidden_state, target_ids, num_items_in_batch)
             return SemanticIdCausalLMOutput(loss=loss, target_log_probs=log_probs, **recorded(outputs))
         given = input_ids if inputs_embeds is None else inputs_embeds
         if past_key_values is None:
@@ -524,6 +526,10 @@ class SemanticIdForCausalLM(CatalogueGenerationMixin, SemanticIdPreTrainedModel)
         if self.config.loss_reduction == "mean":
             return real.sum()
         return (real.flatten(1) if self.config.session_wise else real.flatten(0, 1)).any(1).sum()
+
+    def _auxiliary_loss(self, hidden_states, target_ids, num_items) -> torch.Tensor | float:
+        """What a system adds to the loss over the codes of `target_ids` (B, n, L)."""
+        return 0.0
 
     def _loss(self, log_probs, real, num_items):
         """`log_probs` and `real` (rows, items, L): the mean over codes, or the sum over a row's codes averaged over

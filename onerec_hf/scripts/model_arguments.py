@@ -104,6 +104,8 @@ def make_config(args: ModelArguments, data: DataFolder, collator: OneRecCollator
             widths |= {ITEM_VECTORS: data.item_embeddings.shape[1]}
             settings["fixed_context_features"] = [ITEM_VECTORS]
         settings["feature_embed_dims"] = widths
+    if settings.get("item_head_dim"):
+        settings["item_head_size"] = data.num_items
     config = AutoConfig.for_model(**settings | {"codebook_sizes": data.tokenizer.codebook_sizes})
     refuse_unknown(settings, type(config))
     return config
