@@ -1,5 +1,6 @@
 """`model.recommend_items` with the call that evaluation and the baselines share."""
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -74,6 +75,7 @@ class ItemRanker:
         allowed_items: torch.Tensor | None = None,
         num_beams: int | None = None,
         num_session_items: int | None = None,
+        item_scorer: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] | None = None,
     ) -> RecommendedItems:
         """`model.recommend_items` for rows as the collator takes them."""
         batch = {name: tensor.to(self.model.device) for name, tensor in self.collator.context(rows).items()}
@@ -82,6 +84,7 @@ class ItemRanker:
             num_beams=num_beams or max(k, self.num_beams),
             allowed_items=allowed_items,
             num_session_items=num_session_items,
+            item_scorer=item_scorer,
             **batch,
         )
 

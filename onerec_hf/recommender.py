@@ -192,11 +192,9 @@ class Recommender:
         width = max(num_candidates or 1, self.ranker.num_beams, k)
         length = self.model.num_session_items if session else None
         reranker = None if session or item_scorer is not None or not rerank else self.ranker.reranker
-        judge = (
-            None
-            if item_scorer is None
-            else judge_ids(item_scorer, catalogue, rows, events or {}, users or {}, num_candidates)
-        )
+        judge = None
+        if item_scorer is not None:
+            judge = judge_ids(item_scorer, catalogue, rows, events or {}, users or {}, num_candidates)
         context = {name: tensor.to(self.model.device) for name, tensor in collator.context(rows).items()}
         if reranker is not None and reranker.item_head:
             context = {"context_kv": self.model.encode_context(**context)}

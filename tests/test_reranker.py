@@ -8,6 +8,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from transformers import pipeline
 
 from onerec_hf.baselines import CoOccurrence, SASRec
 from onerec_hf.models import RecommendedItems
@@ -192,6 +193,28 @@ def test_a_reward_model_selects_items_and_sessions():
         assert tuple(best.item_ids) == max(values, key=values.get)
     with pytest.raises(ValueError, match="one number for each item of each user is needed"):
         recommender.recommend(HISTORIES, k=2, item_scorer=judge)
+
+
+def test_the_pipeline_and_the_command_take_an_item_scorer(tmp_path):
+    from onerec_hf.scripts import recommend
+
+    recommender, reward = recommender_of(), reward_of()
+    recommender.save_pretrained(tmp_path / "model")
+    reward.save_pretrained(tmp_path / "reward")
+    expected = ids(recommender.recommend(HISTORIES, k=2, item_scorer=reward, num_candidates=8))
+    served = pipeline("onerec-recommendation", model=str(tmp_path / "model"), num_beams=20)
+    found = served(HISTORIES, k=2, item_scorer=reward, num_candidates=8)
+    assert [[item["item_id"] for item in row] for row in found] == expected
+    datasets.Dataset.from_dict({"history": HISTORIES}).to_parquet(str(tmp_path / "rows.parquet"))
+    places = {
+        "repo": str(tmp_path / "model"),
+        "dataset": str(tmp_path / "rows.parquet"),
+        "output": str(tmp_path / "out"),
+    }
+    path = recommend.main(
+        recommend.RecommendArguments(**places, k=2, num_beams=20, reward=str(tmp_path / "reward"), num_candidates=8)
+    )
+    assert datasets.Dataset.from_parquet(str(path))["item_ids"][:] == expected
 
 
 @pytest.fixture(scope="module")

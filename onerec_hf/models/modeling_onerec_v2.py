@@ -237,10 +237,11 @@ class OneRecV2ForCausalLM(SemanticIdForCausalLM, GenerationMixin):
         size = self.config.item_head_size + 1
         return next((t for t in tables if isinstance(t, FixedEmbedding) and len(t.weight) == size), None)
 
-    def _auxiliary_loss(self, hidden_states, target_ids, num_items):
-        """Cross-entropy of the target among all items, a mean over targets, times `item_loss_weight`."""
+    def _target_loss(self, hidden_states, log_probs, target_ids, num_items):
+        """With the cross-entropy of the target among all items, a mean over targets, times `item_loss_weight`."""
+        loss = super()._target_loss(hidden_states, log_probs, target_ids, num_items)
         if self.item_head is None:
-            return 0.0
+            return loss
         if num_items is not None and self.config.loss_reduction == "mean":  # it counts codes
             num_items = num_items / self.config.num_levels
         rows = target_ids.flatten(0, 1)  # (R, L)
@@ -252,7 +253,8 @@ class OneRecV2ForCausalLM(SemanticIdForCausalLM, GenerationMixin):
         items = catalogue.item_of_each(leaves[None])[0].masked_fill(~real, -100)
         scores = self.item_head(hidden_states[:, 0], self._item_table()).float()
         total = F.cross_entropy(scores, items, ignore_index=-100, reduction="sum")
-        return self.config.item_loss_weight * total / (real.sum().clamp(min=1) if num_items is None else num_items)
+        count = real.sum().clamp(min=1) if num_items is None else num_items
+        return loss + self.config.item_loss_weight * total / count
 
 
 __all__ = ["ItemHead", "OneRecV2ForCausalLM", "OneRecV2Model"]

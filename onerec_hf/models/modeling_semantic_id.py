@@ -476,10 +476,8 @@ class SemanticIdForCausalLM(CatalogueGenerationMixin, SemanticIdPreTrainedModel)
             rows = rows.flatten(1) if self.config.session_wise else rows.flatten(0, 1)
             outputs = self.model(rows[:, :-1], use_cache=False, **context, **kwargs)
             log_probs = self.row_log_probs(outputs.last_hidden_state, rows).view(target_ids.shape)
-            real = target_ids != self.config.pad_token_id
-            loss = self._loss(log_probs, real, num_items_in_batch) if return_loss else None
-            if loss is not None:
-                loss = loss + self._auxiliary_loss(outputs.last_hidden_state, target_ids, num_items_in_batch)
+            given = (outputs.last_hidden_state, log_probs, target_ids, num_items_in_batch)
+            loss = self._target_loss(*given) if return_loss else None
             return SemanticIdCausalLMOutput(loss=loss, target_log_probs=log_probs, **recorded(outputs))
         given = input_ids if inputs_embeds is None else inputs_embeds
         if past_key_values is None:
@@ -527,9 +525,9 @@ class SemanticIdForCausalLM(CatalogueGenerationMixin, SemanticIdPreTrainedModel)
             return real.sum()
         return (real.flatten(1) if self.config.session_wise else real.flatten(0, 1)).any(1).sum()
 
-    def _auxiliary_loss(self, hidden_states, target_ids, num_items) -> torch.Tensor | float:
-        """What a system adds to the loss over the codes of `target_ids` (B, n, L)."""
-        return 0.0
+    def _target_loss(self, hidden_states, log_probs, target_ids, num_items):
+        """The loss over the codes of `target_ids` (B, n, L); a system may add to it."""
+        return self._loss(log_probs, target_ids != self.config.pad_token_id, num_items)
 
     def _loss(self, log_probs, real, num_items):
         """`log_probs` and `real` (rows, items, L): the mean over codes, or the sum over a row's codes averaged over
