@@ -476,8 +476,8 @@ class SemanticIdForCausalLM(CatalogueGenerationMixin, SemanticIdPreTrainedModel)
             rows = rows.flatten(1) if self.config.session_wise else rows.flatten(0, 1)
             outputs = self.model(rows[:, :-1], use_cache=False, **context, **kwargs)
             log_probs = self.row_log_probs(outputs.last_hidden_state, rows).view(target_ids.shape)
-            given = (outputs.last_hidden_state, log_probs, target_ids, num_items_in_batch)
-            loss = self._target_loss(*given) if return_loss else None
+            parts = (outputs.last_hidden_state, log_probs, target_ids, num_items_in_batch)
+            loss = self._target_loss(*parts) if return_loss else None
             return SemanticIdCausalLMOutput(loss=loss, target_log_probs=log_probs, **recorded(outputs))
         given = input_ids if inputs_embeds is None else inputs_embeds
         if past_key_values is None:
