@@ -12,7 +12,7 @@ from tqdm.auto import tqdm
 from transformers import AutoModel
 from transformers.utils.hub import cached_file
 
-from .data.histories import check_per_user, history_rows, is_per_user
+from .data.histories import check_per_user, history_rows, is_per_user, refuse_arguments
 from .data.saved_collator import collator_of
 from .explanation import Contribution, leave_one_out
 from .item_ranker import ItemRanker
@@ -143,6 +143,7 @@ class Recommender:
         users: Mapping[str, Sequence[int]] | None = None,
         unknown_items: Literal["error", "ignore"] = "error",
         session: bool = False,
+        **unknown: Any,
     ) -> list[list[Any]]:
         """
         The `k` best items of each user, or, with `session=True`, the `k` best sessions, as OneRec writes them.
@@ -166,10 +167,12 @@ class Recommender:
             Per user a list of [`Recommendation`], best first, or of [`RecommendedSession`].
 
         Raises:
+            TypeError: An argument of another name, such as `generate`'s `allowed_items`; the message names ours.
             KeyError: Unknown item ids. ValueError: `k` below 1, a session of a model that writes single items, columns
                 or lists that do not run parallel to `histories`, a category that the model does not have, a model in
                 training mode.
         """
+        refuse_arguments(unknown)
         catalogue, n = self.model.catalogue, len(histories)
         if k < 1 or k != int(k):
             raise ValueError(f"k={k}: a whole number, at least one item per user.")
@@ -290,7 +293,7 @@ class Recommender:
 
         Returns:
             One [`Contribution`] per item that the model reads, oldest first; positive where it speaks for the item, in
-            nats. `pandas.DataFrame(found)` is a table of them.
+            nats. `pandas.DataFrame(found)` is a table of them, [`~explanation.plot_explanation`] a picture.
 
         Raises:
             KeyError: Unknown item ids. ValueError: An empty history, columns that do not run parallel to it.

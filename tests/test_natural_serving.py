@@ -16,6 +16,7 @@ from transformers.pipelines.pt_utils import KeyDataset
 
 from onerec_hf import SemanticIdTokenizer
 from onerec_hf.data import EventFeature
+from onerec_hf.explanation import plot_explanation
 from onerec_hf.hub import push_to_hub
 from onerec_hf.recommender import Recommender
 
@@ -281,7 +282,58 @@ def test_an_explanation_is_the_score_without_each_item(architecture):
     expected = [score(history) - score(history[:j] + history[j + 1 :]) for j in range(4)]
     assert_close(torch.tensor([part.contribution for part in found]), torch.tensor(expected))
     assert max(map(abs, expected)) > 1e-3
-    assert list(pd.DataFrame(found).columns) == ["item_id", "contribution", "metadata"]
+    assert list(pd.DataFrame(found).columns) == ["item_id", "contribution", "metadata", "attention"]
+    if architecture == "v1":  # its encoder mixes items, and has positions that are none
+        assert [part.attention for part in found] == [None] * 4
+        return
+    tokenizer = SemanticIdTokenizer(codebook_sizes=SIZES, catalogue=recommender.model.catalogue)
+    context = tokenizer(items=[history], padding=True, return_tensors="pt")
+    assert recommender.model.config._attn_implementation == "sdpa"  # other threads recommend with it
+    model = copy.deepcopy(recommender.model)
+    model.set_attn_implementation("eager")
+    target = recommender.ranker.collator.pad_targets([[33]])
+    weights = model(**context, target_ids=target, output_attentions=True).cross_attentions
+    shares = torch.stack([layer.mean((0, 1, 2)) for layer in weights]).mean(0)
+    per_item = shares[1:].view(4, -1).sum(1)
+    assert_close(torch.tensor([part.attention for part in found]), per_item)
+    assert 0 < per_item.sum() < 1
+
+
+def test_an_explanation_is_drawn(tmp_path):
+    recommender = recommender_of()
+    recommender.metadata[1005] = {"title": "$5 and more"}
+    found = recommender.explain([1000, 1005, 1002], 1033)
+    figure = plot_explanation(found, tmp_path / "why.png")
+    assert (tmp_path / "why.png").read_bytes()[:4] == b"\x89PNG"
+    added, attention = figure.axes
+    assert [bar.get_width() for bar in added.patches] == [part.contribution for part in found]
+    assert [bar.get_width() for bar in attention.patches] == [part.attention for part in found]
+    assert [tick.get_text() for tick in added.get_yticklabels()] == ["item 1000", r"\$5 and more", "item 1002"]
+    assert added.yaxis_inverted()  # oldest on top
+    assert len(plot_explanation([part._replace(attention=None) for part in found], label="none").axes) == 1
+    with pytest.raises(ValueError, match="nothing to plot"):
+        plot_explanation([])
+
+
+def test_the_names_of_generate_name_ours(tmp_path):
+    recommender = recommender_of()
+    recommender.save_pretrained(tmp_path)
+    recommend = pipeline("onerec-recommendation", model=str(tmp_path))
+    for call in (lambda **given: recommender.recommend([[1000]], **given), lambda **given: recommend([1000], **given)):
+        with pytest.raises(TypeError, match=r"no argument 'allowed_items': write allow=\[...\], item ids that alone"):
+            call(allowed_items=[1005, 1006, 1007])
+        with pytest.raises(TypeError, match="no argument 'top_k': write k"):
+            call(top_k=5)
+        with pytest.raises(TypeError, match="no argument 'alow': write one of k, allow"):
+            call(alow=[1005])
+        with pytest.raises(ValueError, match="allow=1005: a list of item ids, also for one item"):
+            call(allow=1005)
+        with pytest.raises(KeyError, match="the first is 5"):
+            call(allow=[5, 6, 7])
+    context = {"context_ids": torch.from_numpy(recommender.ranker.collator.item_token_ids[None, :1])}
+    for wrong in (1005, "1005"):
+        with pytest.raises(ValueError, match="a list of item ids, also for one item, or a bool mask"):
+            recommender.model.generate(**context, allowed_items=wrong)
 
 
 def test_an_explanation_reads_what_the_model_reads(with_features):

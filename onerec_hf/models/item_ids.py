@@ -105,6 +105,8 @@ def allowed_mask(catalogue: Any, allowed: Any) -> torch.Tensor:
     """
     if is_node_masks(allowed):
         raise ValueError("allowed_items is what `catalogue.alive` made of a mask: here the mask itself is needed.")
+    if isinstance(allowed, str) or not (hasattr(allowed, "__len__") or hasattr(allowed, "__iter__")):
+        raise ValueError(f"allowed_items={allowed!r}: a list of item ids, also for one item, or a bool mask (B, N).")
     if isinstance(allowed, (torch.Tensor, np.ndarray)):
         array = torch.as_tensor(allowed) if isinstance(allowed, torch.Tensor) or allowed.dtype.kind == "b" else None
         if array is not None and array.dtype == torch.bool:
