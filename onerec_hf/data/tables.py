@@ -1,6 +1,7 @@
 """Reading logs and feature tables from files, data sets and data frames as checked Arrow columns."""
 
 import difflib
+import glob
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.csv
+import pyarrow.dataset
 import pyarrow.json
 import pyarrow.parquet
 from transformers.utils import logging
@@ -18,6 +20,7 @@ from transformers.utils import logging
 logger = logging.get_logger(__name__)
 
 COMPRESSED = (".gz", ".bz2")  # Arrow unpacks these by itself
+STREAM_ROWS = 10_000  # of a streaming data set that are read at once
 # what Arrow takes for a missing value in a CSV column of numbers
 _CSV_NULLS = pa.array(pyarrow.csv.ConvertOptions().null_values)
 
@@ -57,20 +60,35 @@ def _read(source: Any, split: str, ids: Sequence[str]) -> pa.Table:
         return source
     if isinstance(source, datasets.Dataset):
         return source.with_format("arrow")[:]
+    if isinstance(source, datasets.IterableDataset):  # read to its end: a log has one
+        batches = list(source.with_format("arrow").iter(batch_size=STREAM_ROWS))
+        return pa.concat_tables(batches, promote_options="default")
     if isinstance(source, (str, Path)):
         return _read_path_or_hub(source, split, ids)
     if isinstance(source, Mapping) and not isinstance(source, datasets.DatasetDict):
         return pa.table({name: pa.array(values, from_pandas=True) for name, values in source.items()})
     if isinstance(source, pd.DataFrame):
         return pa.Table.from_pandas(source, preserve_index=False)
+    if hasattr(source, "__arrow_c_stream__"):  # a polars DataFrame, a pyarrow.RecordBatchReader, a DuckDB relation
+        return pa.table(source)
+    if isinstance(source, pyarrow.dataset.Dataset):
+        return source.to_table()
+    hint = ""
+    if isinstance(source, (datasets.DatasetDict, datasets.IterableDatasetDict)):
+        hint = f"; it has the splits {list(source)}: pass one of them, such as data[{next(iter(source), '')!r}]"
+    elif hasattr(source, "collect"):  # of polars or Spark
+        hint = "; it is a query: pass what its `collect()` returns"
     raise TypeError(
-        f"cannot read a table from {type(source).__name__}; pass a path, a Hub data set name, a "
-        "datasets.Dataset (of a DatasetDict, one split), a pandas DataFrame, a pyarrow.Table or a dict of arrays"
+        f"cannot read a table from {type(source).__name__}{hint}. Allowed are a path, a pattern of paths "
+        "('logs/*.parquet'), a Hub data set name, a datasets.Dataset or IterableDataset, a DataFrame of pandas or "
+        "polars, a pyarrow.Table, RecordBatchReader or Dataset, or a dict of arrays"
     )
 
 
 def _read_path_or_hub(source: str | Path, split: str, ids: Sequence[str]) -> pa.Table:
     path = Path(source)
+    if glob.has_magic(str(source)) and not path.exists():
+        return _read_pattern(str(source), split, ids)
     if path.is_dir():
         return _read_folder(path, split)
     suffix = Path(path.stem).suffix if path.suffix in COMPRESSED else path.suffix
@@ -92,6 +110,24 @@ def _read_path_or_hub(source: str | Path, split: str, ids: Sequence[str]) -> pa.
         return datasets.load_dataset(source, split=split).with_format("arrow")[:]
     except (FileNotFoundError, ConnectionError) as error:  # also of a data set that the Hub does not have
         raise FileNotFoundError(f"{source} is no file or folder here and no data set on the Hub: {error}") from error
+
+
+def _read_pattern(pattern: str, split: str, ids: Sequence[str]) -> pa.Table:
+    """The files of a pattern, in the order of their names, one below the other."""
+    paths = sorted(glob.glob(pattern, recursive=True))
+    if not paths:
+        raise FileNotFoundError(f"no file matches {pattern}")
+    parts = [_read_path_or_hub(Path(path), split, ids) for path in paths]
+    for path, part in zip(paths, parts):
+        if set(part.column_names) != set(parts[0].column_names):
+            raise ValueError(
+                f"{path} has the columns {part.column_names}, {paths[0]} has {parts[0].column_names}: files of one "
+                "log need the same ones"
+            )
+    for name in ids:  # where one file has text, all have it
+        if len({part.schema.field(name).type for part in parts if name in part.column_names}) > 1:
+            parts = [part.set_column(part.column_names.index(name), name, part[name].cast(pa.large_string())) for part in parts]
+    return pa.concat_tables(parts, promote_options="permissive")
 
 
 def _read_folder(path: Path, split: str) -> pa.Table:
