@@ -5,11 +5,18 @@ place.
 import json
 from pathlib import Path
 
+import datasets
+import numpy as np
+import pandas as pd
+import pyarrow as pa
+import pyarrow.dataset
 import pytest
 
+from onerec_hf import OneRec
+from onerec_hf.data import load_interactions, read_table
 from onerec_hf.scripts import prepare, sft
 
-from .test_onerec import interactions  # noqa: F401  a fixture
+from .test_onerec import FAST, interactions  # noqa: F401  a fixture
 
 
 @pytest.fixture(scope="module")
@@ -48,3 +55,104 @@ def test_every_system_is_small_unless_a_width_is_named(data, system):
     assert own.hidden_size == 32 and own.num_hidden_layers == type(own)().num_hidden_layers
     if system == "onerec_v2":
         assert config(model_config="models/onerec_v2_0.1b.yaml").hidden_size == 640
+
+
+# ---- sources of a log
+# -------------------------------------------------------------------------------------------------
+
+
+class Stream:
+    """What a polars DataFrame, a DuckDB relation and others offer: the stream of the Arrow C interface."""
+
+    def __init__(self, table):
+        self.table = table
+
+    def __arrow_c_stream__(self, requested_schema=None):
+        return self.table.__arrow_c_stream__(requested_schema)
+
+
+class Query:
+    """A polars LazyFrame."""
+
+    def collect(self):
+        raise AssertionError("a query is not run behind one's back")
+
+
+@pytest.fixture(scope="module")
+def log(interactions, tmp_path_factory):  # noqa: F811
+    """Ids with zeros in front, ISO times, and a folder of halves."""
+    rows = interactions.assign(
+        item_id="0" + interactions["item_id"].str[4:],
+        timestamp=pd.Timestamp("2026-01-01", tz="UTC") + pd.to_timedelta(interactions["timestamp"], unit="h"),
+    )
+    rows["timestamp"] = rows["timestamp"].dt.strftime("%Y-%m-%dT%H:%M:%SZ")
+    folder = tmp_path_factory.mktemp("logs")
+    for name, part in (("a", rows[:200]), ("b", rows[200:])):
+        part.to_parquet(folder / f"{name}.parquet", index=False)
+        part.to_csv(folder / f"{name}.csv.gz", index=False)
+    return rows, folder
+
+
+SOURCES = {
+    "a pattern of parquet files": lambda rows, folder: str(folder / "*.parquet"),
+    "a pattern of csv.gz": lambda rows, folder: str(folder / "*.csv.gz"),
+    "every folder below": lambda rows, folder: str(folder.parent / folder.name / "**" / "*.parquet"),
+    "a pyarrow stream": lambda rows, folder: pa.Table.from_pandas(rows).to_reader(max_chunksize=64),
+    "a pyarrow data set": lambda rows, folder: pyarrow.dataset.dataset(str(folder / "a.parquet")),
+    "polars": lambda rows, folder: Stream(pa.Table.from_pandas(rows)),
+    "a streaming data set": lambda rows, folder: datasets.load_dataset(
+        "parquet", data_files=str(folder / "*.parquet"), split="train", streaming=True
+    ),
+    "a generator's data set": lambda rows, folder: datasets.IterableDataset.from_generator(
+        lambda: iter(rows.to_dict("records"))
+    ),
+    "a list of rows": lambda rows, folder: rows.to_dict("records"),
+}
+
+
+@pytest.mark.parametrize("kind", SOURCES)
+def test_a_log_is_read_from(kind, log):
+    rows, folder = log
+    expected = load_interactions(rows[:200] if kind == "a pyarrow data set" else rows)
+    found = load_interactions(SOURCES[kind](rows, folder))
+    for name in ("user_index", "item_index", "timestamp"):
+        np.testing.assert_array_equal(getattr(found, name), getattr(expected, name))
+    assert list(found.item_ids) == list(expected.item_ids) and "00" in list(found.item_ids)
+
+
+def test_fit_and_prepare_take_patterns_and_streams(log, tmp_path):
+    rows, folder = log
+    parquet = str(folder / "*.parquet")
+    model = OneRec(**FAST).fit(datasets.load_dataset("parquet", data_files=parquet, split="train", streaming=True))
+    assert model.histories["user3"] == rows[rows["user_id"] == "user3"].sort_values("timestamp")["item_id"].tolist()
+    assert len(model.recommend(["user3"], k=3)) == 3
+    command = ["--source", str(folder / "*.csv.gz"), "--output", str(tmp_path), "--codebook_size", "8"]
+    prepare.run([*command, "--collaborative_dim", "16"])
+    assert len(datasets.load_from_disk(tmp_path / "splits")["test"]) == 60
+
+
+def test_one_text_id_makes_text_of_the_others(tmp_path):
+    """In a pattern the files are one column: 7 of one file and 007 of the other are two items."""
+    for name, items in (("a", ["7", "8"]), ("b", ["007", "9"])):
+        rows = {"user_id": ["u", "v"], "item_id": items, "timestamp": [1, 2]}
+        pd.DataFrame(rows).to_csv(tmp_path / f"{name}.csv", index=False)
+    found = read_table(str(tmp_path / "*.csv"), ids=["user_id", "item_id"])
+    assert found["item_id"].to_pylist() == ["7", "8", "007", "9"]
+
+
+def test_what_is_no_log_is_said(log, tmp_path):
+    rows, folder = log
+    splits = datasets.load_dataset("parquet", data_files=str(folder / "*.parquet"))
+    with pytest.raises(TypeError, match=r"DatasetDict; it has the splits \['train'\]: pass one.*data\['train'\]"):
+        OneRec().fit(splits)
+    streams = datasets.IterableDatasetDict({"train": splits["train"].to_iterable_dataset()})
+    with pytest.raises(TypeError, match=r"IterableDatasetDict; it has the splits"):
+        load_interactions(streams)
+    with pytest.raises(TypeError, match=r"Query; it is a query: pass what its `collect\(\)` returns"):
+        OneRec().fit(Query())
+    with pytest.raises(FileNotFoundError, match=r"no file matches .*\*\.csv"):
+        OneRec().fit(str(folder / "*.csv"))
+    rows.rename(columns={"item_id": "sku"}).to_parquet(tmp_path / "b.parquet")
+    rows.to_parquet(tmp_path / "a.parquet")
+    with pytest.raises(ValueError, match=r"b\.parquet has the columns .*'sku'.*files of one log need the same ones"):
+        load_interactions(str(tmp_path / "*.parquet"))
