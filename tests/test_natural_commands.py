@@ -3,6 +3,7 @@ place.
 """
 
 import json
+import sys
 from pathlib import Path
 
 import datasets
@@ -13,8 +14,8 @@ import pyarrow.dataset
 import pytest
 
 from onerec_hf import OneRec
-from onerec_hf.data import load_interactions, read_table
-from onerec_hf.scripts import prepare, sft
+from onerec_hf.data import DataFolder, load_interactions, read_table
+from onerec_hf.scripts import leaderboard, prepare, sft
 
 from .test_onerec import FAST, interactions  # noqa: F401  a fixture
 
@@ -156,3 +157,93 @@ def test_what_is_no_log_is_said(log, tmp_path):
     rows.to_parquet(tmp_path / "a.parquet")
     with pytest.raises(ValueError, match=r"b\.parquet has the columns .*'sku'.*files of one log need the same ones"):
         load_interactions(str(tmp_path / "*.parquet"))
+
+
+# ---- one's own model in the leaderboard
+# -------------------------------------------------------------------------------
+
+
+def popular(histories, k):
+    """As somebody's own code: item ids in, item ids out."""
+    assert all(isinstance(item, str) for history in histories for item in history)
+    return [[f"item{i}" for i in range(40)][:k]] * len(histories)
+
+
+@pytest.fixture
+def own(data, tmp_path, monkeypatch):
+    """A folder with one's own code, and a command that runs the entries."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [place for place in sys.path if place])
+
+    def run(entries):
+        Path("entries.yaml").write_text(
+            "popularity: {recipe: baseline, name: popularity}\n" + entries, encoding="utf-8"
+        )
+        leaderboard.run(["--dataset", str(data), "--entries", "entries.yaml", "--output", "out", "--seeds", "0"])
+        return json.loads(Path("out/leaderboard.json").read_text(encoding="utf-8"))["results"]
+
+    return run
+
+
+def test_one_s_own_model_in_the_leaderboard(data, own, capsys):
+    split = DataFolder(str(data))
+    item_ids = split.catalogue.item_ids
+    rows = {"user_id": [split.users[user]["user_id"] for user in split.splits["test"]["user"]]}
+    rows["item_ids"] = [[f"item{i}" for i in range(40)]] * len(rows["user_id"])
+    pd.DataFrame(rows).to_parquet("mine.parquet")
+    Path("own_model.py").write_text("from tests.test_natural_commands import popular as recommend", encoding="utf-8")
+    sys.path.append(str(Path(__file__).resolve().parents[1]))
+    found = own("mine: {predictions: mine.parquet}\nlive: {python: 'own_model:recommend'}\n")
+    assert "| mine | 1 |" in capsys.readouterr().out
+    order = [np.flatnonzero(item_ids == f"item{i}")[0] for i in range(40)]
+    expected = {"test": [], "test_exclude_seen": []}
+    for row in split.splits["test"]:
+        for kind, left in (("test", order), ("test_exclude_seen", [i for i in order if i not in row["history"]])):
+            expected[kind].append(len(set(left[:10]) & set(row["targets"])) / len(set(row["targets"])))
+    for name in ("mine", "live"):
+        for kind, recalls in expected.items():
+            assert found[name][kind]["recall@10"][0] == pytest.approx(np.mean(recalls))
+    assert found["popularity"]["interval"]["test"] == [0.0, 0.0]
+    # a file that has changed is scored anew
+    rows["item_ids"] = [["no item of the log", f"item{u}"] for u in range(len(rows["user_id"]))]
+    rows["item_ids"][0] = []
+    pd.DataFrame(rows).iloc[:40].to_parquet("mine.parquet")
+    with pytest.raises(ValueError, match=r"mine.parquet has no row for 20 of the 60 test users; the first is 'user"):
+        own("mine: {predictions: mine.parquet}")
+    rows["item_ids"] = [items if len(items) < 2 else [items[0], "item1"] for items in rows["item_ids"]]
+    pd.DataFrame(rows).to_parquet("mine.parquet")
+    assert own("mine: {predictions: mine.parquet}")["mine"]["test"] != found["mine"]["test"]
+
+
+@pytest.mark.parametrize(
+    ("entry", "message"),
+    [
+        ("{python: own_model}", "python='own_model': write module:function"),
+        ("{python: 'no_such_module:f'}", "No module named 'no_such_module'"),
+        ("{python: 'json:nothing'}", "has no attribute 'nothing'"),
+        ("{python: 'json:__name__'}", "is a str: name a function"),
+        ("{python: 'wrong:short'}", "wrong:short returned 1 lists for 2 histories"),
+        ("{python: 'wrong:twice'}", "a list of wrong:twice has an item twice"),
+        ("{python: 'wrong:foreign'}", r"wrong:foreign has no item id of .*; the first is .*'x'"),
+        ("{predictions: absent.parquet}", "absent.parquet does not exist"),
+        ("{predictions: mine.csv}", r"mine.csv has no columns \['item_ids'\]"),
+    ],
+)
+def test_one_s_own_model_is_checked_before_anything_runs(own, entry, message):
+    code = ["short = lambda histories, k: [['item1']]", "twice = lambda histories, k: [['item1', 'item1']] * 2"]
+    Path("wrong.py").write_text("\n".join([*code, "foreign = lambda histories, k: [['x']] * 2"]), encoding="utf-8")
+    Path("mine.csv").write_text("user_id,items\nuser1,item1\n", encoding="utf-8")
+    sys.modules.pop("wrong", None)
+    with pytest.raises(ValueError, match=f"(?s)the entry 'mine' cannot run: .*{message}.*Nothing was started"):
+        own(f"mine: {entry}")
+    assert not list(Path("out").glob("*/*/metrics.json"))
+
+
+def test_an_entry_of_before_the_commands_is_the_same_run(tmp_path):
+    (tmp_path / "old.yaml").write_text("a: {recipe: baseline.py, name: popularity}", encoding="utf-8")
+    (tmp_path / "new.yaml").write_text("a: {recipe: baseline, name: popularity}", encoding="utf-8")
+    old, new = (leaderboard.load_entries(str(tmp_path / f"{name}.yaml")) for name in ("old", "new"))
+    assert old == new == {"a": {"recipe": "baseline", "name": "popularity"}}
+    (tmp_path / "command.json").write_text('["baseline.py", "--seed", "0"]', encoding="utf-8")
+    assert leaderboard.same_run(["baseline", "--seed", "0"], tmp_path)
+    assert not leaderboard.same_run(["baseline", "--seed", "1"], tmp_path)

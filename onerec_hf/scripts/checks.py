@@ -174,7 +174,7 @@ def rehearse(
             score_model(recommender.ranker, some(splits[name], 2, name), Path(folder), seed=0)
 
 
-class TimeEstimate(TrainerCallback):
+class _TimeEstimate(TrainerCallback):
     """Prints the number of parameters before the first step, and after a few steps how long all of them will take.
 
     The first steps are left out of the estimate: they are slower, and so much the more on a GPU.
@@ -209,7 +209,7 @@ def train_checked(
     """Trains once sharding, rows and all that comes after the training have been tried; returns `train_seconds`."""
     check_sharding(trainer, score)
     rehearse(recommender, train, splits, score)
-    trainer.add_callback(TimeEstimate())
+    trainer.add_callback(_TimeEstimate())
     start = time.perf_counter()
     trainer.train(resume_from_checkpoint=trainer.args.resume_from_checkpoint)
     return {"train_seconds": time.perf_counter() - start}
