@@ -247,3 +247,20 @@ def test_an_entry_of_before_the_commands_is_the_same_run(tmp_path):
     (tmp_path / "command.json").write_text('["baseline.py", "--seed", "0"]', encoding="utf-8")
     assert leaderboard.same_run(["baseline", "--seed", "0"], tmp_path)
     assert not leaderboard.same_run(["baseline", "--seed", "1"], tmp_path)
+
+
+# ---- the first recommendations
+# ----------------------------------------------------------------------------------------
+
+
+def test_the_page_shows_what_is_timed(tmp_path):
+    """The program and the commands of docs/natural_calls.md are those of the benchmark; they find the columns."""
+    from benchmarks.first_recommendations import COMMANDS, PYTHON, write_log
+
+    page = (Path(__file__).resolve().parents[1] / "docs" / "natural_calls.md").read_text(encoding="utf-8")
+    for line in [*PYTHON.split("\n"), *COMMANDS]:
+        assert not line or f"    {line}\n" in page, line
+    write_log(tmp_path / "log.csv", num_users=50, num_items=30, events_per_user=10)
+    log = load_interactions(str(tmp_path / "log.csv"))
+    assert (len(log.timestamp), log.num_users) == (500, 50) and list(log.user_ids)[:2] == ["user-00000", "user-00001"]
+    assert log.timestamp.max() > pd.Timestamp("2026-01-09", tz="UTC").timestamp() * 1000
