@@ -175,19 +175,16 @@ def rehearse(
 
 
 class _TimeEstimate(TrainerCallback):
-    """Prints the number of parameters before the first step, and after a few steps how long all of them will take.
+    """
+    Prints after a few steps how long all of them will take; the trainers say before the first one what starts.
 
     The first steps are left out of the estimate: they are slower, and so much the more on a GPU.
     """
 
     warm_up, measured = 3, 10  # steps
 
-    def on_train_begin(self, args, state, control, model=None, **kwargs):
+    def on_train_begin(self, args, state, control, **kwargs):
         self.first = state.global_step + self.warm_up
-        if state.is_world_process_zero:
-            trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
-            steps = f"{state.max_steps - state.global_step:,} steps, {state.num_train_epochs} epochs"
-            print(f"{model.num_parameters():,} parameters, {trained:,} of them trained; {steps}", flush=True)
 
     def on_step_end(self, args, state, control, **kwargs):
         if state.global_step == self.first:
