@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
-from .data.histories import check_per_user, history_rows
+from .collators.histories import check_per_user, history_rows
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

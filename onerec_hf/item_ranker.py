@@ -5,7 +5,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from .data.collators import OneRecCollator
+from .collators import OneRecCollator
 from .models import RecommendedItems
 
 
@@ -49,7 +49,7 @@ class ItemRanker:
         self,
         rows: list[dict],
         k: int,
-        allowed: torch.Tensor | None = None,
+        allowed_items: torch.Tensor | None = None,
         num_beams: int | None = None,
         num_session_items: int | None = None,
     ) -> RecommendedItems:
@@ -58,7 +58,7 @@ class ItemRanker:
         return self.model.recommend_items(
             k,
             num_beams=num_beams or self.num_beams,
-            allowed_items=allowed,
+            allowed_items=allowed_items,
             num_session_items=num_session_items,
             **batch,
         )

@@ -12,8 +12,8 @@ from tqdm.auto import tqdm
 from transformers import AutoModel
 from transformers.utils.hub import cached_file
 
-from .data.histories import check_per_user, history_rows, is_per_user, refuse_arguments
-from .data.saved_collator import collator_of
+from .collators.histories import check_per_user, history_rows, is_per_user, refuse_arguments
+from .collators.loading import collator_of
 from .explanation import Contribution, leave_one_out
 from .item_ranker import ItemRanker
 from .models.item_ids import id_array, is_text
@@ -154,7 +154,7 @@ class Recommender:
             k: Items, or sessions, per user; fewer come back where fewer are allowed or exist.
             exclude_seen: Leave out the items of the history.
             allow, deny: Item ids that alone may, or that may not, be recommended: one list for all users, or one per
-            user.
+                user.
             events: Event columns that the model takes beside the ids (`play_time_ms`, ...), parallel to `histories`; a
                 column that is left out counts as unknown.
             users: User features, one value per user: as they stand in `users.parquet` where the repository knows its
@@ -190,7 +190,7 @@ class Recommender:
         allowed = self._allowed([row["history"] for row in rows], exclude_seen, allow, deny)
         k = k if session else min(k, catalogue.num_items)
         width = max(self.ranker.num_beams, k)
-        length = self.model.num_items if session else None
+        length = self.model.num_session_items if session else None
         context = {name: tensor.to(self.model.device) for name, tensor in collator.context(rows).items()}
         items, scores = self.model.recommend_items(
             k, num_beams=width, allowed_items=allowed, num_session_items=length, **context

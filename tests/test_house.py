@@ -25,16 +25,18 @@ RULES = {
         {"item_embeddings", "semantic_ids"},
         {"datasets", "torch", "transformers", "numpy", "pandas", "pyarrow", "safetensors", "tqdm"},
     ),
+    "collators": ({"data"}, {"numpy", "torch", "transformers", "safetensors"}),
     "baselines": ({"models"}, {"torch", "transformers", "numpy", "scipy", "tqdm", "safetensors"}),
-    "rewards": ({"models", "data"}, {"torch", "transformers"}),
+    "rewards": ({"collators", "models", "data"}, {"torch", "transformers"}),
     "trainers": (
-        {"models", "data", "rewards", "evaluation", "hub", "_version"},
+        {"collators", "models", "data", "rewards", "evaluation", "hub", "_version"},
         {"trl", "transformers", "accelerate", "peft", "torch", "datasets", "numpy", "safetensors", "huggingface_hub"},
     ),
     "scripts": (
         {
             "",
             "baselines",
+            "collators",
             "data",
             "evaluation",
             "hub",
@@ -62,7 +64,7 @@ RULES = {
         },
     ),
     "": (
-        {"models", "data", "semantic_ids", "scripts", "hub", "trainers"},
+        {"collators", "models", "data", "semantic_ids", "scripts", "hub", "trainers"},
         {
             "pandas",
             "accelerate",

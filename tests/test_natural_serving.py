@@ -34,7 +34,6 @@ def dict_ids(found):
 
 
 # ---- the pipeline
-# ------------------------------------------------------------------------------------------------------
 
 
 def test_the_pipeline_of_a_hub_repository(hub, tmp_path):
@@ -136,7 +135,6 @@ def test_a_stream_is_searched_in_bounded_batches(with_features, monkeypatch):
 
 
 # ---- the tokenizer
-# -----------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -194,11 +192,11 @@ def test_what_generate_returns_is_decoded_as_it_is(tok, architecture):
     context = tok(items=[[1000, 1001, 1002], [1063]], padding=True, return_tensors="pt")
     found = model.generate(**context, num_beams=4, num_return_sequences=2)
     expected = tok.decode_items(found.reshape(-1, 4)[:, 1:])
-    assert len(expected) == 4 * model.num_items and all(expected)
+    assert len(expected) == 4 * model.num_session_items and all(expected)
     assert tok.decode_items(found) == expected
     both = model.generate(**context, num_beams=4, num_return_sequences=2, return_dict_in_generate=True)
     assert tok.decode_items(both) == expected
-    fewer = model.generate(**context, num_beams=4, num_return_sequences=4, num_items=1, allowed_items=[1007])
+    fewer = model.generate(**context, num_beams=4, num_return_sequences=4, num_session_items=1, allowed_items=[1007])
     assert tok.decode_items(fewer) == [[1007], [], [], []] * 2  # rows of pad tokens where there is no item
     codes = tok.decode_semantic_ids(tok.encode_items([1000, 1001]))
     with pytest.raises(ValueError, match=r"are codes and no token ids.*encode_semantic_ids\(codes\)"):
@@ -210,7 +208,6 @@ def test_what_generate_returns_is_decoded_as_it_is(tok, architecture):
 
 
 # ---- item ids where a mask is expected
-# ---------------------------------------------------------------------------------
 
 
 def test_item_ids_stand_for_a_mask(tok):
@@ -230,9 +227,11 @@ def test_item_ids_stand_for_a_mask(tok):
         )
     per_user = model.recommend_items(1, **context, allowed_items=[[1005], [1006]]).items
     assert per_user.tolist() == [[5], [6]]
-    shared = catalogue.alive(mask)
+    shared = catalogue.node_masks(mask)
     assert torch.equal(model.generate(**context, num_beams=3, num_return_sequences=3, allowed_items=shared), generated)
-    with pytest.raises(ValueError, match=r"what `catalogue.alive` made of a mask: here the mask itself is needed"):
+    with pytest.raises(
+        ValueError, match=r"what `catalogue.node_masks` made of a mask: here the mask itself is needed"
+    ):
         model.recommend_items(3, **context, allowed_items=shared)
     with pytest.raises(KeyError, match="the first is 5"):
         model.recommend_items(3, **context, allowed_items=[5, 6, 7])
@@ -241,7 +240,6 @@ def test_item_ids_stand_for_a_mask(tok):
 
 
 # ---- the recommender
-# ---------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("architecture", ["v2", "onerec", "v1"])

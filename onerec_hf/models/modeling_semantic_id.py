@@ -125,7 +125,8 @@ class SemanticIdCausalLMOutput(CausalLMOutputWithCrossAttentions):
     """
     Args:
         loss (`torch.FloatTensor` of shape (1,)): Negative log-probability of the codes, in nats
-        (`config.loss_reduction`). logits (`torch.FloatTensor` of shape (R, C, vocab_size)): Scores of the next token;
+            (`config.loss_reduction`).
+        logits (`torch.FloatTensor` of shape (R, C, vocab_size)): Scores of the next token;
             everything outside the level that comes next is the lowest finite number, so a softmax over the vocabulary
             is the softmax over the level.
         target_log_probs (`torch.FloatTensor` of shape (B, n, L)): Log-probability of each code of each target, in
@@ -148,7 +149,8 @@ class RecommendedItems(NamedTuple):
     """
     Args:
         items (`torch.LongTensor` of shape (B, k), sessions (B, k, m)): Item indices of the catalogue, best first, -1
-        for none. scores (`torch.FloatTensor` of shape (B, k)): Natural log-probability of the semantic IDs of an item,
+            for none.
+        scores (`torch.FloatTensor` of shape (B, k)): Natural log-probability of the semantic IDs of an item,
             or of all items of a session; `-inf` for none.
     """
 
@@ -172,8 +174,8 @@ class SemanticIdForCausalLM(CatalogueGenerationMixin, SemanticIdPreTrainedModel)
         self.model = model
         self.lm_head = LevelHead(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
-        self.num_items = config.num_session_items if config.session_wise else 1
-        self.generation_config.max_new_tokens = self.num_items * (config.num_levels + 1) - 1
+        self.num_session_items = config.num_session_items if config.session_wise else 1
+        self.generation_config.max_new_tokens = self.num_session_items * (config.num_levels + 1) - 1
         # `transformers.Trainer` counts the codes in `labels`; its count fits a loss that is a mean over codes, and no
         # other
         self.accepts_loss_kwargs = config.loss_reduction == "mean"
@@ -203,7 +205,6 @@ class SemanticIdForCausalLM(CatalogueGenerationMixin, SemanticIdPreTrainedModel)
         ]
 
     # ---- the one place where scores become log-probabilities
-    # -----------------------------------------------------------
 
     def level_log_probs(
         self,
@@ -220,7 +221,7 @@ class SemanticIdForCausalLM(CatalogueGenerationMixin, SemanticIdPreTrainedModel)
             hidden_states (`torch.FloatTensor` of shape (R, D)): Last hidden states at the position before the code.
             level (`int`): 0-based level.
             node (`torch.LongTensor` of shape (R,), *optional*): Catalogue node of each row's prefix; None at the first
-            level.
+                level.
             catalogue (`Catalogue`, *optional*): Read only under `"valid"`; defaults to the model's own.
 
         Returns:
@@ -243,7 +244,7 @@ class SemanticIdForCausalLM(CatalogueGenerationMixin, SemanticIdPreTrainedModel)
         Args:
             hidden_states (`torch.FloatTensor` of shape (R, L, D)): Position l is the one before code l.
             token_ids (`torch.LongTensor` of shape (R, L)): Tokens of the codes; rows of pad tokens give meaningless
-            numbers.
+                numbers.
 
         Yields:
             `torch.FloatTensor` of shape (R, V_l) for each level l, in nats, one at a time: together they can be large.
@@ -263,7 +264,7 @@ class SemanticIdForCausalLM(CatalogueGenerationMixin, SemanticIdPreTrainedModel)
         Args:
             hidden_states (`torch.FloatTensor` of shape (R, L, D)): Position l is the one before code l.
             token_ids (`torch.LongTensor` of shape (R, L)): Tokens of the codes; rows of pad tokens give meaningless
-            numbers.
+                numbers.
 
         Returns:
             `torch.FloatTensor` of shape (R, L), in nats.
@@ -281,7 +282,8 @@ class SemanticIdForCausalLM(CatalogueGenerationMixin, SemanticIdPreTrainedModel)
 
         Args:
             hidden_states (`torch.FloatTensor` of shape (R, C, D)): One position per token; the one of the last code
-            may be missing. token_ids (`torch.LongTensor` of shape (R, items * (L + 1))): BOS and codes.
+                may be missing.
+            token_ids (`torch.LongTensor` of shape (R, items * (L + 1))): BOS and codes.
 
         Returns:
             `torch.FloatTensor` of shape (R, items, L), in nats: the codes' log-probabilities, never BOS's.
@@ -321,7 +323,6 @@ class SemanticIdForCausalLM(CatalogueGenerationMixin, SemanticIdPreTrainedModel)
         return logits.masked_fill(~inside, torch.finfo(logits.dtype).min)
 
     # ---- recommending
-    # --------------------------------------------------------------------------------------------------
 
     @torch.no_grad()
     def recommend_items(
@@ -382,7 +383,6 @@ class SemanticIdForCausalLM(CatalogueGenerationMixin, SemanticIdPreTrainedModel)
         return RecommendedItems(items, scores)
 
     # ---- training
-    # ------------------------------------------------------------------------------------------------------
 
     @can_return_tuple
     def forward(
@@ -411,12 +411,14 @@ class SemanticIdForCausalLM(CatalogueGenerationMixin, SemanticIdPreTrainedModel)
                 of every item of a session. R may be a multiple of the B contexts, the rows of one context being
                 adjacent.
             labels (`torch.LongTensor` of shape (R, C), *optional*): As `input_ids`, -100 where no loss is wanted;
-            never on BOS. shift_labels (`torch.LongTensor` of shape (R, C), *optional*): Instead of `labels`: at each
-            place the label of the next. target_ids (`torch.LongTensor` of shape (B, n, L), *optional*): Instead of
+                never on BOS.
+            shift_labels (`torch.LongTensor` of shape (R, C), *optional*): Instead of `labels`: at each
+                place the label of the next.
+            target_ids (`torch.LongTensor` of shape (B, n, L), *optional*): Instead of
                 `input_ids` and `labels`: n targets of each user that share one context (of a session-wise model, the n
                 items of one session), pad tokens where there are fewer.
             target_positions (`torch.LongTensor` of shape (B, n), *optional*): OneRec-V2 only: history items each
-            target may see.
+                target may see.
             num_items_in_batch (`torch.Tensor` or `int`, *optional*): What the summed loss is divided by, in place of
                 this batch's own number ([`loss_items`]): that of all batches of an optimizer step, as `Trainer` gives
                 it.

@@ -23,7 +23,7 @@ import torch
 from ..data import read_table
 from ..evaluation import bootstrap_lift
 from ..recommender import ItemRanker, Recommender
-from ..simulator import ShortVideoWorld, serve, user_totals
+from ..simulator import ShortVideoWorld, simulate_visits, user_totals
 from ..simulator.serving import EVENT_COLUMNS
 from .checks import check_columns, check_output
 from .model_arguments import mapping
@@ -32,7 +32,7 @@ COLD_VIEWS = 5  # a video with at most so many long views in the training log is
 
 
 class Server:
-    """A model behind `serve`: rows of video ids in, lists of unseen video ids and the log-probabilities of their codes
+    """A model behind `simulate_visits`: rows of video ids in, lists of unseen video ids and their log-probabilities
     out.
     """
 
@@ -80,7 +80,7 @@ def compare(
     daily: dict[str, Any] = {}
     for name, server in servers.items():
         for seed in seeds:
-            shown = serve(world, server, log, num_days=num_days, seed=seed)
+            shown = simulate_visits(world, server, log, num_days=num_days, seed=seed)
             if output is not None:
                 shown.to_parquet(output / f"exposures_{name}_{seed}.parquet")
             found = user_totals(shown, users.tolist(), world.content_embeddings, views <= COLD_VIEWS)

@@ -12,15 +12,8 @@ import torch
 import yaml
 from transformers import AutoConfig, PreTrainedConfig
 
-from ..data import (
-    DataFolder,
-    OneRecCollator,
-    PathwayCollator,
-    SessionCollator,
-    category_codes,
-    category_map,
-    target_rows,
-)
+from ..collators import OneRecCollator, PathwayCollator, SessionCollator
+from ..data import DataFolder, category_codes, category_map, target_rows
 from ..recommender import Recommender
 from .checks import event_features, refuse_unknown
 from .parser import config_path

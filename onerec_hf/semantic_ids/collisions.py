@@ -4,7 +4,7 @@ level).
 
 import torch
 
-from .blocks import row_blocks, squared_distances
+from .distances import row_blocks, squared_distances
 from .residual import ResidualKMeans
 from .rqvae import RQVAE
 

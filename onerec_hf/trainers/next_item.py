@@ -117,7 +117,6 @@ class NextItemTrainer(OneRecTrainer):
             self.add_callback(_UpdateAverage(self))
 
     # ---- a mean over all targets of a step, whatever they were divided into
-    # ---------------------------------------------
 
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> tuple[list, Any]:
         """The batches of the next optimizer step, and what their summed losses are divided by, in all processes
@@ -173,7 +172,6 @@ class NextItemTrainer(OneRecTrainer):
             return Trainer.evaluate(self, eval_dataset, ignore_keys, metric_key_prefix)
 
     # ---- the moving average of the weights
-    # ------------------------------------------------------------------------------
 
     def train(self, *args, **kwargs) -> TrainOutput:
         result = super().train(*args, **kwargs)

@@ -303,7 +303,6 @@ def test_a_run_in_the_folder_of_another_says_so_and_leaves_none_of_its_results(d
 
 
 # ---- baselines and the leaderboard
-# -------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -365,7 +364,6 @@ def test_the_leaderboard_checks_every_entry_before_the_first(data, tmp_path, ent
 
 
 # ---- publish
-# -----------------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture

@@ -5,7 +5,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from .collators import OneRecCollator
+from .onerec_collator import OneRecCollator
 
 
 def is_per_user(ids: Sequence | None) -> bool:
