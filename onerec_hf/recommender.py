@@ -12,7 +12,7 @@ from tqdm.auto import tqdm
 from transformers import AutoModel
 from transformers.utils.hub import cached_file
 
-from .collators.histories import check_per_user, history_rows, is_per_user
+from .collators.histories import allowed_items, check_per_user, history_rows, refuse_arguments
 from .collators.loading import collator_of
 from .explanation import Contribution, leave_one_out
 from .item_ranker import ItemRanker
@@ -137,6 +137,7 @@ class Recommender:
         item_scorer: Any = None,
         num_candidates: int | None = None,
         rerank: bool = True,
+        **unknown: Any,
     ) -> list[list[Any]]:
         """
         The `k` best items of each user, or, with `session=True`, the `k` best sessions, as OneRec writes them.
@@ -167,10 +168,12 @@ class Recommender:
             Per user a list of [`Recommendation`], best first, or of [`RecommendedSession`].
 
         Raises:
+            TypeError: An argument of another name, such as `generate`'s `allowed_items`; the message names ours.
             KeyError: Unknown item ids. ValueError: `k` below 1, a session of a model that writes single items, columns
                 or lists that do not run parallel to `histories`, a category that the model does not have, a model in
                 training mode.
         """
+        refuse_arguments(unknown)
         catalogue, n = self.model.catalogue, len(histories)
         if k < 1 or k != int(k):
             raise ValueError(f"k={k}: a whole number, at least one item per user.")
@@ -187,7 +190,7 @@ class Recommender:
             return []
         collator = self.ranker.collator.for_users(users or {}, n)
         rows = history_rows(catalogue, collator, histories, events or {}, unknown_items)
-        allowed = self._allowed([row["history"] for row in rows], exclude_seen, allow, deny)
+        allowed = allowed_items(catalogue, [row["history"] for row in rows], exclude_seen, allow, deny)
         k = k if session else min(k, catalogue.num_items)
         width = max(num_candidates or 1, self.ranker.num_beams, k)
         length = self.model.num_session_items if session else None
@@ -217,20 +220,6 @@ class Recommender:
         if session:
             return [[RecommendedSession(i, s, [known.get(item, {}) for item in i]) for i, s in row] for row in ranked]
         return [[Recommendation(i, s, known.get(i, {})) for i, s in row] for row in ranked]
-
-    def _allowed(self, seen, exclude_seen, allow, deny) -> torch.Tensor | None:
-        if not exclude_seen and allow is None and deny is None:
-            return None
-        catalogue = self.model.catalogue
-        mask = np.full((len(seen), catalogue.num_items), allow is None)
-        for ids, value in ((allow, True), (deny, False)):
-            if ids is None:
-                continue
-            for row, own in zip(mask, ids) if is_per_user(ids) else ((mask.T, ids),):
-                row[catalogue.index_of(own)] = value
-        for row, items in zip(mask, seen if exclude_seen else ()):
-            row[items] = False
-        return torch.from_numpy(mask).to(self.model.device)
 
     def add_items(self, item_ids: Sequence, embeddings: np.ndarray, metadata: Sequence[Mapping] | None = None) -> None:
         """
@@ -314,7 +303,7 @@ class Recommender:
 
         Returns:
             One [`Contribution`] per item that the model reads, oldest first; positive where it speaks for the item, in
-            nats. `pandas.DataFrame(found)` is a table of them.
+            nats. `pandas.DataFrame(found)` is a table of them, [`~explanation.plot_explanation`] a picture.
 
         Raises:
             KeyError: Unknown item ids. ValueError: An empty history, columns that do not run parallel to it.
