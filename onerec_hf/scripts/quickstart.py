@@ -3,8 +3,9 @@ repository.
 
     onerec quickstart --output outputs/quickstart
 
-A few minutes on 2 cores. Everything below the world is what one's own data go through: `onerec prepare`, `baseline`
-and `sft`. The numbers belong to a simulated world and say nothing about real users.
+The repository is the model re-ranked with two of the baselines (`onerec rerank`). A few minutes on 2 cores. Everything
+below the world is what one's own data go through: `onerec prepare`, `baseline`, `sft` and `rerank`. The numbers belong
+to a simulated world and say nothing about real users.
 """
 
 import argparse
@@ -140,6 +141,7 @@ def main(output: Path, num_users: int = 2000, num_items: int = 2000, epochs: flo
         f"\nseen items kept / masked; true watch time: what the simulated users would watch of ten new videos, "
         f"which no system can know. Everything is in {output}, the repository in {folder} (README.md is its card)."
     )
+    print("Nothing here was trained for watch time: `onerec dpo` and `onerec grpo` are.")
     print("Your own data next:  onerec prepare --source LOG.parquet --output outputs/mydata   (see recipes/README.md)")
     (output / "metrics.json").write_text(
         json.dumps({k: v["test"] for k, v in reports.items()}, indent=2), encoding="utf-8"

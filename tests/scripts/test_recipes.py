@@ -42,7 +42,9 @@ def test_quickstart_leaves_a_repository(quickstart):
         assert (folder / name).is_file(), name
     for name in ("training_curve.png", "recall_by_frequency.png", "codebook_usage.png", "prediction_entropy.png"):
         assert (folder / name).read_bytes()[:4] == b"\x89PNG", name
-    assert set(reports) == {"OneRec-V2", "popularity", "cooccurrence", "sasrec"}
+    ours = {"OneRec-V2, re-ranked", "OneRec-V2, search alone"}
+    assert set(reports) == ours | {"popularity", "cooccurrence", "sasrec"}
+    assert Recommender.from_pretrained(folder).ranker.reranker.parts == ("codes", "cooccurrence", "sasrec")
     for report in reports.values():
         assert report["test"]["invalid_rate"] == 0
         assert 0 <= report["test"]["recall@10"] <= 1
@@ -307,10 +309,10 @@ def test_publish_pushes_a_repository_that_can_be_served(quickstart, hub, tmp_pat
     assert not [name for name in files if name.startswith(("predictions", "checkpoint", "training_args"))]
     card = ModelCard(repository.branches["main"]["README.md"].decode())
     found = {result.metric_name: result.metric_value for result in card.data.eval_results}
-    assert found["recall@10"] == round(reports["OneRec-V2"]["test"]["recall@10"], 5)
-    assert (
-        "| sasrec |" in card.content and "| learning rate | 0.003, cosine |" in card.content
-    )  # from the trainer's card
+    assert found["recall@10"] == round(reports["OneRec-V2, re-ranked"]["test"]["recall@10"], 5)
+    assert "| sasrec |" in card.content and "| mine, search alone |" in card.content
+    assert "| codes, of the best |" in card.content and "| learning rate | 0.003, cosine |" in card.content
+    assert "scorers/cooccurrence/model.safetensors" in files
     recommender = Recommender.from_pretrained("org/mine")
     history = recommender.model.catalogue.item_ids[:4].tolist()
     assert all(item.metadata["title"] for item in recommender.recommend([history], k=5)[0])
