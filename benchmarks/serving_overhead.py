@@ -1,6 +1,7 @@
 """What `Recommender.recommend` costs beside the search of the model: reading ids, collating, naming the found items.
 
     python benchmarks/serving_overhead.py
+    python benchmarks/serving_overhead.py --repo outputs/mymodel --users 1 16 64     # with and without its re-ranker
 
 Both ways search for the same users in one run, in turns; the ratio of their processor seconds is what counts.
 """
@@ -53,13 +54,36 @@ def overhead(recommender: Recommender, num_users: int, repeats: int, k: int = 10
     }
 
 
+def reranking(recommender: Recommender, num_users: int, repeats: int, k: int = 10) -> dict[str, float]:
+    """Milliseconds of `recommend` with the repository's re-ranker and without, and their ratio."""
+    items, generator = recommender.model.catalogue.item_ids, np.random.default_rng(0)
+    histories = items[generator.integers(len(items), size=(num_users, 30))].tolist()
+    median, _ = alternate(
+        {
+            "re-ranked": lambda: recommender.recommend(histories, k),
+            "search": lambda: recommender.recommend(histories, k, rerank=False),
+        },
+        repeats,
+    )
+    return {name: 1000 * seconds for name, seconds in median.items()} | {
+        "ratio": median["re-ranked"] / median["search"]
+    }
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--num_items", type=int, default=100_000)
     parser.add_argument("--hidden_size", type=int, default=128)
     parser.add_argument("--users", type=int, nargs="+", default=[1, 64])
     parser.add_argument("--repeats", type=int, default=30)
+    parser.add_argument("--repo", help="A repository of `onerec rerank`, in place of random weights.")
     arguments = parser.parse_args()
+    if arguments.repo:
+        recommender = Recommender.from_pretrained(arguments.repo)
+        for users in arguments.users:
+            found = reranking(recommender, users, arguments.repeats)
+            print(f"{users:4} users: " + ", ".join(f"{name} {value:.3f}" for name, value in found.items()), flush=True)
+        return
     for text_ids in (False, True):
         recommender = served(arguments.num_items, text_ids, arguments.hidden_size)
         for users in arguments.users:

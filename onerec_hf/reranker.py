@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch.nn.utils.rnn import pad_sequence
 from transformers.utils.hub import cached_file
 
 from . import baselines
@@ -84,7 +85,7 @@ class Reranker:
             Item indices (B, C), -1 where a row has fewer, each item once; and features (B, C, F).
         """
         beam, log_probs = found.items.cpu(), found.scores.float().cpu()
-        scores = self._scores(histories, catalogue.num_items, head_scores)
+        scores = self._scores(histories, head_scores)
         columns = [beam]
         for own in scores.values():
             if allowed_items is not None:
@@ -96,15 +97,14 @@ class Reranker:
         in_beam = (items[:, :, None] == beam[:, None, :]) & (items >= 0)[:, :, None]  # (B, C, K)
         worst = log_probs.masked_fill(beam < 0, torch.inf).amin(1, keepdim=True)
         codes = torch.where(in_beam.any(2), log_probs.gather(1, in_beam.int().argmax(2)), worst)
-        seen = torch.zeros(len(items), catalogue.num_items, dtype=torch.bool)
-        for row, history in zip(seen, histories):
-            row[torch.as_tensor(list(history), dtype=torch.long)] = True
+        past = pad_sequence([torch.as_tensor(list(own), dtype=torch.long) for own in histories], True, -2)
+        seen = (items[:, :, None] == past[:, None, :]).any(2)
         counts = catalogue.popularity
-        popularity = torch.zeros(catalogue.num_items) if counts is None else torch.as_tensor(counts).float().log1p()
+        popularity = torch.zeros(known.shape) if counts is None else torch.as_tensor(counts)[known].float().log1p()
         parts = [codes, *(own.gather(1, known).clamp(min=_FLOOR) for own in scores.values())]
         parts = [part.nan_to_num(neginf=_FLOOR).masked_fill(items < 0, _FLOOR) for part in parts]
         relative = [(part - part.amax(1, keepdim=True)).exp() for part in parts]
-        flags = [(~in_beam.any(2)).float(), popularity[known], seen.gather(1, known).float()]
+        flags = [(~in_beam.any(2)).float(), popularity, seen.float()]
         return items, torch.stack([*parts, *relative, *flags], dim=2)
 
     def __call__(
@@ -120,12 +120,11 @@ class Reranker:
         """The `k` best candidates of each user; arguments as in `candidates` and `rank`."""
         return self.rank(*self.candidates(found, histories, catalogue, allowed_items, head_scores), k, kind)
 
-    def _scores(
-        self, histories: Sequence[Sequence[int]], num_items: int, head_scores: torch.Tensor | None
-    ) -> dict[str, torch.Tensor]:
+    def _scores(self, histories: Sequence[Sequence[int]], head_scores: torch.Tensor | None) -> dict[str, torch.Tensor]:
         """Of each scorer log-probabilities (B, N), `-inf` for items that it does not know."""
-        positions = torch.arange(num_items) if self.positions is None else self.positions
-        known = [own[own >= 0].tolist() for own in (positions[list(history)] for history in histories)]
+        positions, known = self.positions, [list(history) for history in histories]
+        if positions is not None:
+            known = [own[own >= 0].tolist() for own in (positions[history] for history in known)]
         every = {name: scorer.score_items({"history": known}) for name, scorer in self.scorers.items()}
         if self.item_head:
             if head_scores is None:
@@ -133,9 +132,9 @@ class Reranker:
             every = {ITEM_HEAD: head_scores} | every
         scores = {}
         for name, own in every.items():
-            own = own.float().cpu()
-            own = torch.nn.functional.pad(own, (0, 1), value=-torch.inf)  # what -1 points at
-            scores[name] = own[:, positions]
+            scores[name] = own.float().cpu()
+            if positions is not None:  # behind the last item stands what -1 points at
+                scores[name] = torch.nn.functional.pad(scores[name], (0, 1), value=-torch.inf)[:, positions]
         return scores
 
     def follow(self, kept: np.ndarray, num_new: int = 0) -> None:
