@@ -7,7 +7,8 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokeni
 from .beam_search import BeamSearchOutput, beam_search, sample_items
 from .catalogue import Catalogue
 from .catalogue_generate import CatalogueLogitsProcessor, catalogue_generate
-from .configuration_onerec import OneRecConfig, OneRecV1Config, OneRecV2Config
+from .configuration_onerec import OneRecConfig, OneRecV1Config
+from .configuration_onerec_v2 import OneRecV2Config
 from .configuration_reward import OneRecPScoreConfig, OneRecSessionRewardConfig
 from .modeling_layers import ContextKV
 from .modeling_onerec import OneRecForCausalLM, OneRecModel

@@ -109,6 +109,10 @@ def allowed_mask(catalogue: Any, allowed_items: Any) -> torch.Tensor:
         raise ValueError(
             "allowed_items is what `catalogue.node_masks` made of a mask: here the mask itself is needed."
         )
+    if isinstance(allowed_items, str) or not (hasattr(allowed_items, "__len__") or hasattr(allowed_items, "__iter__")):
+        raise ValueError(
+            f"allowed_items={allowed_items!r}: a list of item ids, also for one item, or a bool mask (B, N)."
+        )
     if isinstance(allowed_items, (torch.Tensor, np.ndarray)):
         array = (
             torch.as_tensor(allowed_items)

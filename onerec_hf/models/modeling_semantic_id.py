@@ -6,7 +6,7 @@ width, N items of the catalogue, K beams, m items of a session.
 """
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -156,6 +156,25 @@ class RecommendedItems(NamedTuple):
 
     items: torch.Tensor
     scores: torch.Tensor
+
+
+def _judged(found: RecommendedItems, item_scorer: Callable, k: int) -> RecommendedItems:
+    """The `k` best by the numbers that `item_scorer` gives."""
+    scores = item_scorer(found.items, found.scores)
+    if not isinstance(scores, torch.Tensor) or scores.shape != found.scores.shape:
+        what = tuple(scores.shape) if isinstance(scores, torch.Tensor) else type(scores).__name__
+        raise ValueError(
+            f"item_scorer returned {what}: a tensor of shape {tuple(found.scores.shape)}, one number each."
+        )
+    none = found.scores == float("-inf")
+    scores = scores.to(found.scores).masked_fill(none, float("-inf"))
+    if bool(scores.isnan().any()):
+        raise ValueError(
+            "item_scorer returned NaN, by which nothing can be ranked: return -inf for what must not come."
+        )
+    order = scores.argsort(dim=1, descending=True, stable=True)[:, :k]  # equal ones stay in the order of the search
+    shape = order.shape + (1,) * (found.items.dim() - 2)
+    return RecommendedItems(found.items.take_along_dim(order.view(shape), 1), scores.gather(1, order))
 
 
 class SemanticIdForCausalLM(CatalogueGenerationMixin, SemanticIdPreTrainedModel):
@@ -332,6 +351,7 @@ class SemanticIdForCausalLM(CatalogueGenerationMixin, SemanticIdPreTrainedModel)
         num_beams: int | None = None,
         allowed_items: Any = None,
         num_session_items: int | None = None,
+        item_scorer: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] | None = None,
         catalogue: Catalogue | None = None,
         **context: Any,
     ) -> RecommendedItems:
@@ -348,6 +368,9 @@ class SemanticIdForCausalLM(CatalogueGenerationMixin, SemanticIdPreTrainedModel)
                 list of item ids, for all users or one each.
             num_session_items (`int`, *optional*): m; returns sessions of m different items, in order. Left out, single
                 items.
+            item_scorer (`Callable`, *optional*): Judges all that the search found: item indices (B, K), or sessions
+                (B, K, m), -1 for none, and their log-probabilities (B, K). What it returns, (B, K), ranks them and is
+                their score.
             catalogue (`Catalogue`, *optional*): Instead of the model's own.
             context: `context_ids` (B, T, L), `context_mask`, `context_features`, `user_features`, or `context_kv`.
 
@@ -375,12 +398,15 @@ class SemanticIdForCausalLM(CatalogueGenerationMixin, SemanticIdPreTrainedModel)
             context_kv = self.encode_context(**context)
         found = beam_search(self, catalogue, context_kv, width, allowed, length)
         check_finite(found.scores, f"{type(self).__name__}.recommend_items")
+        wanted = k if item_scorer is None else width
         if num_session_items is not None:
-            items = catalogue.item_of_each(found.leaves[:, :k].flatten(1), allowed).view(batch, k, length)
-            return RecommendedItems(items, found.scores[:, :k])
-        items, beam = catalogue._ranked_items(found.leaves[:, :, 0], k, allowed)
-        scores = found.scores.gather(1, beam.clamp(min=0)).masked_fill(items < 0, float("-inf"))
-        return RecommendedItems(items, scores)
+            items = catalogue.item_of_each(found.leaves[:, :wanted].flatten(1), allowed).view(batch, wanted, length)
+            result = RecommendedItems(items, found.scores[:, :wanted])
+        else:
+            items, beam = catalogue._ranked_items(found.leaves[:, :, 0], wanted, allowed)
+            scores = found.scores.gather(1, beam.clamp(min=0)).masked_fill(items < 0, float("-inf"))
+            result = RecommendedItems(items, scores)
+        return result if item_scorer is None else _judged(result, item_scorer, k)
 
     # ---- training
 
@@ -450,8 +476,8 @@ class SemanticIdForCausalLM(CatalogueGenerationMixin, SemanticIdPreTrainedModel)
             rows = rows.flatten(1) if self.config.session_wise else rows.flatten(0, 1)
             outputs = self.model(rows[:, :-1], use_cache=False, **context, **kwargs)
             log_probs = self.row_log_probs(outputs.last_hidden_state, rows).view(target_ids.shape)
-            real = target_ids != self.config.pad_token_id
-            loss = self._loss(log_probs, real, num_items_in_batch) if return_loss else None
+            parts = (outputs.last_hidden_state, log_probs, target_ids, num_items_in_batch)
+            loss = self._target_loss(*parts) if return_loss else None
             return SemanticIdCausalLMOutput(loss=loss, target_log_probs=log_probs, **recorded(outputs))
         given = input_ids if inputs_embeds is None else inputs_embeds
         if past_key_values is None:
@@ -498,6 +524,10 @@ class SemanticIdForCausalLM(CatalogueGenerationMixin, SemanticIdPreTrainedModel)
         if self.config.loss_reduction == "mean":
             return real.sum()
         return (real.flatten(1) if self.config.session_wise else real.flatten(0, 1)).any(1).sum()
+
+    def _target_loss(self, hidden_states, log_probs, target_ids, num_items):
+        """The loss over the codes of `target_ids` (B, n, L); a system may add to it."""
+        return self._loss(log_probs, target_ids != self.config.pad_token_id, num_items)
 
     def _loss(self, log_probs, real, num_items):
         """`log_probs` and `real` (rows, items, L): the mean over codes, or the sum over a row's codes averaged over

@@ -62,7 +62,8 @@ def test_one_commit_with_everything_and_nothing_else(hub, folder):
     commit = push_to_hub(folder, "org/onerec-1b", private=True, commit_message="First")
     repository = hub.repos["org/onerec-1b"]
     assert repository.private and [message for _, message, _ in repository.commits] == ["First"]
-    code = "configuration_onerec modeling_onerec_v2 modeling_semantic_id generation_semantic_id beam_search catalogue "
+    code = "configuration_onerec configuration_onerec_v2 modeling_onerec_v2 modeling_semantic_id "
+    code += "generation_semantic_id beam_search catalogue "
     code += (
         "prefix_index modeling_layers moe catalogue_generate tokenization_semantic_id item_ids input_checks parallel"
     )
