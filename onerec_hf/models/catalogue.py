@@ -321,13 +321,13 @@ class Catalogue(PrefixIndex):
             "codebook_sizes": torch.tensor(self.codebook_sizes),
         }
         if self.popularity is not None:
-            tensors["popularity"] = torch.from_numpy(self.popularity)
+            tensors["popularity"] = torch.tensor(self.popularity)
         if is_text(self.item_ids):
             encoded = [str(item).encode() for item in self.item_ids.tolist()]
             tensors["item_id_ends"] = torch.tensor([len(item) for item in encoded]).cumsum(0)
             tensors["item_id_bytes"] = torch.from_numpy(np.frombuffer(b"".join(encoded), dtype=np.uint8).copy())
         else:
-            tensors["item_ids"] = torch.from_numpy(self.item_ids)
+            tensors["item_ids"] = torch.tensor(self.item_ids)  # a copy: the array may not be writable
         save_file(tensors, os.path.join(save_directory, CATALOGUE_NAME), metadata={"format": "pt"})
 
     @classmethod

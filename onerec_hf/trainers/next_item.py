@@ -76,6 +76,8 @@ class NextItemArguments:
 
     def __post_init__(self):
         super().__post_init__()  # type: ignore[misc]  # of the config of TRL
+        if not torch.accelerator.is_available():  # torch warns where memory is pinned for no device
+            self.dataloader_pin_memory = False
         if self.weight_average_decay is not None and not 0 < self.weight_average_decay < 1:
             raise ValueError(f"weight_average_decay={self.weight_average_decay}: it must lie between 0 and 1.")
 
