@@ -15,6 +15,7 @@ from transformers import AutoConfig, PreTrainedConfig
 from ..collators import OneRecCollator, PathwayCollator, SessionCollator
 from ..data import DataFolder, category_codes, category_map, target_rows
 from ..recommender import Recommender
+from ..trainers import OneRecSFTConfig
 from .checks import event_features, refuse_unknown
 from .parser import config_path
 
@@ -34,6 +35,10 @@ class ModelArguments:
         },
     )
     max_history: int = field(default=50, metadata={"help": "Items of context (onerec_v1: see its pathway lengths)."})
+    newest_impressions: bool = field(
+        default=False,
+        metadata={"help": "onerec_v2: a row per event, by time, each seen once, in place of all targets in one pass."},
+    )
     positive: str = field(
         default="{}",
         metadata={"help": 'onerec_v1: what positive feedback is, columns and thresholds, e.g. {"is_like": 1}.'},
@@ -155,15 +160,40 @@ def make_collator(args: ModelArguments, data: DataFolder) -> OneRecCollator:
     return collator_class(item_token_ids, args.max_history, **features)
 
 
-def training_rows(train: datasets.Dataset, config: PreTrainedConfig, max_history: int) -> datasets.Dataset:
+def training_rows(
+    train: datasets.Dataset, config: PreTrainedConfig, max_history: int, newest_impressions: bool = False
+) -> datasets.Dataset:
     """OneRec-V2 takes every target of a user in one pass; an encoder needs one row per target, unless the rows are
     sessions.
+
+    `newest_impressions` is what OneRec-V2's section 2.1 trains on: a row per event, whose loss is that of the event
+    alone, of all users by time, so that no step knows what comes after it.
     """
-    if "targets" not in train.column_names and config.model_type != "onerec_v2":
+    if "targets" not in train.column_names and (config.model_type != "onerec_v2" or newest_impressions):
         if config.model_type == "onerec_v1":
             max_history = max(config.pathway_lengths.values())
         train = target_rows(train, max_history)
+    if newest_impressions:
+        train = train.sort("session_start")
     return train.filter(lambda length: length >= ("targets" not in train.column_names) + 1, input_columns="length")
+
+
+def check_newest_impressions(args: ModelArguments, training: OneRecSFTConfig, model_type: str) -> None:
+    """Sets the order in which newest impressions are read; raises where the run would read them twice, or not alone.
+
+    Raises:
+        ValueError: Another model than OneRec-V2, or more than one epoch.
+    """
+    if not args.newest_impressions:
+        return
+    if model_type != "onerec_v2":
+        raise ValueError(f"newest_impressions is for onerec_v2, the model is {model_type}: leave it out.")
+    if training.max_steps <= 0 and training.num_train_epochs != 1:
+        raise ValueError(
+            f"newest_impressions with num_train_epochs={training.num_train_epochs}: every impression is read once, in "
+            "the order of time. Set num_train_epochs to 1."
+        )
+    training.train_sampling_strategy = "sequential"
 
 
 def load_policy(folder: str, data: DataFolder, num_beams: int) -> Recommender:

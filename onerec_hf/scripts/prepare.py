@@ -26,6 +26,7 @@ from .model_arguments import mapping, model_path
 from .parser import ScriptParser
 from .prepare_arguments import (
     PrepareArguments,
+    balance,
     check_arguments,
     check_items,
     check_lifelong,
@@ -116,7 +117,7 @@ def main(args: PrepareArguments) -> dict:
     embeddings = embed(args, interactions, train)
     for name in splits if lifelong else ():
         splits[name] = logs.compress_lifelong(splits[name], embeddings, **lifelong)
-    quantizer_class = RQVAE if args.quantizer == "rqvae" else partial(ResidualKMeans, balanced=args.balanced)
+    quantizer_class = RQVAE if args.quantizer == "rqvae" else partial(ResidualKMeans, balanced=balance(args))
     quantizer = quantizer_class(args.num_levels, args.codebook_size, seed=args.seed)
     codes = quantizer.fit(torch.from_numpy(embeddings)).train_codes
     report = {"before collisions": quality_report(codes, torch.from_numpy(embeddings), quantizer)}

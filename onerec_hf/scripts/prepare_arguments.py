@@ -60,9 +60,22 @@ class PrepareArguments:
     )
     num_levels: int = 3
     codebook_size: int = 256
-    balanced: bool = field(default=True, metadata={"help": "Clusters of equal size; residual_kmeans alone."})
+    balanced: str = field(
+        default="true",
+        metadata={
+            "help": "residual_kmeans: true, equal sizes; greedy, OneRec's Algorithm 1 as printed; false, plain."
+        },
+    )
     collisions: Literal["extra_level", "next_free", "keep"] = "next_free"
     seed: int = 0
+
+
+def balance(args: PrepareArguments) -> bool | Literal["greedy"]:
+    """What `balanced` says, a word on the command line and a boolean in a YAML file, as `ResidualKMeans` takes it."""
+    known: dict[str, bool | Literal["greedy"]] = {"true": True, "false": False, "greedy": "greedy"}
+    if (word := str(args.balanced).lower()) not in known:
+        raise ValueError(f"balanced={args.balanced!r}: allowed are {', '.join(known)}.")
+    return known[word]
 
 
 def session_config(args: PrepareArguments) -> SessionConfig | None:
@@ -122,6 +135,7 @@ def check_arguments(args: PrepareArguments) -> None:
             f"validation_start={start} and test_start={test}: give both, the earlier one first, or none (leave last "
             "out)."
         )
+    balance(args)
     session_config(args)
     lifelong_settings(args)
     _check_embedding_arguments(args)

@@ -16,7 +16,15 @@ from ..recommender import ItemRanker
 from ..trainers import OneRecSFTConfig, OneRecSFTTrainer
 from .checks import check_beams, check_training, train_checked
 from .ending import VALIDATION_METRICS, finish_policy, generation_metrics, make_recommender
-from .model_arguments import ITEM_VECTORS, ModelArguments, item_vectors, make_collator, make_config, training_rows
+from .model_arguments import (
+    ITEM_VECTORS,
+    ModelArguments,
+    check_newest_impressions,
+    item_vectors,
+    make_collator,
+    make_config,
+    training_rows,
+)
 from .parser import ScriptParser
 
 
@@ -26,7 +34,9 @@ def check(args: ModelArguments, training: OneRecSFTConfig) -> tuple:
     check_beams(args.num_beams)
     data = DataFolder(args.data)
     collator = make_collator(args, data)
-    return data, collator, make_config(args, data, collator)
+    config = make_config(args, data, collator)
+    check_newest_impressions(args, training, config.model_type)
+    return data, collator, config
 
 
 def main(args: ModelArguments, training: OneRecSFTConfig) -> dict:
@@ -39,7 +49,7 @@ def main(args: ModelArguments, training: OneRecSFTConfig) -> dict:
     if args.item_vectors:
         model.model.context_processor.embed_features.fill(ITEM_VECTORS, item_vectors(data))
     recommender = make_recommender(ItemRanker(model, collator, args.num_beams), data, args.metadata)
-    train = training_rows(splits["train"], config, args.max_history).with_format("numpy")
+    train = training_rows(splits["train"], config, args.max_history, args.newest_impressions).with_format("numpy")
     trainer = OneRecSFTTrainer(
         model,
         training,

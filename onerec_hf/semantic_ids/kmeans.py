@@ -11,12 +11,17 @@ import torch
 
 from .balance import Prices, balanced_sizes, cheapest_two, enforce_sizes
 from .distances import row_blocks, squared_distances
+from .exchange import exchange_items
 
 # Most Lloyd iterations see a random sample: this many items per code (at least _MIN_SAMPLE_ITEMS in all). Plain
 # clusters differ in size, so that their sample must be larger: 256 is what faiss takes.
 _BALANCED_SAMPLE_PER_CODE = 64
 _PLAIN_SAMPLE_PER_CODE = 256
 _MIN_SAMPLE_ITEMS = 16384
+# Balanced clusters of at most so many items times codes: every assignment is the cheapest there is. Beyond it items
+# are exchanged where an assignment may be dearer than the cheapest one by more than this share.
+_FEW_DISTANCES = 2**18
+_LARGEST_GAP = 0.01
 _SEED_ITEMS_PER_CODE = 16  # of these (at least _MIN_SAMPLE_ITEMS in all) k-means++ chooses
 
 
@@ -137,12 +142,15 @@ def _balanced(items, order, codebook_size, num_iterations, num_full_iterations) 
     """Lloyd's algorithm whose assignment step is a transport problem: prices first, then the last few exchanges.
 
     This is not Algorithm 1 as printed (`_greedy`), which fills the clusters one after the other: K passes per
-    iteration, a result that depends on their order, no convergence, and the last clusters get what nobody wanted.
+    iteration, a result that depends on their order, and the last clusters get what nobody wanted.
     """
     sample = items[order]
     centroids = sample[:codebook_size].clone()
     sizes = balanced_sizes(len(items), codebook_size).to(items.device)
     prices = Prices(sizes)
+    few = len(items) * codebook_size <= _FEW_DISTANCES
+    if few:  # exact assignments are cheap: no sample
+        num_iterations, num_full_iterations = 0, num_iterations + num_full_iterations
     for iteration in range(num_iterations):
         first_half = 2 * iteration < num_iterations  # coarse centroids need few items
         seen = sample[: max(prices.sample_size, len(sample) // 4)] if first_half else sample
@@ -156,13 +164,31 @@ def _balanced(items, order, codebook_size, num_iterations, num_full_iterations) 
         own = prices.solve(sample, centroids)
         codes, margins = cheapest_two(items, centroids, prices.values)
         prices.correct(codes, own)
-        codes = enforce_sizes(items, centroids, prices.values, codes, margins, sizes)
+        seated = enforce_sizes(items, centroids, prices.values, codes, margins, sizes)
+        if few or _largest_gap(items, centroids, prices.values, codes, seated) > _LARGEST_GAP:
+            seated = exchange_items(items, centroids, seated)
+        codes = seated
         centroids, _ = cluster_means(items, codes, centroids)
         # Squared error of a partition: sum_i ||x_i||^2, the same for all, minus sum_k |V_k| ||c_k||^2.
         error = -(sizes * centroids.double().square().sum(dim=1)).sum().item()
         if error < lowest:
             lowest, best = error, (centroids, codes)
     return best
+
+
+def _largest_gap(items, centroids, prices, cheapest, codes) -> float:
+    """By what share of its cost `codes` may be dearer than the cheapest assignment with the same sizes.
+
+    At any prices, no assignment costs less than that of every item to its `cheapest` cluster, less what full clusters
+    would pay (the dual). With the prices of both sides taken off, the difference is that of single items.
+    """
+    saved = cost = 0.0
+    for block in row_blocks(len(items), items.shape[1], items.device):
+        own = (items[block] - centroids[codes[block]]).square().sum(dim=1)
+        least = (items[block] - centroids[cheapest[block]]).square().sum(dim=1)
+        saved += (own + prices[codes[block]] - least - prices[cheapest[block]]).sum().item()
+        cost += own.sum().item()
+    return saved / max(cost, 1e-30)
 
 
 def _greedy(items, order, codebook_size, num_iterations) -> tuple[torch.Tensor, torch.Tensor]:

@@ -43,8 +43,8 @@ class ResidualKMeans:
             `"greedy"` is OneRec's Algorithm 1 as printed: K passes over all items per iteration, and the last clusters
             get what is left.
         num_iterations (`int`, *optional*, defaults to 20): Lloyd iterations per level on a random sample of 64 items
-            per code (all items where there are fewer; all items with `"greedy"`). OpenOneRec runs 20; the papers are
-            silent.
+            per code (all items where there are fewer, and with `"greedy"`, and where N K is at most 2^18). OpenOneRec
+            runs 20; the papers are silent.
         num_full_iterations (`int`, *optional*, defaults to 4): iterations per level over all items that follow, at
             least 1.
         seed (`int`, *optional*, defaults to 0): same seed, same data, same codebooks on the CPU.

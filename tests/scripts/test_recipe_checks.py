@@ -13,10 +13,12 @@ import datasets
 import numpy as np
 import pandas as pd
 import pytest
+import yaml
 from huggingface_hub import ModelCard
 from transformers import AutoTokenizer, Trainer, TrainingArguments
 from trl import TrlParser
 
+from onerec_hf.collators import OneRecCollator
 from onerec_hf.data import DataFolder
 from onerec_hf.evaluation import evaluate
 from onerec_hf.recommender import Recommender
@@ -111,6 +113,64 @@ def test_a_model_that_is_not_scored_is_saved_and_scored_later(data, tmp_path):
     assert not list(tmp_path.glob("predictions*")) and json.loads((tmp_path / "metrics.json").read_text()) == report
     scored = score.main(score.ScoreArguments(str(tmp_path), str(data)))
     assert scored["log"] == report["log"] and scored["test"]["num_users"] == 30
+
+
+@pytest.mark.parametrize("given, kept", [("greedy", "greedy"), ("false", False), (False, False), ("true", True)])
+def test_prepare_makes_the_clusters_that_were_named(data, tmp_path, given, kept):
+    """On the command line a word, in a YAML file a boolean."""
+    from onerec_hf.scripts import prepare
+    from onerec_hf.scripts.parser import ScriptParser
+
+    (tmp_path / "own.yaml").write_text(yaml.safe_dump({"balanced": given}), encoding="utf-8")
+    argv = ["--source", f"{data.parent}/log.parquet", "--output", f"{tmp_path}/data", "--num_levels", "2"]
+    argv += [
+        "--codebook_size",
+        "8",
+        "--collaborative_dim",
+        "4",
+        "--collisions",
+        "keep",
+        "--config",
+        f"{tmp_path}/own.yaml",
+    ]
+    prepare.main(*ScriptParser("prepare", "", [prepare.PrepareArguments]).parse(argv))
+    (written,) = (tmp_path / "data").rglob("quantizer_config.json")
+    assert json.loads(written.read_text(encoding="utf-8"))["balanced"] == kept
+
+
+def test_newest_impressions_are_read_once_in_the_order_of_time(data, tmp_path, monkeypatch):
+    """OneRec-V2, section 2.1: by hand, from the histories of all users; every loss is of one event alone."""
+    seen = []
+    collate = OneRecCollator.__call__
+
+    def watch(self, rows):
+        if rows and len(rows[0].get("targets", ())) == 1 and "session_start" in rows[0]:
+            seen.extend((int(row["session_start"]), int(row["user"]), int(row["targets"][0])) for row in rows)
+            batch = collate(self, rows)
+            assert batch["target_ids"].shape[:2] == (len(rows), 1)
+            assert all(len(row["history"]) == int(p) for row, p in zip(rows, batch["target_positions"], strict=True))
+            assert all(max(row["timestamp"]) <= row["session_start"] for row in rows)
+            return batch
+        return collate(self, rows)
+
+    monkeypatch.setattr(OneRecCollator, "__call__", watch)
+    sft(data, tmp_path, newest_impressions="true", num_train_epochs=1, max_steps=-1, score="false")
+    train = DataFolder(data).splits["train"]
+    expected = [
+        (time, row["user"], item)
+        for row in train
+        for time, item in list(zip(row["timestamp"], row["history"], strict=True))[1:]
+    ]
+    seen = seen[-len(expected) :]  # a few rows were looked at before the first step
+    assert [time for time, *_ in seen] == sorted(time for time, *_ in expected)
+    assert sorted(seen) == sorted(expected)
+
+
+def test_prepare_refuses_a_word_for_clusters_that_it_does_not_know(data, tmp_path):
+    from onerec_hf.scripts import prepare
+
+    with pytest.raises(ValueError, match="balanced='greed': allowed are true, false, greedy"):
+        prepare.main(prepare.PrepareArguments(f"{data.parent}/log.parquet", f"{tmp_path}/data", balanced="greed"))
 
 
 def test_every_kind_of_column_can_be_told_with_an_item(data, policy):

@@ -7,9 +7,10 @@ import numpy as np
 import pytest
 import torch
 
-from onerec_hf.semantic_ids import ResidualKMeans, quality_report, resolve_collisions
+from onerec_hf.semantic_ids import ResidualKMeans, kmeans, quality_report, resolve_collisions
 from onerec_hf.semantic_ids import distances as blocks_module
 from onerec_hf.semantic_ids.balance import Prices, balanced_sizes, cheapest_two, enforce_sizes
+from onerec_hf.semantic_ids.exchange import exchange_items
 from onerec_hf.semantic_ids.kmeans import kmeans_plus_plus, train_codebook
 
 from ..numeric import assert_close
@@ -133,6 +134,83 @@ def test_balanced_assignment_is_nearly_the_cheapest():
     without_prices, margins = cheapest_two(items, centroids, torch.zeros(8))
     greedy = enforce_sizes(items, centroids, torch.zeros(8), without_prices, margins, balanced_sizes(400, 8))
     assert (items - centroids[greedy]).square().sum().item() > 1.03 * exact  # what the prices are for
+
+
+def exact_cost(items, centroids):
+    """Of the cheapest assignment with balanced sizes: one column per place, the Hungarian method."""
+    scipy_optimize = pytest.importorskip("scipy.optimize")
+    slots = torch.arange(len(centroids)).repeat_interleave(balanced_sizes(len(items), len(centroids)))
+    costs = torch.cdist(items.double(), centroids.double()).square()[:, slots].numpy()
+    return costs[scipy_optimize.linear_sum_assignment(costs)].sum()
+
+
+def cost_of(items, centroids, codes):
+    return (items.double() - centroids[codes].double()).square().sum().item()
+
+
+def three_clumps(num_items, seed):
+    generator = torch.Generator().manual_seed(seed)
+    centers = 10 * torch.randn(3, 4, generator=generator)
+    clump = torch.multinomial(torch.tensor([0.5, 0.3, 0.2]), num_items, replacement=True, generator=generator)
+    return centers[clump] + torch.randn(num_items, 4, generator=generator)
+
+
+@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("num_items", [160, 163])
+def test_after_the_exchanges_no_assignment_is_cheaper(num_items, seed):
+    """Whatever assignment they start from; the bound is the documented 1e-6 of the mean distance per item."""
+    items = three_clumps(num_items, seed)
+    centroids, sizes = items[:8].clone(), balanced_sizes(num_items, 8)
+    shuffled = torch.arange(8).repeat_interleave(sizes)[torch.randperm(num_items)]
+    exact = exact_cost(items, centroids)
+    assert cost_of(items, centroids, shuffled) > 2 * exact
+    found = exchange_items(items, centroids, shuffled)
+    assert torch.bincount(found).tolist() == torch.bincount(shuffled).tolist()
+    assert cost_of(items, centroids, found) <= exact * (1 + 1e-5)
+
+
+def test_a_ring_of_three_by_hand():
+    """Every item sits one cluster away from its own, so that only a ring of all three brings each home."""
+    items = torch.tensor([[0.0, 1.0], [1.0, 0.0], [0.0, 0.0]])
+    centroids = torch.tensor([[1.0, 0.0], [0.0, 0.0], [0.0, 1.0]])
+    assert exchange_items(items, centroids, torch.tensor([1, 2, 0])).tolist() == [2, 0, 1]
+
+
+def test_balanced_fits_are_exact_where_they_are_small_and_within_a_hundredth_elsewhere(monkeypatch):
+    items = three_clumps(400, 0)
+    items -= items.mean(0)
+    settings = {"balanced": True, "num_iterations": 6, "num_full_iterations": 2}
+
+    def gap():
+        centroids, codes = train_codebook(items, 8, generator=torch.Generator().manual_seed(0), **settings)
+        means = torch.stack([items[codes == code].mean(0) for code in range(8)])
+        assert_close(centroids, means)
+        return cost_of(items, centroids, codes)
+
+    # Lloyd's algorithm with exact assignments, from the same start
+    start = items[torch.randperm(400, generator=torch.Generator().manual_seed(0))[:8]]
+    scipy_optimize, lowest = pytest.importorskip("scipy.optimize"), float("inf")
+    for _ in range(8):
+        slots = torch.arange(8).repeat_interleave(50)
+        codes = slots[scipy_optimize.linear_sum_assignment(torch.cdist(items, start).square()[:, slots].numpy())[1]]
+        start = torch.stack([items[codes == code].mean(0) for code in range(8)])
+        lowest = min(lowest, cost_of(items, start, codes))
+    assert gap() <= 1.001 * lowest
+
+    # as if it were a large fit: whatever is seated must be within 1% of the cheapest for the centroids of that moment
+    seen = []
+    real = kmeans._largest_gap
+
+    def check(items, centroids, prices, cheapest, seated):
+        bound = real(items, centroids, prices, cheapest, seated)
+        seen.append(bound)
+        assert cost_of(items, centroids, seated) <= (1 + 1e-4) * exact_cost(items, centroids) / max(1 - bound, 1e-9)
+        return bound
+
+    monkeypatch.setattr(kmeans, "_FEW_DISTANCES", 0)
+    monkeypatch.setattr(kmeans, "_largest_gap", check)
+    gap()
+    assert len(seen) == 2 and max(seen) > 0.01  # prices alone are worse on separated clumps
 
 
 def test_prices_fill_clusters_evenly():
