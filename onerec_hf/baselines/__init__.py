@@ -2,7 +2,9 @@
 
 from .bert4rec import BERT4Rec
 from .cooccurrence import CoOccurrence
+from .embedding_knn import EmbeddingKNN
 from .fdsa import FDSA, attribute_codes
+from .hstu import HSTU
 from .item_knn import ItemKNN
 from .popularity import Popularity
 from .ranking import rank_items
@@ -11,9 +13,11 @@ from .tiger import TIGER
 
 __all__ = [
     "FDSA",
+    "HSTU",
     "TIGER",
     "BERT4Rec",
     "CoOccurrence",
+    "EmbeddingKNN",
     "ItemKNN",
     "Popularity",
     "SASRec",
