@@ -94,7 +94,12 @@ def ways_of(model, catalogue, trie, batch: int, context: int, beams: int, compil
             return GenerationMixin.generate(model, bos, logits_processor=chosen, **inputs, **own)
 
         ours = partial(
-            model.generate, **inputs, **settings, catalogue=catalogue, num_items=1, return_dict_in_generate=True
+            model.generate,
+            **inputs,
+            **settings,
+            catalogue=catalogue,
+            num_session_items=1,
+            return_dict_in_generate=True,
         )
         ways = _named(loop, trie, 1, processor, ours)
         if compiled:

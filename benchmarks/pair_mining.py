@@ -19,7 +19,7 @@ from generate import make_model, ways_of
 from other_ways import alternate, dict_trie, zipf_catalogue
 
 from onerec_hf import Catalogue, OneRecPScoreConfig, OneRecPScoreModel
-from onerec_hf.data import OneRecCollator, RewardCollator
+from onerec_hf.collators import OneRecCollator, RewardCollator
 from onerec_hf.rewards import reward_of_model
 from onerec_hf.trainers.pair_mining import mine_pairs
 

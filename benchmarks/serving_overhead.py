@@ -16,8 +16,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.other_ways import alternate, zipf_catalogue
 from onerec_hf import Catalogue, OneRecV2Config, OneRecV2ForCausalLM
-from onerec_hf.data import OneRecCollator
-from onerec_hf.data.histories import history_rows
+from onerec_hf.collators import OneRecCollator
+from onerec_hf.collators.histories import history_rows
 from onerec_hf.recommender import ItemRanker, Recommender
 
 

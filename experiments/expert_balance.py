@@ -18,7 +18,8 @@ import torch
 from transformers import AutoTokenizer, set_seed
 
 from onerec_hf import OneRecV2Config, OneRecV2ForCausalLM
-from onerec_hf.data import OneRecCollator, load_splits
+from onerec_hf.collators import OneRecCollator
+from onerec_hf.data import load_splits
 from onerec_hf.trainers import OneRecSFTConfig, OneRecSFTTrainer
 
 WINDOW = 50

@@ -25,7 +25,8 @@ from transformers import set_seed
 from world import CODEBOOK_SIZES, QUIET, World, align, first_pairs, rank_correlation, train_reward
 
 from onerec_hf import OneRecV2Config, OneRecV2ForCausalLM
-from onerec_hf.data import OneRecCollator, SessionConfig, leave_last_out, session_splits
+from onerec_hf.collators import OneRecCollator
+from onerec_hf.data import SessionConfig, leave_last_out, session_splits
 from onerec_hf.evaluation import evaluate
 from onerec_hf.recommender import ItemRanker
 from onerec_hf.rewards import reward_of_model
@@ -132,8 +133,8 @@ class Reranker(ItemRanker):
         self.reward_model, self.reward_collator = reward_model, reward_collator
 
     @torch.no_grad()
-    def search(self, rows, k, allowed=None, num_beams=None):
-        items, _ = super().search(rows, self.num_beams, allowed, num_beams)
+    def search(self, rows, k, allowed_items=None, num_beams=None):
+        items, _ = super().search(rows, self.num_beams, allowed_items, num_beams)
         candidates = [row | {"targets": own} for row, own in zip(rows, items.tolist())]
         batch = self.reward_collator.context(rows) | self.reward_collator.candidates(candidates)
         best = self.reward_model(**batch).rewards.topk(k, dim=1)

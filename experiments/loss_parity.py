@@ -43,7 +43,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoTokenizer
 
 from onerec_hf import Catalogue
-from onerec_hf.data import OneRecCollator, load_splits
+from onerec_hf.collators import OneRecCollator
+from onerec_hf.data import load_splits
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt

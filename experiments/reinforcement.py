@@ -29,7 +29,7 @@ from onerec_hf.evaluation import evaluate
 from onerec_hf.recommender import Recommender
 from onerec_hf.rewards import FormatReward, completion_leaves, is_legal, reward_of_model
 from onerec_hf.scripts import ab_test, grpo, prepare, quickstart, sft
-from onerec_hf.simulator import ShortVideoWorld, serve
+from onerec_hf.simulator import ShortVideoWorld, simulate_visits
 from onerec_hf.trainers import OneRecGRPOConfig, OneRecSFTConfig
 
 USERS, ITEMS, TEST_USERS = 1000, 1000, 400
@@ -208,7 +208,7 @@ def ab(output: Path, seed: int, steps: int = 200) -> dict:
     own_log = output / "own_exposures.parquet"
     if not own_log.exists():  # two weeks of the model's exposures, in front of the test and with other random numbers
         server = ab_test.Server(Recommender.from_pretrained(policy).ranker, users)
-        shown = serve(world, server, log[log.user_id.isin(users)], num_days=14, seed=100 + seed)
+        shown = simulate_visits(world, server, log[log.user_id.isin(users)], num_days=14, seed=100 + seed)
         pd.concat([log, shown.assign(request_id=shown.request_id + 10**9)]).to_parquet(own_log)
     group, own = 32, (own_log, float(world.start_time_ms + world.num_days * 86_400_000))
     rollouts = {"rollout": "beam", "num_generations": group, "per_device_train_batch_size": 8 * group}

@@ -177,8 +177,8 @@ def run(seed: int, args) -> dict[str, dict[str, float]]:
         for name, model in train_baselines(world, watched, whole).items():
             say(name, np.asarray(model.recommend(examples, sessions.ITEMS)))
         point_wise, point_collator, _ = sessions.train(1, rows, catalogue, args.epochs, seed)
-        say("OneRec, point-wise", sessions.serve(point_wise, point_collator, test, "top 5"))
-    say("seed model", sessions.serve(seed_model, collator, test, "session"), seed_model)
+        say("OneRec, point-wise", sessions.shown_items(point_wise, point_collator, test, "top 5"))
+    say("seed model", sessions.shown_items(seed_model, collator, test, "session"), seed_model)
     best = best_of(reward, seed_model, collator, test, args.num_candidates)
     say(f"seed model, best of {args.num_candidates}", best)
     chosen, pairs = systems(args, reward), {0: None}
@@ -192,7 +192,7 @@ def run(seed: int, args) -> dict[str, dict[str, float]]:
         with TemporaryDirectory() as folder:
             model, log = align(seed_model, collator, fit, folder, settings, seed, judge_of, pairs[num_rejected])
         log = [entry for entry in log if "ipa/pairs" in entry]  # one an iteration
-        say(name, sessions.serve(model, collator, test, "session"), model, log)
+        say(name, sessions.shown_items(model, collator, test, "session"), model, log)
     if seed == args.seeds[0] and not args.systems:
         both = {name: entropies[name] for name in ("seed model", "SFT, the same number of steps", "IPA")}
         args.output.parent.mkdir(parents=True, exist_ok=True)

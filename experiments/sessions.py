@@ -22,7 +22,8 @@ from transformers import set_seed
 from world import World
 
 from onerec_hf import Catalogue, OneRecConfig, OneRecForCausalLM
-from onerec_hf.data import SessionCollator, SessionConfig, session_splits, training_events
+from onerec_hf.collators import SessionCollator
+from onerec_hf.data import SessionConfig, session_splits, training_events
 from onerec_hf.trainers import OneRecSFTConfig, OneRecSFTTrainer
 
 DAY_MS = 86_400_000
@@ -103,7 +104,7 @@ def train(items: int, rows, catalogue: Catalogue, epochs: float, seed: int):
     return model.eval(), collator, {"nats_per_code": best, "parameters": model.num_parameters()}
 
 
-def serve(model, collator, rows: datasets.Dataset, how: str) -> np.ndarray:
+def shown_items(model, collator, rows: datasets.Dataset, how: str) -> np.ndarray:
     """Item indices (S, 5) for the sessions of `rows`."""
     catalogue, shown = model.catalogue, []
     for start in range(0, len(rows), 256):
@@ -114,10 +115,16 @@ def serve(model, collator, rows: datasets.Dataset, how: str) -> np.ndarray:
                 allowed = torch.ones(len(batch), catalogue.num_items, dtype=torch.bool)
                 allowed[np.arange(len(batch))[:, None], chosen] = False
                 longer = [row | {"history": [*row["history"], *own]} for row, own in zip(batch, chosen.tolist())]
-                found = model.generate(**collator.context(longer), num_beams=20, allowed_items=allowed, num_items=1)
+                found = model.generate(
+                    **collator.context(longer), num_beams=20, allowed_items=allowed, num_session_items=1
+                )
                 chosen = np.concatenate([chosen, items_of(found, catalogue, model)], axis=1)
         else:
-            settings = {"num_items": ITEMS} if how == "session" else {"num_items": 1, "num_return_sequences": ITEMS}
+            settings = (
+                {"num_session_items": ITEMS}
+                if how == "session"
+                else {"num_session_items": 1, "num_return_sequences": ITEMS}
+            )
             found = model.generate(**collator.context(batch), num_beams=20, **settings)
             chosen = items_of(found, catalogue, model).reshape(len(batch), ITEMS)
         shown.append(chosen)
@@ -166,7 +173,7 @@ def run(seed: int, args) -> dict[str, dict[str, float]]:
     for name, items in (("session-wise", ITEMS), ("point-wise", 1)):
         model, collator, losses[name] = train(items, rows, catalogue, args.epochs, seed)
         for how in ("session", "top 5", "one by one") if items > 1 else ("top 5", "one by one"):
-            shown[f"{name}: {how}"] = serve(model, collator, test, how)
+            shown[f"{name}: {how}"] = shown_items(model, collator, test, how)
     report = {name: judge(world, test, items, expected_feedback(world, test, items)) for name, items in shown.items()}
     print(f"seed {seed}: {[len(split) for split in rows.values()]} sessions, {len(test)} served, {losses}", flush=True)
     return report

@@ -34,7 +34,7 @@ from tqdm import tqdm
 from transformers.utils import logging
 
 from onerec_hf import Catalogue, OneRecV2Config, OneRecV2ForCausalLM
-from onerec_hf.data import OneRecCollator
+from onerec_hf.collators import OneRecCollator
 from onerec_hf.rewards import FormatReward
 from onerec_hf.trainers import (
     IPAConfig,

@@ -52,7 +52,7 @@ def check_validity(seed: int, num_beams: int = 24) -> int:
     if draw(0, 2) == 0:
         settings = {"do_sample": True, "replacement": False, "generator": generator}
     rows = model.generate(
-        **context, **settings, allowed_items=allowed, num_items=num_items, num_return_sequences=beams
+        **context, **settings, allowed_items=allowed, num_session_items=num_items, num_return_sequences=beams
     )
     return _count(rows.view(batch, beams, num_items, 1 + levels), codes, allowed, model.config)
 

@@ -13,7 +13,8 @@ import torch
 from transformers import Trainer, TrainingArguments, set_seed
 
 from onerec_hf import Catalogue, OneRecPScoreConfig, OneRecPScoreModel
-from onerec_hf.data import RewardCollator, load_interactions
+from onerec_hf.collators import RewardCollator
+from onerec_hf.data import load_interactions
 from onerec_hf.semantic_ids import ResidualKMeans, resolve_collisions
 from onerec_hf.simulator import ShortVideoWorld
 from onerec_hf.trainers import IPAConfig, IPATrainer, OneRecSFTConfig, OneRecSFTTrainer

@@ -19,6 +19,7 @@ COMMANDS = {
     "dpo": "align a model with preferences (Iterative Preference Alignment)",
     "grpo": "reinforcement learning (GRPO, ECPO, GBPO)",
     "score": "score a saved model on the test split",
+    "rerank": "fit a re-ranker of a model and baselines on the validation split",
     "publish": "write the card of a model, and push it to the Hub",
     "recommend": "recommend items for every row of a data set",
     "ab_test": "let two models serve the same simulated users",

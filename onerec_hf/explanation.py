@@ -1,23 +1,29 @@
 """What each item of a history adds to the score of a recommended item: the history is scored again without it."""
 
+import copy
+import os
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
-from .data.histories import check_per_user, history_rows
+from .collators.histories import check_per_user, history_rows
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 BATCH_SIZE = 256  # histories that are scored at once
 
 
 class Contribution(NamedTuple):
     """An item of a history: its id, what it adds to the log-probability of the explained item (nats), what is known
-    about it.
+    about it, and the share of the context attention that it gets (None where a model mixes items first: OneRecV1).
     """
 
     item_id: Any
     contribution: float
     metadata: dict
+    attention: float | None = None
 
 
 @torch.no_grad()
@@ -57,10 +63,70 @@ def leave_one_out(
         found = model(**{name: tensor.to(model.device) for name, tensor in batch.items()}).target_log_probs
         scores.append(found.sum((1, 2)))
     whole, *without = torch.cat(scores).tolist()
+    batch = collator.context(rows[:1]) | {"target_ids": collator.pad_targets([target])}
+    attention = _attention(model, {name: tensor.to(model.device) for name, tensor in batch.items()}, len(without))
     return [
-        Contribution(one, whole - score, recommender.metadata.get(one, {}))
-        for one, score in zip(histories[0], without)
+        Contribution(one, whole - score, recommender.metadata.get(one, {}), share)
+        for one, score, share in zip(histories[0], without, attention)
     ]
 
 
-__all__ = ["Contribution", "leave_one_out"]
+def _attention(model: Any, batch: dict[str, torch.Tensor], num_items: int) -> list[float] | list[None]:
+    """
+    The share of the context attention of each item, a mean over layers, heads and the codes of the target.
+
+    The first context position is no item: it stands for the user, so the shares add up to less than 1.
+    """
+    # a copy that shares the weights: other threads may be recommending with this model, by a faster attention
+    shared = [*model.parameters(), *model.buffers(), model.catalogue]
+    watched = copy.deepcopy(model, {id(one): one for one in shared})
+    watched.set_attn_implementation("eager")
+    weights = watched(**batch, output_attentions=True).cross_attentions
+    positions = torch.stack([layer.float().mean((0, 1, 2)) for layer in weights]).mean(0)[1:]
+    if model.config.model_type == "onerec_v1" or len(positions) % num_items:
+        return [None] * num_items
+    return positions.view(num_items, -1).sum(1).tolist()  # an encoder may read one position per code
+
+
+def plot_explanation(
+    found: Sequence[Contribution], path: str | os.PathLike | None = None, label: str = "title"
+) -> "Figure":
+    """
+    A bar for each item of the history, oldest on top: what it adds, and its share of the context attention.
+
+    Args:
+        found: What [`Recommender.explain`] returned.
+        path: Where the picture is saved, as PNG, SVG or PDF; None: it is not.
+        label: The metadata that names an item; an item without it is named by its id.
+
+    Returns:
+        The `matplotlib.figure.Figure`, which a notebook shows.
+
+    Raises:
+        ValueError: Without contributions. ImportError: Without matplotlib.
+    """
+    if not found:
+        raise ValueError("there is nothing to plot: pass what `recommender.explain(history, item)` returned.")
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise ImportError("an explanation is drawn with matplotlib: `pip install matplotlib`.") from error
+    columns: list[tuple[str, list]] = [("adds to the score (nats)", [one.contribution for one in found])]
+    if all(one.attention is not None for one in found):
+        columns.append(("share of the context attention", [one.attention for one in found]))
+    height = 1.2 + 0.3 * len(found)
+    figure = Figure(figsize=(3.0 + 3.2 * len(columns), height), layout="constrained", dpi=150)
+    rows = range(len(found))
+    for axes, (name, values) in zip(figure.subplots(1, len(columns), sharey=True, squeeze=False)[0], columns):
+        axes.barh(rows, values, color=["tab:blue" if value >= 0 else "tab:red" for value in values])
+        axes.axvline(0, color="black", linewidth=0.8)
+        axes.set_xlabel(name)
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.set_yticks(rows, [str(one.metadata.get(label, one.item_id)).replace("$", r"\$") for one in found])
+    axes.invert_yaxis()  # shared: both at once
+    if path is not None:
+        figure.savefig(path)
+    return figure
+
+
+__all__ = ["Contribution", "leave_one_out", "plot_explanation"]

@@ -1,12 +1,14 @@
 """`model.recommend_items` with the call that evaluation and the baselines share."""
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import torch
 
-from .data.collators import OneRecCollator
+from .collators import OneRecCollator
 from .models import RecommendedItems
+from .reranker import Reranker
 
 
 class ItemRanker:
@@ -18,12 +20,13 @@ class ItemRanker:
         model: A OneRec model with a catalogue.
         collator (`OneRecCollator`): As in training; its `context` makes the model's inputs.
         num_beams (`int`, defaults to 50): Beam width; at least the number of items asked for.
+        reranker ([`Reranker`], *optional*): Orders what the search and its scorers propose.
     """
 
-    def __init__(self, model: Any, collator: OneRecCollator, num_beams: int = 50):
+    def __init__(self, model: Any, collator: OneRecCollator, num_beams: int = 50, reranker: Reranker | None = None):
         if model.catalogue is None:
             raise ValueError("the model has no catalogue: set `model.catalogue`, or load it from a folder with one.")
-        self.model, self.collator, self.num_beams = model, collator, num_beams
+        self.model, self.collator, self.num_beams, self.reranker = model, collator, num_beams, reranker
 
     def recommend(self, examples: dict[str, list], k: int, exclude_seen: bool = False) -> np.ndarray:
         """
@@ -38,28 +41,50 @@ class ItemRanker:
             `np.ndarray` of shape (B, k), int64: item indices, best first, -1 where fewer items exist.
         """
         rows = [dict(zip(examples, values)) for values in zip(*examples.values())]
-        allowed = None
-        if exclude_seen:
-            allowed = torch.ones(len(rows), self.model.catalogue.num_items, dtype=torch.bool)
-            for i, row in enumerate(rows):
-                allowed[i, np.asarray(row["history"], dtype=np.int64)] = False
-        return self.search(rows, k, allowed).items.cpu().numpy()
+        if self.reranker is None:
+            return self.search(rows, k, self._allowed(rows, exclude_seen)).items.cpu().numpy()
+        kind = "masked" if exclude_seen else "kept"
+        found = self.reranker.rank(*self.candidates(rows, self.reranker, exclude_seen), k, kind)
+        return found.items.cpu().numpy()
+
+    def candidates(
+        self, rows: list[dict], reranker: Reranker, exclude_seen: bool = False
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """What `reranker` may choose from for the rows: item indices (B, C) and features (B, C, F)."""
+        allowed = self._allowed(rows, exclude_seen)
+        batch = {name: tensor.to(self.model.device) for name, tensor in self.collator.context(rows).items()}
+        context_kv = self.model.encode_context(**batch)
+        found = self.model.recommend_items(
+            self.num_beams, num_beams=self.num_beams, allowed_items=allowed, context_kv=context_kv
+        )
+        head = self.model.score_items(context_kv=context_kv) if reranker.item_head else None
+        return reranker.candidates(found, [row["history"] for row in rows], self.model.catalogue, allowed, head)
+
+    def _allowed(self, rows: list[dict], exclude_seen: bool) -> torch.Tensor | None:
+        if not exclude_seen:
+            return None
+        allowed = torch.ones(len(rows), self.model.catalogue.num_items, dtype=torch.bool)
+        for own, row in zip(allowed, rows):
+            own[np.asarray(row["history"], dtype=np.int64)] = False
+        return allowed
 
     def search(
         self,
         rows: list[dict],
         k: int,
-        allowed: torch.Tensor | None = None,
+        allowed_items: torch.Tensor | None = None,
         num_beams: int | None = None,
         num_session_items: int | None = None,
+        item_scorer: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] | None = None,
     ) -> RecommendedItems:
         """`model.recommend_items` for rows as the collator takes them."""
         batch = {name: tensor.to(self.model.device) for name, tensor in self.collator.context(rows).items()}
         return self.model.recommend_items(
             k,
-            num_beams=num_beams or self.num_beams,
-            allowed_items=allowed,
+            num_beams=num_beams or max(k, self.num_beams),
+            allowed_items=allowed_items,
             num_session_items=num_session_items,
+            item_scorer=item_scorer,
             **batch,
         )
 

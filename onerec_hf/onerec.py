@@ -81,8 +81,9 @@ class OneRec:
         test events.
 
         Args:
-            interactions: One row per event: a `DataFrame` of pandas or polars, a `pyarrow.Table`, a
-                `datasets.Dataset`, a dict of arrays, or the path of a CSV, TSV, JSON lines or parquet file.
+            interactions: One row per event, of any kind that [`~data.load_interactions`] takes: a `DataFrame` of
+                pandas or polars, a `pyarrow.Table`, a `datasets.Dataset`, streaming or not, a path (CSV, TSV, JSON
+                lines, parquet), a pattern of paths, ...
             items: Item table, of the same kinds, with `item_id` and what text fields or metadata are read from.
             columns: Our names `user_id`, `item_id`, `timestamp` to yours; `{"timestamp": None}` where the rows are in
                 time order.
@@ -144,7 +145,7 @@ class OneRec:
 
         Returns:
             `pd.DataFrame` with columns `user_id` (of `histories`, their position), `rank` (1 is best), `item_id` and
-            `score` (log- probability, in nats).
+            `score` (log-probability, in nats).
 
         Raises:
             KeyError: For users that `fit` did not see.
@@ -173,6 +174,8 @@ class OneRec:
         for file in (self.folder / "model").iterdir():
             if file.is_file():
                 shutil.copy2(file, folder)
+        if (scorers := self.folder / "model" / "scorers").is_dir():
+            shutil.copytree(scorers, Path(folder) / "scorers", dirs_exist_ok=True)
 
     @classmethod
     def from_pretrained(cls, repo: str | os.PathLike, **hub_kwargs: Any) -> "OneRec":

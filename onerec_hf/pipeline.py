@@ -96,7 +96,7 @@ class OneRecRecommendationPipeline(Pipeline):
 
     def _arguments(self, batch: list) -> dict:
         """What `Recommender.recommend` takes, of histories or of rows."""
-        from .data.histories import rows_to_arguments
+        from .collators.histories import rows_to_arguments
 
         if not any(isinstance(row, Mapping) for row in batch):
             return {"histories": batch}
@@ -107,7 +107,7 @@ class OneRecRecommendationPipeline(Pipeline):
         """Takes out of the arguments what is given per user: name -> a function that cuts a slice of the users from
         it.
         """
-        from .data.histories import check_per_user, is_per_user
+        from .collators.histories import check_per_user, is_per_user
 
         given = {name: arguments.get(name) for name in ("events", "users", "allow", "deny")}
         if n is None:

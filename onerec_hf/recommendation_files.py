@@ -9,7 +9,7 @@ import shutil
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import datasets
 import numpy as np
@@ -21,6 +21,26 @@ from .models import SemanticIdTokenizer
 from .models.item_ids import id_array
 
 METADATA_NAME = "items.jsonl"
+
+
+class Recommendation(NamedTuple):
+    """One item: its id, its score (the natural log-probability of its semantic ID, unless something else ranked it),
+    and what the repository knows about it.
+    """
+
+    item_id: Any
+    score: float
+    metadata: dict
+
+
+class RecommendedSession(NamedTuple):
+    """A session: its item ids in order, the natural log-probability of all their semantic IDs, and what is known of
+    each item.
+    """
+
+    item_ids: list
+    score: float
+    metadata: list[dict]
 
 
 def item_metadata(rows: Mapping) -> dict:

@@ -4,7 +4,7 @@ import copy
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -12,13 +12,15 @@ from tqdm.auto import tqdm
 from transformers import AutoModel
 from transformers.utils.hub import cached_file
 
-from .data.histories import check_per_user, history_rows, is_per_user
-from .data.saved_collator import collator_of
+from .collators.histories import allowed_items, check_per_user, history_rows, refuse_arguments
+from .collators.loading import collator_of
 from .explanation import Contribution, leave_one_out
 from .item_ranker import ItemRanker
 from .models.item_ids import id_array, is_text
 from .recommendation_files import (
     METADATA_NAME,
+    Recommendation,
+    RecommendedSession,
     check_dataset,
     item_metadata,
     load_metadata,
@@ -26,25 +28,10 @@ from .recommendation_files import (
     save_metadata,
     write_part,
 )
+from .reranker import CONFIG_NAME as RERANKER_NAME
+from .reranker import Reranker, judge_ids
 from .semantic_ids import RQVAE, ResidualKMeans, load_quantizer
-
-
-class Recommendation(NamedTuple):
-    """One item: its id, the natural log-probability of its semantic ID, and what the repository knows about it."""
-
-    item_id: Any
-    score: float
-    metadata: dict
-
-
-class RecommendedSession(NamedTuple):
-    """A session: its item ids in order, the natural log-probability of all their semantic IDs, and what is known of
-    each item.
-    """
-
-    item_ids: list
-    score: float
-    metadata: list[dict]
+from .semantic_ids.collisions import append_collision_level
 
 
 class Recommender:
@@ -105,7 +92,9 @@ class Recommender:
         if path is not None:
             cached_file(str(repo), "quantizer.safetensors", **hub_kwargs)
             quantizer = load_quantizer(Path(path).parent)
-        return cls(ItemRanker(model, collator, num_beams), metadata, quantizer)
+        path = cached_file(str(repo), RERANKER_NAME, _raise_exceptions_for_missing_entries=False, **hub_kwargs)
+        reranker = None if path is None else Reranker.from_pretrained(repo, **hub_kwargs)
+        return cls(ItemRanker(model, collator, num_beams, reranker), metadata, quantizer)
 
     def save_pretrained(self, folder: str | os.PathLike) -> None:
         """Model, catalogue, collator, codebooks, metadata and tokenizer."""
@@ -121,6 +110,8 @@ class Recommender:
             self.quantizer.save_pretrained(folder)
         if self.metadata:
             save_metadata(self.metadata, folder)
+        if self.ranker.reranker is not None:
+            self.ranker.reranker.save_pretrained(folder)
 
     def push_to_hub(self, repo_id: str, **kwargs: Any) -> Any:
         """
@@ -143,6 +134,10 @@ class Recommender:
         users: Mapping[str, Sequence[int]] | None = None,
         unknown_items: Literal["error", "ignore"] = "error",
         session: bool = False,
+        item_scorer: Any = None,
+        num_candidates: int | None = None,
+        rerank: bool = True,
+        **unknown: Any,
     ) -> list[list[Any]]:
         """
         The `k` best items of each user, or, with `session=True`, the `k` best sessions, as OneRec writes them.
@@ -153,7 +148,7 @@ class Recommender:
             k: Items, or sessions, per user; fewer come back where fewer are allowed or exist.
             exclude_seen: Leave out the items of the history.
             allow, deny: Item ids that alone may, or that may not, be recommended: one list for all users, or one per
-            user.
+                user.
             events: Event columns that the model takes beside the ids (`play_time_ms`, ...), parallel to `histories`; a
                 column that is left out counts as unknown.
             users: User features, one value per user: as they stand in `users.parquet` where the repository knows its
@@ -161,18 +156,29 @@ class Recommender:
             unknown_items: What to do with ids of a history that the catalogue does not have; `"ignore"` drops them.
             session: Whole sessions of `num_session_items` different items, in order, each with one score; of a OneRec
                 model.
+            item_scorer: Ranks what the search found: a [`~rewards.RewardModel`], or a function `(histories, items)`
+                of ids that returns a number for each item (with `session`, for each user's sessions one number each).
+                Its numbers are the scores that come back.
+            num_candidates: How many items (or sessions) `item_scorer` judges, the best of the search; default all it
+                finds.
+            rerank: Whether the re-ranker that is saved with the model, if there is one, orders the items; their score
+                is then its sum instead of the log-probability. Not with `session`, `item_scorer`.
 
         Returns:
             Per user a list of [`Recommendation`], best first, or of [`RecommendedSession`].
 
         Raises:
+            TypeError: An argument of another name, such as `generate`'s `allowed_items`; the message names ours.
             KeyError: Unknown item ids. ValueError: `k` below 1, a session of a model that writes single items, columns
                 or lists that do not run parallel to `histories`, a category that the model does not have, a model in
                 training mode.
         """
+        refuse_arguments(unknown)
         catalogue, n = self.model.catalogue, len(histories)
         if k < 1 or k != int(k):
             raise ValueError(f"k={k}: a whole number, at least one item per user.")
+        if (num_candidates or k) < k:
+            raise ValueError(f"num_candidates={num_candidates} with k={k}: at least as many as come back.")
         if session and not self.model.config.session_wise:
             raise ValueError(
                 f"session=True: {type(self.model).__name__} writes single items. Sessions come from a OneRec model, "
@@ -184,34 +190,36 @@ class Recommender:
             return []
         collator = self.ranker.collator.for_users(users or {}, n)
         rows = history_rows(catalogue, collator, histories, events or {}, unknown_items)
-        allowed = self._allowed([row["history"] for row in rows], exclude_seen, allow, deny)
+        allowed = allowed_items(catalogue, [row["history"] for row in rows], exclude_seen, allow, deny)
         k = k if session else min(k, catalogue.num_items)
-        width = max(self.ranker.num_beams, k)
-        length = self.model.num_items if session else None
+        width = max(num_candidates or 1, self.ranker.num_beams, k)
+        length = self.model.num_session_items if session else None
+        reranker = None if session or item_scorer is not None or not rerank else self.ranker.reranker
+        judge = None
+        if item_scorer is not None:
+            judge = judge_ids(item_scorer, catalogue, rows, events or {}, users or {}, num_candidates)
         context = {name: tensor.to(self.model.device) for name, tensor in collator.context(rows).items()}
-        items, scores = self.model.recommend_items(
-            k, num_beams=width, allowed_items=allowed, num_session_items=length, **context
+        if reranker is not None and reranker.item_head:
+            context = {"context_kv": self.model.encode_context(**context)}
+        found = self.model.recommend_items(
+            k if reranker is None else width,
+            num_beams=width,
+            allowed_items=allowed,
+            num_session_items=length,
+            item_scorer=judge,
+            **context,
         )
+        if reranker is not None:
+            kind = "masked" if exclude_seen else "kept"
+            head = self.model.score_items(**context) if reranker.item_head else None
+            found = reranker(found, [row["history"] for row in rows], catalogue, k, kind, allowed, head)
+        items, scores = found
         ids = catalogue.item_ids[items.cpu().clamp(min=0).numpy()].tolist()
         ranked = [[(i, s) for i, s in zip(*row) if s > float("-inf")] for row in zip(ids, scores.tolist())]
         known = self.metadata
         if session:
             return [[RecommendedSession(i, s, [known.get(item, {}) for item in i]) for i, s in row] for row in ranked]
         return [[Recommendation(i, s, known.get(i, {})) for i, s in row] for row in ranked]
-
-    def _allowed(self, seen, exclude_seen, allow, deny) -> torch.Tensor | None:
-        if not exclude_seen and allow is None and deny is None:
-            return None
-        catalogue = self.model.catalogue
-        mask = np.full((len(seen), catalogue.num_items), allow is None)
-        for ids, value in ((allow, True), (deny, False)):
-            if ids is None:
-                continue
-            for row, own in zip(mask, ids) if is_per_user(ids) else ((mask.T, ids),):
-                row[catalogue.index_of(own)] = value
-        for row, items in zip(mask, seen if exclude_seen else ()):
-            row[items] = False
-        return torch.from_numpy(mask).to(self.model.device)
 
     def add_items(self, item_ids: Sequence, embeddings: np.ndarray, metadata: Sequence[Mapping] | None = None) -> None:
         """
@@ -238,7 +246,8 @@ class Recommender:
             )
         codes = self.quantizer.encode(torch.as_tensor(np.asarray(embeddings, dtype=np.float32))).numpy()
         if catalogue.num_levels > codes.shape[1]:
-            codes = self._with_collision_level(codes)
+            old = catalogue.semantic_ids.cpu().numpy()
+            codes = append_collision_level(codes, old, self.model.config.codebook_sizes[-1])
         new_ids = id_array(item_ids)
         if len(new_ids) != len(codes) or len(metadata or codes) != len(codes):
             raise ValueError(
@@ -251,6 +260,8 @@ class Recommender:
         tokens = self.model.catalogue.semantic_ids.cpu().numpy() + np.array(self.model.config.level_offsets)
         collator.item_token_ids = tokens.astype(np.int64)
         self.metadata |= added
+        if self.ranker.reranker is not None:
+            self.ranker.reranker.follow(np.arange(len(catalogue)), len(codes))
 
     def remove_items(self, item_ids: Sequence) -> None:
         """
@@ -268,6 +279,8 @@ class Recommender:
         collator.item_token_ids = collator.item_token_ids[kept]
         collator.item_features = {name: values[kept] for name, values in collator.item_features.items()}
         self.model.catalogue, self.ranker.collator = smaller, collator
+        if self.ranker.reranker is not None:
+            self.ranker.reranker.follow(kept)
         left = set(id_array(item_ids).tolist())
         self.metadata = {item: row for item, row in self.metadata.items() if item not in left}
 
@@ -290,28 +303,12 @@ class Recommender:
 
         Returns:
             One [`Contribution`] per item that the model reads, oldest first; positive where it speaks for the item, in
-            nats. `pandas.DataFrame(found)` is a table of them.
+            nats. `pandas.DataFrame(found)` is a table of them, [`~explanation.plot_explanation`] a picture.
 
         Raises:
             KeyError: Unknown item ids. ValueError: An empty history, columns that do not run parallel to it.
         """
         return leave_one_out(self, history, item, events or {}, users or {})
-
-    def _with_collision_level(self, codes: np.ndarray) -> np.ndarray:
-        """The number of each new item inside the group of items with its codes, behind those that are there."""
-        old = self.model.catalogue.semantic_ids.cpu().numpy()
-        taken: dict[tuple, int] = {}
-        for row in old:
-            taken[tuple(row[:-1])] = max(taken.get(tuple(row[:-1]), -1), int(row[-1]))
-        last = []
-        for row in map(tuple, codes):
-            taken[row] = taken.get(row, -1) + 1
-            last.append(taken[row])
-        size = self.model.config.codebook_sizes[-1]
-        if max(last) >= size:
-            full = sum(n >= size for n in last)
-            raise ValueError(f"{full} new items have codes whose {size} places are all taken: fit the codebooks anew.")
-        return np.concatenate([codes, np.array(last)[:, None]], axis=1)
 
     def recommend_dataset(
         self,

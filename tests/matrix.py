@@ -17,7 +17,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 # models, search, losses, semantic IDs, trainers, baselines: what floats go through
 TESTS = (
-    "numeric modeling_common modeling_onerec_v2 modeling_platform modeling_reward moe auto_classes any_model "
+    "numeric modeling_common modeling_onerec_v2 modeling_platform modeling_reward moe auto_classes catalogue_generate "
     "beam_search sampling sessions catalogue policy_losses preference_losses rewards candidates grpo ipa "
     "weight_average semantic_ids rqvae collisions embeddings item_alignment baselines more_baselines recommender "
     "training_step"

@@ -45,7 +45,6 @@ def tensor(x):
 
 
 # ---- models
-# ------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(("architecture", "items"), [("v2", 1), ("v1", 1), ("onerec", 3)])
@@ -136,7 +135,6 @@ def test_session_reward(rng):
 
 
 # ---- semantic IDs and item embeddings
-# ----------------------------------------------------------------------------------
 
 
 def test_residual_quantisation(rng):
@@ -162,7 +160,6 @@ def test_item_contrastive_loss(rng):
 
 
 # ---- preferences
-# -------------------------------------------------------------------------------------------------------
 
 
 def test_preference_losses(rng):
@@ -199,7 +196,6 @@ def test_preference_losses(rng):
 
 
 # ---- reinforcement
-# -----------------------------------------------------------------------------------------------------
 
 
 def cases():

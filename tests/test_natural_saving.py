@@ -8,7 +8,7 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoModel, AutoTokenizer, Trainer, TrainingArguments
 
 from onerec_hf import SemanticIdTokenizer
-from onerec_hf.data import OneRecCollator
+from onerec_hf.collators import OneRecCollator
 from onerec_hf.recommender import Recommender
 from onerec_hf.trainers import OneRecSFTConfig, OneRecSFTTrainer
 

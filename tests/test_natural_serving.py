@@ -3,21 +3,25 @@ place.
 """
 
 import copy
+import itertools
+import multiprocessing
 import pickle
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 
 import datasets
 import numpy as np
 import pandas as pd
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from transformers import AutoModel, pipeline
 from transformers.pipelines.pt_utils import KeyDataset
 
 from onerec_hf import SemanticIdTokenizer
 from onerec_hf.data import EventFeature
+from onerec_hf.explanation import plot_explanation
 from onerec_hf.hub import push_to_hub
-from onerec_hf.recommender import Recommender
+from onerec_hf.recommender import ItemRanker, Recommender
 
 from .hub.test_hub import save
 from .numeric import assert_close
@@ -30,7 +34,6 @@ def dict_ids(found):
 
 
 # ---- the pipeline
-# ------------------------------------------------------------------------------------------------------
 
 
 def test_the_pipeline_of_a_hub_repository(hub, tmp_path):
@@ -132,7 +135,6 @@ def test_a_stream_is_searched_in_bounded_batches(with_features, monkeypatch):
 
 
 # ---- the tokenizer
-# -----------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -190,11 +192,11 @@ def test_what_generate_returns_is_decoded_as_it_is(tok, architecture):
     context = tok(items=[[1000, 1001, 1002], [1063]], padding=True, return_tensors="pt")
     found = model.generate(**context, num_beams=4, num_return_sequences=2)
     expected = tok.decode_items(found.reshape(-1, 4)[:, 1:])
-    assert len(expected) == 4 * model.num_items and all(expected)
+    assert len(expected) == 4 * model.num_session_items and all(expected)
     assert tok.decode_items(found) == expected
     both = model.generate(**context, num_beams=4, num_return_sequences=2, return_dict_in_generate=True)
     assert tok.decode_items(both) == expected
-    fewer = model.generate(**context, num_beams=4, num_return_sequences=4, num_items=1, allowed_items=[1007])
+    fewer = model.generate(**context, num_beams=4, num_return_sequences=4, num_session_items=1, allowed_items=[1007])
     assert tok.decode_items(fewer) == [[1007], [], [], []] * 2  # rows of pad tokens where there is no item
     codes = tok.decode_semantic_ids(tok.encode_items([1000, 1001]))
     with pytest.raises(ValueError, match=r"are codes and no token ids.*encode_semantic_ids\(codes\)"):
@@ -206,7 +208,6 @@ def test_what_generate_returns_is_decoded_as_it_is(tok, architecture):
 
 
 # ---- item ids where a mask is expected
-# ---------------------------------------------------------------------------------
 
 
 def test_item_ids_stand_for_a_mask(tok):
@@ -226,9 +227,11 @@ def test_item_ids_stand_for_a_mask(tok):
         )
     per_user = model.recommend_items(1, **context, allowed_items=[[1005], [1006]]).items
     assert per_user.tolist() == [[5], [6]]
-    shared = catalogue.alive(mask)
+    shared = catalogue.node_masks(mask)
     assert torch.equal(model.generate(**context, num_beams=3, num_return_sequences=3, allowed_items=shared), generated)
-    with pytest.raises(ValueError, match=r"what `catalogue.alive` made of a mask: here the mask itself is needed"):
+    with pytest.raises(
+        ValueError, match=r"what `catalogue.node_masks` made of a mask: here the mask itself is needed"
+    ):
         model.recommend_items(3, **context, allowed_items=shared)
     with pytest.raises(KeyError, match="the first is 5"):
         model.recommend_items(3, **context, allowed_items=[5, 6, 7])
@@ -237,7 +240,6 @@ def test_item_ids_stand_for_a_mask(tok):
 
 
 # ---- the recommender
-# ---------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("architecture", ["v2", "onerec", "v1"])
@@ -281,7 +283,58 @@ def test_an_explanation_is_the_score_without_each_item(architecture):
     expected = [score(history) - score(history[:j] + history[j + 1 :]) for j in range(4)]
     assert_close(torch.tensor([part.contribution for part in found]), torch.tensor(expected))
     assert max(map(abs, expected)) > 1e-3
-    assert list(pd.DataFrame(found).columns) == ["item_id", "contribution", "metadata"]
+    assert list(pd.DataFrame(found).columns) == ["item_id", "contribution", "metadata", "attention"]
+    if architecture == "v1":  # its encoder mixes items, and has positions that are none
+        assert [part.attention for part in found] == [None] * 4
+        return
+    tokenizer = SemanticIdTokenizer(codebook_sizes=SIZES, catalogue=recommender.model.catalogue)
+    context = tokenizer(items=[history], padding=True, return_tensors="pt")
+    assert recommender.model.config._attn_implementation == "sdpa"  # other threads recommend with it
+    model = copy.deepcopy(recommender.model)
+    model.set_attn_implementation("eager")
+    target = recommender.ranker.collator.pad_targets([[33]])
+    weights = model(**context, target_ids=target, output_attentions=True).cross_attentions
+    shares = torch.stack([layer.mean((0, 1, 2)) for layer in weights]).mean(0)
+    per_item = shares[1:].view(4, -1).sum(1)
+    assert_close(torch.tensor([part.attention for part in found]), per_item)
+    assert 0 < per_item.sum() < 1
+
+
+def test_an_explanation_is_drawn(tmp_path):
+    recommender = recommender_of()
+    recommender.metadata[1005] = {"title": "$5 and more"}
+    found = recommender.explain([1000, 1005, 1002], 1033)
+    figure = plot_explanation(found, tmp_path / "why.png")
+    assert (tmp_path / "why.png").read_bytes()[:4] == b"\x89PNG"
+    added, attention = figure.axes
+    assert [bar.get_width() for bar in added.patches] == [part.contribution for part in found]
+    assert [bar.get_width() for bar in attention.patches] == [part.attention for part in found]
+    assert [tick.get_text() for tick in added.get_yticklabels()] == ["item 1000", r"\$5 and more", "item 1002"]
+    assert added.yaxis_inverted()  # oldest on top
+    assert len(plot_explanation([part._replace(attention=None) for part in found], label="none").axes) == 1
+    with pytest.raises(ValueError, match="nothing to plot"):
+        plot_explanation([])
+
+
+def test_the_names_of_generate_name_ours(tmp_path):
+    recommender = recommender_of()
+    recommender.save_pretrained(tmp_path)
+    recommend = pipeline("onerec-recommendation", model=str(tmp_path))
+    for call in (lambda **given: recommender.recommend([[1000]], **given), lambda **given: recommend([1000], **given)):
+        with pytest.raises(TypeError, match=r"no argument 'allowed_items': write allow=\[...\], item ids that alone"):
+            call(allowed_items=[1005, 1006, 1007])
+        with pytest.raises(TypeError, match="no argument 'top_k': write k"):
+            call(top_k=5)
+        with pytest.raises(TypeError, match="no argument 'alow': write one of k, allow"):
+            call(alow=[1005])
+        with pytest.raises(ValueError, match="allow=1005: a list of item ids, also for one item"):
+            call(allow=1005)
+        with pytest.raises(KeyError, match="the first is 5"):
+            call(allow=[5, 6, 7])
+    context = {"context_ids": torch.from_numpy(recommender.ranker.collator.item_token_ids[None, :1])}
+    for wrong in (1005, "1005"):
+        with pytest.raises(ValueError, match="a list of item ids, also for one item, or a bool mask"):
+            recommender.model.generate(**context, allowed_items=wrong)
 
 
 def test_an_explanation_reads_what_the_model_reads(with_features):
@@ -335,3 +388,65 @@ def test_threads_copies_and_pickles_recommend_the_same(with_features):
     copied.remove_items([1000])
     assert len(recommender.model.catalogue) == 65
     same([one(recommender, i) for i in range(3)], alone[:3])
+
+
+# ---- an adapter that is switched, and processes
+# ------------------------------------------------------------------------
+
+
+def test_an_adapter_is_switched_while_it_serves(tmp_path):
+    """Each call is of the adapter that is on: nothing of an earlier one is remembered, and copies have their own."""
+    recommender = recommender_of()
+    plain = recommender.recommend(HISTORIES, k=5)
+    config = LoraConfig(r=4, target_modules=["q_proj", "o_proj"], init_lora_weights=False)
+    torch.manual_seed(1)
+    model = get_peft_model(recommender.model, config, adapter_name="news")
+    model.add_adapter("films", config)
+    served = Recommender(ItemRanker(model.eval(), recommender.ranker.collator, 20), recommender.metadata)
+    found = {}
+    for name in ("news", "films", "news"):
+        model.set_adapter(name)
+        assert not model.training
+        if name in found:
+            same(served.recommend(HISTORIES, k=5), found[name])
+        found[name] = served.recommend(HISTORIES, k=5)
+    scores = [[one.score for one in rows[0]] for rows in (plain, found["news"], found["films"])]
+    assert all(abs(a[0] - b[0]) > 1e-3 for a, b in itertools.combinations(scores, 2))
+    with model.disable_adapter():
+        same(served.recommend(HISTORIES, k=5), plain)
+    same(served.recommend(HISTORIES, k=5), found["news"])
+    assert len(served.explain([1000, 1001], 1033)) == 2
+    for other in (copy.deepcopy(served), pickle.loads(pickle.dumps(served))):
+        other.model.set_adapter("films")
+        same(other.recommend(HISTORIES, k=5), found["films"])
+    same(served.recommend(HISTORIES, k=5), found["news"])
+    model.save_pretrained(tmp_path)  # the adapters; each in a folder of its own
+    assert (tmp_path / "films" / "adapter_config.json").is_file()
+
+
+def test_an_explanation_beside_other_threads(with_features):
+    """It looks at the attention in a copy: the model that others recommend with keeps its own."""
+    recommender, _ = with_features
+    expected = recommender.recommend(HISTORIES, k=5)
+    reasons = recommender.explain([1000, 1001], 1033)
+    with ThreadPoolExecutor(8) as pool:
+        explained = [pool.submit(recommender.explain, [1000, 1001], 1033) for _ in range(12)]
+        found = [pool.submit(recommender.recommend, HISTORIES, 5) for _ in range(24)]
+        for future in found:
+            same(future.result(), expected)
+    assert recommender.model.config._attn_implementation == "sdpa"
+    for future in explained:
+        values = [[part.contribution, part.attention] for part in future.result()]
+        assert_close(torch.tensor(values), torch.tensor([[part.contribution, part.attention] for part in reasons]))
+
+
+@pytest.mark.parametrize("method", ["fork", "spawn"])
+def test_processes_recommend_the_same(with_features, method):
+    """As a server with several workers does: it loads, then forks; or sends the recommender to fresh processes."""
+    recommender, _ = with_features
+    expected = recommender.recommend(HISTORIES, 5, exclude_seen=True)
+    context = multiprocessing.get_context(method)
+    with ProcessPoolExecutor(2, mp_context=context, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+        found = [pool.submit(recommender.recommend, HISTORIES, 5, exclude_seen=True) for _ in range(4)]
+        for future in found:
+            same(future.result(timeout=180), expected)

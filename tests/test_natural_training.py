@@ -11,7 +11,8 @@ from transformers import AutoModel, EarlyStoppingCallback, Trainer, TrainingArgu
 from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
 
 from onerec_hf import SemanticIdTokenizer
-from onerec_hf.data import Interactions, OneRecCollator, SessionCollator, leave_last_out
+from onerec_hf.collators import OneRecCollator, SessionCollator
+from onerec_hf.data import Interactions, leave_last_out
 from onerec_hf.trainers import (
     IPAConfig,
     IPATrainer,
@@ -54,7 +55,6 @@ def saved(tmp_path):
 
 
 # ---- our trainers
-# ----------------------------------------------------------------------------------------------------------
 
 
 def test_sft_takes_a_folder_and_rows_alone(saved, tmp_path, monkeypatch):
@@ -172,7 +172,6 @@ def test_rl_with_a_reference_of_a_model_that_was_never_saved(tmp_path):
 
 
 # ---- one reward function for IPA and RL
-# --------------------------------------------------------------------------------
 
 
 class Recorded:
@@ -216,7 +215,6 @@ def test_rows_with_a_column_of_the_reward_functions_name_are_refused(saved, tmp_
 
 
 # ---- transformers' and TRL's own trainers
-# --------------------------------------------------------------------------------
 
 
 def test_plain_trainer_stops_early_by_its_evaluation_loss(tmp_path):
@@ -280,14 +278,13 @@ def test_return_loss_says_whether_there_is_a_loss():
 
 
 # ---- the model's own arguments
-# -----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("architecture", ["onerec", "v1", "v2"])
 def test_padding_is_masked_where_there_is_no_mask(architecture):
     model = tiny_model(tiny_catalogue(), architecture=architecture)
     context = tiny_context(model.catalogue, model)
-    target = torch.from_numpy(item_tokens(model))[:3].unsqueeze(1).expand(-1, model.num_items, -1)
+    target = torch.from_numpy(item_tokens(model))[:3].unsqueeze(1).expand(-1, model.num_session_items, -1)
     with torch.no_grad():
         expected = model(**context, target_ids=target).target_log_probs
         found = model(context_ids=context["context_ids"], target_ids=target).target_log_probs

@@ -45,7 +45,6 @@ def test_no_data_in_the_repository():
 
 
 # ---- wheel and sdist
-# ---------------------------------------------------------------------------------------------------
 
 
 def run(*command, python=sys.executable, **options):

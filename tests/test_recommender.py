@@ -13,7 +13,8 @@ import torch
 from transformers import pipeline
 
 from onerec_hf import Catalogue
-from onerec_hf.data import EventFeature, OneRecCollator, PathwayCollator, SessionCollator
+from onerec_hf.collators import OneRecCollator, PathwayCollator, SessionCollator
+from onerec_hf.data import EventFeature
 from onerec_hf.recommender import ItemRanker, Recommender
 from onerec_hf.scripts import recommend
 from onerec_hf.semantic_ids import ResidualKMeans
@@ -73,7 +74,7 @@ def test_equals_a_plain_generate(architecture):
             ]
         )
         out = model.generate(
-            **context, num_beams=20, num_return_sequences=20, num_items=1, return_dict_in_generate=True
+            **context, num_beams=20, num_return_sequences=20, num_session_items=1, return_dict_in_generate=True
         )
         codes = out.sequences[:, 1:] - torch.tensor(model.config.level_offsets)
         expected = [

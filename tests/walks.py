@@ -19,7 +19,7 @@ from transformers import TrainerCallback
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from onerec_hf.data import OneRecCollator  # noqa: E402
+from onerec_hf.collators import OneRecCollator  # noqa: E402
 from onerec_hf.recommender import ItemRanker, Recommender  # noqa: E402
 from onerec_hf.rewards import HitReward  # noqa: E402
 from onerec_hf.trainers import (  # noqa: E402

@@ -1,5 +1,7 @@
 """Strong baselines that `onerec_hf.evaluation.evaluate` scores with the same call as our models."""
 
+from typing import Any
+
 from .bert4rec import BERT4Rec
 from .cooccurrence import CoOccurrence
 from .embedding_knn import EmbeddingKNN
@@ -11,9 +13,13 @@ from .ranking import rank_items
 from .sasrec import SASRec
 from .tiger import TIGER
 
+# what a re-ranker can be saved with
+SCORERS: dict[str, Any] = {scorer.__name__: scorer for scorer in (BERT4Rec, CoOccurrence, FDSA, HSTU, SASRec)}
+
 __all__ = [
     "FDSA",
     "HSTU",
+    "SCORERS",
     "TIGER",
     "BERT4Rec",
     "CoOccurrence",

@@ -4,12 +4,17 @@ A strong heuristic without training, in the family of item-to-item Markov chains
 Shapes: **B** users, **N** items, **E** non-zero entries of the item-item matrix.
 """
 
+import json
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 
 import numpy as np
 import torch
+from safetensors.torch import load_file, save_file
 
 from .ranking import rank_items
+
+_COUNTS = ("values", "columns", "row_starts", "fallback")
 
 
 class CoOccurrence:
@@ -85,6 +90,28 @@ class CoOccurrence:
         scores = self._scores(histories)
         scores = torch.where(scores > 0, scores, self.fallback)
         return rank_items(scores, k, exclude=histories if exclude_seen else None, generator=generator)
+
+    def score_items(self, examples: dict[str, list]) -> torch.Tensor:
+        """Log of each item's share of a history's counts, (B, N); `-inf` where there are none."""
+        scores = self._scores(examples["history"])
+        return (scores / scores.sum(1, keepdim=True)).nan_to_num().log()
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Writes `config.json` and `model.safetensors`: the counts."""
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        names = ("num_items", "window", "backward_weight", "decay", "max_history")
+        config = {name: getattr(self, name) for name in names}
+        (folder / "config.json").write_text(json.dumps(config, indent=2), encoding="utf-8")
+        save_file({name: getattr(self, name).contiguous() for name in _COUNTS}, folder / "model.safetensors")
+
+    @classmethod
+    def from_pretrained(cls, folder: str | Path) -> "CoOccurrence":
+        """Reads what `save_pretrained` wrote."""
+        self = cls(**json.loads((Path(folder) / "config.json").read_text(encoding="utf-8")))
+        for name, tensor in load_file(Path(folder) / "model.safetensors").items():
+            setattr(self, name, tensor)
+        return self
 
     def _scores(self, histories: Sequence[Sequence[int]]) -> torch.Tensor:
         if not hasattr(self, "values"):

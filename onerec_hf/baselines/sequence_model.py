@@ -57,6 +57,21 @@ class SequenceModel:
         generator: torch.Generator | None = None,
     ) -> np.ndarray:
         """The k best of all items for each row of `examples["history"]`, `(B, k)`; ties and -1: see `rank_items`."""
+        exclude = examples["history"] if exclude_seen else None
+        return rank_items(self._scores(examples), k, exclude=exclude, generator=generator)
+
+    @torch.no_grad()
+    def score_items(self, examples: dict[str, list]) -> torch.Tensor:
+        """Log-probability of every item as the next one, (B, N); `-inf` for a history without items."""
+        rows = [i for i, history in enumerate(examples["history"]) if len(history)]
+        found = torch.full((len(examples["history"]), self.num_items), -torch.inf)
+        if rows:
+            known = {name: [values[i] for i in rows] for name, values in examples.items()}
+            found[rows] = self._scores(known).log_softmax(1).cpu()
+        return found
+
+    def _scores(self, examples: dict[str, list]) -> torch.Tensor:
+        """A score of every item for every history, (B, N)."""
         queries, padding = self._queries(examples)
         lengths = torch.tensor([len(query) for query in queries])
         last = torch.empty(len(queries), self.model.config.hidden_size, device=self.model.device)  # (B, D)
@@ -64,8 +79,7 @@ class SequenceModel:
             hidden = self._hidden(pad_right([queries[row] for row in rows.tolist()], padding).to(last.device))
             last[rows] = hidden[torch.arange(len(rows)), lengths[rows] - 1]
         users, items = self._score_vectors(last)
-        exclude = examples["history"] if exclude_seen else None
-        return rank_items(users @ items.T, k, exclude=exclude, generator=generator)
+        return users @ items.T
 
     def _queries(self, examples: dict[str, list]) -> tuple[list[list[int]], int]:
         """Input ids of each row, the last position being the one that answers; and what pads them on the right."""

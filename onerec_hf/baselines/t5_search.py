@@ -27,7 +27,7 @@ class T5Beams:
         level_offsets (`list[int]`): token id of code 0 of each level.
         states (`torch.Tensor` of shape (B, T, D)): what the encoder says.
         mask (`torch.Tensor` of shape (B, 1 or heads, 1, T)): of the attention to them: true on real tokens, or what is
-        added.
+            added.
     """
 
     def __init__(

@@ -200,7 +200,7 @@ class TIGER:
             mask = self._distance_bias(last, mask.shape[-1]).masked_fill(~mask, torch.finfo(self.model.dtype).min)
         decoder = T5Beams(self.model, catalogue, self.level_offsets, self._encode(inputs), mask)
         found = search(decoder, BeamSearch(), catalogue, len(recent), self.num_beams, allowed)
-        return catalogue.items_of(found["leaves"][:, :, 0], k, allowed=allowed).cpu().numpy()
+        return catalogue.items_of(found["leaves"][:, :, 0], k, allowed_items=allowed).cpu().numpy()
 
     def _encoder_inputs(self, users: Sequence[int] | None, histories: list[list[int]]) -> dict[str, torch.Tensor]:
         rows = [self.item_tokens[history].flatten() for history in histories]

@@ -1,15 +1,12 @@
-"""Logs -> interactions -> splits of events or sessions -> batches."""
+"""Logs -> interactions -> splits of events or sessions."""
 
-from .collators import OneRecCollator, SessionCollator
 from .data_folder import DataFolder
 from .features import EventFeature, category_codes, category_map, reaches
 from .interactions import Interactions, load_interactions
 from .labels import event_labels, session_labels
 from .lifelong import compress_lifelong, hierarchical_kmeans
 from .past_rates import past_rates, period_of, quantile_codes, rate_numbers
-from .pathways import PathwayCollator
 from .public_datasets import load_amazon, load_kuairand
-from .reward_collator import RewardCollator
 from .session_splits import session_splits, training_events
 from .sessions import SessionConfig, session_criteria, session_index
 from .splits import arrow_dataset, global_time_split, k_core, leave_last_out, load_splits, target_rows
@@ -19,10 +16,6 @@ __all__ = [
     "DataFolder",
     "EventFeature",
     "Interactions",
-    "OneRecCollator",
-    "PathwayCollator",
-    "RewardCollator",
-    "SessionCollator",
     "SessionConfig",
     "arrow_dataset",
     "category_codes",

@@ -114,3 +114,17 @@ def reaches(columns: Mapping[str, Sequence | np.ndarray], thresholds: Mapping[st
     masks = [np.asarray(columns[name], dtype=np.float64) >= least for name, least in thresholds.items()]
     length = len(next(iter(columns.values()), ()))
     return np.logical_or.reduce(masks) if masks else np.zeros(length, dtype=bool)
+
+
+def event_column(row: dict, name: str, parallel_to: str = "history") -> np.ndarray:
+    """An event column of a row, checked: as many values as the list column `parallel_to`."""
+    if name not in row:
+        raise KeyError(
+            f"the rows have no column {name!r} for the event feature of that name; they have {sorted(row)}."
+        )
+    if len(row[name]) != len(row[parallel_to]):
+        raise ValueError(
+            f"column {name!r} has {len(row[name])} values, the {parallel_to} {len(row[parallel_to])}: they run in "
+            "parallel."
+        )
+    return np.asarray(row[name])

@@ -166,9 +166,10 @@ def load_interactions(
 
     Args:
         source: a `.parquet`, `.csv`, `.tsv`, `.jsonl` or `.json` file (one object a line; text files also as `.gz`), a
-            folder of parquet files or of `datasets.save_to_disk`, a `datasets.Dataset`, a pandas `DataFrame`, a
-            `pyarrow.Table`, a dict of arrays, or the name of a data set on the Hub. Of a Hub data set and of a saved
-            `DatasetDict`, `split` is read.
+            pattern of such files (`logs/*.parquet`), a folder of parquet files or of `datasets.save_to_disk`, a
+            `datasets.Dataset` or `IterableDataset` (read to its end), a `DataFrame` of pandas or polars, a
+            `pyarrow.Table`, `RecordBatchReader` or `Dataset`, a dict of arrays, a list of dicts, or the name of a data
+            set on the Hub. Of a Hub data set and of a saved `DatasetDict`, `split` is read.
         columns: our name -> column of the source, for `user_id`, `item_id`, `timestamp` and the names in `feedback`;
             a name that is left out is itself the column. `{"timestamp": None}`: the rows are in time order, and the
             timestamps become 0, 1, 2, ... inside each user.

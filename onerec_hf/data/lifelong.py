@@ -11,7 +11,7 @@ import numpy as np
 import pyarrow as pa
 
 from ..item_embeddings.embeddings import check_item_embeddings
-from .collators import event_column
+from .features import event_column
 from .splits import arrow_dataset
 
 # Lloyd iterations of one step: a cluster that has not settled by then is settled enough for a cache of representatives

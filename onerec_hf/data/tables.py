@@ -10,16 +10,14 @@ import numpy as np
 import pandas as pd
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.csv
-import pyarrow.json
-import pyarrow.parquet
+import pyarrow.dataset
 from transformers.utils import logging
+
+from .table_files import integers_of, read_files, without_blanks
 
 logger = logging.get_logger(__name__)
 
-COMPRESSED = (".gz", ".bz2")  # Arrow unpacks these by itself
-# what Arrow takes for a missing value in a CSV column of numbers
-_CSV_NULLS = pa.array(pyarrow.csv.ConvertOptions().null_values)
+STREAM_ROWS = 10_000  # of a streaming data set that are read at once
 
 
 def read_table(source: Any, split: str = "train", ids: Sequence[str] = ()) -> pa.Table:
@@ -57,103 +55,32 @@ def _read(source: Any, split: str, ids: Sequence[str]) -> pa.Table:
         return source
     if isinstance(source, datasets.Dataset):
         return source.with_format("arrow")[:]
+    if isinstance(source, datasets.IterableDataset):  # read to its end: a log has one
+        batches = list(source.with_format("arrow").iter(batch_size=STREAM_ROWS))
+        return pa.concat_tables(batches, promote_options="default")
     if isinstance(source, (str, Path)):
-        return _read_path_or_hub(source, split, ids)
-    if isinstance(source, Mapping) and not isinstance(source, datasets.DatasetDict):
+        return read_files(source, split, ids)
+    splits = isinstance(source, (datasets.DatasetDict, datasets.IterableDatasetDict))
+    if isinstance(source, Mapping) and not splits:
         return pa.table({name: pa.array(values, from_pandas=True) for name, values in source.items()})
+    if isinstance(source, list) and source and all(isinstance(row, Mapping) for row in source):
+        return pa.Table.from_pylist(source)
     if isinstance(source, pd.DataFrame):
         return pa.Table.from_pandas(source, preserve_index=False)
+    if hasattr(source, "__arrow_c_stream__"):  # a polars DataFrame, a pyarrow.RecordBatchReader, a DuckDB relation
+        return pa.table(source)
+    if isinstance(source, pyarrow.dataset.Dataset):
+        return source.to_table()
+    hint = ""
+    if splits:
+        hint = f"; it has the splits {list(source)}: pass one of them, such as data[{next(iter(source), '')!r}]"
+    elif hasattr(source, "collect"):  # of polars or Spark
+        hint = "; it is a query: pass what its `collect()` returns"
     raise TypeError(
-        f"cannot read a table from {type(source).__name__}; pass a path, a Hub data set name, a "
-        "datasets.Dataset (of a DatasetDict, one split), a pandas DataFrame, a pyarrow.Table or a dict of arrays"
+        f"cannot read a table from {type(source).__name__}{hint}. Allowed are a path, a pattern of paths "
+        "('logs/*.parquet'), a Hub data set name, a datasets.Dataset or IterableDataset, a DataFrame of pandas or "
+        "polars, a pyarrow.Table, RecordBatchReader or Dataset, a dict of arrays, or a list of rows (dicts)"
     )
-
-
-def _read_path_or_hub(source: str | Path, split: str, ids: Sequence[str]) -> pa.Table:
-    path = Path(source)
-    if path.is_dir():
-        return _read_folder(path, split)
-    suffix = Path(path.stem).suffix if path.suffix in COMPRESSED else path.suffix
-    if suffix in FILE_READERS:
-        if not path.is_file():
-            raise FileNotFoundError(f"{path} does not exist")
-        if path.stat().st_size == 0:
-            raise ValueError(f"{path} is empty")
-        try:
-            return FILE_READERS[suffix](path, ids)
-        except OSError as error:  # cut off, or not what its name says
-            raise ValueError(f"cannot read {path}: {error}") from error
-    if path.exists() or isinstance(source, Path):
-        raise ValueError(
-            f"cannot read {path}: pass a {', '.join(FILE_READERS)} file (.csv.gz and the like, too), a folder of "
-            "parquet files or a folder that datasets.save_to_disk wrote"
-        )
-    try:
-        return datasets.load_dataset(source, split=split).with_format("arrow")[:]
-    except (FileNotFoundError, ConnectionError) as error:  # also of a data set that the Hub does not have
-        raise FileNotFoundError(f"{source} is no file or folder here and no data set on the Hub: {error}") from error
-
-
-def _read_folder(path: Path, split: str) -> pa.Table:
-    if (path / "dataset_dict.json").is_file():
-        saved = datasets.load_from_disk(str(path))
-        if split not in saved:
-            raise ValueError(f"{path} has no split {split!r}; it has {list(saved)}")
-        return saved[split].with_format("arrow")[:]
-    if (path / "state.json").is_file():
-        return datasets.load_from_disk(str(path)).with_format("arrow")[:]
-    if next(path.rglob("*.parquet"), None) is None:
-        raise ValueError(
-            f"{path} holds no parquet file and is no folder of datasets.save_to_disk; name the file itself"
-        )
-    return pyarrow.parquet.read_table(path)
-
-
-def _read_csv(path: Path, ids: Sequence[str]) -> pa.Table:
-    settings = {
-        "parse_options": pyarrow.csv.ParseOptions(
-            delimiter="\t" if ".tsv" in path.suffixes else ",", newlines_in_values=True
-        ),
-        "convert_options": pyarrow.csv.ConvertOptions(column_types=dict.fromkeys(ids, pa.large_string())),
-    }
-    try:
-        table = pyarrow.csv.read_csv(path, **settings)
-    except pa.ArrowInvalid:  # once more on one thread: then Arrow knows the row
-        table = pyarrow.csv.read_csv(path, pyarrow.csv.ReadOptions(use_threads=False), **settings)
-    if binary := [field.name for field in table.schema if pa.types.is_binary(field.type)]:
-        raise ValueError(f"{path}: the columns {binary} are not UTF-8; save the file as UTF-8")
-    for i, name in enumerate(table.column_names):
-        if name in ids:
-            table = table.set_column(i, name, _csv_ids(table.column(i).combine_chunks()))
-    return table
-
-
-def _csv_ids(array: pa.Array) -> pa.Array:
-    """Text as integers if it is integers but for what Arrow takes for null; otherwise text, with null where it is
-    blank.
-    """
-    known = pc.if_else(pc.is_in(array, value_set=_CSV_NULLS.cast(array.type)), pa.scalar(None, array.type), array)
-    integers = integers_of(known)
-    return _without_blanks(array) if integers is known else integers
-
-
-def _read_json(path: Path, ids: Sequence[str]) -> pa.Table:
-    # blocks larger than Arrow's 1 MiB: a line, with a long history in it, must fit into one
-    try:
-        return pyarrow.json.read_json(path, pyarrow.json.ReadOptions(block_size=1 << 26))
-    except pa.ArrowInvalid as error:
-        raise ValueError(
-            f"cannot read {path}: {error} (counted from 0). Each line must be one object, and a column of one type"
-        ) from error
-
-
-FILE_READERS = {
-    ".parquet": lambda path, ids: pyarrow.parquet.read_table(path),
-    ".csv": _read_csv,
-    ".tsv": _read_csv,
-    ".jsonl": _read_json,
-    ".json": _read_json,
-}
 
 
 def select_columns(table: pa.Table, names: Mapping[str, str], argument: str) -> pa.Table:
@@ -208,7 +135,7 @@ def id_array(column: pa.ChunkedArray, name: str) -> pa.Array:
     if pa.types.is_null(array.type):
         return array.cast(pa.large_string())
     if _is_text(array.type):
-        return _without_blanks(array.cast(pa.large_string()))
+        return without_blanks(array.cast(pa.large_string()))
     if pa.types.is_floating(array.type):
         array = array.cast(pa.float64())
         array = pc.if_else(pc.is_nan(array), pa.scalar(None, array.type), array)
@@ -226,18 +153,6 @@ def id_array(column: pa.ChunkedArray, name: str) -> pa.Array:
         raise ValueError(
             f"{name} ({array.type}) cannot become int64: not whole, or beyond 64 bits ({error}); pass the ids as text"
         ) from error
-
-
-def integers_of(text: pa.Array) -> pa.Array:
-    """Text as int64 if every value is the way to write an integer (`7`, not `007`, `7.0` or `+7`); otherwise as it
-    is.
-    """
-    if not pc.all(pc.match_substring_regex(text, r"^(0|-?[1-9][0-9]*)$")).as_py():
-        return text
-    try:
-        return text.cast(pa.int64())
-    except pa.ArrowInvalid:  # beyond 64 bits
-        return text
 
 
 def one_kind(log_ids: pa.Array, table_ids: pa.Array) -> tuple[pa.Array, pa.Array]:
@@ -340,10 +255,6 @@ def feature_values(column: pa.ChunkedArray) -> np.ndarray | list:
 
 def _is_text(kind: pa.DataType) -> bool:
     return pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind)
-
-
-def _without_blanks(text: pa.Array) -> pa.Array:
-    return pc.if_else(pc.equal(pc.utf8_trim_whitespace(text), ""), pa.scalar(None, text.type), text)
 
 
 def _plain(column: pa.ChunkedArray | pa.Array) -> pa.Array:

@@ -289,6 +289,32 @@ def results_table(results: Mapping[str, tuple[Mapping[str, float], Mapping[str, 
     return "\n".join(lines)
 
 
+def reranking_text(report: dict) -> str:
+    """What `onerec rerank` wrote down of its weights, as a paragraph and a table for the card; empty without it."""
+    if "reranker" not in report:
+        return ""
+    fitted = report["reranker"]
+    kinds = [kind for kind in ("kept", "masked") if kind in fitted]
+    lines = [
+        "",
+        "",
+        "**Re-ranking.** `Recommender` orders the items of the search and of the scorers "
+        f"{', '.join(code(Path(name).name) for name in fitted['scorers'])} by a weighted sum, fitted on "
+        f"{fitted['fit_users']:,} validation users; `recommend(..., rerank=False)` and `generate` search alone. "
+        "Weights, and recall@10 of half of these users without a part, by weights fitted on the other half:",
+        "",
+        f"| part | {' | '.join(f'weight, seen items {kind}' for kind in kinds)} | without it |",
+        "|---" * (len(kinds) + 2) + "|",
+    ]
+    for part in fitted[kinds[0]]["weights"]:
+        recalls = [fitted[kind]["recall@10 of half of the users"] for kind in kinds]
+        without = " / ".join(f"{own[f'without {part}']:.4f}" for own in recalls if f"without {part}" in own) or "–"
+        weights = " | ".join(f"{fitted[kind]['weights'][part]:.3f}" for kind in kinds)
+        lines.append(f"| {table_cell(part)} | {weights} | {without} |")
+    whole = " / ".join(f"{fitted[kind]['recall@10 of half of the users']['all']:.4f}" for kind in kinds)
+    return "\n".join([*lines, f"| all |{' |' * len(kinds)} {whole} |"])
+
+
 def _feedback_table(metrics, targets: Sequence[str], split: str) -> tuple[str, list[tuple[str, str, float]]]:
     """The table of a reward model's card, a row per objective, and the metrics of its metadata."""
     lines = [f"| {' | '.join([split, *FEEDBACK_METRICS.values()])} |", "|---" * (len(FEEDBACK_METRICS) + 1) + "|"]

@@ -43,6 +43,8 @@ def repository_files(folder: str | Path) -> list[str]:
             f"{folder} holds no model: neither config.json nor adapter_config.json. Give the folder that "
             f"{_SAVE_MODEL} wrote; checkpoints lie in folders of their own."
         )
+    scorers = _mapping(folder / "reranker.json").get("scorers", {})  # each in a folder of its own
+    files += [f"scorers/{name}/{file}" for name in scorers for file in ("config.json", "model.safetensors")]
     if problems := [*_missing(folder, files), *_damaged(folder, files)]:
         raise ValueError(f"{folder} is not ready for the Hub:\n" + "\n".join(f"- {problem}" for problem in problems))
     return files
@@ -121,6 +123,8 @@ def _damaged(folder: Path, files: list[str]) -> list[str]:
     problems = []
     for name in files:
         try:
+            if not (folder / name).is_file():
+                raise ValueError("reranker.json names it, and it is not there")
             if name.endswith(".safetensors"):
                 with safe_open(folder / name, framework="np"):
                     pass

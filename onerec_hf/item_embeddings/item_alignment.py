@@ -29,7 +29,7 @@ def item_contrastive_loss(first: torch.Tensor, second: torch.Tensor, temperature
 
     Args:
         first, second (`torch.Tensor` of shape (B, Z)): the items of every pair; s_ij: cosine of `first[i]`,
-        `second[j]`.
+            `second[j]`.
         temperature: tau. The report gives neither it nor the similarity.
 
     Returns:
@@ -50,7 +50,7 @@ class ItemAlignment(nn.Module):
         output_dim (`int`, defaults to 128): Z.
         hidden_size (`int`, defaults to 512): of the residual branch, which starts at zero.
         temperature (`float`, defaults to 0.1), seed (`int`, defaults to 0): of the loss; of weights, batches and
-        dropout.
+            dropout.
         dropout (`float`, defaults to 0.1): on the inputs.
     """
 
@@ -113,7 +113,7 @@ class ItemAlignment(nn.Module):
             caption_weight, caption_batch_size: of that loss; items per step, drawn from all that have a text, with
                 pairs or without. The report gives neither.
             num_epochs, batch_size (pairs: the others of a batch are the negatives), learning_rate: of AdamW, falling
-            as a cosine.
+                as a cosine.
             device: default: `"cuda"` where there is one, otherwise `"cpu"`; projection and captions are on the CPU
                 afterwards.
 

@@ -4,10 +4,11 @@ alone.
 
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer
 
-from .any_model import CatalogueLogitsProcessor, catalogue_generate
 from .beam_search import BeamSearchOutput, beam_search, sample_items
 from .catalogue import Catalogue
-from .configuration_onerec import OneRecConfig, OneRecV1Config, OneRecV2Config
+from .catalogue_generate import CatalogueLogitsProcessor, catalogue_generate
+from .configuration_onerec import OneRecConfig, OneRecV1Config
+from .configuration_onerec_v2 import OneRecV2Config
 from .configuration_reward import OneRecPScoreConfig, OneRecSessionRewardConfig
 from .modeling_layers import ContextKV
 from .modeling_onerec import OneRecForCausalLM, OneRecModel

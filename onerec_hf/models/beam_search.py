@@ -28,9 +28,11 @@ class BeamSearchOutput(ModelOutput):
     """
     Args:
         semantic_ids (`torch.LongTensor` of shape (B, K, m, L)): Codes of each item of each beam, best beam first; -1
-        on dead beams. leaves (`torch.LongTensor` of shape (B, K, m)): Leaves of the catalogue, -1 on dead beams.
+            on dead beams.
+        leaves (`torch.LongTensor` of shape (B, K, m)): Leaves of the catalogue, -1 on dead beams.
         scores (`torch.FloatTensor` of shape (B, K)): Summed natural log-probability of the codes, `-inf` on dead
-        beams. sample_log_probs (`torch.FloatTensor` of shape (B, K)): Of samples, the natural log-probability with
+            beams.
+        sample_log_probs (`torch.FloatTensor` of shape (B, K)): Of samples, the natural log-probability with
             which each was drawn: as `scores`, but after the temperature and normalised at each step over the codes
             that could be drawn.
         gumbels (`torch.FloatTensor` of shape (B, K)): Of samples without replacement, `sample_log_probs` plus Gumbel
@@ -163,7 +165,7 @@ def _used_up(catalogue: Catalogue, path: torch.Tensor, level: int, leaf_totals) 
     Args:
         path (`torch.LongTensor` of shape (B, K, i, L)): Nodes on the way to the i items that each beam has.
         leaf_totals (`torch.Tensor` of shape (B, leaves + 1), *optional*): Running count of the leaves that each user
-        may get.
+            may get.
 
     Returns:
         `torch.LongTensor` of shape (B, K, i): node or -1. Only the ancestors of a session's items can be used up.
@@ -179,9 +181,9 @@ def _used_up(catalogue: Catalogue, path: torch.Tensor, level: int, leaf_totals) 
 class _Step:
     """One step of the search: the next K prefixes of some users out of all children of their beams."""
 
-    def __init__(self, decoder, chooser, catalogue, alive, leaf_totals, k):
+    def __init__(self, decoder, chooser, catalogue, node_masks, leaf_totals, k):
         self.decoder, self.chooser, self.catalogue, self.k = decoder, chooser, catalogue, k
-        self.alive, self.leaf_totals = alive, leaf_totals
+        self.node_masks, self.leaf_totals = node_masks, leaf_totals
 
     def __call__(self, hidden, scores, path, users: slice):
         """hidden (b, k, D), scores (b, k), path (b, k, steps) -> scores, parents, children (b, K) and which are
@@ -200,8 +202,8 @@ class _Step:
         )  # half the time of codes[child]
         place = (parent * log_probs.shape[1]).unsqueeze(2) + codes
         log_probs = log_probs.reshape(batch, -1).gather(1, place.flatten(1)).view(child.shape)  # (b, R, W)
-        if self.alive is not None:
-            real = real & self.alive[level][users].gather(1, child.flatten(1)).view(child.shape)
+        if self.node_masks is not None:
+            real = real & self.node_masks[level][users].gather(1, child.flatten(1)).view(child.shape)
         if item:
             done = path[:, :, : item * catalogue.num_levels].unflatten(2, (item, -1))
             leaf_totals = None if self.leaf_totals is None else self.leaf_totals[users]
@@ -219,8 +221,8 @@ def search(
     catalogue: Catalogue,
     batch: int,
     k: int,
-    allowed: torch.Tensor | list[torch.Tensor] | None = None,
-    num_items: int = 1,
+    allowed_items: torch.Tensor | list[torch.Tensor] | None = None,
+    num_session_items: int = 1,
 ) -> BeamSearchOutput:
     """
     The loop that beam search and sampling share: static shapes, nothing read back from the device.
@@ -228,25 +230,27 @@ def search(
     Args:
         decoder: As [`SharedContext`].
         chooser: As [`BeamSearch`].
-        allowed (`torch.BoolTensor` or `list`, *optional*): As in [`beam_search`].
+        allowed_items (`torch.BoolTensor` or `list`, *optional*): As in [`beam_search`].
 
     Returns:
         [`BeamSearchOutput`] without the fields of samples.
     """
     device, levels = catalogue.device, catalogue.num_levels
-    if k < 1 or num_items < 1:
-        raise ValueError(f"num_beams (or samples)={k}, num_items={num_items}: both must be at least 1.")
-    alive = catalogue.alive(allowed) if isinstance(allowed, torch.Tensor) else allowed
-    if alive is not None:
-        check_rows_allowed(alive, batch, [len(codes) for codes in catalogue.codes])
-    alive = None if alive is None else [mask.expand(batch, -1) for mask in alive]
-    leaf_totals = None if alive is None or num_items == 1 else F.pad(alive[-1].cumsum(1), (1, 0))
-    step = _Step(decoder, chooser, catalogue, alive, leaf_totals, k)
+    if k < 1 or num_session_items < 1:
+        raise ValueError(
+            f"num_beams (or samples)={k}, num_session_items={num_session_items}: both must be at least 1."
+        )
+    node_masks = catalogue.node_masks(allowed_items) if isinstance(allowed_items, torch.Tensor) else allowed_items
+    if node_masks is not None:
+        check_rows_allowed(node_masks, batch, [len(codes) for codes in catalogue.codes])
+    node_masks = None if node_masks is None else [mask.expand(batch, -1) for mask in node_masks]
+    leaf_totals = None if node_masks is None or num_session_items == 1 else F.pad(node_masks[-1].cumsum(1), (1, 0))
+    step = _Step(decoder, chooser, catalogue, node_masks, leaf_totals, k)
     rows = torch.arange(batch, device=device).unsqueeze(1)
     scores = torch.zeros(batch, 1, device=device)
     path = torch.zeros(batch, 1, 0, dtype=torch.long, device=device)  # (B, K, steps) nodes chosen so far
     last: dict[str, torch.Tensor] = {}
-    for position in range(num_items * levels):
+    for position in range(num_session_items * levels):
         level, beams = position % levels, scores.shape[1]
         hidden = decoder.advance(level, **last)
         chunk = batch
@@ -257,7 +261,7 @@ def search(
         scores, parent, child, dead = (torch.cat(parts) if len(parts) > 1 else parts[0] for parts in zip(*chosen))
         path = torch.cat([path[rows, parent], child.unsqueeze(2)], dim=2).masked_fill(dead.unsqueeze(2), -1)
         last = {"code": catalogue.codes[level][child].long(), "parent": (parent + rows * beams).flatten()}
-    path = path.unflatten(2, (num_items, levels))
+    path = path.unflatten(2, (num_session_items, levels))
     codes = torch.stack([catalogue.codes[level][path[..., level]].long() for level in range(levels)], dim=3)
     codes = codes.masked_fill(dead[:, :, None, None], -1)
     return BeamSearchOutput(semantic_ids=codes, leaves=path[..., -1], scores=scores)
@@ -268,11 +272,12 @@ def beam_search(
     catalogue: Catalogue,
     context_kv: ContextKV,
     num_beams: int,
-    allowed: torch.Tensor | list[torch.Tensor] | None = None,
-    num_items: int = 1,
+    allowed_items: torch.Tensor | list[torch.Tensor] | None = None,
+    num_session_items: int = 1,
 ) -> BeamSearchOutput:
     """
-    The `num_beams` best items of the catalogue for each user, or the best sessions of `num_items` different items.
+    The `num_beams` best items of the catalogue for each user, or the best sessions of `num_session_items` different
+    items.
 
     Exact in the usual sense of beam search: at each step the K best existing prefixes survive. With `num_beams` at
     least the number of prefixes of every step but the last, it equals scoring every item (every ordered session) of
@@ -284,15 +289,17 @@ def beam_search(
         catalogue (`Catalogue`): On the model's device.
         context_kv (`ContextKV`): The encoded context of the B users.
         num_beams (`int`): K.
-        allowed (`torch.BoolTensor` of shape (B, N) or (1, N), *optional*): Subset of the items, per request; or what
-            `catalogue.alive` made of it.
-        num_items (`int`, defaults to 1): m, items per session.
+        allowed_items (`torch.BoolTensor` of shape (B, N) or (1, N), *optional*): Subset of the items, per request; or
+            what `catalogue.node_masks` made of it.
+        num_session_items (`int`, defaults to 1): m, items per session.
 
     Returns:
         [`BeamSearchOutput`]; where fewer than K items or sessions exist, the rest of the beams are dead (`-inf`, -1).
     """
     decoder = SharedContext(model, catalogue, context_kv)
-    return search(decoder, BeamSearch(), catalogue, context_kv.mask.shape[0], num_beams, allowed, num_items)
+    return search(
+        decoder, BeamSearch(), catalogue, context_kv.mask.shape[0], num_beams, allowed_items, num_session_items
+    )
 
 
 def sample_items(
@@ -303,8 +310,8 @@ def sample_items(
     replacement: bool = False,
     temperature: float = 1.0,
     generator: torch.Generator | None = None,
-    allowed: torch.Tensor | list[torch.Tensor] | None = None,
-    num_items: int = 1,
+    allowed_items: torch.Tensor | list[torch.Tensor] | None = None,
+    num_session_items: int = 1,
 ) -> BeamSearchOutput:
     """
     Draw a group of `num_samples` items (or sessions) of the catalogue for each user.
@@ -317,7 +324,7 @@ def sample_items(
         replacement (`bool`, defaults to `False`): Whether an item may be drawn more than once.
         temperature (`float`, defaults to 1.0): Above 0.
         generator (`torch.Generator`, *optional*): On the model's device. Defaults to torch's global one.
-        model, catalogue, context_kv, allowed, num_items: As in [`beam_search`].
+        model, catalogue, context_kv, allowed_items, num_session_items: As in [`beam_search`].
 
     Returns:
         [`BeamSearchOutput`] with `sample_log_probs`, and with `gumbels` when there is no replacement. Samples are dead
@@ -328,7 +335,13 @@ def sample_items(
     batch, device = context_kv.mask.shape[0], context_kv.mask.device
     chooser = (_Samples if replacement else _DistinctSamples)(batch, temperature, generator, device)
     found = search(
-        SharedContext(model, catalogue, context_kv), chooser, catalogue, batch, num_samples, allowed, num_items
+        SharedContext(model, catalogue, context_kv),
+        chooser,
+        catalogue,
+        batch,
+        num_samples,
+        allowed_items,
+        num_session_items,
     )
     found.sample_log_probs, found.gumbels = chooser.log_probs, chooser.gumbels
     return found

@@ -31,12 +31,12 @@ class Catalogue(PrefixIndex):
 
     Args:
         semantic_ids (array or tensor of shape (N, L)): Code of every item on every level, 0 to `codebook_sizes[l] -
-        1`.
+            1`.
         codebook_sizes (`list[int]`): Codes per level.
         item_ids (array of shape (N,), *optional*): The ids by which the outside knows the items, integers of 64 bits
             or strings, all different. Defaults to 0..N-1.
         popularity (array of shape (N,), *optional*): Larger is more popular; orders the items that share a semantic
-        ID.
+            ID.
 
     Raises:
         ValueError: On shapes that do not fit, codes outside their codebook, repeated item ids, ids that are neither
@@ -143,11 +143,12 @@ class Catalogue(PrefixIndex):
 
         This one is not touched, so a running process builds the next version beside it and swaps with
         `model.catalogue = catalogue.with_items(...)`: one assignment; a `generate` that is under way ends on the old
-        version. Items leave by `allowed` masks until a version without them is built (`without_items`).
+        version. Items leave by `allowed_items` masks until a version without them is built (`without_items`).
 
         Args:
             semantic_ids (array of shape (M, L)), item_ids (array of shape (M,)): As at construction, of the new items
-            alone. popularity (array of shape (M,), *optional*): Demanded if, and only if, this catalogue has it.
+                alone.
+            popularity (array of shape (M,), *optional*): Demanded if, and only if, this catalogue has it.
         """
         if (popularity is None) != (self.popularity is None):
             raise ValueError(
@@ -210,31 +211,31 @@ class Catalogue(PrefixIndex):
             )
         return found
 
-    def items_of(self, leaves: torch.Tensor, k: int, allowed: torch.Tensor | None = None) -> torch.Tensor:
+    def items_of(self, leaves: torch.Tensor, k: int, allowed_items: torch.Tensor | None = None) -> torch.Tensor:
         """
         The first `k` items of ranked semantic IDs, collisions expanded (popular items first inside a semantic ID).
 
         Args:
             leaves (`torch.LongTensor` of shape (B, S)): Ranked leaves, best first, -1 for none.
             k (`int`): Items wanted per row.
-            allowed (`torch.BoolTensor` of shape (B, N), *optional*): Items each row may get; the others of a leaf are
-            skipped.
+            allowed_items (`torch.BoolTensor` of shape (B, N), *optional*): Items each row may get; the others of a
+                leaf are skipped.
 
         Returns:
             `torch.LongTensor` of shape (B, k): item indices, -1 where the leaves hold fewer than `k` items.
         """
-        return self._ranked_items(leaves, k, allowed)[0]
+        return self._ranked_items(leaves, k, allowed_items)[0]
 
-    def _ranked_items(self, leaves, k, allowed):
+    def _ranked_items(self, leaves, k, allowed_items):
         """`items_of`, and the column of `leaves` that each item came from, (B, k) both."""
-        items, real = (part.flatten(1) for part in self._items_in(leaves, allowed))
+        items, real = (part.flatten(1) for part in self._items_in(leaves, allowed_items))
         origin = torch.arange(items.shape[1], device=leaves.device).expand_as(items) // self.max_items
         rank = torch.where(real, real.cumsum(1) - 1, k).clamp(max=k)  # unwanted and surplus ones go to a spare column
         result = torch.full((2, len(leaves), k + 1), -1, dtype=torch.long, device=leaves.device)
         values = torch.stack([torch.where(rank < k, items, -1), origin])
         return result.scatter_(2, rank.expand_as(values), values)[:, :, :k]
 
-    def _items_in(self, leaves, allowed):
+    def _items_in(self, leaves, allowed_items):
         """Items of each leaf (B, S, largest collision), popular ones first, and which of these places hold an allowed
         one.
         """
@@ -242,14 +243,14 @@ class Catalogue(PrefixIndex):
         place = start.unsqueeze(2) + torch.arange(self.max_items, device=leaves.device)
         real = (place < end.unsqueeze(2)) & (leaves >= 0).unsqueeze(2)
         items = self.item_order[place.clamp(max=self.num_items - 1)].long()
-        if allowed is not None:
-            own = allowed.to(self.device).expand(len(leaves), -1)
+        if allowed_items is not None:
+            own = allowed_items.to(self.device).expand(len(leaves), -1)
             real = real & own.gather(1, items.flatten(1)).view(items.shape)
         return items, real
 
-    def item_of_each(self, leaves: torch.Tensor, allowed: torch.Tensor | None = None) -> torch.Tensor:
+    def item_of_each(self, leaves: torch.Tensor, allowed_items: torch.Tensor | None = None) -> torch.Tensor:
         """The first (most popular) item of each leaf (B, S), among the allowed ones; -1 where there is none."""
-        items, real = self._items_in(leaves, allowed)
+        items, real = self._items_in(leaves, allowed_items)
         first = real.int().argmax(2, keepdim=True)
         return items.gather(2, first).squeeze(2).masked_fill(~real.any(2), -1)
 
@@ -270,23 +271,23 @@ class Catalogue(PrefixIndex):
         end = torch.where(leaves >= 0, end, first)
         return [order[low:high] for low, high in zip(first.tolist(), end.tolist())]
 
-    def alive(self, allowed: torch.Tensor) -> list[torch.Tensor]:
+    def node_masks(self, allowed_items: torch.Tensor) -> list[torch.Tensor]:
         """
         Per level, the nodes that still lead to an allowed item: a subset of the catalogue, without rebuilding it.
 
         Args:
-            allowed (`torch.BoolTensor` of shape (B, N)): Items that may be generated, one row per request.
+            allowed_items (`torch.BoolTensor` of shape (B, N)): Items that may be generated, one row per request.
 
         Returns:
             `list[torch.BoolTensor]`: One (B, nodes of the level) mask per level. `generate` and `beam_search` take it
-            in place of `allowed`, so that a filter that many requests share is worked out once.
+            in place of `allowed_items`, so that a filter that many requests share is worked out once.
         """
-        if allowed.dtype != torch.bool or allowed.dim() != 2 or allowed.shape[1] != self.num_items:
+        if allowed_items.dtype != torch.bool or allowed_items.dim() != 2 or allowed_items.shape[1] != self.num_items:
             raise ValueError(
-                f"allowed is {allowed.dtype} of shape {tuple(allowed.shape)}: expected a bool mask (batch, "
-                f"{self.num_items}), one row per request and one column per item of the catalogue."
+                f"allowed_items is {allowed_items.dtype} of shape {tuple(allowed_items.shape)}: expected a bool mask "
+                f"(batch, {self.num_items}), one row per request and one column per item of the catalogue."
             )
-        return self._alive(allowed.to(self.device).index_select(1, self.item_order))
+        return self._node_masks(allowed_items.to(self.device).index_select(1, self.item_order))
 
     def fingerprint(self) -> str:
         """What tells catalogues of equal sizes apart: 16 hexadecimal digits of the item ids and semantic IDs, in their
@@ -320,13 +321,13 @@ class Catalogue(PrefixIndex):
             "codebook_sizes": torch.tensor(self.codebook_sizes),
         }
         if self.popularity is not None:
-            tensors["popularity"] = torch.from_numpy(self.popularity)
+            tensors["popularity"] = torch.tensor(self.popularity)
         if is_text(self.item_ids):
             encoded = [str(item).encode() for item in self.item_ids.tolist()]
             tensors["item_id_ends"] = torch.tensor([len(item) for item in encoded]).cumsum(0)
             tensors["item_id_bytes"] = torch.from_numpy(np.frombuffer(b"".join(encoded), dtype=np.uint8).copy())
         else:
-            tensors["item_ids"] = torch.from_numpy(self.item_ids)
+            tensors["item_ids"] = torch.tensor(self.item_ids)  # a copy: the array may not be writable
         save_file(tensors, os.path.join(save_directory, CATALOGUE_NAME), metadata={"format": "pt"})
 
     @classmethod

@@ -23,9 +23,9 @@ from transformers.modeling_utils import PreTrainedModel
 from transformers.utils import logging
 from transformers.utils.hub import cached_file
 
-from .any_model import CatalogueLogitsProcessor, NotFinite, catalogue_generate
 from .beam_search import beam_search, sample_items
 from .catalogue import CATALOGUE_NAME, Catalogue
+from .catalogue_generate import CatalogueLogitsProcessor, NotFinite, catalogue_generate
 from .input_checks import check_finite, check_generate, check_rows_allowed
 from .item_ids import allowed_mask, is_node_masks
 from .parallel import unsharded_class
@@ -82,11 +82,10 @@ class CatalogueGenerationMixin(_Model):
     """
 
     catalogue: Catalogue | None = None
-    num_items: int = 1  # per row of `generate`; a model of sessions sets it
+    num_session_items: int = 1  # per row of `generate`; a model of sessions sets it
     context_input_names = ("context_ids", "context_mask", "context_features", "user_features")
 
     # ---- catalogue
-    # -----------------------------------------------------------------------------------------------------
 
     def save_pretrained(self, save_directory: str | os.PathLike, *args: Any, **kwargs: Any) -> None:
         """
@@ -148,7 +147,6 @@ class CatalogueGenerationMixin(_Model):
         return result
 
     # ---- generation
-    # ----------------------------------------------------------------------------------------------------
 
     @torch.no_grad()
     def generate(  # type: ignore[override]  # what text generation takes by position has no place here
@@ -159,7 +157,7 @@ class CatalogueGenerationMixin(_Model):
         constrained: bool = True,
         catalogue: Catalogue | None = None,
         allowed_items: Any = None,
-        num_items: int | None = None,
+        num_session_items: int | None = None,
         replacement: bool = True,
         generator: torch.Generator | None = None,
         **kwargs: Any,
@@ -181,9 +179,9 @@ class CatalogueGenerationMixin(_Model):
             catalogue (`Catalogue`, *optional*): Instead of the model's own.
             allowed_items (`torch.BoolTensor` of shape (B, N) or (1, N), *optional*): Items each user may get (stock,
                 category, eligibility, not yet seen); or a list of item ids, for all users or one each; or what
-                `catalogue.alive` made of a mask, for a filter that many calls share.
-            num_items (`int`, *optional*, defaults to the model's `num_items`): m, different items per row: 1, or a
-                session.
+                `catalogue.node_masks` made of a mask, for a filter that many calls share.
+            num_session_items (`int`, *optional*, defaults to the model's `num_session_items`): m, different items per
+                row: 1, or a session.
             replacement (`bool`, defaults to `True`): With `do_sample=True`: whether the samples of a user may repeat
                 each other; `False` draws `num_return_sequences` different ones ([`sample_items`] also returns their
                 probabilities).
@@ -219,23 +217,27 @@ class CatalogueGenerationMixin(_Model):
             given.setdefault("max_new_tokens", generation_config.max_new_tokens)
         if (settings.num_beams or 1) > 1 and generation_config is None and "do_sample" not in given:
             settings.do_sample = False
-        num_items = self.num_items if num_items is None else num_items
+        num_session_items = self.num_session_items if num_session_items is None else num_session_items
         if not constrained and (catalogue is not None or allowed_items is not None):
             raise ValueError("constrained=False together with catalogue or allowed_items: leave out one side.")
-        batch = check_generate(self.config, inputs, settings, context, num_items)
+        batch = check_generate(self.config, inputs, settings, context, num_session_items)
         if constrained:
             catalogue = self._require_catalogue(catalogue)
         if allowed_items is not None:
             if not is_node_masks(allowed_items):
-                allowed_items = catalogue.alive(allowed_mask(catalogue, allowed_items))
+                allowed_items = catalogue.node_masks(allowed_mask(catalogue, allowed_items))
             check_rows_allowed(allowed_items, batch, [len(codes) for codes in catalogue.codes])
-        reason = self._own_loop_reason(inputs, settings, given, num_items) if constrained else "constrained=False"
+        reason = (
+            self._own_loop_reason(inputs, settings, given, num_session_items) if constrained else "constrained=False"
+        )
         if reason is None:
-            return self._fast_generate(settings, context, catalogue, allowed_items, num_items, replacement, generator)
-        if num_items > 1 or not replacement or generator is not None:
+            return self._fast_generate(
+                settings, context, catalogue, allowed_items, num_session_items, replacement, generator
+            )
+        if num_session_items > 1 or not replacement or generator is not None:
             raise ValueError(
-                f"num_items={num_items}, replacement={replacement}, generator={generator} together with {reason}: "
-                "only the fast search knows sessions, samples without replacement, and generators."
+                f"num_session_items={num_session_items}, replacement={replacement}, generator={generator} together "
+                f"with {reason}: only the fast search knows sessions, samples without replacement, and generators."
             )
         if constrained:
             logger.warning_once(
@@ -243,7 +245,7 @@ class CatalogueGenerationMixin(_Model):
             )
         return self._own_loop(inputs, generation_config, settings, catalogue, allowed_items, kwargs)
 
-    def _own_loop_reason(self, inputs, settings, given, num_items) -> str | None:
+    def _own_loop_reason(self, inputs, settings, given, num_session_items) -> str | None:
         """Why transformers' own loop is needed, or None when the fast search does all that is asked."""
         for name in _OWN_LOOP_FLAGS:
             if getattr(settings, name, None):
@@ -257,14 +259,14 @@ class CatalogueGenerationMixin(_Model):
                 return f"{name}={value}"
         if settings.do_sample and (settings.num_beams or 1) > 1:
             return f"do_sample=True with num_beams={settings.num_beams}"
-        length = num_items * (self.config.num_levels + 1) - 1
+        length = num_session_items * (self.config.num_levels + 1) - 1
         if given.get("max_new_tokens", length) != length:
             return f"max_new_tokens={given['max_new_tokens']} (the codes are {length} tokens)"
         if inputs is not None and inputs.shape[1] != 1:
             return f"a prompt of {inputs.shape[1]} tokens"
         return None
 
-    def _fast_generate(self, settings, context, catalogue, allowed_items, num_items, replacement, generator):
+    def _fast_generate(self, settings, context, catalogue, allowed_items, num_session_items, replacement, generator):
         returned, num_beams = settings.num_return_sequences or 1, settings.num_beams or 1
         if not settings.do_sample and (returned > num_beams or not replacement or generator is not None):
             raise ValueError(
@@ -281,12 +283,12 @@ class CatalogueGenerationMixin(_Model):
         if settings.do_sample:
             temperature = 1.0 if settings.temperature is None else settings.temperature
             drawing = (returned, replacement, temperature, generator)
-            found = sample_items(self, catalogue, context_kv, *drawing, allowed_items, num_items)
+            found = sample_items(self, catalogue, context_kv, *drawing, allowed_items, num_session_items)
         else:
             run = beam_search
             if settings.compile_config is not None:
                 run = torch.compile(beam_search, **settings.compile_config.to_dict())
-            found = run(self, catalogue, context_kv, num_beams, allowed_items, num_items)
+            found = run(self, catalogue, context_kv, num_beams, allowed_items, num_session_items)
         check_finite(found.scores, f"{type(self).__name__}.generate")
         codes = found.semantic_ids[:, :returned]  # (B, returned, m, L)
         tokens = torch.stack([codes[..., l] + offset for l, offset in enumerate(self.config.level_offsets)], dim=3)

@@ -178,20 +178,20 @@ def checked_labels(labels: Tensor | None, shift_labels: Tensor | None, rows: Ten
     return labels
 
 
-def check_rows_allowed(allowed: Any, batch: int, num_nodes: list[int]) -> None:
-    """Raises `ValueError` where `allowed`, as `catalogue.alive` makes it, is not of `batch` requests (or of one for
-    all).
+def check_rows_allowed(allowed_items: Any, batch: int, num_nodes: list[int]) -> None:
+    """Raises `ValueError` where `allowed_items`, as `catalogue.node_masks` makes it, is not of `batch` requests (or of
+    one for all).
     """
-    masks = isinstance(allowed, (list, tuple)) and all(isinstance(mask, Tensor) for mask in allowed)
-    if not masks or [mask.shape[-1] for mask in allowed] != num_nodes:
+    masks = isinstance(allowed_items, (list, tuple)) and all(isinstance(mask, Tensor) for mask in allowed_items)
+    if not masks or [mask.shape[-1] for mask in allowed_items] != num_nodes:
         raise ValueError(
-            f"allowed_items is a {type(allowed).__name__}: expected a bool tensor (batch, items), or what "
-            "`catalogue.alive` of the same catalogue made of one."
+            f"allowed_items is a {type(allowed_items).__name__}: expected a bool tensor (batch, items), or what "
+            "`catalogue.node_masks` of the same catalogue made of one."
         )
-    if allowed[0].shape[0] not in (1, batch):
+    if allowed_items[0].shape[0] not in (1, batch):
         raise ValueError(
-            f"allowed_items has {allowed[0].shape[0]} rows for {batch} users: give one row per user, or one row for "
-            "all."
+            f"allowed_items has {allowed_items[0].shape[0]} rows for {batch} users: give one row per user, or one row "
+            "for all."
         )
 
 
@@ -208,17 +208,17 @@ def check_finite(scores: Tensor, what: str) -> None:
 
 
 def check_generate(
-    config: Any, inputs: Tensor | None, settings: Any, model_kwargs: Mapping[str, Any], num_items: int
+    config: Any, inputs: Tensor | None, settings: Any, model_kwargs: Mapping[str, Any], num_session_items: int
 ) -> int:
     """B, the number of users of a search; raises `ValueError` on numbers and shapes that no search gives a meaning."""
-    numbers = {"num_items": num_items}
+    numbers = {"num_session_items": num_session_items}
     if settings is not None:
         numbers |= {"num_beams": settings.num_beams, "num_return_sequences": settings.num_return_sequences}
     if wrong := {name: number for name, number in numbers.items() if number is not None and number < 1}:
         raise ValueError(f"the search got {wrong}: each must be at least 1.")
-    if config.session_wise and num_items > config.num_session_items:
+    if config.session_wise and num_session_items > config.num_session_items:
         raise ValueError(
-            f"num_items={num_items}: the model has positions for sessions of "
+            f"num_session_items={num_session_items}: the model has positions for sessions of "
             f"num_session_items={config.num_session_items} items at most."
         )
     context_kv, context_ids = model_kwargs.get("context_kv"), model_kwargs.get("context_ids")

@@ -82,34 +82,49 @@ def positions(known: np.ndarray, order: np.ndarray, ids: Any) -> np.ndarray:
     return np.where(fits & (known[place] == wanted), order[place], -1)
 
 
-def is_node_masks(allowed: Any) -> bool:
-    """Whether these are the masks, one per level, that `catalogue.alive` makes of a mask of items."""
-    listed = isinstance(allowed, (list, tuple)) and len(allowed) > 0
-    return listed and all(isinstance(a, torch.Tensor) and a.dtype == torch.bool and a.dim() == 2 for a in allowed)
+def is_node_masks(allowed_items: Any) -> bool:
+    """Whether these are the masks, one per level, that `catalogue.node_masks` makes of a mask of items."""
+    listed = isinstance(allowed_items, (list, tuple)) and len(allowed_items) > 0
+    return listed and all(
+        isinstance(a, torch.Tensor) and a.dtype == torch.bool and a.dim() == 2 for a in allowed_items
+    )
 
 
-def allowed_mask(catalogue: Any, allowed: Any) -> torch.Tensor:
+def allowed_mask(catalogue: Any, allowed_items: Any) -> torch.Tensor:
     """
     The items that may be recommended, as a mask.
 
     Args:
         catalogue ([`Catalogue`]): Whose items they are.
-        allowed: A bool mask (B, N) or (1, N); or item ids: a list for all users, or one list per user.
+        allowed_items: A bool mask (B, N) or (1, N); or item ids: a list for all users, or one list per user.
 
     Returns:
         `torch.BoolTensor` of shape (B, N) or (1, N), on the catalogue's device.
 
     Raises:
         KeyError: For item ids that the catalogue does not have. ValueError: For a mask of numbers in place of
-            booleans, and for what `catalogue.alive` made of a mask, from which the items cannot be read.
+            booleans, and for what `catalogue.node_masks` made of a mask, from which the items cannot be read.
     """
-    if is_node_masks(allowed):
-        raise ValueError("allowed_items is what `catalogue.alive` made of a mask: here the mask itself is needed.")
-    if isinstance(allowed, (torch.Tensor, np.ndarray)):
-        array = torch.as_tensor(allowed) if isinstance(allowed, torch.Tensor) or allowed.dtype.kind == "b" else None
+    if is_node_masks(allowed_items):
+        raise ValueError(
+            "allowed_items is what `catalogue.node_masks` made of a mask: here the mask itself is needed."
+        )
+    if isinstance(allowed_items, str) or not (hasattr(allowed_items, "__len__") or hasattr(allowed_items, "__iter__")):
+        raise ValueError(
+            f"allowed_items={allowed_items!r}: a list of item ids, also for one item, or a bool mask (B, N)."
+        )
+    if isinstance(allowed_items, (torch.Tensor, np.ndarray)):
+        array = (
+            torch.as_tensor(allowed_items)
+            if isinstance(allowed_items, torch.Tensor) or allowed_items.dtype.kind == "b"
+            else None
+        )
         if array is not None and array.dtype == torch.bool:
             return array.to(catalogue.device)
-        shape, numbers = tuple(allowed.shape), np.asarray(allowed.tolist() if array is not None else allowed)
+        shape, numbers = (
+            tuple(allowed_items.shape),
+            np.asarray(allowed_items.tolist() if array is not None else allowed_items),
+        )
         if (
             numbers.dtype.kind in "iuf"
             and shape
@@ -120,8 +135,8 @@ def allowed_mask(catalogue: Any, allowed: Any) -> torch.Tensor:
                 f"allowed_items of shape {shape} holds 0 and 1: a mask is boolean, `mask.bool()`; item ids are a list "
                 "of them."
             )
-        allowed = numbers.tolist()
-    rows = list(allowed)
+        allowed_items = numbers.tolist()
+    rows = list(allowed_items)
     per_user = bool(rows) and all(isinstance(row, (list, tuple, set, np.ndarray, torch.Tensor)) for row in rows)
     rows = rows if per_user else [rows]
     mask = torch.zeros(len(rows), catalogue.num_items, dtype=torch.bool)

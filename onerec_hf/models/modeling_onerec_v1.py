@@ -162,7 +162,8 @@ class OneRecV1Model(SemanticIdPreTrainedModel):
             input_ids (`torch.LongTensor` of shape (R, C)): BOS and codes. R may be a multiple of the B contexts; the
                 rows of one context are adjacent.
             context_ids (`torch.LongTensor` of shape (B, T, L)): Token ids of the pathways side by side, each oldest
-            first. context_mask (`torch.BoolTensor` of shape (B, T), *optional*): True for real items.
+                first.
+            context_mask (`torch.BoolTensor` of shape (B, T), *optional*): True for real items.
             context_features (`torch.LongTensor` of shape (B, T, F), *optional*): As `config.context_features`.
             user_features (`torch.LongTensor` of shape (B, F_u), *optional*): As `config.user_features`.
             context_kv (`ContextKV`, *optional*): Instead of the four above, the context encoded before.

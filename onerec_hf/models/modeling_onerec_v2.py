@@ -4,6 +4,8 @@ Legend: B users, T context items, L levels, R = B * m rows (m targets, beams or 
 tokens, D width.
 """
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -13,13 +15,14 @@ from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttenti
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
-from .configuration_onerec import OneRecV2Config
+from .configuration_onerec_v2 import OneRecV2Config
 from .input_checks import check_kwargs, checked_context, given_or_encoded
 from .modeling_layers import (
     AgeBias,
     ContextEmbedding,
     ContextKV,
     DecoderLayer,
+    FixedEmbedding,
     SemanticIdDecoder,
     given_cache,
     visible_ages,
@@ -170,6 +173,29 @@ class OneRecV2Model(SemanticIdPreTrainedModel):
         return bias.flatten(2, 4)
 
 
+class ItemHead(nn.Module):
+    """
+    Scores every item by a dot product, beside the codes: an item's vector is learned, plus a projection of its given
+    one where the context has such (`item_vectors`).
+
+    Codes share what they know between items; this head tells one item from its neighbours. Not in the papers.
+    """
+
+    def __init__(self, config: OneRecV2Config, table: nn.Module | None):
+        super().__init__()
+        self.query = nn.Linear(config.hidden_size, config.item_head_dim, bias=False)
+        self.items = nn.Embedding(config.item_head_size, config.item_head_dim)
+        width = None if table is None else table.get_buffer("weight").shape[1]
+        self.project = None if width is None else nn.Linear(width, config.item_head_dim, bias=False)
+
+    def forward(self, hidden_states: torch.Tensor, table: nn.Module | None) -> torch.Tensor:
+        """States of BOS (R, D) to scores of all items (R, N)."""
+        items = self.items.weight
+        if self.project is not None and table is not None:
+            items = items + self.project(table.get_buffer("weight")[1:])  # row 0 is "unknown"
+        return self.query(hidden_states) @ items.T
+
+
 class OneRecV2ForCausalLM(SemanticIdForCausalLM, GenerationMixin):
     """OneRec-V2 with its head: `forward` trains, `generate` recommends."""
 
@@ -177,6 +203,58 @@ class OneRecV2ForCausalLM(SemanticIdForCausalLM, GenerationMixin):
 
     def __init__(self, config: OneRecV2Config):
         super().__init__(config, OneRecV2Model(config))
+        self.item_head = None
+        if config.item_head_dim:
+            self.item_head = ItemHead(config, self._item_table())
+            self.post_init()
+
+    @torch.no_grad()
+    def score_items(self, **context: Any) -> torch.Tensor:
+        """
+        What the item head thinks of every item as the next one.
+
+        Args:
+            context: `context_ids` (B, T, L), `context_mask`, `context_features`, `user_features`, or `context_kv`.
+
+        Returns:
+            Natural log-probabilities (B, N), by the item indices of the catalogue that the model was trained with.
+
+        Raises:
+            ValueError: For a model without an item head.
+        """
+        if self.item_head is None:
+            raise ValueError("this model has no item head: train one with `--model '{\"item_head_dim\": 64}'`.")
+        context_kv = context.pop("context_kv", None)
+        if context_kv is None:
+            context_kv = self.encode_context(**context)
+        bos = context_kv.mask.new_full((len(context_kv.mask), 1), self.config.bos_token_id, dtype=torch.long)
+        hidden = self.model(bos, context_kv=context_kv, use_cache=False).last_hidden_state[:, 0]
+        return self.item_head(hidden, self._item_table()).float().log_softmax(1)
+
+    def _item_table(self) -> nn.Module | None:
+        """The given vectors of all items, where the context reads such."""
+        tables = self.model.context_processor.embed_features.tables
+        size = self.config.item_head_size + 1
+        return next((t for t in tables if isinstance(t, FixedEmbedding) and len(t.weight) == size), None)
+
+    def _target_loss(self, hidden_states, log_probs, target_ids, num_items):
+        """With the cross-entropy of the target among all items, a mean over targets, times `item_loss_weight`."""
+        loss = super()._target_loss(hidden_states, log_probs, target_ids, num_items)
+        if self.item_head is None:
+            return loss
+        if num_items is not None and self.config.loss_reduction == "mean":  # it counts codes
+            num_items = num_items / self.config.num_levels
+        rows = target_ids.flatten(0, 1)  # (R, L)
+        real = (rows != self.config.pad_token_id).all(1)
+        offsets = torch.tensor(self.config.level_offsets, device=rows.device)
+        catalogue = self._require_catalogue(None)
+        leaves = catalogue.leaves_of((rows - offsets).clamp(min=0))
+        # of items that share a semantic ID, the most popular one stands for all
+        items = catalogue.item_of_each(leaves[None])[0].masked_fill(~real, -100)
+        scores = self.item_head(hidden_states[:, 0], self._item_table()).float()
+        total = F.cross_entropy(scores, items, ignore_index=-100, reduction="sum")
+        count = real.sum().clamp(min=1) if num_items is None else num_items
+        return loss + self.config.item_loss_weight * total / count
 
 
-__all__ = ["OneRecV2ForCausalLM", "OneRecV2Model"]
+__all__ = ["ItemHead", "OneRecV2ForCausalLM", "OneRecV2Model"]

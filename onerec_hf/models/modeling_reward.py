@@ -38,7 +38,8 @@ class RewardModelOutput(ModelOutput):
     """
     Args:
         loss (`torch.FloatTensor` of shape (1,)): Binary cross-entropy, summed over objectives, mean over known labels,
-        in nats. logits (`torch.FloatTensor` of shape (R, X), P-Score: (R, m, X)): Log-odds of every objective.
+            in nats.
+        logits (`torch.FloatTensor` of shape (R, X), P-Score: (R, m, X)): Log-odds of every objective.
         rewards (`torch.FloatTensor` of shape (R,), P-Score: (R, m)): The one number that ranks sessions or items.
     """
 
@@ -302,7 +303,8 @@ class OneRecPScoreModel(RewardPreTrainedModel):
         Args:
             item_ids (`torch.LongTensor` of shape (R, m, L)): Token ids of m candidates per row, each judged alone.
             item_mask (`torch.BoolTensor` of shape (R, m), *optional*): False for padding: no part in the loss, reward
-            0. target_positions (`torch.LongTensor` of shape (R, m), *optional*): How many behaviours each candidate
+                0.
+            target_positions (`torch.LongTensor` of shape (R, m), *optional*): How many behaviours each candidate
                 may see; default all. So one context serves all of a user's logged exposures in one pass.
             labels (`torch.FloatTensor` of shape (R, m, X), *optional*): In [0, 1], NaN where unknown.
             item_features, item_numbers, context_ids, context_mask, context_features, user_features: As

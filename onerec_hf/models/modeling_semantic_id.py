@@ -6,7 +6,7 @@ width, N items of the catalogue, K beams, m items of a session.
 """
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -125,7 +125,8 @@ class SemanticIdCausalLMOutput(CausalLMOutputWithCrossAttentions):
     """
     Args:
         loss (`torch.FloatTensor` of shape (1,)): Negative log-probability of the codes, in nats
-        (`config.loss_reduction`). logits (`torch.FloatTensor` of shape (R, C, vocab_size)): Scores of the next token;
+            (`config.loss_reduction`).
+        logits (`torch.FloatTensor` of shape (R, C, vocab_size)): Scores of the next token;
             everything outside the level that comes next is the lowest finite number, so a softmax over the vocabulary
             is the softmax over the level.
         target_log_probs (`torch.FloatTensor` of shape (B, n, L)): Log-probability of each code of each target, in
@@ -148,12 +149,32 @@ class RecommendedItems(NamedTuple):
     """
     Args:
         items (`torch.LongTensor` of shape (B, k), sessions (B, k, m)): Item indices of the catalogue, best first, -1
-        for none. scores (`torch.FloatTensor` of shape (B, k)): Natural log-probability of the semantic IDs of an item,
+            for none.
+        scores (`torch.FloatTensor` of shape (B, k)): Natural log-probability of the semantic IDs of an item,
             or of all items of a session; `-inf` for none.
     """
 
     items: torch.Tensor
     scores: torch.Tensor
+
+
+def _judged(found: RecommendedItems, item_scorer: Callable, k: int) -> RecommendedItems:
+    """The `k` best by the numbers that `item_scorer` gives."""
+    scores = item_scorer(found.items, found.scores)
+    if not isinstance(scores, torch.Tensor) or scores.shape != found.scores.shape:
+        what = tuple(scores.shape) if isinstance(scores, torch.Tensor) else type(scores).__name__
+        raise ValueError(
+            f"item_scorer returned {what}: a tensor of shape {tuple(found.scores.shape)}, one number each."
+        )
+    none = found.scores == float("-inf")
+    scores = scores.to(found.scores).masked_fill(none, float("-inf"))
+    if bool(scores.isnan().any()):
+        raise ValueError(
+            "item_scorer returned NaN, by which nothing can be ranked: return -inf for what must not come."
+        )
+    order = scores.argsort(dim=1, descending=True, stable=True)[:, :k]  # equal ones stay in the order of the search
+    shape = order.shape + (1,) * (found.items.dim() - 2)
+    return RecommendedItems(found.items.take_along_dim(order.view(shape), 1), scores.gather(1, order))
 
 
 class SemanticIdForCausalLM(CatalogueGenerationMixin, SemanticIdPreTrainedModel):
@@ -172,8 +193,8 @@ class SemanticIdForCausalLM(CatalogueGenerationMixin, SemanticIdPreTrainedModel)
         self.model = model
         self.lm_head = LevelHead(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
-        self.num_items = config.num_session_items if config.session_wise else 1
-        self.generation_config.max_new_tokens = self.num_items * (config.num_levels + 1) - 1
+        self.num_session_items = config.num_session_items if config.session_wise else 1
+        self.generation_config.max_new_tokens = self.num_session_items * (config.num_levels + 1) - 1
         # `transformers.Trainer` counts the codes in `labels`; its count fits a loss that is a mean over codes, and no
         # other
         self.accepts_loss_kwargs = config.loss_reduction == "mean"
@@ -203,7 +224,6 @@ class SemanticIdForCausalLM(CatalogueGenerationMixin, SemanticIdPreTrainedModel)
         ]
 
     # ---- the one place where scores become log-probabilities
-    # -----------------------------------------------------------
 
     def level_log_probs(
         self,
@@ -220,7 +240,7 @@ class SemanticIdForCausalLM(CatalogueGenerationMixin, SemanticIdPreTrainedModel)
             hidden_states (`torch.FloatTensor` of shape (R, D)): Last hidden states at the position before the code.
             level (`int`): 0-based level.
             node (`torch.LongTensor` of shape (R,), *optional*): Catalogue node of each row's prefix; None at the first
-            level.
+                level.
             catalogue (`Catalogue`, *optional*): Read only under `"valid"`; defaults to the model's own.
 
         Returns:
@@ -243,7 +263,7 @@ class SemanticIdForCausalLM(CatalogueGenerationMixin, SemanticIdPreTrainedModel)
         Args:
             hidden_states (`torch.FloatTensor` of shape (R, L, D)): Position l is the one before code l.
             token_ids (`torch.LongTensor` of shape (R, L)): Tokens of the codes; rows of pad tokens give meaningless
-            numbers.
+                numbers.
 
         Yields:
             `torch.FloatTensor` of shape (R, V_l) for each level l, in nats, one at a time: together they can be large.
@@ -263,7 +283,7 @@ class SemanticIdForCausalLM(CatalogueGenerationMixin, SemanticIdPreTrainedModel)
         Args:
             hidden_states (`torch.FloatTensor` of shape (R, L, D)): Position l is the one before code l.
             token_ids (`torch.LongTensor` of shape (R, L)): Tokens of the codes; rows of pad tokens give meaningless
-            numbers.
+                numbers.
 
         Returns:
             `torch.FloatTensor` of shape (R, L), in nats.
@@ -281,7 +301,8 @@ class SemanticIdForCausalLM(CatalogueGenerationMixin, SemanticIdPreTrainedModel)
 
         Args:
             hidden_states (`torch.FloatTensor` of shape (R, C, D)): One position per token; the one of the last code
-            may be missing. token_ids (`torch.LongTensor` of shape (R, items * (L + 1))): BOS and codes.
+                may be missing.
+            token_ids (`torch.LongTensor` of shape (R, items * (L + 1))): BOS and codes.
 
         Returns:
             `torch.FloatTensor` of shape (R, items, L), in nats: the codes' log-probabilities, never BOS's.
@@ -321,7 +342,6 @@ class SemanticIdForCausalLM(CatalogueGenerationMixin, SemanticIdPreTrainedModel)
         return logits.masked_fill(~inside, torch.finfo(logits.dtype).min)
 
     # ---- recommending
-    # --------------------------------------------------------------------------------------------------
 
     @torch.no_grad()
     def recommend_items(
@@ -331,6 +351,7 @@ class SemanticIdForCausalLM(CatalogueGenerationMixin, SemanticIdPreTrainedModel)
         num_beams: int | None = None,
         allowed_items: Any = None,
         num_session_items: int | None = None,
+        item_scorer: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] | None = None,
         catalogue: Catalogue | None = None,
         **context: Any,
     ) -> RecommendedItems:
@@ -347,6 +368,9 @@ class SemanticIdForCausalLM(CatalogueGenerationMixin, SemanticIdPreTrainedModel)
                 list of item ids, for all users or one each.
             num_session_items (`int`, *optional*): m; returns sessions of m different items, in order. Left out, single
                 items.
+            item_scorer (`Callable`, *optional*): Judges all that the search found: item indices (B, K), or sessions
+                (B, K, m), -1 for none, and their log-probabilities (B, K). What it returns, (B, K), ranks them and is
+                their score.
             catalogue (`Catalogue`, *optional*): Instead of the model's own.
             context: `context_ids` (B, T, L), `context_mask`, `context_features`, `user_features`, or `context_kv`.
 
@@ -374,15 +398,17 @@ class SemanticIdForCausalLM(CatalogueGenerationMixin, SemanticIdPreTrainedModel)
             context_kv = self.encode_context(**context)
         found = beam_search(self, catalogue, context_kv, width, allowed, length)
         check_finite(found.scores, f"{type(self).__name__}.recommend_items")
+        wanted = k if item_scorer is None else width
         if num_session_items is not None:
-            items = catalogue.item_of_each(found.leaves[:, :k].flatten(1), allowed).view(batch, k, length)
-            return RecommendedItems(items, found.scores[:, :k])
-        items, beam = catalogue._ranked_items(found.leaves[:, :, 0], k, allowed)
-        scores = found.scores.gather(1, beam.clamp(min=0)).masked_fill(items < 0, float("-inf"))
-        return RecommendedItems(items, scores)
+            items = catalogue.item_of_each(found.leaves[:, :wanted].flatten(1), allowed).view(batch, wanted, length)
+            result = RecommendedItems(items, found.scores[:, :wanted])
+        else:
+            items, beam = catalogue._ranked_items(found.leaves[:, :, 0], wanted, allowed)
+            scores = found.scores.gather(1, beam.clamp(min=0)).masked_fill(items < 0, float("-inf"))
+            result = RecommendedItems(items, scores)
+        return result if item_scorer is None else _judged(result, item_scorer, k)
 
     # ---- training
-    # ------------------------------------------------------------------------------------------------------
 
     @can_return_tuple
     def forward(
@@ -411,12 +437,14 @@ class SemanticIdForCausalLM(CatalogueGenerationMixin, SemanticIdPreTrainedModel)
                 of every item of a session. R may be a multiple of the B contexts, the rows of one context being
                 adjacent.
             labels (`torch.LongTensor` of shape (R, C), *optional*): As `input_ids`, -100 where no loss is wanted;
-            never on BOS. shift_labels (`torch.LongTensor` of shape (R, C), *optional*): Instead of `labels`: at each
-            place the label of the next. target_ids (`torch.LongTensor` of shape (B, n, L), *optional*): Instead of
+                never on BOS.
+            shift_labels (`torch.LongTensor` of shape (R, C), *optional*): Instead of `labels`: at each
+                place the label of the next.
+            target_ids (`torch.LongTensor` of shape (B, n, L), *optional*): Instead of
                 `input_ids` and `labels`: n targets of each user that share one context (of a session-wise model, the n
                 items of one session), pad tokens where there are fewer.
             target_positions (`torch.LongTensor` of shape (B, n), *optional*): OneRec-V2 only: history items each
-            target may see.
+                target may see.
             num_items_in_batch (`torch.Tensor` or `int`, *optional*): What the summed loss is divided by, in place of
                 this batch's own number ([`loss_items`]): that of all batches of an optimizer step, as `Trainer` gives
                 it.
@@ -448,8 +476,8 @@ class SemanticIdForCausalLM(CatalogueGenerationMixin, SemanticIdPreTrainedModel)
             rows = rows.flatten(1) if self.config.session_wise else rows.flatten(0, 1)
             outputs = self.model(rows[:, :-1], use_cache=False, **context, **kwargs)
             log_probs = self.row_log_probs(outputs.last_hidden_state, rows).view(target_ids.shape)
-            real = target_ids != self.config.pad_token_id
-            loss = self._loss(log_probs, real, num_items_in_batch) if return_loss else None
+            parts = (outputs.last_hidden_state, log_probs, target_ids, num_items_in_batch)
+            loss = self._target_loss(*parts) if return_loss else None
             return SemanticIdCausalLMOutput(loss=loss, target_log_probs=log_probs, **recorded(outputs))
         given = input_ids if inputs_embeds is None else inputs_embeds
         if past_key_values is None:
@@ -496,6 +524,10 @@ class SemanticIdForCausalLM(CatalogueGenerationMixin, SemanticIdPreTrainedModel)
         if self.config.loss_reduction == "mean":
             return real.sum()
         return (real.flatten(1) if self.config.session_wise else real.flatten(0, 1)).any(1).sum()
+
+    def _target_loss(self, hidden_states, log_probs, target_ids, num_items):
+        """The loss over the codes of `target_ids` (B, n, L); a system may add to it."""
+        return self._loss(log_probs, target_ids != self.config.pad_token_id, num_items)
 
     def _loss(self, log_probs, real, num_items):
         """`log_probs` and `real` (rows, items, L): the mean over codes, or the sum over a row's codes averaged over

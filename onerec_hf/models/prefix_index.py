@@ -99,24 +99,26 @@ class PrefixIndex:
         child = child.clamp(max=len(self.codes[level]) - 1)
         return self.codes[level][child].long(), child, real
 
-    def valid_codes(self, node: torch.Tensor | None, level: int, alive: torch.Tensor | None = None) -> torch.Tensor:
+    def valid_codes(
+        self, node: torch.Tensor | None, level: int, node_mask: torch.Tensor | None = None
+    ) -> torch.Tensor:
         """
         The codes of `level` that lead on from nodes of the level above (R,), -1 for none; `node=None` is the root.
 
         Args:
-            alive (`torch.BoolTensor` of shape (B, nodes of `level`), *optional*): Those that count; rows of a request
-            are adjacent.
+            node_mask (`torch.BoolTensor` of shape (B, nodes of `level`), *optional*): Those that count; rows of a
+                request are adjacent.
 
         Returns:
             `torch.BoolTensor` of shape (R, V_level); at the root (1 or B, V_level).
         """
         codes, child, real = self.children(None if node is None else node.clamp(min=0), level)
         if node is None:
-            real = real[None] if alive is None else alive
+            real = real[None] if node_mask is None else node_mask
         else:
             real = real & (node >= 0).unsqueeze(1)
-            if alive is not None:
-                real = real & alive.repeat_interleave(node.shape[0] // alive.shape[0], 0).gather(1, child)
+            if node_mask is not None:
+                real = real & node_mask.repeat_interleave(node.shape[0] // node_mask.shape[0], 0).gather(1, child)
         size = self.codebook_sizes[level]
         code = torch.where(real, codes, size)  # what is no child goes to one column more
         valid = torch.zeros(code.shape[0], size + 1, dtype=torch.bool, device=code.device)
@@ -194,7 +196,7 @@ class PrefixIndex:
             found = found & (node >= 0)
         return torch.where(found, low, -1)
 
-    def _alive(self, places: torch.Tensor) -> list[torch.Tensor]:
+    def _node_masks(self, places: torch.Tensor) -> list[torch.Tensor]:
         """Per level, the nodes (B, nodes) below which one of the `places` (B, N) of items is True."""
         mask = places
         masks: list[torch.Tensor] = []

@@ -52,7 +52,8 @@ def play_time_percentiles(
 
     Args:
         play_time, duration (`torch.Tensor` of shape (B, n)): Exposures to be judged, one unit for all times of the
-        call. history_play_time, history_duration (`torch.Tensor` of shape (B, T)): The users' past events.
+            call.
+        history_play_time, history_duration (`torch.Tensor` of shape (B, T)): The users' past events.
         history_mask (`torch.BoolTensor` of shape (B, T) or (B, n, T), *optional*): True for real events with a known
             play time and duration; the second shape lets each exposure see its own past only.
         base, eps: See [`duration_buckets`].

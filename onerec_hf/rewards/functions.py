@@ -190,7 +190,7 @@ class IndustrialReward:
             prize.
         catalogue (`Catalogue`): To read items from completions.
         tagged (`torch.BoolTensor` of shape (N,)): The class, by item index; a semantic ID is of the class when one of
-        its items is.
+            its items is.
         quota (`float`): The paper's f, a share in [0, 1].
         factor (`float`): The paper's alpha, in (0, 1).
     """

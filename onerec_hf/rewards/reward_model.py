@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from transformers import AutoModel
 
-from ..data.collators import OneRecCollator
-from ..data.histories import check_per_user, history_rows
-from ..data.reward_collator import NOW, RewardCollator
+from ..collators import OneRecCollator
+from ..collators.histories import check_per_user, history_rows
+from ..collators.reward_collator import NOW, RewardCollator
 from ..models.catalogue import Catalogue
 from .candidates import reward_of_model
 

@@ -23,7 +23,9 @@ import torch
 from ..data import read_table
 from ..evaluation import bootstrap_lift
 from ..recommender import ItemRanker, Recommender
-from ..simulator import ShortVideoWorld, serve, user_totals
+from ..reranker import judge_ids
+from ..rewards import RewardModel
+from ..simulator import ShortVideoWorld, simulate_visits, user_totals
 from ..simulator.serving import EVENT_COLUMNS
 from .checks import check_columns, check_output
 from .model_arguments import mapping
@@ -32,12 +34,20 @@ COLD_VIEWS = 5  # a video with at most so many long views in the training log is
 
 
 class Server:
-    """A model behind `serve`: rows of video ids in, lists of unseen video ids and the log-probabilities of their codes
+    """A model behind `simulate_visits`: rows of video ids in, lists of unseen video ids and their log-probabilities
     out.
     """
 
-    def __init__(self, ranker: ItemRanker, users: list[int], batch_size: int = 256):
+    def __init__(
+        self,
+        ranker: ItemRanker,
+        users: list[int],
+        batch_size: int = 256,
+        reward: RewardModel | None = None,
+        num_candidates: int = 64,
+    ):
         self.ranker, self.model, self.batch_size = ranker, ranker.model, batch_size
+        self.reward, self.num_candidates = reward, num_candidates
         self.place = {user: i for i, user in enumerate(users)}
 
     def __call__(self, rows: list[dict], seen: list[np.ndarray], k: int) -> tuple[np.ndarray, ...]:
@@ -60,7 +70,12 @@ class Server:
             converted.append(
                 {"user": self.place[row["user_id"]], "history": history, "timestamp": events["time_ms"], **events}
             )
-        items, _ = self.ranker.search(converted, k, allowed, num_beams=max(k, self.ranker.num_beams))
+        judge, width = None, max(k, self.ranker.num_beams)
+        if self.reward is not None:
+            width = max(width, self.num_candidates)
+            read = {name: () for name in self.reward.collator.event_features if name in converted[0]}
+            judge = judge_ids(self.reward, catalogue, converted, read, {}, self.num_candidates)
+        items, _ = self.ranker.search(converted, k, allowed, num_beams=width, item_scorer=judge)
         tokens = catalogue.semantic_ids[items.clamp(min=0)].long() + torch.tensor(self.model.config.level_offsets)
         log_probs = self.model(**collator.context(converted), target_ids=tokens).target_log_probs
         videos = np.where(items.numpy() < 0, -1, catalogue.item_ids[items.clamp(min=0).numpy()])
@@ -80,7 +95,7 @@ def compare(
     daily: dict[str, Any] = {}
     for name, server in servers.items():
         for seed in seeds:
-            shown = serve(world, server, log, num_days=num_days, seed=seed)
+            shown = simulate_visits(world, server, log, num_days=num_days, seed=seed)
             if output is not None:
                 shown.to_parquet(output / f"exposures_{name}_{seed}.parquet")
             found = user_totals(shown, users.tolist(), world.content_embeddings, views <= COLD_VIEWS)
@@ -142,6 +157,8 @@ def main(
     seeds: Sequence[int] = (0,),
     num_beams: int = 50,
     keep_logs: bool = False,
+    reward: str | None = None,
+    num_candidates: int = 64,
 ) -> dict:
     """Runs the test; returns what it writes to `ab_test.json`."""
     if len(set(seeds)) < len(seeds):
@@ -153,9 +170,13 @@ def main(
     check_columns(f"--log {log}", rows.column_names, ("user_id", "video_id", *EVENT_COLUMNS))
     impressions = rows.to_pandas()
     users = np.unique(impressions.user_id[impressions.long_view == 1]).tolist()
+    control, treatment = (Recommender.from_pretrained(path, num_beams).ranker for path in (a, b))
+    selection = None if reward is None else RewardModel.from_pretrained(reward)
+    if selection is not None:
+        selection.check_policy(treatment.model)
     servers = {
-        name: Server(Recommender.from_pretrained(path, num_beams).ranker, users)
-        for name, path in (("control", a), ("treatment", b))
+        "control": Server(control, users),
+        "treatment": Server(treatment, users, reward=selection, num_candidates=num_candidates),
     }
     simulated = ShortVideoWorld(**world_settings)
     first, second = (set(server.model.catalogue.item_ids.tolist()) for server in servers.values())
@@ -172,7 +193,7 @@ def main(
     )
     text = table(totals, lifts, num_days, len(seeds))
     plot(lifts, daily, folder / "ab_test.png")
-    report = {"a": a, "b": b, "num_days": num_days, "seeds": list(seeds), "num_users": len(users)}
+    report = {"a": a, "b": b, "reward": reward, "num_days": num_days, "seeds": list(seeds), "num_users": len(users)}
     report["lifts"] = {name: lift._asdict() for name, lift in lifts.items()}
     report["totals"] = {name: {m: float(v.sum()) for m, v in own.items()} for name, own in totals.items()}
     (folder / "ab_test.json").write_text(json.dumps(report, indent=2), encoding="utf-8")
@@ -195,6 +216,8 @@ def run(argv: list[str] | None = None) -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--num_beams", type=int, default=50)
     parser.add_argument("--keep_logs", action="store_true")
+    parser.add_argument("--reward", help="Reward model: the treatment serves the best of its candidates (B may be A).")
+    parser.add_argument("--num_candidates", type=int, default=64, help="Items that --reward judges for each user.")
     main(**vars(parser.parse_args(argv)))
 
 

@@ -167,8 +167,9 @@ def main(args: BaselineArguments) -> dict:
     else:
         fit(args, model, splits, num_items, fit_settings)
     remove_earlier_results(output)
-    if args.name not in COUNTERS:
+    if hasattr(model, "save_pretrained"):
         model.save_pretrained(output / "model")
+    if args.name not in COUNTERS:
         validated = [record for record in model.training_log if "validation" in record]
         report["best_epoch"] = max(validated, key=lambda record: record["validation"])["epoch"]
         report["num_parameters"] = model.model.num_parameters()

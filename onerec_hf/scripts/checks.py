@@ -16,7 +16,7 @@ import numpy as np
 from huggingface_hub import HfApi
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
-from transformers import PreTrainedConfig, Trainer, TrainingArguments
+from transformers import PreTrainedConfig, Trainer, TrainerCallback, TrainingArguments
 from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.utils import logging
 
@@ -174,6 +174,28 @@ def rehearse(
             score_model(recommender.ranker, some(splits[name], 2, name), Path(folder), seed=0)
 
 
+class _TimeEstimate(TrainerCallback):
+    """
+    Prints after a few steps how long all of them will take; the trainers say before the first one what starts.
+
+    The first steps are left out of the estimate: they are slower, and so much the more on a GPU.
+    """
+
+    warm_up, measured = 3, 10  # steps
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self.first = state.global_step + self.warm_up
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step == self.first:
+            self.start = time.perf_counter()
+        if state.global_step == self.first + self.measured and state.is_world_process_zero:
+            seconds = (time.perf_counter() - self.start) / self.measured
+            left = seconds * (state.max_steps - state.global_step)
+            time_left = f"{left / 60:,.0f} minutes" if left >= 90 else f"{left:.0f} seconds"
+            print(f"{seconds:.2g} seconds per step: about {time_left} left, evaluations apart", flush=True)
+
+
 def train_checked(
     trainer: Trainer,
     recommender: Recommender,
@@ -184,6 +206,7 @@ def train_checked(
     """Trains once sharding, rows and all that comes after the training have been tried; returns `train_seconds`."""
     check_sharding(trainer, score)
     rehearse(recommender, train, splits, score)
+    trainer.add_callback(_TimeEstimate())
     start = time.perf_counter()
     trainer.train(resume_from_checkpoint=trainer.args.resume_from_checkpoint)
     return {"train_seconds": time.perf_counter() - start}

@@ -64,7 +64,7 @@ def score_model(ranker: ItemRanker, split: datasets.Dataset, output: Path, seed:
     return report
 
 
-def serve(ranker: ItemRanker, data: DataFolder, columns: list[str]) -> Recommender:
+def make_recommender(ranker: ItemRanker, data: DataFolder, columns: list[str]) -> Recommender:
     """The recommender that goes into the repository: with codebooks, and what it tells about an item."""
     metadata = {}
     if columns:

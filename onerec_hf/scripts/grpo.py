@@ -24,7 +24,8 @@ from peft import LoraConfig
 from transformers import AutoTokenizer, set_seed
 
 from .. import Catalogue
-from ..data import DataFolder, OneRecCollator, load_interactions, read_table, target_rows
+from ..collators import OneRecCollator
+from ..data import DataFolder, load_interactions, read_table, target_rows
 from ..rewards import FormatReward, HitReward, IndustrialReward
 from ..rewards.functions import RewardFunction
 from ..trainers import OneRecGRPOConfig, OneRecGRPOTrainer, feedback_exposures, rejection_sample

@@ -2,11 +2,13 @@
 
     onerec leaderboard --dataset outputs/beauty --entries leaderboard.yaml --output outputs/leaderboard
 
-`--dataset` is a folder that `onerec prepare` wrote. An entry of the YAML file names a recipe of this folder, its
-arguments, and `seeds` where one is enough. A run lies in `OUTPUT/<entry>/seed<n>`; it is taken as it is if it ended
-with the same arguments, resumed if it left a checkpoint, and made anew otherwise. Writes `leaderboard.md` (means ±
-standard deviation over seeds; paired bootstrap intervals against the best baseline, which is chosen on validation;
-recall by how often the target occurs in training), `leaderboard.json` and a picture. `--run false`: of what has ended.
+`--dataset` is a folder that `onerec prepare` wrote. An entry of the YAML file names a command, `recipe: baseline` or
+`sft`, its arguments, and `seeds` where one is enough. One's own model is `{predictions: FILE}`, a table of `user_id`
+and `item_ids` (a list, best first), or `{python: module:function}`, a function of histories of item ids and `k`; it
+is scored anew every time. A run lies in `OUTPUT/<entry>/seed<n>`; it is taken as it is if it ended with the same
+arguments, resumed if it left a checkpoint, and made anew otherwise. Writes `leaderboard.md` (means ± standard
+deviation over seeds; paired bootstrap intervals against the best baseline, which is chosen on validation; recall by
+how often the target occurs in training), `leaderboard.json` and a picture. `--run false`: of what has ended.
 """
 
 import contextlib
@@ -23,16 +25,17 @@ import yaml
 from ..data import DataFolder
 from ..evaluation import frequency_strata, paired_bootstrap
 from ..trainers.resume import checkpoints_of, why_incomplete
-from . import baseline, sft
+from . import baseline, own_entry, sft
 from .checks import check_output
 from .ending import PREDICTIONS
 from .leaderboard_results import check_runs, collect, picture, tables
 from .parser import ScriptParser, config_path
 
 RECIPES: dict[str, tuple[Any, list, str]] = {  # the script, its arguments, and the one that names the folder it writes
-    "baseline.py": (baseline, [baseline.BaselineArguments], "--output"),
-    "sft.py": (sft, [sft.ModelArguments, sft.OneRecSFTConfig], "--output_dir"),
+    "baseline": (baseline, [baseline.BaselineArguments], "--output"),
+    "sft": (sft, [sft.ModelArguments, sft.OneRecSFTConfig], "--output_dir"),
 }
+OWN = {"own": (own_entry, [own_entry.OwnEntryArguments], "--output")}
 
 
 @dataclass
@@ -57,8 +60,16 @@ def load_entries(path: str) -> dict[str, dict]:
     for name, entry in entries.items():
         if name != Path(str(name)).name:
             raise ValueError(f"{path}: the entry {name!r} is no name of a folder: its runs lie in OUTPUT/<entry>.")
-        if entry.get("recipe") not in RECIPES:
-            raise ValueError(f"{path}: {name} has recipe={entry.get('recipe')!r}; allowed are {sorted(RECIPES)}.")
+        kinds = [kind for kind in ("recipe", "predictions", "python") if kind in entry]
+        if len(kinds) != 1:
+            raise ValueError(
+                f"{path}: {name} has {kinds or list(entry)}: give one of `recipe: {' | '.join(RECIPES)}`, "
+                "`predictions: FILE` and `python: module:function`."
+            )
+        recipe = str(entry.get("recipe")).removesuffix(".py")  # as it was written before there were commands
+        if kinds == ["recipe"] and recipe not in RECIPES:
+            raise ValueError(f"{path}: {name} has recipe={entry['recipe']!r}; allowed are {sorted(RECIPES)}.")
+        entries[name] = entry | {"recipe": recipe} if kinds == ["recipe"] else {"recipe": "own", "seeds": [0]} | entry
     return entries
 
 
@@ -77,11 +88,11 @@ def check_entry(name: str, argv: list[str], folder: Path) -> None:
     ended.
     """
     recipe, *argv = argv
-    module, types, output = RECIPES[recipe]
+    module, types, output = (RECIPES | OWN)[recipe]
     printed = io.StringIO()
     try:
         with contextlib.redirect_stderr(printed):  # argparse prints what is wrong, and exits
-            arguments = ScriptParser(recipe.removesuffix(".py"), None, types).parse([*argv, output, str(folder)])
+            arguments = ScriptParser(recipe, None, types).parse([*argv, output, str(folder)])
         module.check(*arguments)
     except (Exception, SystemExit) as error:
         reason = printed.getvalue().strip().split("\n")[-1] if isinstance(error, SystemExit) else error
@@ -94,7 +105,10 @@ def check_entry(name: str, argv: list[str], folder: Path) -> None:
 def same_run(argv: list[str], folder: Path) -> bool:
     """Whether `folder` was made by that command."""
     path = folder / "command.json"
-    return path.is_file() and json.loads(path.read_text(encoding="utf-8")) == argv
+    if argv[0] in OWN or not path.is_file():  # what the file or the function holds may be new
+        return False
+    recipe, *rest = json.loads(path.read_text(encoding="utf-8"))
+    return [recipe.removesuffix(".py"), *rest] == argv
 
 
 def run_entry(entry_command: list[str], folder: Path) -> None:
@@ -109,8 +123,8 @@ def run_entry(entry_command: list[str], folder: Path) -> None:
     if not all(map(why_incomplete, checkpoints_of(folder))):
         argv += ["--resume_from_checkpoint", "true"]
     print(f"-> {folder}: {' '.join(entry_command)}", flush=True)
-    module, _, output = RECIPES[recipe]
-    module.run([*argv, output, str(folder)])
+    module, types, output = (RECIPES | OWN)[recipe]
+    module.main(*ScriptParser(recipe, None, types).parse([*argv, output, str(folder)]))
 
 
 def main(args: LeaderboardArguments) -> dict:

@@ -66,7 +66,9 @@ def tables(results: dict, reference: str, strata: list) -> str:
     for name, result in results.items():
         cells = [" / ".join(number(*result[kind][metric]) for kind in PREDICTIONS) for metric in METRICS]
         intervals = " / ".join("[{:+.4f}, {:+.4f}]".format(*result["interval"][kind]) for kind in PREDICTIONS)
-        against, seconds = "-" if name == reference else intervals, f"{np.mean(result['seconds']):.0f}"
+        trained = None not in result["seconds"]  # not by us: an entry of one's own
+        seconds = f"{np.mean(result['seconds']):.0f}" if trained else "-"
+        against = "-" if name == reference else intervals
         lines.append(f"| {' | '.join([table_cell(name), str(result['seeds']), *cells, against, seconds])} |")
     heads = ["recall@10, target seen so often in training", *(f"{low}-{high}" for low, high in strata)]
     lines += ["", f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]

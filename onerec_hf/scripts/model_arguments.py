@@ -12,20 +12,14 @@ import torch
 import yaml
 from transformers import AutoConfig, PreTrainedConfig
 
-from ..data import (
-    DataFolder,
-    OneRecCollator,
-    PathwayCollator,
-    SessionCollator,
-    category_codes,
-    category_map,
-    target_rows,
-)
+from ..collators import OneRecCollator, PathwayCollator, SessionCollator
+from ..data import DataFolder, category_codes, category_map, target_rows
 from ..recommender import Recommender
 from .checks import event_features, refuse_unknown
 from .parser import config_path
 
 ITEM_VECTORS = "item_vectors"  # name of the context feature
+SMALL = "models/small.yaml"
 
 
 @dataclass
@@ -34,7 +28,10 @@ class ModelArguments:
     model: str = field(default="{}", metadata={"help": "Arguments of the model's config, YAML mapping or JSON."})
     model_config: str | None = field(
         default=None,
-        metadata={"help": "YAML file of such arguments, as models/onerec_v2_1b.yaml; --model overrides it."},
+        metadata={
+            "help": "YAML file of such arguments, as models/onerec_v2_1b.yaml; --model overrides it. Where neither "
+            "names a hidden_size: models/small.yaml."
+        },
     )
     max_history: int = field(default=50, metadata={"help": "Items of context (onerec_v1: see its pathway lengths)."})
     positive: str = field(
@@ -97,8 +94,10 @@ def make_config(args: ModelArguments, data: DataFolder, collator: OneRecCollator
     features.
     """
     settings: dict[str, Any] = {"model_type": "onerec_v2"}
-    if args.model_config:
-        settings |= yaml.safe_load(Path(config_path(args.model_config)).read_text(encoding="utf-8"))
+    # the configs' own defaults are models of the papers, of a billion parameters: whoever wants one names it
+    preset = args.model_config or ("" if "hidden_size" in mapping(args.model) else SMALL)
+    if preset:
+        settings |= yaml.safe_load(Path(config_path(preset)).read_text(encoding="utf-8"))
     # a preset gives widths of features that the data may lack; those that --model names must be there
     widths = settings.pop("feature_embed_dims", {})
     settings |= mapping(args.model)
@@ -111,6 +110,8 @@ def make_config(args: ModelArguments, data: DataFolder, collator: OneRecCollator
             widths |= {ITEM_VECTORS: data.item_embeddings.shape[1]}
             settings["fixed_context_features"] = [ITEM_VECTORS]
         settings["feature_embed_dims"] = widths
+    if settings.get("item_head_dim"):
+        settings["item_head_size"] = data.num_items
     config = AutoConfig.for_model(**settings | {"codebook_sizes": data.tokenizer.codebook_sizes})
     refuse_unknown(settings, type(config))
     return config

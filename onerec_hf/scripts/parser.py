@@ -1,12 +1,16 @@
 """The arguments of a script: on the command line, in a YAML file of the user, or in one that the package carries."""
 
 import argparse
+import os
 import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from transformers.utils import logging
 from trl import TrlParser
+
+logger = logging.get_logger(__name__)
 
 CONFIGS = Path(__file__).parent / "configs"
 
@@ -24,6 +28,17 @@ def config_path(name: str) -> str:
             return str(path)
     known = sorted(path.relative_to(CONFIGS).as_posix() for path in CONFIGS.rglob("*.yaml"))
     raise FileNotFoundError(f"{name!r} is no file here, and onerec_hf has no config of that name; it has {known}.")
+
+
+def warn_of_one_process() -> None:
+    """`accelerate launch --cpu --num_processes 2` starts one process without a word; torchrun starts two."""
+    # accelerate names a meeting place where it is told several processes; who starts them also says how many they are
+    told = {"ACCELERATE_MIXED_PRECISION", "MASTER_ADDR"} <= set(os.environ)
+    if told and not any(name.endswith("WORLD_SIZE") or name == "PMI_SIZE" for name in os.environ):
+        logger.warning(
+            "accelerate was told several processes and started one, as it does on a CPU. Two are started by `onerec "
+            "COMMAND --accelerate_config cpu_2` (N: with --num_processes N), or by `torchrun --nproc_per_node 2`."
+        )
 
 
 class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
@@ -47,6 +62,7 @@ class ScriptParser(TrlParser):
 
     def parse(self, args: Sequence[str] | None = None) -> tuple:
         """One object per dataclass, from `args` (default: those of the command line) and the YAML file they name."""
+        warn_of_one_process()
         words = list(sys.argv[1:] if args is None else args)
         words = [part for word in words for part in (word.split("=", 1) if word.startswith("--config=") else [word])]
         if "--config" in words:
@@ -57,4 +73,4 @@ class ScriptParser(TrlParser):
         return self.parse_args_and_config(words)
 
 
-__all__ = ["CONFIGS", "ScriptParser", "config_path"]
+__all__ = ["CONFIGS", "ScriptParser", "config_path", "warn_of_one_process"]

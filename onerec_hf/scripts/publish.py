@@ -19,7 +19,15 @@ from transformers import AutoConfig
 
 from .. import Catalogue
 from ..data import DataFolder, load_splits
-from ..hub import model_card, plot_recall_by_frequency, push_to_hub, repository_files, table_cell, training_text
+from ..hub import (
+    model_card,
+    plot_recall_by_frequency,
+    push_to_hub,
+    repository_files,
+    reranking_text,
+    table_cell,
+    training_text,
+)
 from ..recommender import Recommender
 from .checks import check_columns, check_push, unique_names
 from .parser import ScriptParser
@@ -82,6 +90,16 @@ def load_systems(args: PublishArguments, title: str, num_items: int) -> dict[str
             raise ValueError(f"{folder} knows {report['num_items']} items, {args.data} has {num_items}: another log.")
         systems[name] = folder, report
     return systems
+
+
+def results_of(systems: dict[str, tuple[Path, dict]]) -> dict[str, tuple[dict, dict]]:
+    """The test metrics of each system, the model first; behind a re-ranked model its search alone."""
+    results = {}
+    for name, (_, report) in systems.items():
+        results[name] = report["test"], report["test_exclude_seen"]
+        if alone := report.get("search_alone"):
+            results[f"{name}, search alone"] = alone["test"], alone["test_exclude_seen"]
+    return results
 
 
 def read_recalls(systems: dict[str, tuple[Path, dict]], users: list[int], data: str) -> dict[str, np.ndarray]:
@@ -155,8 +173,8 @@ def main(args: PublishArguments) -> str:
         data=f"{table_cell(dataset_name)}: "
         + ", ".join(f"{len(rows):,} {name} rows" for name, rows in splits.items())
         + ".",
-        training=training or "Not recorded.",
-        results={name: (report["test"], report["test_exclude_seen"]) for name, (_, report) in systems.items()},
+        training=(training or "Not recorded.") + reranking_text(systems[title][1]),
+        results=results_of(systems),
         dataset_name=dataset_name,
         dataset=args.dataset,
         simulated=args.simulated,

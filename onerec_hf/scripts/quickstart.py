@@ -13,15 +13,17 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import datasets
 import numpy as np
+import pandas as pd
 from transformers.utils import logging
 
-from ..data import load_splits
+from ..data import DataFolder, load_splits
 from ..hub import results_table
 from ..recommender import Recommender
 from ..simulator import ShortVideoWorld
 from ..trainers import OneRecSFTConfig
-from . import baseline, prepare, publish, sft
+from . import baseline, prepare, publish, rerank, sft
 from .checks import check_output
 
 MODEL: dict[str, Any] = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
@@ -37,6 +39,7 @@ BASELINES: dict[Any, dict] = {
     "cooccurrence": {},
     "sasrec": {"num_epochs": 15},
 }  # what their fit takes
+SCORERS = ("cooccurrence", "sasrec")  # what the search is re-ranked with
 
 
 def simulate(output: Path, num_users: int, num_items: int, seed: int) -> ShortVideoWorld:
@@ -68,6 +71,22 @@ def prepare_data(output: Path, data: Path, world: ShortVideoWorld, seed: int) ->
     prepare.main(loaded)
 
 
+def watch_seconds(world: ShortVideoWorld, output: Path, data: Path, systems: dict[str, Path]) -> dict[str, float]:
+    """
+    The world's true expected watch time, in seconds, of a list of ten unseen videos that is shown at the end of the
+    log, by system: a sum over the list, a mean over test users. No system sees it.
+    """
+    folder, seconds = DataFolder(data), {}
+    users, videos = (np.asarray(table[name]) for table, name in ((folder.users, "user_id"), (folder.items, "item_id")))
+    end = int(pd.read_parquet(output / "log.parquet", columns=["time_ms"]).time_ms.max())
+    for name, path in systems.items():
+        found = datasets.Dataset.from_parquet(str(path / "predictions_exclude_seen.parquet")).with_format("numpy")[:]
+        lists = np.stack(found["predictions"])[:, :10]
+        expected = world.expected_feedback(users[found["user"]][:, None], videos[np.maximum(lists, 0)], end)
+        seconds[name] = float(np.where(lists >= 0, expected["play_time_ms"], 0.0).sum(1).mean() / 1000)
+    return seconds
+
+
 def show(folder: Path, data: Path, world: ShortVideoWorld, users: int = 3) -> None:
     """Loads the folder as any user would, and prints what a few users watched and would get."""
     recommender = Recommender.from_pretrained(folder)
@@ -91,11 +110,16 @@ def main(output: Path, num_users: int = 2000, num_items: int = 2000, epochs: flo
     training = OneRecSFTConfig(output_dir=str(folder), num_train_epochs=epochs, seed=seed, **TRAINING)
     model = json.dumps(MODEL)
     arguments = sft.ModelArguments(data=str(data), model=model, eval_users=500, metadata=["title", "category"])
-    reports = {"OneRec-V2": sft.main(arguments, training)}
+    sft.main(arguments, training)
+    places, reports = {"OneRec-V2, re-ranked": folder}, {}
     for name, fit in BASELINES.items():
+        places[name] = output / name
         reports[name] = baseline.main(
             baseline.BaselineArguments(name, str(data), str(output / name), seed=seed, fit=json.dumps(fit))
         )
+    scorers = [str(output / name) for name in SCORERS]
+    reranked = rerank.main(rerank.RerankArguments(str(folder), str(data), scorers, seed=seed))
+    reports = {"OneRec-V2, re-ranked": reranked, "OneRec-V2, search alone": reranked["search_alone"]} | reports
     publish.main(
         publish.PublishArguments(
             model=str(folder),
@@ -108,11 +132,13 @@ def main(output: Path, num_users: int = 2000, num_items: int = 2000, epochs: flo
         )
     )
     show(folder, data, world)
+    seconds = watch_seconds(world, output, data, places)
+    table = results_table({name: (report["test"], report["test_exclude_seen"]) for name, report in reports.items()})
+    last = ["true watch time", "---", *(f"{seconds[name]:.1f} s" if name in seconds else "–" for name in reports)]
+    print("\n" + "\n".join(f"{row} {cell} |" for row, cell in zip(table.split("\n"), last)))
     print(
-        "\n" + results_table({name: (report["test"], report["test_exclude_seen"]) for name, report in reports.items()})
-    )
-    print(
-        f"\nseen items kept / masked. Everything lies in {output}, the repository in {folder} (README.md is its card)."
+        f"\nseen items kept / masked; true watch time: what the simulated users would watch of ten new videos, "
+        f"which no system can know. Everything is in {output}, the repository in {folder} (README.md is its card)."
     )
     print("Your own data next:  onerec prepare --source LOG.parquet --output outputs/mydata   (see recipes/README.md)")
     (output / "metrics.json").write_text(

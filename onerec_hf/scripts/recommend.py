@@ -13,6 +13,7 @@ import datasets
 
 from ..data import arrow_dataset, read_table
 from ..recommender import Recommender
+from ..rewards import RewardModel
 from .checks import check_columns
 from .parser import ScriptParser
 
@@ -31,6 +32,13 @@ class RecommendArguments:
     session: bool = field(
         default=False, metadata={"help": "Whole sessions of a OneRec model, k per row, in place of single items."}
     )
+    reward: str | None = field(
+        default=None, metadata={"help": "Reward model, folder or Hub: the best of the candidates by its judgement."}
+    )
+    num_candidates: int | None = field(
+        default=None, metadata={"help": "Items, or sessions, that --reward judges for each row; default all it finds."}
+    )
+    rerank: bool = field(default=True, metadata={"help": "Whether the repository's re-ranker orders the items."})
     exclude_seen: bool = False
     unknown_items: str = field(default="error", metadata={"help": "error, or ignore: drop unknown ids of a history."})
     batch_size: int = 256
@@ -56,6 +64,9 @@ def main(args: RecommendArguments) -> Path:
         batch_size=args.batch_size,
         overwrite=args.overwrite,
         session=args.session,
+        item_scorer=None if args.reward is None else RewardModel.from_pretrained(args.reward, device=args.device),
+        num_candidates=args.num_candidates,
+        rerank=args.rerank,
         exclude_seen=args.exclude_seen,
         unknown_items=args.unknown_items,
     )

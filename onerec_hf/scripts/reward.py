@@ -24,7 +24,8 @@ from transformers import AutoModel, TrainingArguments, set_seed
 from transformers.trainer_utils import PredictionOutput
 
 from .. import OneRecPScoreConfig, OneRecSessionRewardConfig
-from ..data import DataFolder, RewardCollator
+from ..collators import RewardCollator
+from ..data import DataFolder
 from ..evaluation import feedback_report
 from ..hub import model_card
 from ..trainers import ResumableTrainer, StopAtNonFinite

@@ -9,15 +9,8 @@ from pathlib import Path
 import datasets
 import numpy as np
 
-from ..data import (
-    DataFolder,
-    RewardCollator,
-    category_codes,
-    category_map,
-    event_labels,
-    quantile_codes,
-    rate_numbers,
-)
+from ..collators import RewardCollator
+from ..data import DataFolder, category_codes, category_map, event_labels, quantile_codes, rate_numbers
 from ..rewards import RewardModel
 from .checks import event_features
 from .model_arguments import mapping

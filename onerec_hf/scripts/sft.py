@@ -15,7 +15,7 @@ from ..data import DataFolder
 from ..recommender import ItemRanker
 from ..trainers import OneRecSFTConfig, OneRecSFTTrainer
 from .checks import check_beams, check_training, train_checked
-from .ending import VALIDATION_METRICS, finish_policy, generation_metrics, serve
+from .ending import VALIDATION_METRICS, finish_policy, generation_metrics, make_recommender
 from .model_arguments import ITEM_VECTORS, ModelArguments, item_vectors, make_collator, make_config, training_rows
 from .parser import ScriptParser
 
@@ -38,7 +38,7 @@ def main(args: ModelArguments, training: OneRecSFTConfig) -> dict:
     model.catalogue = tokenizer.catalogue
     if args.item_vectors:
         model.model.context_processor.embed_features.fill(ITEM_VECTORS, item_vectors(data))
-    recommender = serve(ItemRanker(model, collator, args.num_beams), data, args.metadata)
+    recommender = make_recommender(ItemRanker(model, collator, args.num_beams), data, args.metadata)
     train = training_rows(splits["train"], config, args.max_history).with_format("numpy")
     trainer = OneRecSFTTrainer(
         model,

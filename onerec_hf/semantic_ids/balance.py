@@ -9,7 +9,7 @@ the default.
 
 import torch
 
-from .blocks import row_blocks, squared_distances
+from .distances import row_blocks, squared_distances
 
 # The prices are solved on a sample: 16 items per code, fewer where a (sample, K) matrix, of which two exist at a time,
 # would have more than 2^25 elements, but at least 4 per code (K = 8192: 1 GiB) and at least 4096 in all.

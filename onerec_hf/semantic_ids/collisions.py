@@ -2,9 +2,10 @@
 level).
 """
 
+import numpy as np
 import torch
 
-from .blocks import row_blocks, squared_distances
+from .distances import row_blocks, squared_distances
 from .residual import ResidualKMeans
 from .rqvae import RQVAE
 
@@ -134,3 +135,31 @@ def _check_room(codes: torch.Tensor, prefixes: torch.Tensor, codebook_size: int)
             f"{int(counts.max())} items have a semantic ID that starts with {prefix}, but the last level has only "
             f'{codebook_size} codes: use `policy="extra_level"`, a larger `codebook_size` or one level more.'
         )
+
+
+def append_collision_level(codes: np.ndarray, known: np.ndarray, codebook_size: int) -> np.ndarray:
+    """
+    The last level of `"extra_level"` for items that come later: each one's number inside the group of items with its
+    codes, behind those that are there.
+
+    Args:
+        codes: Of the new items, (M, L - 1).
+        known: Semantic IDs of the items that are there, (N, L).
+        codebook_size: Size of the last level.
+
+    Raises:
+        ValueError: Where a group is full.
+    """
+    taken: dict[tuple, int] = {}
+    for row in known:
+        taken[tuple(row[:-1])] = max(taken.get(tuple(row[:-1]), -1), int(row[-1]))
+    last = []
+    for row in map(tuple, codes):
+        taken[row] = taken.get(row, -1) + 1
+        last.append(taken[row])
+    if max(last) >= codebook_size:
+        full = sum(n >= codebook_size for n in last)
+        raise ValueError(
+            f"{full} new items have codes whose {codebook_size} places are all taken: fit the codebooks anew."
+        )
+    return np.concatenate([codes, np.array(last)[:, None]], axis=1)

@@ -10,7 +10,7 @@ from typing import Literal
 import torch
 
 from .balance import Prices, balanced_sizes, cheapest_two, enforce_sizes
-from .blocks import row_blocks, squared_distances
+from .distances import row_blocks, squared_distances
 
 # Most Lloyd iterations see a random sample: this many items per code (at least _MIN_SAMPLE_ITEMS in all). Plain
 # clusters differ in size, so that their sample must be larger: 256 is what faiss takes.

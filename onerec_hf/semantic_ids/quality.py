@@ -6,8 +6,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from .blocks import row_blocks
 from .collisions import row_ids
+from .distances import row_blocks
 from .residual import ResidualKMeans
 from .rqvae import RQVAE
 
@@ -79,7 +79,7 @@ def plot_codebook_usage(codes: torch.Tensor, codebook_size: int, path: str | Pat
 
     Args:
         codes (`torch.LongTensor` of shape `(num_items, num_levels)`): without a level that a collision policy
-        appended.
+            appended.
         codebook_size (`int`): K.
         path (`str` or `Path`): file to write, `.png`.
     """

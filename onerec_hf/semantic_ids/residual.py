@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
 
-from .blocks import row_blocks
+from .distances import row_blocks
 from .kmeans import nearest_centroids, train_codebook
 
 logger = logging.getLogger(__name__)
@@ -141,7 +141,7 @@ class ResidualKMeans:
 
         Args:
             item_embeddings (`torch.FloatTensor` or `numpy.ndarray` of shape `(num_items, embedding_dim)`): any float
-            type.
+                type.
 
         Returns:
             `torch.LongTensor` of shape `(num_items, num_levels)`, values in `[0, codebook_size)`, on the items'

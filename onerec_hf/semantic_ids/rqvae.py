@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from tqdm.auto import tqdm
 
-from .blocks import row_blocks
+from .distances import row_blocks
 from .kmeans import nearest_centroids
 from .residual import CONFIG_NAME, WEIGHTS_NAME, ResidualKMeans
 

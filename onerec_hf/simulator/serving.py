@@ -22,7 +22,7 @@ _LEAVE_STREAM, _START_STREAM, _VISIT_STREAM = 97, 98, 99
 EVENT_COLUMNS = ("video_id", "time_ms", "duration_ms", *FEEDBACK)
 
 
-def serve(
+def simulate_visits(
     world: ShortVideoWorld,
     recommend: Callable,
     history: pd.DataFrame,
@@ -109,9 +109,10 @@ def user_totals(
     What each user did in a test, (U,) per metric; users who never came count as 0.
 
     Args:
-        log: From [`serve`].
+        log: From [`simulate_visits`].
         embeddings (`np.ndarray` of shape (N, D)): For `diversity`, the mean over days of 1 - mean cosine of two videos
-        of a day. cold_videos (`np.ndarray` of shape (N,), bool): Which videos count as cold.
+            of a day.
+        cold_videos (`np.ndarray` of shape (N,), bool): Which videos count as cold.
 
     Returns:
         `app_stay_time` (s, swipes included), `watch_time` (s), `views`, `likes`, `follows`, `forwards`, `dislikes`,

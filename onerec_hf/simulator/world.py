@@ -140,7 +140,7 @@ class ShortVideoWorld:
 
         Args:
             user_id, video_id, time_ms (integer arrays or integers): broadcastable to one shape; ids from 0, ms since
-            1970.
+                1970.
 
         Returns:
             `dict[str, np.ndarray]` of float64 arrays of the broadcast shape: play_time_ms in ms (not capped by the

@@ -11,7 +11,7 @@ from accelerate.utils import gather_object
 from transformers import TrainerCallback
 
 from ..models import balance_experts
-from .repository import RepositoryMixin
+from .hub_mixin import HubMixin
 
 
 class ExpertBalanceCallback(TrainerCallback):
@@ -46,7 +46,7 @@ class ExpertBalanceCallback(TrainerCallback):
         return {"expert_load_max": max(blocks.values())} | {f"expert_load/{name}": v for name, v in blocks.items()}
 
 
-class OneRecTrainer(RepositoryMixin):
+class OneRecTrainer(HubMixin):
     """To be named before a trainer of TRL among the bases."""
 
     expert_balance: ExpertBalanceCallback | None = None
@@ -66,7 +66,6 @@ class OneRecTrainer(RepositoryMixin):
         return model.get_base_model() if hasattr(model, "peft_config") else model
 
     # ---- counting
-    # ------------------------------------------------------------------------------------------------------
 
     def loss_items(self, batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
         """What the loss of a batch is a mean over ([`~models.SemanticIdForCausalLM.loss_items`])."""
@@ -88,7 +87,6 @@ class OneRecTrainer(RepositoryMixin):
         return self.accelerator.num_processes if self.args.average_tokens_across_devices else 1
 
     # ---- logs
-    # ----------------------------------------------------------------------------------------------------------
 
     def record(self, means: Mapping[str, float | torch.Tensor], count: float | torch.Tensor = 1.0) -> None:
         """
@@ -125,7 +123,6 @@ class OneRecTrainer(RepositoryMixin):
         super().log(logs, *args, **kwargs)
 
     # ---- resuming
-    # ------------------------------------------------------------------------------------------------------
 
     def _progress(self, folder: Path) -> dict[str, Any]:
         sums = {name: pair.tolist() for name, pair in self._sums["train"].items()}

@@ -13,7 +13,7 @@ from peft import PeftConfig, PeftModel
 from transformers import AutoModelForCausalLM, TrainingArguments
 from transformers.utils.hub import cached_file
 
-from ..data.saved_collator import collator_of
+from ..collators.loading import collator_of
 from ..models import SemanticIdTokenizer
 
 

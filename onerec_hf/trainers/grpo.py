@@ -143,7 +143,6 @@ class OneRecGRPOTrainer(OneRecTrainer, GRPOTrainer):
         return self.num_generations if self.model.training else self.num_generations_eval
 
     # ---- resuming
-    # ------------------------------------------------------------------------------------------------------
 
     def _progress(self, folder):
         save_rollouts(self, folder)
@@ -155,7 +154,6 @@ class OneRecGRPOTrainer(OneRecTrainer, GRPOTrainer):
         self._metrics["train"].update(progress["metrics"])
 
     # ---- rollouts
-    # ------------------------------------------------------------------------------------------------------
 
     def _generate_and_score_completions(self, inputs):
         """As TRL's, which sees row numbers for prompts; one entry per group comes back, with the group's context."""
@@ -194,9 +192,8 @@ class OneRecGRPOTrainer(OneRecTrainer, GRPOTrainer):
         return rewards
 
     # ---- log-probabilities
-    # ---------------------------------------------------------------------------------------------
 
-    def row_log_probs(
+    def completion_log_probs(
         self, model: Any, context: dict[str, torch.Tensor], rows: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """
@@ -219,7 +216,7 @@ class OneRecGRPOTrainer(OneRecTrainer, GRPOTrainer):
         for start in range(0, len(input_ids) // self.group_size, users):
             context = {name: tensor[start : start + users] for name, tensor in self.context.items()}
             part = input_ids[start * self.group_size : (start + users) * self.group_size]
-            found.append(self.row_log_probs(model, context, part)[0])
+            found.append(self.completion_log_probs(model, context, part)[0])
         return torch.cat(found), None, None
 
     @torch.no_grad()
@@ -232,7 +229,6 @@ class OneRecGRPOTrainer(OneRecTrainer, GRPOTrainer):
         return {f"entropy/level_{level + 1}": value for level, value in enumerate(entropy)}
 
     # ---- loss
-    # ----------------------------------------------------------------------------------------------------------
 
     def _look_ahead(self) -> None:
         """Takes what the micro-batches of the step that begins train on beside rollouts, and counts it in all
@@ -291,7 +287,7 @@ class OneRecGRPOTrainer(OneRecTrainer, GRPOTrainer):
         context = {n.removeprefix(_CONTEXT): tensor for n, tensor in inputs.items() if n.startswith(_CONTEXT)}
         rows = inputs["rows"].flatten(0, 1)
         mask, advantages = inputs["tool_mask"].flatten(0, 1), inputs["advantages"].flatten()
-        log_probs, hidden = self.row_log_probs(model, context, rows)
+        log_probs, hidden = self.completion_log_probs(model, context, rows)
         old = inputs.get("old_per_token_logps")
         old = log_probs.detach() if old is None else old.flatten(0, 1)
         per_code = self._policy_loss(self.args.loss_type, log_probs, old, advantages.unsqueeze(1), mask)

@@ -48,7 +48,7 @@ def rollout(prompts: list[int], trainer: Any) -> dict[str, list]:
     result["env_mask"] = is_code.long().tolist()  # BOS between the items of a session is nobody's choice
     if any(getattr(function, "needs_sample_log_probs", False) for function in trainer.reward_funcs):
         with torch.no_grad():
-            result["sample_log_probs"] = trainer.row_log_probs(policy, trainer.context, rows)[0].sum(1).tolist()
+            result["sample_log_probs"] = trainer.completion_log_probs(policy, trainer.context, rows)[0].sum(1).tolist()
     trainer.record({"rollout_seconds": time.perf_counter() - start})
     return result
 

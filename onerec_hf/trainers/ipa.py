@@ -150,7 +150,6 @@ class IPATrainer(NextItemTrainer, DPOTrainer):
         self._seed_samples: list[dict] | None = None
 
     # ---- Algorithm 2
-    # ---------------------------------------------------------------------------------------------------
     #
     # for t = 1, ..., T:                                                    an epoch; its start is `begin_iteration`
     #     for r_DPO of the samples:                                         `_mine`
@@ -229,13 +228,12 @@ class IPATrainer(NextItemTrainer, DPOTrainer):
         return found
 
     # ---- what it takes
-    # -------------------------------------------------------------------------------------------------
 
     def _use(self, pairs: datasets.Dataset) -> None:
         """The pairs as tensors, and which of them each row has."""
         self.ref_model = None  # its log-probabilities are among the pairs
         columns, device = pairs.with_format("torch"), self.args.device
-        shape = (len(pairs), -1, self.policy.num_items, self.policy.config.num_levels)
+        shape = (len(pairs), -1, self.policy.num_session_items, self.policy.config.num_levels)
         chosen, rejected = (columns[name][:].view(shape) for name in ("chosen", "rejected"))
         pair_of_row = torch.full((len(self.rows),), -1)
         pair_of_row[columns["row"][:]] = torch.arange(len(pairs))

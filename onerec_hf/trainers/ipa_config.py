@@ -42,7 +42,7 @@ class IPAConfig(NextItemArguments, DPOConfig):
 
     Args:
         remove_unused_columns, label_names, hub_strategy, learning_rate, weight_average_decay, ...: See
-        [`OneRecSFTConfig`].
+            [`OneRecSFTConfig`].
         train_sampling_strategy: Random, as in Algorithm 2.
         ddp_broadcast_buffers: Off: a process whose batch has no pair runs one forward pass less, so passes must not
             wait for each other. The only buffers, router biases, are equal everywhere without it.

@@ -76,6 +76,8 @@ class NextItemArguments:
 
     def __post_init__(self):
         super().__post_init__()  # type: ignore[misc]  # of the config of TRL
+        if not torch.accelerator.is_available():  # torch warns where memory is pinned for no device
+            self.dataloader_pin_memory = False
         if self.weight_average_decay is not None and not 0 < self.weight_average_decay < 1:
             raise ValueError(f"weight_average_decay={self.weight_average_decay}: it must lie between 0 and 1.")
 
@@ -117,7 +119,6 @@ class NextItemTrainer(OneRecTrainer):
             self.add_callback(_UpdateAverage(self))
 
     # ---- a mean over all targets of a step, whatever they were divided into
-    # ---------------------------------------------
 
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> tuple[list, Any]:
         """The batches of the next optimizer step, and what their summed losses are divided by, in all processes
@@ -173,7 +174,6 @@ class NextItemTrainer(OneRecTrainer):
             return Trainer.evaluate(self, eval_dataset, ignore_keys, metric_key_prefix)
 
     # ---- the moving average of the weights
-    # ------------------------------------------------------------------------------
 
     def train(self, *args, **kwargs) -> TrainOutput:
         result = super().train(*args, **kwargs)

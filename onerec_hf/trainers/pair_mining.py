@@ -38,7 +38,7 @@ def generate_candidates(
         where the catalogue holds fewer items, or the session fewer combinations; pad tokens stand there.
     """
     found = model.recommend_items(
-        num_candidates, num_beams=num_candidates, num_session_items=model.num_items, **context
+        num_candidates, num_beams=num_candidates, num_session_items=model.num_session_items, **context
     ).items  # (B, N, m)
     codes = model.catalogue.semantic_ids[found.clamp(min=0)].long()
     token_ids = codes + torch.tensor(model.config.level_offsets, device=codes.device)
@@ -52,7 +52,7 @@ def completion_log_probs(model: Any, context: dict[str, torch.Tensor], token_ids
 
     Args:
         token_ids (`torch.LongTensor` of shape (B, N, m, L)): The candidates of a user are adjacent rows: one context
-        serves them.
+            serves them.
 
     Returns:
         `torch.FloatTensor` of shape (B, N), in nats, with gradient where enabled.
@@ -217,7 +217,7 @@ def check_pairs(pairs: datasets.Dataset, num_rows: int, model: Any, num_rejected
     """
     if missing := {"row", "chosen", "rejected"} - set(pairs.column_names):
         raise ValueError(f"the pairs have no {sorted(missing)}, only {pairs.column_names}.")
-    size = model.num_items * model.config.num_levels
+    size = model.num_session_items * model.config.num_levels
     columns = {name: pairs.with_format(None)[name][:] for name in ("row", "chosen", "rejected")}
     rows = columns["row"]
     if not rows or len(set(rows)) < len(rows) or not 0 <= min(rows) <= max(rows) < num_rows:
@@ -263,7 +263,7 @@ def candidate_log_probs(
 def add_reference(model: Any, pairs: datasets.Dataset, rows: Any, collator: Any, batch_size: int) -> list[dict]:
     """Given pairs (see [`check_pairs`]) with the log-probabilities of their reference, `model`."""
     columns = {name: pairs.with_format(None)[name][:] for name in ("row", "chosen", "rejected")}
-    shape = (len(pairs), -1, model.num_items, model.config.num_levels)
+    shape = (len(pairs), -1, model.num_session_items, model.config.num_levels)
     token_ids = torch.cat([torch.tensor(columns[name]).view(shape) for name in ("chosen", "rejected")], dim=1)
     log_probs = candidate_log_probs(model, rows, columns["row"], token_ids, collator, batch_size).tolist()
     return [

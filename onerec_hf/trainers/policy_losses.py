@@ -19,7 +19,7 @@ def group_advantages(rewards_BG: torch.Tensor) -> torch.Tensor:
 
     Args:
         rewards_BG (`torch.Tensor` of shape (B, G)): Rewards; NaN for a sample without one, which has no part in mean
-        and std.
+            and std.
 
     Returns:
         `torch.Tensor` of shape (B, G); exactly 0 in a group whose rewards are all equal, and where there is no reward.
@@ -41,7 +41,8 @@ def reward_advantages(rewards: torch.Tensor, group_size: int, unnormalized: torc
 
     Args:
         rewards (`torch.Tensor` of shape (R, F)): NaN where a function gives no reward. The G completions of a user are
-        adjacent. unnormalized (`torch.BoolTensor` of shape (F,)): Functions whose rewards are advantages already.
+            adjacent.
+        unnormalized (`torch.BoolTensor` of shape (F,)): Functions whose rewards are advantages already.
 
     Returns:
         `torch.Tensor` of shape (R,); 0 where no function gave a reward.

@@ -107,7 +107,6 @@ class ResumableTrainer(Trainer):
         return super().train(checkpoint, *args, **kwargs)
 
     # ---- choosing a checkpoint
-    # -----------------------------------------------------------------------------------------
 
     def _find_checkpoint(self, resume: str | bool | None) -> Path | None:
         folder = self.args.output_dir
@@ -164,7 +163,6 @@ class ResumableTrainer(Trainer):
         }
 
     # ---- writing and reading it
-    # ----------------------------------------------------------------------------------------
 
     def _save_checkpoint(self, *args, **kwargs):
         folder = Path(self.args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
@@ -206,7 +204,6 @@ class ResumableTrainer(Trainer):
         self._globalstep_last_logged = progress["last_logged_step"]
 
     # ---- the same rows in the same order
-    # -------------------------------------------------------------------------------
 
     def _get_train_sampler(self, *args, **kwargs):
         self._order = super()._get_train_sampler(*args, **kwargs)

@@ -31,7 +31,7 @@ def sample_candidates(
     context_kv, config = model.encode_context(**context), model.config
     cache, levels, node, codes = DynamicCache(config=config), config.num_levels, None, []
     tokens = context_kv.mask.new_full((len(context_kv.mask) * num_samples, 1), config.bos_token_id, dtype=torch.long)
-    for step in range(model.num_items * levels):
+    for step in range(model.num_session_items * levels):
         level = step % levels
         log_probs = model.level_log_probs(model.next_hidden(tokens, context_kv, cache), level, node if level else None)
         code = torch.multinomial(log_probs.exp(), 1, generator=generator)
@@ -63,7 +63,7 @@ def draw_samples(
 
 def seed_log_ratios(model: Any, rows: Any, samples: list[dict], collator: Any, batch_size: int) -> torch.Tensor:
     """log seed(S|H) - log M(S|H) of samples of [`draw_samples`]; their mean estimates KL(seed || M)."""
-    shape = (len(samples), 1, model.num_items, model.config.num_levels)
+    shape = (len(samples), 1, model.num_session_items, model.config.num_levels)
     token_ids = torch.tensor([sample["token_ids"] for sample in samples], dtype=torch.long).view(shape)
     row_ids = [sample["row"] for sample in samples]
     log_probs = candidate_log_probs(model, rows, row_ids, token_ids, collator, batch_size)[:, 0]

@@ -395,7 +395,7 @@ def test_sources_that_cannot_be_read(tmp_path):
             load(tmp_path / name)
     with pytest.raises(FileNotFoundError, match="no/such/log is no file or folder here and no data set on the Hub"):
         load("no/such/log")
-    with pytest.raises(TypeError, match="one split"):
+    with pytest.raises(TypeError, match="pass one of them"):
         load(datasets.DatasetDict(train=datasets.Dataset.from_dict(LOG)))
 
 

@@ -9,9 +9,8 @@ import numpy as np
 import pandas as pd
 import pytest
 
+from onerec_hf.collators import OneRecCollator, SessionCollator
 from onerec_hf.data import (
-    OneRecCollator,
-    SessionCollator,
     SessionConfig,
     leave_last_out,
     load_interactions,

@@ -14,7 +14,7 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoModel
 
 from onerec_hf import SemanticIdTokenizer
-from onerec_hf.data import OneRecCollator
+from onerec_hf.collators import OneRecCollator
 from onerec_hf.hub import model_card, push_to_hub, repository_files
 from onerec_hf.trainers import OneRecSFTConfig, OneRecSFTTrainer
 
@@ -44,7 +44,6 @@ def folder(complete, tmp_path):
 
 
 # ---- up
-# ----------------------------------------------------------------------------------------------------------------
 
 
 def test_one_commit_with_everything_and_nothing_else(hub, folder):
@@ -63,8 +62,11 @@ def test_one_commit_with_everything_and_nothing_else(hub, folder):
     commit = push_to_hub(folder, "org/onerec-1b", private=True, commit_message="First")
     repository = hub.repos["org/onerec-1b"]
     assert repository.private and [message for _, message, _ in repository.commits] == ["First"]
-    code = "configuration_onerec modeling_onerec_v2 modeling_semantic_id generation_semantic_id beam_search catalogue "
-    code += "prefix_index modeling_layers moe any_model tokenization_semantic_id item_ids input_checks parallel"
+    code = "configuration_onerec configuration_onerec_v2 modeling_onerec_v2 modeling_semantic_id "
+    code += "generation_semantic_id beam_search catalogue "
+    code += (
+        "prefix_index modeling_layers moe catalogue_generate tokenization_semantic_id item_ids input_checks parallel"
+    )
     assert set(repository.branches["main"]) == {
         *(f"{name}.py" for name in code.split()),
         *("config.json", "model.safetensors", "generation_config.json", "catalogue.safetensors"),
@@ -96,8 +98,8 @@ def test_branch_and_pull_request(hub, folder):
     "where, problem, advice",
     [
         ("repos/create|preupload", 401, "hf auth login"),
-        ("repos/create|preupload", 403, "write permission"),
-        ("preupload", 404, "check all three"),
+        ("repos/create|preupload", 403, "pass one that may"),
+        ("preupload", 404, "check the name"),
         ("preupload", 500, "run the same call again"),
         ("commit", 500, "run the same call again"),
         ("commit", 412, "in between"),
@@ -158,7 +160,6 @@ def test_a_wrong_token_and_a_wrong_name(hub, folder):
 
 
 # ---- what is refused before the first byte
-# -----------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -243,7 +244,6 @@ def test_no_folder_and_no_model(tmp_path):
 
 
 # ---- trainers
-# ----------------------------------------------------------------------------------------------------------
 
 
 def test_a_trainer_writes_our_card_and_pushes_itself(hub, tmp_path):
@@ -294,7 +294,6 @@ def test_a_trainer_writes_our_card_and_pushes_itself(hub, tmp_path):
 
 
 # ---- adapters
-# ----------------------------------------------------------------------------------------------------------
 
 
 def adapter_of(base, folder, **card):
@@ -314,7 +313,6 @@ def test_an_adapter_of_a_model_that_only_lies_here_is_refused(complete, tmp_path
 
 
 # ---- down: a process that does not have the package
-# --------------------------------------------------------------------
 
 DOWN = """
 import json, sys

@@ -195,7 +195,6 @@ def test_the_snippet_pads_the_pathways():
 
 
 # ---- pictures
-# ----------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
@@ -243,7 +242,6 @@ def test_the_entropy_picture(tmp_path):
 
 
 # ---- the committed cards
-# -----------------------------------------------------------------------------------------------
 
 
 def test_the_committed_cards_are_what_the_command_writes(tmp_path, monkeypatch):

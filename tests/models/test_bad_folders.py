@@ -11,7 +11,8 @@ import pytest
 from transformers import AutoModel, AutoTokenizer
 
 from onerec_hf import Catalogue, SemanticIdTokenizer
-from onerec_hf.data import OneRecCollator, load_splits
+from onerec_hf.collators import OneRecCollator
+from onerec_hf.data import load_splits
 from onerec_hf.trainers import OneRecSFTConfig, OneRecSFTTrainer
 
 from ..tiny import ARCHITECTURES, SIZES, tiny_catalogue, tiny_model
@@ -36,7 +37,6 @@ def edit_config(folder, **changes):
 
 
 # ---- a folder that is not a model
-# --------------------------------------------------------------------------------------
 
 
 def test_a_folder_that_is_not_a_model(tmp_path):
@@ -56,7 +56,6 @@ def test_a_folder_without_weights(folder):
 
 
 # ---- cut-off files (of the catalogue: test_auto_classes.py)
-# --------------------------------------------------------------
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
@@ -70,7 +69,6 @@ def test_cut_off_weights(tmp_path, architecture, kept):
 
 
 # ---- a catalogue from another tokenizer
-# ----------------------------------------------------------------------------------
 
 
 def test_a_catalogue_from_another_tokenizer(folder):
@@ -113,7 +111,6 @@ def test_a_catalogue_of_the_same_sizes_but_of_another_tokenizer(folder):
 
 
 # ---- a config of a newer version
-# -----------------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -145,7 +142,6 @@ def test_a_value_or_a_model_of_a_newer_version(folder):
 
 
 # ---- no write permission
-# -------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture

@@ -167,7 +167,7 @@ def test_users_may_be_worked_off_in_parts(monkeypatch):
     model = tiny_model(catalogue)
     context = tiny_context(catalogue, model)
     allowed = torch.rand(3, catalogue.num_items, generator=torch.Generator().manual_seed(5)) < 0.5
-    arguments = {"allowed_items": allowed, "num_items": 2, "num_beams": 6, "num_return_sequences": 6}
+    arguments = {"allowed_items": allowed, "num_session_items": 2, "num_beams": 6, "num_return_sequences": 6}
     together = model.generate(**context, **arguments)
     monkeypatch.setattr(BeamSearch, "chunk_bytes", 1)
     assert torch.equal(model.generate(**context, **arguments), together)
@@ -223,12 +223,12 @@ def test_no_synchronisation_on_a_gpu(dtype):
     expected = [beam_search(model, catalogue, kv, 7, allowed, num_items) for num_items in (1, 2)]
     reference, model, catalogue = model, copy.deepcopy(model).to("cuda", dtype), catalogue.to("cuda")
     kv = model.encode_context(**{name: tensor.cuda() for name, tensor in context.items()})
-    alive = catalogue.alive(allowed.cuda())
+    alive = catalogue.node_masks(allowed.cuda())
     beam_search(model, catalogue, kv, 7, alive)
     torch.cuda.set_sync_debug_mode("error")
     try:
         found = [beam_search(model, catalogue, kv, 7, alive, num_items) for num_items in (1, 2)]
-        sample_items(model, catalogue, kv, 7, allowed=alive, generator=torch.Generator("cuda"))
+        sample_items(model, catalogue, kv, 7, allowed_items=alive, generator=torch.Generator("cuda"))
     finally:
         torch.cuda.set_sync_debug_mode("default")
     if dtype == torch.float32:

@@ -59,7 +59,7 @@ def test_alive_equals_an_index_rebuilt_from_the_subset():
     catalogue = tiny_catalogue()
     generator = torch.Generator().manual_seed(3)
     allowed = torch.rand(4, catalogue.num_items, generator=generator) < torch.tensor([[0.5], [0.1], [0.9], [0.0]])
-    masks = catalogue.alive(allowed)
+    masks = catalogue.node_masks(allowed)
     for row in range(4):
         kept = {tuple(codes) for codes in catalogue.semantic_ids[allowed[row]].tolist()}
         for level in range(3):

@@ -32,7 +32,6 @@ def refused(message, call, *args, error=ValueError, **kwargs):
 
 
 # ---- values and shapes
-# -------------------------------------------------------------------------------------------------
 
 
 @every_architecture
@@ -120,7 +119,6 @@ def test_reward_models_name_what_does_not_fit(kind):
 
 
 # ---- keyword arguments
-# -------------------------------------------------------------------------------------------------
 
 
 @every_architecture
@@ -165,7 +163,7 @@ def test_no_end_token(catalogue, architecture):
     out = model(input_ids=rows, labels=rows, **context)
     torch.testing.assert_close(out.loss, expected.loss)
     torch.testing.assert_close(out.logits[:, : rows.shape[1] - 1], expected.logits[:, : rows.shape[1] - 1])
-    assert model.generate(**context, num_beams=2, constrained=False, num_items=1).shape[0] == 3
+    assert model.generate(**context, num_beams=2, constrained=False, num_session_items=1).shape[0] == 3
 
 
 @pytest.mark.parametrize("name", ["bos_token_id", "pad_token_id"])
@@ -174,23 +172,22 @@ def test_rows_need_a_begin_and_a_filler(name):
 
 
 # ---- generation
-# --------------------------------------------------------------------------------------------------------
 
 
 @every_architecture
 @pytest.mark.parametrize("constrained", [True, False])
 def test_arguments_of_generate(catalogue, architecture, constrained):
     model, context, _ = prepared(catalogue, architecture)
-    for name in ("num_items", "num_beams", "num_return_sequences"):
+    for name in ("num_session_items", "num_beams", "num_return_sequences"):
         for number in (0, -1):
             refused(f"'{name}': {number}", model.generate, **context, constrained=constrained, **{name: number})
-    every = {**context, "constrained": constrained, "num_items": 1}
+    every = {**context, "constrained": constrained, "num_session_items": 1}
     mask = context["context_mask"]
     refused("it belongs to input_ids, BOS alone", model.generate, **every, attention_mask=mask)
     refused("one row for each of 3 users", model.generate, torch.ones(2, 1, dtype=torch.long), **every)
     refused("num_return_sequences", model.generate, **every, num_beams=2, num_return_sequences=3)
     if model.config.session_wise:
-        refused("num_session_items=3", model.generate, **every | {"num_items": 4})
+        refused("num_session_items=3", model.generate, **every | {"num_session_items": 4})
 
 
 @pytest.mark.parametrize("extra", [{}, {"output_scores": True}, {"do_sample": True}])
@@ -199,7 +196,7 @@ def test_filters_of_other_users_are_refused(catalogue, extra):
     model, context, _ = prepared(catalogue, "v2")
     context = {name: torch.cat([tensor, tensor[:1]]) for name, tensor in context.items()}
     some = torch.ones(2, catalogue.num_items, dtype=torch.bool)
-    for filters in (some, catalogue.alive(some)):
+    for filters in (some, catalogue.node_masks(some)):
         refused("2 rows for 4 users", model.generate, **context, allowed_items=filters, **extra)
     refused("2 rows for 4 users", model.generate, **context, allowed_items=[[1001], [1002]], **extra)
     refused("the first is 1", model.generate, error=KeyError, **context, allowed_items=[1, 2], **extra)
@@ -225,11 +222,11 @@ WAYS = {
 def test_weights_that_are_not_finite(catalogue, way, value, place):
     """One bad number is enough; nobody gets items of a broken model."""
     model, context, _ = prepared(catalogue, "v2")
-    model.generate(**context, **WAYS[way], num_items=1)
+    model.generate(**context, **WAYS[way], num_session_items=1)
     weight = model.get_parameter(place)
     with torch.no_grad():
         weight[5 : 5 + len(weight) // 2] = value
-    refused("the weights or the inputs are not finite", model.generate, **context, **WAYS[way], num_items=1)
+    refused("the weights or the inputs are not finite", model.generate, **context, **WAYS[way], num_session_items=1)
 
 
 @every_architecture
@@ -237,7 +234,7 @@ def test_one_bad_user_is_enough(catalogue, architecture):
     model, context, _ = prepared(catalogue, architecture)
     kv = model.encode_context(**context)
     kv.key_states[0][1] = torch.nan
-    refused("not finite", model.generate, context_kv=kv, num_beams=4, num_items=1)
+    refused("not finite", model.generate, context_kv=kv, num_beams=4, num_session_items=1)
 
 
 def test_no_item_is_no_fault(catalogue):
@@ -249,7 +246,6 @@ def test_no_item_is_no_fault(catalogue):
 
 
 # ---- empty histories, no targets
-# ---------------------------------------------------------------------------------------
 
 
 @every_architecture
@@ -281,7 +277,6 @@ def test_no_target_at_all_is_no_loss(catalogue, architecture, normalization):
 
 
 # ---- copies, threads, plans
-# --------------------------------------------------------------------------------------------
 
 
 @every_architecture

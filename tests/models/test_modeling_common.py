@@ -282,7 +282,9 @@ def test_generate_equals_brute_force_over_first_items(catalogue, architecture):
             target = (code + torch.tensor(model.config.level_offsets)).expand(3, 1, -1)
             scores.append(model(target_ids=target, **context).target_log_probs.sum((1, 2)))
     best = torch.stack(scores, dim=1).topk(60)
-    out = model.generate(**context, num_beams=60, num_return_sequences=60, num_items=1, return_dict_in_generate=True)
+    out = model.generate(
+        **context, num_beams=60, num_return_sequences=60, num_session_items=1, return_dict_in_generate=True
+    )
     assert_close(out.sequences_scores.view(3, 60) * 3, best.values)
     found = (out.sequences[:, 1:] - torch.tensor(model.config.level_offsets)).view(3, 60, 3)
     for user in range(3):

@@ -96,7 +96,6 @@ def test_attention_to_the_context_can_be_fused(catalogue, architecture, autocast
 
 
 # ---- inputs and outputs
-# ------------------------------------------------------------------------------------------------
 
 
 @every_architecture
@@ -142,7 +141,6 @@ def test_recording_by_the_config(catalogue, architecture):
 
 
 # ---- loading
-# -----------------------------------------------------------------------------------------------------------
 
 
 @every_architecture
@@ -237,7 +235,6 @@ def test_number_of_parameters():
 
 
 # ---- generation
-# --------------------------------------------------------------------------------------------------------
 
 
 @every_architecture
@@ -252,7 +249,7 @@ def test_generation_in_inference_mode(catalogue, architecture):
 def test_ways_to_generate_agree(catalogue, architecture):
     """transformers' own loop without a cache, with a static cache and with scores, against the package's search."""
     model, context, _ = prepared(catalogue, architecture)
-    found = {"num_beams": 3, "num_return_sequences": 3, "num_items": 1, "return_dict_in_generate": True}
+    found = {"num_beams": 3, "num_return_sequences": 3, "num_session_items": 1, "return_dict_in_generate": True}
     expected = model.generate(**context, **found)
     for extra in ({"use_cache": False}, {"cache_implementation": "static"}, {}):
         own = model.generate(**context, **found, **extra, output_scores=True, max_new_tokens=3)
@@ -261,7 +258,6 @@ def test_ways_to_generate_agree(catalogue, architecture):
 
 
 # ---- graphs
-# ------------------------------------------------------------------------------------------------------------
 
 
 class Decode(nn.Module):
@@ -320,7 +316,6 @@ def test_inductor(catalogue):
 
 
 # ---- several processes
-# -------------------------------------------------------------------------------------------------
 
 
 def _save_sharded(model, folder, rank):
@@ -444,7 +439,6 @@ def test_tensor_and_expert_parallel(tmp_path):
 
 
 # ---- LoRA
-# --------------------------------------------------------------------------------------------------------------
 
 PROJECTIONS = ["q_proj", "k_proj", "v_proj", "o_proj", "item_proj", "code_proj"]
 

@@ -63,7 +63,7 @@ def test_with_replacement(temperature, length):
     model, catalogue, total = HistoryModel(scale=0.5), Catalogue(CODES, [3, 3, 3]), 4000
     generator = torch.Generator().manual_seed(0)
     found = sample_items(
-        model, catalogue, same_users(model, 2), total // 2, True, temperature, generator, num_items=length
+        model, catalogue, same_users(model, 2), total // 2, True, temperature, generator, num_session_items=length
     )
     expected = exact(model, temperature, length)
     check_probabilities(found, expected)
@@ -77,7 +77,7 @@ def test_without_replacement(length):
     """The first sample has the probabilities of the model, the second those that are left, renormalised."""
     model, catalogue, total = HistoryModel(scale=0.5), Catalogue(CODES, [3, 3, 3]), 4000
     generator = torch.Generator().manual_seed(0)
-    found = sample_items(model, catalogue, same_users(model, total), 2, generator=generator, num_items=length)
+    found = sample_items(model, catalogue, same_users(model, total), 2, generator=generator, num_session_items=length)
     expected = exact(model, length=length)
     check_probabilities(found, expected)
     pairs = [tuple(tuple(codes) for codes in pair) for pair in found.semantic_ids.flatten(2).tolist()]
@@ -125,7 +125,7 @@ def test_subset_seed_and_dead_samples(replacement):
     model, catalogue = HistoryModel(scale=0.5), Catalogue(CODES, [3, 3, 3])
     allowed = torch.zeros(2, len(CODES), dtype=torch.bool)
     allowed[0, [1, 6, 4]] = True  # items 1 and 6 are one leaf
-    arguments = {"num_samples": 4, "replacement": replacement, "allowed": allowed}
+    arguments = {"num_samples": 4, "replacement": replacement, "allowed_items": allowed}
     draws = [
         sample_items(model, catalogue, model.context(2), **arguments, generator=torch.Generator().manual_seed(seed))
         for seed in (3, 3, 4)

@@ -70,7 +70,7 @@ def test_equals_brute_force(length, subset):
     allowed[0, [0, 3]] = False  # item 1 keeps [0, 0, 1] alive without item 6 ...
     allowed[1, [1, 6, 4]] = False  # ... and here that leaf is gone
     context_kv = model.context(batch)
-    found = beam_search(model, catalogue, context_kv, 400, allowed if subset else None, num_items=length)
+    found = beam_search(model, catalogue, context_kv, 400, allowed if subset else None, num_session_items=length)
     assert found.semantic_ids.shape == (batch, 400, length, 3) and found.leaves.shape == (batch, 400, length)
     for user in range(batch):
         items = CODES[allowed[user]] if subset else CODES
@@ -101,14 +101,14 @@ def test_a_pruned_search_equals_a_pruned_search_in_plain_python():
         items = [[codes[i : i + 3] for i in range(0, len(codes), 3)] for codes in longer]
         scored = [(model.session_score(session, context_kv.key_states[0][0]), c) for session, c in zip(items, longer)]
         kept = sorted(scored, reverse=True)[:beams]
-    found = beam_search(model, catalogue, context_kv, beams, num_items=length)
+    found = beam_search(model, catalogue, context_kv, beams, num_session_items=length)
     assert found.semantic_ids[0].flatten(1).tolist() == [list(codes) for _, codes in kept]
     assert_close(found.scores[0], torch.tensor([score for score, _ in kept]))
 
 
 def test_no_session_is_longer_than_the_catalogue():
     model = HistoryModel()
-    found = beam_search(model, Catalogue(CODES[:2], [3, 3, 3]), model.context(2), 5, num_items=3)
+    found = beam_search(model, Catalogue(CODES[:2], [3, 3, 3]), model.context(2), 5, num_session_items=3)
     assert torch.isinf(found.scores).all() and (found.semantic_ids == -1).all() and (found.leaves == -1).all()
 
 
@@ -116,18 +116,20 @@ def test_generate_writes_a_bos_before_every_item():
     catalogue = tiny_catalogue()
     model = tiny_model(catalogue)
     context = tiny_context(catalogue, model)
-    out = model.generate(**context, num_items=2, num_beams=6, num_return_sequences=4, return_dict_in_generate=True)
+    out = model.generate(
+        **context, num_session_items=2, num_beams=6, num_return_sequences=4, return_dict_in_generate=True
+    )
     assert out.sequences.shape == (12, 8)
     rows = out.sequences.view(12, 2, 4)
     assert (rows[:, :, 0] == model.config.bos_token_id).all()
     leaves = catalogue.leaves_of((rows[:, :, 1:] - torch.tensor(model.config.level_offsets)).flatten(0, 1)).view(12, 2)
     assert (leaves >= 0).all() and (leaves[:, 0] != leaves[:, 1]).all()
-    model.num_items = 2  # what a model of sessions says of itself
+    model.num_session_items = 2  # what a model of sessions says of itself
     assert torch.equal(model.generate(**context, num_beams=6, num_return_sequences=4), out.sequences)
 
 
 def test_sessions_need_the_fast_search():
     catalogue = tiny_catalogue()
     model = tiny_model(catalogue)
-    with pytest.raises(ValueError, match=r"num_items=2.*together with output_scores=True"):
-        model.generate(**tiny_context(catalogue, model), num_items=2, num_beams=2, output_scores=True)
+    with pytest.raises(ValueError, match=r"num_session_items=2.*together with output_scores=True"):
+        model.generate(**tiny_context(catalogue, model), num_session_items=2, num_beams=2, output_scores=True)

@@ -15,7 +15,8 @@ from onerec_hf import (
     OneRecSessionRewardConfig,
     OneRecSessionRewardModel,
 )
-from onerec_hf.data import EventFeature, OneRecCollator
+from onerec_hf.collators import OneRecCollator
+from onerec_hf.data import EventFeature
 from onerec_hf.rewards import CandidateCollator, reward_of_model
 from onerec_hf.trainers import pair_mining
 from onerec_hf.trainers.pair_mining import mine_pairs

@@ -6,7 +6,8 @@ import torch
 from safetensors.numpy import load_file, save_file
 
 from onerec_hf import OneRecPScoreConfig, OneRecPScoreModel, OneRecSessionRewardConfig, OneRecSessionRewardModel
-from onerec_hf.data import EventFeature, OneRecCollator, RewardCollator
+from onerec_hf.collators import OneRecCollator, RewardCollator
+from onerec_hf.data import EventFeature
 from onerec_hf.rewards import RewardModel, reward_of_model
 
 from ..numeric import assert_close

@@ -32,7 +32,6 @@ BOS = 1
 
 
 # ---- duration-aware shaping
-# --------------------------------------------------------------------------------------------
 
 
 def test_buckets_are_powers_of_the_base():
@@ -138,7 +137,6 @@ def test_impossible_durations_are_refused(bad):
 
 
 # ---- legality
-# ----------------------------------------------------------------------------------------------------------
 
 
 def test_what_completions_spell():
@@ -189,7 +187,6 @@ def test_format_reward_on_the_most_probable():
 
 
 # ---- bound to the sample
-# -----------------------------------------------------------------------------------------------
 
 
 def test_equal_histories_with_different_targets_keep_their_own_reward():

@@ -10,6 +10,7 @@ import pytest
 import yaml
 
 from onerec_hf import cli
+from onerec_hf.scripts import parser
 from onerec_hf.scripts.parser import CONFIGS, ScriptParser, config_path
 from onerec_hf.scripts.score import ScoreArguments
 
@@ -102,3 +103,31 @@ def test_a_config_without_a_name_is_a_usage_error(capsys):
     with pytest.raises(SystemExit):
         ScriptParser("score", None, [ScoreArguments]).parse(["--config"])
     assert "onerec score: error: --config needs a YAML file" in capsys.readouterr().err
+
+
+def test_one_process_in_place_of_two_is_said():
+    """As a user starts it; what else is wrong is found after it."""
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2"]
+    command = [*launch, str(ROOT / "recipes" / "score.py"), "--model", "absent", "--data", "absent"]
+    found = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=200)
+    assert found.returncode and "absent" in found.stderr
+    assert "told several processes and started one" in found.stderr and "--accelerate_config cpu_2" in found.stderr
+
+
+@pytest.mark.parametrize(
+    ("environment", "warnings"),
+    [
+        ({"ACCELERATE_MIXED_PRECISION": "no"}, 0),
+        ({"ACCELERATE_MIXED_PRECISION": "no", "MASTER_ADDR": "127.0.0.1"}, 1),
+        ({"ACCELERATE_MIXED_PRECISION": "no", "MASTER_ADDR": "127.0.0.1", "WORLD_SIZE": "2"}, 0),
+        ({"ACCELERATE_MIXED_PRECISION": "no", "MASTER_ADDR": "127.0.0.1", "OMPI_COMM_WORLD_SIZE": "2"}, 0),
+        ({"MASTER_ADDR": "127.0.0.1"}, 0),
+    ],
+)
+def test_several_processes_are_not_warned_of(environment, warnings, monkeypatch):
+    """One process by accelerate; one in place of two; two by torchrun; two by MPI; none of them."""
+    said = []
+    monkeypatch.setattr(parser.os, "environ", environment)
+    monkeypatch.setattr(parser.logger, "warning", said.append)
+    parser.warn_of_one_process()
+    assert len(said) == warnings

@@ -88,11 +88,11 @@ def entries(tmp_path) -> str:
     fit = {"num_epochs": 1, "progress": False}
     path = tmp_path / "entries.yaml"
     rows = {
-        "popularity": {"recipe": "baseline.py", "name": "popularity", "seeds": [0]},
-        "itemknn": {"recipe": "baseline.py", "name": "itemknn", "seeds": [0], "model": {"shrink": 0.0}},
-        "bert4rec": {"recipe": "baseline.py", "name": "bert4rec", "model": tiny, "fit": fit},
+        "popularity": {"recipe": "baseline", "name": "popularity", "seeds": [0]},
+        "itemknn": {"recipe": "baseline", "name": "itemknn", "seeds": [0], "model": {"shrink": 0.0}},
+        "bert4rec": {"recipe": "baseline", "name": "bert4rec", "model": tiny, "fit": fit},
         "fdsa": {
-            "recipe": "baseline.py",
+            "recipe": "baseline",
             "name": "fdsa",
             "seeds": [1],
             "attributes": ["group"],
@@ -100,7 +100,7 @@ def entries(tmp_path) -> str:
             "fit": fit,
         },
         "tiger": {
-            "recipe": "baseline.py",
+            "recipe": "baseline",
             "name": "tiger",
             "seeds": [1],
             "eval_users": 5,
@@ -150,7 +150,7 @@ def test_leaderboard_runs_resumes_and_compares(prepared, tmp_path, monkeypatch):
     # what has ended is not run again, what has other arguments or no result is
     stamps = {path.parent: path.stat().st_mtime_ns for path in tmp_path.glob("*/*/metrics.json")}
     (tmp_path / "itemknn" / "seed0" / "metrics.json").unlink()
-    (tmp_path / "popularity" / "seed0" / "command.json").write_text('["baseline.py"]')
+    (tmp_path / "popularity" / "seed0" / "command.json").write_text('["baseline"]')
     again = leaderboard.main(arguments)
     now = {path.parent: path.stat().st_mtime_ns for path in tmp_path.glob("*/*/metrics.json")}
     assert {path.parent.name for path in stamps if stamps[path] != now[path]} == {"itemknn", "popularity"}
@@ -188,7 +188,7 @@ def test_every_default_entry_is_an_argument_of_its_recipe():
 
     for name, entry in load_entries("leaderboard.yaml").items():
         assert Path(config_path(entry.get("config", "leaderboard.yaml"))).is_relative_to(CONFIGS), name
-        if entry["recipe"] == "baseline.py":
+        if entry["recipe"] == "baseline":
             known = set(baseline.BaselineArguments.__dataclass_fields__)
             assert set(entry) - {"recipe", "seeds", "config"} <= known, name
             assert "fit" not in entry or set(entry["fit"]) <= parameters(entry["name"]), name

@@ -303,7 +303,6 @@ def test_a_run_in_the_folder_of_another_says_so_and_leaves_none_of_its_results(d
 
 
 # ---- baselines and the leaderboard
-# -------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -333,23 +332,25 @@ def test_baselines_say_it_before_they_train(data, tmp_path, no_training, setting
     "entries, message",
     [
         (
-            "a: {recipe: baseline.py, name: popularity}\nb: {recipe: baseline.py, name: sasrec, fit: {epochs: 1}}",
+            "a: {recipe: baseline, name: popularity}\nb: {recipe: baseline, name: sasrec, fit: {epochs: 1}}",
             r"the entry 'b' cannot run: fit=\['epochs'\] is not known.*Nothing was started",
         ),
         (
-            "a: {recipe: baseline.py, name: popularity}\nb: {recipe: baseline.py, name: gru4rec}",
+            "a: {recipe: baseline, name: popularity}\nb: {recipe: baseline, name: gru4rec}",
             "the entry 'b' cannot run: .*invalid choice: 'gru4rec'",
         ),
         (
-            "a: {recipe: baseline.py, name: popularity}\nb: {recipe: sft.py, metric_for_best_model: hits}",
+            "a: {recipe: baseline, name: popularity}\nb: {recipe: sft, metric_for_best_model: hits}",
             "the entry 'b' cannot run: metric_for_best_model='hits'",
         ),
         (
-            "a: {recipe: baseline.py, name: popularity}\na: {recipe: baseline.py, name: itemknn}",
+            "a: {recipe: baseline, name: popularity}\na: {recipe: baseline, name: itemknn}",
             r"several entries named \['a'\]",
         ),
-        ("a: {recipe: baselines.py}", "a has recipe='baselines.py'; allowed are"),
-        ("a/b: {recipe: baseline.py}", "'a/b' is no name of a folder"),
+        ("a: {recipe: baselines}", "a has recipe='baselines'; allowed are"),
+        ("a: {name: popularity}", r"a has \['name'\]: give one of `recipe: baseline | sft`, `predictions: FILE`"),
+        ("a: {recipe: own, python: 'm:f'}", r"a has \['recipe', 'python'\]: give one of"),
+        ("a/b: {recipe: baseline}", "'a/b' is no name of a folder"),
     ],
 )
 def test_the_leaderboard_checks_every_entry_before_the_first(data, tmp_path, entries, message):
@@ -363,7 +364,6 @@ def test_the_leaderboard_checks_every_entry_before_the_first(data, tmp_path, ent
 
 
 # ---- publish
-# -----------------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture

@@ -11,7 +11,7 @@ from huggingface_hub import ModelCard
 from transformers import AutoModel, AutoTokenizer
 
 from onerec_hf import Catalogue, OneRecV2Config, OneRecV2ForCausalLM
-from onerec_hf.data import OneRecCollator
+from onerec_hf.collators import OneRecCollator
 from onerec_hf.recommender import ItemRanker, Recommender
 from onerec_hf.semantic_ids import load_quantizer
 from onerec_hf.trainers.pair_files import save_rows

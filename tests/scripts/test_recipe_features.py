@@ -99,7 +99,6 @@ def test_what_lifelong_needs_is_said_before_the_long_work(log, tmp_path, monkeyp
 
 
 # ---- the industrial reward
-# ---------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")

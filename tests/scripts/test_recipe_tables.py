@@ -8,7 +8,8 @@ import pandas as pd
 import pytest
 
 from onerec_hf import Catalogue
-from onerec_hf.data import OneRecCollator, load_splits
+from onerec_hf.collators import OneRecCollator
+from onerec_hf.data import load_splits
 from onerec_hf.trainers import load_pairs
 
 

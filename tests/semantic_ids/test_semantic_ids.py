@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from onerec_hf.semantic_ids import ResidualKMeans, quality_report, resolve_collisions
-from onerec_hf.semantic_ids import blocks as blocks_module
+from onerec_hf.semantic_ids import distances as blocks_module
 from onerec_hf.semantic_ids.balance import Prices, balanced_sizes, cheapest_two, enforce_sizes
 from onerec_hf.semantic_ids.kmeans import kmeans_plus_plus, train_codebook
 

@@ -7,7 +7,7 @@ import pandas as pd
 import pytest
 
 from onerec_hf.evaluation import bootstrap_lift
-from onerec_hf.simulator import ShortVideoWorld, serve, user_totals
+from onerec_hf.simulator import ShortVideoWorld, simulate_visits, user_totals
 from onerec_hf.simulator.serving import EVENT_COLUMNS
 
 
@@ -27,8 +27,8 @@ def fixed_list(rows, seen, k, shift=0):
 
 def test_serving_is_a_function_of_the_seed_and_shares_its_luck(world):
     history = world.logs(0)
-    one = serve(world, fixed_list, history, num_days=3, max_views=6, seed=5)
-    again = serve(world, fixed_list, history, num_days=3, max_views=6, seed=5)
+    one = simulate_visits(world, fixed_list, history, num_days=3, max_views=6, seed=5)
+    again = simulate_visits(world, fixed_list, history, num_days=3, max_views=6, seed=5)
     pd.testing.assert_frame_equal(one, again)
 
     def odd_users_get_others(rows, seen, k):
@@ -36,7 +36,7 @@ def test_serving_is_a_function_of_the_seed_and_shares_its_luck(world):
             [[row["user_id"] % 2] for row in rows], fixed_list(rows, seen, k, shift=40), fixed_list(rows, seen, k)
         )
 
-    other = serve(world, odd_users_get_others, history, num_days=3, max_views=6, seed=5)
+    other = simulate_visits(world, odd_users_get_others, history, num_days=3, max_views=6, seed=5)
     even = [log[log.user_id % 2 == 0].drop(columns="request_id").reset_index(drop=True) for log in (one, other)]
     pd.testing.assert_frame_equal(*even)  # where the lists agree everything does
     visits = [set(zip(log.user_id, log.day)) for log in (one, other)]
@@ -44,7 +44,7 @@ def test_serving_is_a_function_of_the_seed_and_shares_its_luck(world):
     drawn = world.sample_feedback(one.user_id.to_numpy(), one.video_id.to_numpy(), one.time_ms.to_numpy(), 5)
     for name, values in drawn.items():
         assert (one[name] == values).all()
-    assert len(serve(world, fixed_list, history, num_days=3, max_views=6, seed=6)) != len(one)
+    assert len(simulate_visits(world, fixed_list, history, num_days=3, max_views=6, seed=6)) != len(one)
 
 
 def test_users_go_down_their_list_until_they_leave(world):
@@ -54,7 +54,7 @@ def test_users_go_down_their_list_until_they_leave(world):
         calls.append(fixed_list(rows, seen, k))
         return calls[-1]
 
-    log = serve(world, record, world.logs(0), num_days=4, max_views=6, seed=1)
+    log = simulate_visits(world, record, world.logs(0), num_days=4, max_views=6, seed=1)
     first = world.start_time_ms + world.num_days * 86_400_000
     length = []
     for (_, day), own in log.groupby(["user_id", "day"]):
@@ -80,7 +80,7 @@ def test_the_next_day_knows_the_day_before_and_nothing_else(world):
         seen_videos.append({row["user_id"]: set(own.tolist()) for row, own in zip(rows, seen)})
         return fixed_list(rows, seen, k)
 
-    log = serve(world, record, history, num_days=3, max_views=5, seed=2)
+    log = simulate_visits(world, record, history, num_days=3, max_views=5, seed=2)
     for day, (rows, videos) in enumerate(zip(seen_rows, seen_videos)):
         known = pd.concat([history, log[log.day < day]])
         for user, row in rows.items():
@@ -96,12 +96,12 @@ def test_log_probabilities_stay_with_their_video(world):
         found = fixed_list(rows, seen, k)
         return found, np.stack([-found - 1.0, -10.0 * found - 1], axis=2)
 
-    log = serve(world, with_log_probs, world.logs(0), num_days=2, max_views=5)
+    log = simulate_visits(world, with_log_probs, world.logs(0), num_days=2, max_views=5)
     assert (log.log_prob_1 == -log.video_id - 1).all() and (log.log_prob_2 == -10 * log.video_id - 1).all()
 
 
 def test_totals_against_plain_python(world):
-    log = serve(world, fixed_list, world.logs(0), num_days=3, max_views=6)
+    log = simulate_visits(world, fixed_list, world.logs(0), num_days=3, max_views=6)
     users, cold = np.arange(60), np.arange(80) % 7 == 0
     totals = user_totals(log, users, world.content_embeddings, cold)
     for user in (0, 7, 33):

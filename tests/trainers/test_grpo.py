@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from trl.trainer import grpo_trainer
 
-from onerec_hf.data import OneRecCollator
+from onerec_hf.collators import OneRecCollator
 from onerec_hf.rewards import FormatReward, is_legal, reward_of_model
 from onerec_hf.trainers import OneRecGRPOConfig, OneRecGRPOTrainer
 from onerec_hf.trainers.grpo_rollouts import EndlessBatches, pad_logged, rollout
@@ -275,7 +275,7 @@ def test_sessions_are_sampled(how, tmp_path):
 
 
 def test_unconstrained_sessions_say_why_not(tmp_path):
-    with pytest.raises(ValueError, match="num_items=3"):
+    with pytest.raises(ValueError, match="num_session_items=3"):
         make(tmp_path, architecture="onerec", rollout="unconstrained").train()
 
 
@@ -288,7 +288,7 @@ def test_session_codes_count_and_bos_does_not(tmp_path):
     assert rows.shape[1] == 12 and chunk["tool_mask"].sum(-1).unique().tolist() == [9]
     context = {name.split("/")[1]: tensor for name, tensor in chunk.items() if name.startswith("context/")}
     with torch.no_grad():
-        found, _ = trainer.row_log_probs(trainer.policy, context, rows)
+        found, _ = trainer.completion_log_probs(trainer.policy, context, rows)
         wanted = trainer.policy(target_ids=rows.view(-1, 3, 4)[..., 1:], **context).target_log_probs
     torch.testing.assert_close(found.view(len(rows), -1)[:, [3, 7]], torch.zeros(len(rows), 2))
     torch.testing.assert_close(found.sum(1), wanted.flatten(1).sum(1))
@@ -314,7 +314,6 @@ def test_entropy_and_norms_by_sign(tmp_path):
 
 
 # ---- rewards
-# -----------------------------------------------------------------------------------------------------------
 
 
 def test_rewards_stay_with_their_sample(tmp_path):
@@ -460,7 +459,6 @@ def test_rewards_that_are_no_numbers_stop_the_run(value, tmp_path):
 
 
 # ---- logged exposures
-# --------------------------------------------------------------------------------------------------
 
 
 def logged_rows():
@@ -592,7 +590,6 @@ def test_endless_batches_are_a_function_of_their_number():
 
 
 # ---- the rest of the contract
-# ------------------------------------------------------------------------------------------
 
 
 def run(folder, resume=None, **settings):

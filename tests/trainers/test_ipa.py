@@ -21,7 +21,7 @@ from safetensors.torch import load_file, save_file
 from trl import DPOTrainer
 
 from onerec_hf import Catalogue, OneRecV2ForCausalLM
-from onerec_hf.data import OneRecCollator, PathwayCollator, SessionCollator
+from onerec_hf.collators import OneRecCollator, PathwayCollator, SessionCollator
 from onerec_hf.trainers import IPAConfig, IPATrainer, OneRecSFTConfig
 from onerec_hf.trainers.pair_files import load_pairs, load_rows, save_rows
 from onerec_hf.trainers.pair_mining import choose_pairs, completion_log_probs, context_inputs, mine_pairs
@@ -81,7 +81,7 @@ def token_reward(completion_ids, **columns):
 def all_candidates(model) -> torch.Tensor:
     """Token ids (candidates, m, L) of every item, or of every ordered session of different items."""
     codes = model.catalogue.semantic_ids.long() + torch.tensor(model.config.level_offsets)
-    choices = itertools.permutations(range(len(codes)), model.num_items)
+    choices = itertools.permutations(range(len(codes)), model.num_session_items)
     return torch.stack([codes[list(choice)] for choice in choices])
 
 
@@ -98,7 +98,6 @@ def one_user(collator, row) -> dict:
 
 
 # ---- mining
-# -----------------------------------------------------------------------------------------------------------
 
 
 def test_best_and_worst_by_hand():
@@ -180,7 +179,6 @@ def test_rewards_that_are_no_numbers_are_refused():
 
 
 # ---- loss
-# -------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
@@ -200,7 +198,9 @@ def test_loss_of_a_batch_is_the_formula(architecture, tmp_path):
     expected = model(**collator(list(rows))).loss
     for pair in pairs:
         context = one_user(collator, rows[pair["row"]])
-        chosen, rejected = (torch.tensor(pair[name]).view(model.num_items, 3) for name in ("chosen", "rejected"))
+        chosen, rejected = (
+            torch.tensor(pair[name]).view(model.num_session_items, 3) for name in ("chosen", "rejected")
+        )
         gain = row_log_prob(model, context, chosen) - pair["ref_chosen_logps"]
         loss_of = row_log_prob(model, context, rejected) - pair["ref_rejected_logps"][0]
         expected = expected + 0.7 * -F.logsigmoid(0.3 * (gain - loss_of)) / 8
@@ -257,7 +257,6 @@ def test_training_widens_the_margin(loss_type, tmp_path):
 
 
 # ---- iterations
-# -------------------------------------------------------------------------------------------------------
 
 
 def test_the_generator_of_an_iteration_is_its_reference_router_biases_included(tmp_path):
@@ -381,7 +380,9 @@ def test_samples_follow_the_models_distribution(architecture, overrides):
     if overrides:
         codes = [tuple(ids) for ids in catalogue.semantic_ids.tolist()]
     items = torch.tensor(list(codes)) + torch.tensor([4, 7])
-    every = torch.stack([items[list(c)] for c in itertools.product(range(len(items)), repeat=models[0].num_items)])
+    every = torch.stack(
+        [items[list(c)] for c in itertools.product(range(len(items)), repeat=models[0].num_session_items)]
+    )
     context = one_user(collator, rows[0])
     with torch.no_grad():
         seed, other = (completion_log_probs(model, context, every.unsqueeze(0))[0] for model in models)
@@ -480,7 +481,6 @@ def test_two_processes_equal_one(tmp_path):
 
 
 # ---- given pairs
-# ------------------------------------------------------------------------------------------------------
 
 
 def test_given_pairs_serve_every_epoch_with_the_seed_as_reference(tmp_path):
@@ -574,7 +574,6 @@ def test_pairs_of_another_run_are_compared_with_this_one(tmp_path):
 
 
 # ---- bad input
-# --------------------------------------------------------------------------------------------------------
 
 
 def test_no_pair_at_all_is_an_error(tmp_path):
@@ -659,7 +658,6 @@ def test_arguments_of_a_run_make_the_arguments_of_another(kind, tmp_path):
 
 
 # ---- LoRA
-# -------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
@@ -707,7 +705,7 @@ def test_lora(architecture, tmp_path):
     policy = trainer.model.eval()
     pairs = [datasets.load_from_disk(str(tmp_path / "pairs" / f"iteration_{i:03d}")) for i in (0, 1)]
     context = context_inputs(collator([rows[i] for i in pairs[0]["row"]]))
-    shape = (8, 1, model.num_items, 3)
+    shape = (8, 1, model.num_session_items, 3)
     with torch.no_grad():
         with policy.disable_adapter():  # the frozen base is the reference of the first iteration
             first = completion_log_probs(policy, context, torch.tensor(pairs[0]["chosen"]).view(shape))[:, 0]

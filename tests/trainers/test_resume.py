@@ -57,7 +57,6 @@ def warnings(monkeypatch):
 
 
 # ---- the same numbers
-# ----------------------------------------------------------------------------------------------------
 
 
 def forked(name, folder, processes, **settings):
@@ -156,7 +155,6 @@ def test_the_last_step_is_not_trained_twice(tmp_path):
 
 
 # ---- which checkpoint
-# ------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("resume", ["true", "True", "latest", True])
@@ -213,7 +211,6 @@ def test_nothing_to_resume_from(stopped, tmp_path):
 
 
 # ---- of the same run
-# -----------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", ["SFT", "IPA", "GRPO"])

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 import torch
 
-from onerec_hf.data import OneRecCollator, PathwayCollator, SessionCollator
+from onerec_hf.collators import OneRecCollator, PathwayCollator, SessionCollator
 from onerec_hf.trainers import (
     IPAConfig,
     IPATrainer,

@@ -17,7 +17,7 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 from trl import SFTConfig, SFTTrainer
 
 from onerec_hf import SemanticIdTokenizer
-from onerec_hf.data import OneRecCollator, SessionCollator
+from onerec_hf.collators import OneRecCollator, SessionCollator
 from onerec_hf.trainers import IPAConfig, IPATrainer, OneRecSFTConfig, OneRecSFTTrainer
 
 from ..numeric import assert_close
@@ -65,7 +65,7 @@ def trained(folder, architecture, batch, accumulate, kind="sft"):
         trainer = OneRecSFTTrainer(model, OneRecSFTConfig(**settings), data_collator=collator, train_dataset=rows)
     else:
         # user 12 has no pair, user 8 a long history; items 0.. are chosen, items 10.. rejected
-        chosen, rejected = (tokens[first : first + model.num_items].flatten().tolist() for first in (0, 10))
+        chosen, rejected = (tokens[first : first + model.num_session_items].flatten().tolist() for first in (0, 10))
         pairs = [{"row": row, "chosen": chosen, "rejected": rejected} for row in (0, 1, 8)]
         config = IPAConfig(**settings, preference_weight=3.0, kl_users=0)
         given = datasets.Dataset.from_list(pairs)

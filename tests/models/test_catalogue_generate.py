@@ -106,7 +106,7 @@ def test_custom_generate_and_processor_give_the_same_beams(name):
         **inputs, custom_generate=catalogue_generate, catalogue=catalogue, level_offsets=OFFSETS, search_beams=5,
         allowed_items=allowed, return_dict_in_generate=True, max_new_tokens=3,
     )  # fmt: skip
-    processor = CatalogueLogitsProcessor(catalogue, OFFSETS, prompt_length=6, allowed=allowed)
+    processor = CatalogueLogitsProcessor(catalogue, OFFSETS, prompt_length=6, allowed_items=allowed)
     theirs = model.generate(
         **inputs, logits_processor=LogitsProcessorList([processor]), num_beams=5, num_return_sequences=5,
         max_new_tokens=3, do_sample=False, output_scores=True, return_dict_in_generate=True,

@@ -10,8 +10,8 @@ from typing import Literal
 import numpy as np
 import torch
 
-from .collators import SessionCollator, event_column
-from .features import EventFeature, reaches
+from ..data.features import EventFeature, event_column, reaches
+from .onerec_collator import SessionCollator
 
 PATHWAYS = ("short_term", "positive", "lifelong")
 

@@ -35,7 +35,8 @@ class CatalogueLogitsProcessor(LogitsProcessor):
         level_offsets (`list[int]`): Token id of code 0 of each level.
         prompt_length (`int`): Tokens in front of the first code, BOS included; of an encoder-decoder, those of the
             decoder.
-        allowed (`torch.BoolTensor` of shape (B, N), *optional*): Subset per request; rows of one request are adjacent.
+        allowed_items (`torch.BoolTensor` of shape (B, N), *optional*): Subset per request; rows of one request are
+            adjacent.
         eos_token_id (`int`, *optional*): Allowed alone once the semantic ID is complete.
     """
 
@@ -44,11 +45,13 @@ class CatalogueLogitsProcessor(LogitsProcessor):
         catalogue: Catalogue,
         level_offsets: Sequence[int],
         prompt_length: int = 1,
-        allowed: torch.Tensor | list[torch.Tensor] | None = None,
+        allowed_items: torch.Tensor | list[torch.Tensor] | None = None,
         eos_token_id: int | None = None,
     ):
         self.catalogue, self.level_offsets, self.prompt_length = catalogue, list(level_offsets), prompt_length
-        self.alive = catalogue.alive(allowed) if isinstance(allowed, torch.Tensor) else allowed
+        self.node_masks = (
+            catalogue.node_masks(allowed_items) if isinstance(allowed_items, torch.Tensor) else allowed_items
+        )
         self.eos_token_id = eos_token_id
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> Any:
@@ -64,12 +67,13 @@ class CatalogueLogitsProcessor(LogitsProcessor):
         for depth in range(level):
             code = input_ids[:, self.prompt_length + depth] - self.level_offsets[depth]
             node = self.catalogue.step(node, depth, code)
-        valid = self.catalogue.valid_codes(node, level, None if self.alive is None else self.alive[level])
+        valid = self.catalogue.valid_codes(node, level, None if self.node_masks is None else self.node_masks[level])
         start, rows = self.level_offsets[level], scores.shape[0]
         inside = slice(start, start + valid.shape[1])
         if rows % valid.shape[0]:
             raise ValueError(
-                f"allowed has {valid.shape[0]} rows, the search {rows}: give one row per request, or one row for all."
+                f"allowed_items has {valid.shape[0]} rows, the search {rows}: give one row per request, or one row "
+                "for all."
             )
         if 1 < valid.shape[0] < rows:  # at the first level, one row per request
             valid = valid.repeat_interleave(rows // valid.shape[0], 0)

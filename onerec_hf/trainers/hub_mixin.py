@@ -15,7 +15,7 @@ from huggingface_hub import CommitInfo
 from transformers.utils import logging
 
 from .._version import __version__
-from ..data import OneRecCollator
+from ..collators import OneRecCollator
 from ..evaluation import prediction_entropy
 from ..hub import model_card, plot_prediction_entropy, plot_training_curve, push_to_hub, table_cell
 from .resume import ResumableTrainer, StopAtNonFinite
@@ -23,7 +23,7 @@ from .resume import ResumableTrainer, StopAtNonFinite
 logger = logging.get_logger(__name__)
 
 
-class RepositoryMixin(StopAtNonFinite, ResumableTrainer):
+class HubMixin(StopAtNonFinite, ResumableTrainer):
     """
     To be named before `Trainer` (or a trainer of TRL) among the bases. A trainer may set:
 
@@ -205,4 +205,4 @@ def _base_model(model) -> str | None:
     return name if name and re.fullmatch(r"[\w.-]+/[\w.-]+", name) and not os.path.exists(name) else None
 
 
-__all__ = ["RepositoryMixin"]
+__all__ = ["HubMixin"]

@@ -3,7 +3,8 @@
 import numpy as np
 import pytest
 
-from onerec_hf.data import EventFeature, OneRecCollator, category_codes, category_map
+from onerec_hf.collators import OneRecCollator
+from onerec_hf.data import EventFeature, category_codes, category_map
 
 # five items, two levels; item i has tokens (10 + i, 20 + i)
 TOKENS = np.stack([np.arange(10, 15), np.arange(20, 25)], axis=1)

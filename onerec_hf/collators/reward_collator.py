@@ -9,10 +9,10 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 import torch
 
-from .collators import OneRecCollator, event_column
-from .features import EventFeature
-from .labels import event_labels, session_labels
-from .past_rates import period_of
+from ..data.features import EventFeature, event_column
+from ..data.labels import event_labels, session_labels
+from ..data.past_rates import period_of
+from .onerec_collator import OneRecCollator
 
 NOW = math.inf  # a `session_start`: everything in the history is known
 

@@ -6,8 +6,8 @@ from typing import Any
 import numpy as np
 from transformers.utils.hub import cached_file
 
-from .collators import CONFIG_NAME, OneRecCollator, SessionCollator
-from .pathways import PathwayCollator
+from .onerec_collator import CONFIG_NAME, OneRecCollator, SessionCollator
+from .pathway_collator import PathwayCollator
 
 
 def collator_of(model: Any, *repos: str | os.PathLike, **hub_kwargs) -> OneRecCollator:

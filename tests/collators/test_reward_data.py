@@ -8,15 +8,8 @@ import numpy as np
 import pytest
 import torch
 
-from onerec_hf.data import (
-    EventFeature,
-    Interactions,
-    RewardCollator,
-    SessionConfig,
-    past_rates,
-    quantile_codes,
-    session_splits,
-)
+from onerec_hf.collators import RewardCollator
+from onerec_hf.data import EventFeature, Interactions, SessionConfig, past_rates, quantile_codes, session_splits
 
 NAN = math.nan
 TOKENS = np.array([[4, 12, 20], [5, 13, 21], [6, 14, 22], [7, 15, 23]])

@@ -18,7 +18,7 @@ from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 from transformers.utils.hub import cached_file
 
-from .features import EventFeature, category_codes
+from ..data.features import EventFeature, category_codes, event_column
 
 CONFIG_NAME, WEIGHTS_NAME = "collator_config.json", "collator.safetensors"
 
@@ -212,7 +212,6 @@ class OneRecCollator:
         return found
 
     # ---- saved with the model
-    # ------------------------------------------------------------------------------------------
 
     def save_pretrained(self, folder: str | os.PathLike) -> None:
         """
@@ -308,17 +307,3 @@ class SessionCollator(OneRecCollator):
                 "must end before its targets. Make the rows with session_splits() or target_rows()."
             )
         return self.context(rows) | {"target_ids": self.pad_targets([row["targets"] for row in rows])}
-
-
-def event_column(row: dict, name: str, parallel_to: str = "history") -> np.ndarray:
-    """An event column of a row, checked: as many values as the list column `parallel_to`."""
-    if name not in row:
-        raise KeyError(
-            f"the rows have no column {name!r} for the event feature of that name; they have {sorted(row)}."
-        )
-    if len(row[name]) != len(row[parallel_to]):
-        raise ValueError(
-            f"column {name!r} has {len(row[name])} values, the {parallel_to} {len(row[parallel_to])}: they run in "
-            "parallel."
-        )
-    return np.asarray(row[name])

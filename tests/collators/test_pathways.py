@@ -6,8 +6,8 @@ import datasets
 import numpy as np
 import pytest
 
+from onerec_hf.collators import PathwayCollator
 from onerec_hf.data import (
-    PathwayCollator,
     SessionConfig,
     compress_lifelong,
     hierarchical_kmeans,

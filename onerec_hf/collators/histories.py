@@ -4,8 +4,9 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 import numpy as np
+import torch
 
-from .collators import OneRecCollator
+from .onerec_collator import OneRecCollator
 
 
 def is_per_user(ids: Sequence | None) -> bool:
@@ -23,13 +24,60 @@ def check_per_user(
     """Raises a ValueError unless what is given per user is given for each of the `n` users."""
     given = {f"events[{name!r}]": values for name, values in (events or {}).items()}
     given |= {f"users[{name!r}]": values for name, values in (users or {}).items()}
-    given |= {name: ids for name, ids in (("allow", allow), ("deny", deny)) if ids is not None and is_per_user(ids)}
+    for name, ids in (("allow", allow), ("deny", deny)):
+        if ids is not None and (isinstance(ids, str) or not hasattr(ids, "__len__")):
+            raise ValueError(f"{name}={ids!r}: a list of item ids, also for one item.")
+        given |= {name: ids} if ids is not None and is_per_user(ids) else {}
     for name, values in given.items():
         if isinstance(values, str) or not hasattr(values, "__len__") or len(values) != n:
             count = (
                 f"{len(values)} values" if hasattr(values, "__len__") and not isinstance(values, str) else repr(values)
             )
             raise ValueError(f"{name} has {count} for {n} users: pass one value or list per user, in their order.")
+
+
+# what is typed in their place, because `generate`, `recommend_items` or other libraries call it so
+_OUR_NAMES = {
+    "allowed_items": "allow=[...], item ids that alone may be recommended (a mask goes to `model.recommend_items`)",
+    "denied_items": "deny=[...], item ids that may not be recommended",
+    "filter_already_liked_items": "exclude_seen=True",
+    "num_items": "k",
+    "num_return_sequences": "k",
+    "top_k": "k",
+    "num_beams": "`Recommender.from_pretrained(repo, num_beams=...)`, or `recommender.ranker.num_beams = ...`",
+    "batch_size": "a call per batch of histories, or the pipeline, which has a batch_size",
+}
+
+
+def refuse_arguments(unknown: Mapping[str, Any]) -> None:
+    """Raises a TypeError for arguments that `Recommender.recommend` does not have; it names those that it has."""
+    for name in unknown:
+        ours = _OUR_NAMES.get(name, "one of k, allow, deny, exclude_seen, events, users, unknown_items, session")
+        raise TypeError(f"Recommender.recommend has no argument {name!r}: write {ours}.")
+
+
+def allowed_items(
+    catalogue: Any, seen: Sequence[Any], exclude_seen: bool, allow: Sequence | None, deny: Sequence | None
+) -> torch.Tensor | None:
+    """
+    The items that each user may get, a mask (B, N) on the catalogue's device; None where nothing is left out.
+
+    Args:
+        catalogue: With `index_of`.
+        seen: Item indices of each user's history, which `exclude_seen` leaves out.
+        allow, deny: Item ids that alone may, or may not, come: for all users, or a list per user.
+    """
+    if not exclude_seen and allow is None and deny is None:
+        return None
+    mask = np.full((len(seen), catalogue.num_items), allow is None)
+    for ids, value in ((allow, True), (deny, False)):
+        if ids is None:
+            continue
+        for row, own in zip(mask, ids) if is_per_user(ids) else ((mask.T, ids),):
+            row[catalogue.index_of(own)] = value
+    for row, items in zip(mask, seen if exclude_seen else ()):
+        row[items] = False
+    return torch.from_numpy(mask).to(catalogue.device)
 
 
 def rows_to_arguments(collator: OneRecCollator, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
@@ -123,4 +171,4 @@ def history_rows(
     return rows
 
 
-__all__ = ["check_per_user", "history_rows", "is_per_user", "rows_to_arguments"]
+__all__ = ["allowed_items", "check_per_user", "history_rows", "is_per_user", "refuse_arguments", "rows_to_arguments"]

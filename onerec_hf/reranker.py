@@ -1,0 +1,301 @@
+"""Re-ranking: several scorers judge what the search and they themselves propose; a fitted linear model orders it.
+
+Models of semantic IDs, models of item ids and counts find different items, so that their sum ranks better than each
+(EnsRec, arXiv:2512.17820). Shapes: **B** users, **C** candidates, **F** features, **N** items.
+"""
+
+import json
+import os
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from transformers.utils.hub import cached_file
+
+from . import baselines
+from .models import RecommendedItems
+from .models.catalogue import Catalogue
+
+CONFIG_NAME, FOLDER = "reranker.json", "scorers"
+FILES = ("config.json", "model.safetensors")  # of a scorer
+CODES, ITEM_HEAD = "codes", "item head"
+KINDS = ("kept", "masked")  # weights where seen items may come back, and where they may not
+
+
+class Reranker:
+    r"""
+    Orders candidates by a weighted sum of scores.
+
+    The candidates of a user are the items of the beam and the `num_candidates` best of each scorer. Each has these
+    features: log p of its semantic ID (of the beam's worst item where the beam does not have it) and a flag for that;
+    of each scorer the log-probability among all items; of each of these also the probability as a share of the best
+    candidate's, since a logarithm makes little of the difference between good ones; log(1 + training events), and
+    whether the history has the item.
+
+    Args:
+        scorers: By name, each with `score_items(examples)`: for the columns of a split, log-probabilities (B, N),
+            `-inf` where an item can't be scored. Baselines have it.
+        weights (`dict`, *optional*): By kind (`"kept"`, `"masked"`), a weight per feature; `fit` makes it.
+        num_candidates (`int`, defaults to 50): What each scorer adds to the candidates.
+        item_head (`bool`, defaults to `False`): The item head of the model is a scorer, too.
+    """
+
+    def __init__(
+        self,
+        scorers: Mapping[str, Any],
+        weights: Mapping[str, Mapping[str, float]] | None = None,
+        num_candidates: int = 50,
+        item_head: bool = False,
+    ):
+        if without := [name for name, scorer in scorers.items() if not hasattr(scorer, "score_items")]:
+            raise TypeError(f"the scorers {without} have no `score_items(examples)`; `onerec_hf.baselines` have it.")
+        if num_candidates < 1:
+            raise ValueError(f"num_candidates={num_candidates}: at least 1.")
+        self.scorers, self.num_candidates, self.item_head = dict(scorers), num_candidates, item_head
+        self.positions: torch.Tensor | None = None  # (N,) the scorers' index of each item; None: the same
+        self.parts = (CODES, *([ITEM_HEAD] if item_head else []), *self.scorers)
+        best = (f"{part}, of the best" for part in self.parts)
+        self.features = (*self.parts, *best, "not in the beam", "popularity", "seen")
+        self.weights = {kind: dict(own) for kind, own in (weights or {}).items()}
+        for kind, own in self.weights.items():
+            if kind not in KINDS or set(own) != set(self.features):
+                raise ValueError(f"weights[{kind!r}] has {sorted(own)}, the features are {list(self.features)}.")
+
+    def candidates(
+        self,
+        found: RecommendedItems,
+        histories: Sequence[Sequence[int]],
+        catalogue: Catalogue,
+        allowed_items: torch.Tensor | None = None,
+        head_scores: torch.Tensor | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """
+        What may be recommended, and what speaks for it.
+
+        Args:
+            found: The beam's items and scores, (B, K).
+            histories: Item indices of the catalogue, one list per user.
+            allowed_items (`torch.BoolTensor` of shape (B or 1, N), *optional*): Items a user may get.
+            head_scores (`torch.FloatTensor` of shape (B, N), *optional*): Of the model's item head.
+
+        Returns:
+            Item indices (B, C), -1 where a row has fewer, each item once; and features (B, C, F).
+        """
+        beam, log_probs = found.items.cpu(), found.scores.float().cpu()
+        scores = self._scores(histories, catalogue.num_items, head_scores)
+        columns = [beam]
+        for own in scores.values():
+            if allowed_items is not None:
+                own = own.masked_fill(~allowed_items.cpu(), -torch.inf)
+            best = own.topk(min(self.num_candidates, own.shape[1]))
+            columns.append(best.indices.masked_fill(best.values == -torch.inf, -1))
+        items = _once(torch.cat(columns, dim=1))
+        known = items.clamp(min=0)
+        in_beam = (items[:, :, None] == beam[:, None, :]) & (items >= 0)[:, :, None]  # (B, C, K)
+        worst = log_probs.masked_fill(beam < 0, torch.inf).amin(1, keepdim=True)
+        codes = torch.where(in_beam.any(2), log_probs.gather(1, in_beam.int().argmax(2)), worst)
+        seen = torch.zeros(len(items), catalogue.num_items, dtype=torch.bool)
+        for row, history in zip(seen, histories):
+            row[torch.as_tensor(list(history), dtype=torch.long)] = True
+        counts = catalogue.popularity
+        popularity = torch.zeros(catalogue.num_items) if counts is None else torch.as_tensor(counts).float().log1p()
+        parts = [codes, *(own.gather(1, known).clamp(min=_FLOOR) for own in scores.values())]
+        parts = [part.nan_to_num(neginf=_FLOOR).masked_fill(items < 0, _FLOOR) for part in parts]
+        relative = [(part - part.amax(1, keepdim=True)).exp() for part in parts]
+        flags = [(~in_beam.any(2)).float(), popularity[known], seen.gather(1, known).float()]
+        return items, torch.stack([*parts, *relative, *flags], dim=2)
+
+    def __call__(
+        self,
+        found: RecommendedItems,
+        histories: Sequence[Sequence[int]],
+        catalogue: Catalogue,
+        k: int,
+        kind: str,
+        allowed_items: torch.Tensor | None = None,
+        head_scores: torch.Tensor | None = None,
+    ) -> RecommendedItems:
+        """The `k` best candidates of each user; arguments as in `candidates` and `rank`."""
+        return self.rank(*self.candidates(found, histories, catalogue, allowed_items, head_scores), k, kind)
+
+    def _scores(
+        self, histories: Sequence[Sequence[int]], num_items: int, head_scores: torch.Tensor | None
+    ) -> dict[str, torch.Tensor]:
+        """Of each scorer log-probabilities (B, N), `-inf` for items that it does not know."""
+        positions = torch.arange(num_items) if self.positions is None else self.positions
+        known = [own[own >= 0].tolist() for own in (positions[list(history)] for history in histories)]
+        every = {name: scorer.score_items({"history": known}) for name, scorer in self.scorers.items()}
+        if self.item_head:
+            if head_scores is None:
+                raise ValueError("this re-ranker was fitted with the model's item head: pass `head_scores`.")
+            every = {ITEM_HEAD: head_scores} | every
+        scores = {}
+        for name, own in every.items():
+            own = own.float().cpu()
+            own = torch.nn.functional.pad(own, (0, 1), value=-torch.inf)  # what -1 points at
+            scores[name] = own[:, positions]
+        return scores
+
+    def follow(self, kept: np.ndarray, num_new: int = 0) -> None:
+        """The catalogue keeps the items `kept` (indices), and gets `num_new` behind them that no scorer knows."""
+        positions = torch.arange(int(kept.max()) + 1) if self.positions is None else self.positions
+        self.positions = torch.cat([positions[torch.as_tensor(kept)], torch.full((num_new,), -1)])
+
+    def rank(
+        self, items: torch.Tensor, features: torch.Tensor, k: int, kind: str, without: Sequence[str] = ()
+    ) -> RecommendedItems:
+        """The `k` best candidates by the fitted weights; `without` leaves features out of the sum."""
+        if kind not in self.weights:
+            raise ValueError(f"the re-ranker has no weights {kind!r} yet: call `fit`.")
+        own = self.weights[kind]
+        weights = torch.tensor([0.0 if name in without else own[name] for name in self.features])
+        scores = (features @ weights).masked_fill(items < 0, -torch.inf)
+        order = scores.topk(min(k, scores.shape[1])).indices
+        items, scores = items.gather(1, order), scores.gather(1, order)
+        missing = (0, k - order.shape[1])
+        return RecommendedItems(
+            torch.nn.functional.pad(items, missing, value=-1),
+            torch.nn.functional.pad(scores, missing, value=-torch.inf),
+        )
+
+    def fit(
+        self, items: torch.Tensor, features: torch.Tensor, targets: Sequence[Sequence[int]], kind: str
+    ) -> dict[str, float]:
+        """
+        Weights by a listwise softmax: the mean log-probability of a user's targets among the candidates, maximised by
+        L-BFGS. It is convex, so nothing is drawn at random. Users none of whose targets is a candidate teach nothing.
+
+        Args:
+            items, features: Of `candidates`, of users on whom no scorer was trained.
+            targets: Item indices that each user chose next.
+
+        Returns:
+            The weights, by feature; they are kept under `kind`.
+        """
+        longest = max(map(len, targets))
+        padded = torch.full((len(targets), longest), -2)
+        for row, own in zip(padded, targets):
+            row[: len(own)] = torch.as_tensor(own)
+        chosen = (items[:, :, None] == padded[:, None, :]).any(2)  # (B, C)
+        useful = chosen.any(1)
+        if not useful.any():
+            raise ValueError(f"no target of the {len(targets)} users is among their candidates: nothing to fit.")
+        x, chosen, real = features[useful].double(), chosen[useful], items[useful] >= 0
+        spread = x[real].std(0)
+        scale = torch.where(spread > 0, spread, torch.ones_like(spread))
+        x = x / scale  # one step size for all features
+        weights = torch.zeros(x.shape[2], dtype=torch.double)
+        weights[0] = 1.0
+        weights.requires_grad_()
+        optimizer = torch.optim.LBFGS([weights], max_iter=200, line_search_fn="strong_wolfe")
+
+        def closure():
+            optimizer.zero_grad()
+            log_probs = (x @ weights).masked_fill(~real, -torch.inf).log_softmax(1)
+            loss = -(log_probs.masked_fill(~chosen, 0.0).sum(1) / chosen.sum(1)).mean()
+            loss = loss + _RIDGE * weights.square().sum()
+            loss.backward()
+            return loss
+
+        optimizer.step(closure)
+        own = (weights.detach() / scale).tolist()
+        self.weights[kind] = dict(zip(self.features, own))
+        return self.weights[kind]
+
+    def save_pretrained(self, folder: str | os.PathLike) -> None:
+        """Writes `reranker.json`, and each scorer into `scorers/<name>`."""
+        classes = {name: type(scorer).__name__ for name, scorer in self.scorers.items()}
+        if strange := [name for name, own in classes.items() if own not in baselines.SCORERS]:
+            raise ValueError(f"the scorers {strange} are no baselines of this package: they cannot be saved with it.")
+        folder = Path(folder)
+        for name, scorer in self.scorers.items():
+            (folder / FOLDER / name).mkdir(parents=True, exist_ok=True)
+            scorer.save_pretrained(folder / FOLDER / name)
+        settings = {"scorers": classes, "weights": self.weights, "num_candidates": self.num_candidates}
+        settings["item_head"] = self.item_head
+        if self.positions is not None:
+            settings["positions"] = self.positions.tolist()
+        (folder / CONFIG_NAME).write_text(json.dumps(settings, indent=2), encoding="utf-8")
+
+    @classmethod
+    def from_pretrained(cls, repo: str | os.PathLike, **hub_kwargs) -> "Reranker":
+        """Reads what `save_pretrained` wrote, from a folder or a Hub repository."""
+        settings = json.loads(Path(str(cached_file(str(repo), CONFIG_NAME, **hub_kwargs))).read_text(encoding="utf-8"))
+        scorers = {}
+        for name, kind in settings["scorers"].items():
+            paths = [cached_file(str(repo), f"{FOLDER}/{name}/{file}", **hub_kwargs) for file in FILES]
+            scorers[name] = baselines.SCORERS[kind].from_pretrained(Path(str(paths[0])).parent)
+        reranker = cls(scorers, settings["weights"], settings["num_candidates"], settings["item_head"])
+        if "positions" in settings:
+            reranker.positions = torch.tensor(settings["positions"])
+        return reranker
+
+
+def judge_ids(
+    item_scorer: Any,
+    catalogue: Catalogue,
+    rows: Sequence[Mapping[str, Any]],
+    events: Mapping[str, Any],
+    users: Mapping[str, Any],
+    num_candidates: int | None = None,
+) -> Callable[[torch.Tensor, torch.Tensor], torch.Tensor]:
+    """
+    What judges item ids, as `recommend_items` takes it, which knows indices.
+
+    Args:
+        item_scorer: A reward model, which also gets the `events` and `users` that it reads, or a function `(histories,
+            items)` of lists of ids that returns a number for each item.
+        rows: One per user, with `history` (indices) and event columns.
+        events, users: The columns that were given; `users` one value per user.
+        num_candidates: How many of a user's items or sessions are judged, the first; the others get `-inf`.
+    """
+    ids = catalogue.item_ids
+
+    def judge(items: torch.Tensor, log_probs: torch.Tensor) -> torch.Tensor:
+        sessions, found = items.dim() == 3, torch.full(log_probs.shape, -torch.inf)
+        real = log_probs.cpu() > -torch.inf
+        real[:, real.shape[1] if num_candidates is None else num_candidates :] = False
+        places = real.nonzero().tolist() if sessions else [[i] for i in real.any(1).nonzero().flatten().tolist()]
+        asked = (
+            [ids[items[tuple(place)].cpu().numpy()].tolist() for place in places]
+            if sessions
+            else [ids[items[i][real[i]].cpu().numpy()].tolist() for (i,) in places]
+        )
+        own = [rows[place[0]] for place in places]
+        histories = [ids[np.asarray(row["history"], dtype=np.int64)].tolist() for row in own]
+        if hasattr(item_scorer, "score"):
+            known = {"events": {name: [row[name] for row in own] for name in events}}
+            known["users"] = {name: [values[place[0]] for place in places] for name, values in users.items()}
+            judged = item_scorer.score(histories, asked, **known)
+        else:
+            judged = item_scorer(histories, asked)
+        wanted = [1 if sessions else len(one) for one in asked]
+        given = [1 if np.ndim(one) == 0 else len(one) for one in judged]
+        if given != wanted or any((np.ndim(one) == 0) != sessions for one in judged):
+            what = "one number for each session" if sessions else "one number for each item of each user"
+            raise ValueError(f"item_scorer returned {given[:5]} numbers, asked about {wanted[:5]}: {what} is needed.")
+        for place, one in zip(places, judged):
+            found[tuple(place) if sessions else (place[0], real[place[0]])] = torch.as_tensor(one, dtype=torch.float)
+        return found.to(log_probs.device)
+
+    return judge
+
+
+_FLOOR = -20.0  # nats: what "cannot be scored" counts as
+_RIDGE = 1e-6  # a feature that never varies gets weight 0
+
+
+def _once(items: torch.Tensor) -> torch.Tensor:
+    """Candidates (B, C), each item of a row once, -1 at the end of a row; columns that are empty everywhere go."""
+    ordered, order = items.sort(dim=1, stable=True)
+    twice = torch.zeros_like(ordered, dtype=torch.bool)
+    twice[:, 1:] = ordered[:, 1:] == ordered[:, :-1]
+    items = items.masked_fill(torch.zeros_like(twice).scatter(1, order, twice), -1)
+    order = (items < 0).int().argsort(dim=1, stable=True)  # the beam's items first, in their order
+    items = items.gather(1, order)
+    return items[:, : max(1, int((items >= 0).sum(1).max()))]
+
+
+__all__ = ["CONFIG_NAME", "FILES", "FOLDER", "Reranker", "judge_ids"]

@@ -1,0 +1,141 @@
+"""Fits a re-ranker of a trained model and baselines on the validation split, and saves it with the model.
+
+    onerec rerank --model outputs/mymodel --data outputs/mydata --scorers outputs/cooccurrence outputs/sasrec
+
+The search and each scorer propose items; a weighted sum of what all of them say orders these. The weights are fitted
+on validation users, once for lists where seen items may come back and once for lists without them.
+`Recommender.from_pretrained` uses what is saved; `recommend(..., rerank=False)` is the search alone. The test metrics
+of the whole replace those of the search alone, which stay in `metrics.json` under `search_alone`; `reranker` there
+holds weights, the share of targets among the candidates and what each scorer adds.
+"""
+
+import json
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import datasets
+import numpy as np
+import torch
+from tqdm.auto import tqdm
+
+from ..baselines import SCORERS
+from ..data import DataFolder
+from ..evaluation import evaluate
+from ..item_ranker import ItemRanker
+from ..reranker import KINDS, Reranker
+from .checks import check_beams, check_output, check_splits, unique_names
+from .ending import score_model, some, write_metrics
+from .model_arguments import load_policy
+from .parser import ScriptParser
+
+CLASSES = {"sasrec": "SASRec", "bert4rec": "BERT4Rec", "fdsa": "FDSA", "hstu": "HSTU", "cooccurrence": "CoOccurrence"}
+
+
+@dataclass
+class RerankArguments:
+    model: str = field(metadata={"help": "Folder that `onerec sft`, `dpo` or `grpo` wrote."})
+    data: str = field(metadata={"help": "Folder that `onerec prepare` wrote, of the same log."})
+    scorers: list[str] = field(metadata={"help": f"Folders of `onerec baseline` ({', '.join(CLASSES)})."})
+    num_beams: int = 50
+    num_candidates: int = field(default=50, metadata={"help": "What each scorer adds to the candidates."})
+    fit_users: int | None = field(default=8000, metadata={"help": "Validation users whose choices fit the weights."})
+    test_users: int | None = field(default=None, metadata={"help": "Users of the test split to score; default all."})
+    batch_size: int = 64
+    seed: int = 0
+    device: str | None = None
+
+
+def load_scorers(folders: list[str], num_items: int) -> dict[str, Any]:
+    """Baselines by the names of their folders."""
+    scorers = {}
+    for name, folder in zip(unique_names("", [Path(folder) for folder in folders]), map(Path, folders)):
+        path = folder / "metrics.json"
+        report = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+        kind = CLASSES.get(report.get("arguments", {}).get("name", ""))
+        if kind not in SCORERS or not (folder / "model" / "config.json").is_file():
+            raise ValueError(
+                f"{folder} holds no baseline that can score items: give folders of `onerec baseline --name` "
+                f"{', '.join(name for name, kind in CLASSES.items() if kind in SCORERS)}."
+            )
+        if report["num_items"] != num_items:
+            raise ValueError(f"{folder} knows {report['num_items']} items, the model {num_items}: another log.")
+        scorers[name.replace("/", "-")] = SCORERS[kind].from_pretrained(folder / "model")
+    return scorers
+
+
+def collect(
+    ranker: ItemRanker, reranker: Reranker, split: datasets.Dataset, kind: str, batch_size: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Candidates (U, C) and features (U, C, F) of every user of a split."""
+    parts = []
+    for start in tqdm(range(0, len(split), batch_size), desc=f"candidates, {kind}"):
+        rows = list(split.select(range(start, min(start + batch_size, len(split)))))
+        parts.append(ranker.candidates(rows, reranker, exclude_seen=kind == "masked"))
+    width = max(items.shape[1] for items, _ in parts)
+    pad = torch.nn.functional.pad
+    items = torch.cat([pad(items, (0, width - items.shape[1]), value=-1) for items, _ in parts])
+    return items, torch.cat([pad(own, (0, 0, 0, width - own.shape[1])) for _, own in parts])
+
+
+def ablation(reranker: Reranker, items: torch.Tensor, features: torch.Tensor, targets: list, kind: str) -> dict:
+    """recall@10 of half of the users by weights fitted on the other half: all parts, and without each of them."""
+    half = torch.arange(len(items)) % 2 == 0
+    taught, judged = ([targets[i] for i in rows.nonzero().flatten()] for rows in (half, ~half))
+    trial, found = Reranker(reranker.scorers, item_head=reranker.item_head), {}
+    for part in ("", *reranker.parts):
+        own = features.clone()
+        own[:, :, [i for i, name in enumerate(reranker.features) if name in (part, f"{part}, of the best")]] = 0.0
+        trial.fit(items[half], own[half], taught, kind)
+        lists = trial.rank(items[~half], own[~half], 10, kind).items.tolist()
+        hits = [len(set(one) & set(best)) / len(set(one)) for one, best in zip(judged, lists)]
+        found[f"without {part}" if part else "all"] = float(np.mean(hits))
+    return found
+
+
+def main(args: RerankArguments) -> dict:
+    """Runs the recipe; returns what it writes to `metrics.json`."""
+    output = Path(args.model)
+    check_beams(args.num_beams)
+    check_output(args.model, replaces=False)
+    data = DataFolder(args.data)
+    check_splits(data.splits)
+    recommender = load_policy(args.model, data, args.num_beams)
+    recommender.model.to(args.device)
+    scorers, head = load_scorers(args.scorers, data.num_items), bool(getattr(recommender.model, "item_head", None))
+    reranker = Reranker(scorers, num_candidates=args.num_candidates, item_head=head)
+    path = output / "metrics.json"
+    report = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    if "reranker" not in report:
+        report["search_alone"] = {name: report[name] for name in ("test", "test_exclude_seen") if name in report}
+    users = some(data.splits["validation"].shuffle(seed=0), args.fit_users, "fit_users")
+    fitted: dict[str, Any] = {"scorers": args.scorers, "fit_users": len(users)}
+    start = time.perf_counter()
+    for kind in KINDS:
+        items, features = collect(recommender.ranker, reranker, users, kind, args.batch_size)
+        targets = users["targets"][:]
+        weights = reranker.fit(items, features, targets, kind)
+        among = (items[:, :, None] == torch.tensor([own[0] for own in targets])[:, None, None]).any(2).any(1)
+        fitted[kind] = {"weights": weights, "first targets among the candidates": float(among.float().mean())}
+        fitted[kind]["recall@10 of half of the users"] = ablation(reranker, items, features, targets, kind)
+    fitted["seconds"] = time.perf_counter() - start
+    reranker.save_pretrained(output)
+    recommender.ranker.reranker = reranker
+    test = some(data.splits["test"], args.test_users, "test_users")
+    report |= score_model(recommender.ranker, test, output, args.seed)
+    validation = evaluate(recommender.ranker, data.splits["validation"], seed=args.seed)
+    report |= {"reranker": fitted, "reranked_validation": validation.to_dict()}
+    write_metrics(output, report)
+    return report
+
+
+def run(argv: list[str] | None = None) -> None:
+    """`onerec rerank`; `argv`: its arguments, by default those of the command line."""
+    report = main(*ScriptParser("rerank", __doc__, [RerankArguments]).parse(argv))
+    print(json.dumps({name: report[name] for name in ("search_alone", "reranker")}, indent=2))
+    print(json.dumps({name: report[name] for name in ("test", "test_exclude_seen")}, indent=2))
+
+
+if __name__ == "__main__":
+    run()

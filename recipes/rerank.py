@@ -1,0 +1,10 @@
+"""`onerec rerank` from a checkout; `--help` says what it does.
+
+python recipes/rerank.py --model outputs/mymodel --data outputs/mydata
+"""
+
+from onerec_hf.scripts.rerank import *  # noqa: F403  for those who import the recipe
+from onerec_hf.scripts.rerank import run
+
+if __name__ == "__main__":
+    run()

@@ -1,0 +1,120 @@
+"""The item head of OneRec-V2: its loss by hand, its scores, and the ways to serve with it."""
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from huggingface_hub.errors import StrictDataclassClassValidationError
+
+from onerec_hf import OneRecV2Config, OneRecV2ForCausalLM
+from onerec_hf.collators import OneRecCollator
+from onerec_hf.recommender import ItemRanker, Recommender
+from onerec_hf.reranker import Reranker
+
+from ..numeric import assert_close
+from ..tiny import tiny_catalogue, tiny_context, tiny_model
+
+VECTORS = {"context_features": {"item_vectors": 66}, "feature_embed_dims": {"item_vectors": 5}}
+VECTORS |= {"fixed_context_features": ["item_vectors"]}
+
+
+def model_with(catalogue, vectors=False, **settings):
+    own = VECTORS if vectors else {}
+    model = tiny_model(catalogue, item_head_dim=6, item_head_size=65, **own, **settings)
+    if vectors:
+        table = torch.randn(65, 5, generator=torch.Generator().manual_seed(3))
+        model.model.context_processor.embed_features.fill("item_vectors", table)
+    return model
+
+
+def inputs(catalogue, model, vectors=False):
+    context = tiny_context(catalogue, model)
+    if vectors:
+        context["context_features"] = torch.randint(1, 66, (3, 6, 1), generator=torch.Generator().manual_seed(4))
+    return context
+
+
+def targets(catalogue, model, items):
+    """Token ids (B, n, L) of item indices, pad tokens for -1."""
+    tokens = catalogue.semantic_ids.long() + torch.tensor(model.config.level_offsets)
+    items = torch.tensor(items)
+    return tokens[items.clamp(min=0)].masked_fill((items < 0).unsqueeze(2), model.config.pad_token_id)
+
+
+@pytest.mark.parametrize("vectors", [False, True])
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+def test_the_loss_by_hand(vectors, reduction):
+    catalogue = tiny_catalogue()
+    model = model_with(catalogue, vectors, item_loss_weight=0.5, loss_reduction=reduction)
+    context, items = inputs(catalogue, model, vectors), [[3, 9, -1], [12, -1, -1], [4, 5, 6]]
+    target_ids = targets(catalogue, model, items)
+    found = model(**context, target_ids=target_ids)
+    table = model.item_head.items.weight
+    if vectors:
+        given = model.model.context_processor.embed_features.tables[0].weight[1:]
+        table = table + given @ model.item_head.project.weight.T
+    losses = []
+    for row, own in enumerate(items):
+        one = {name: tensor[row : row + 1] for name, tensor in context.items()}
+        hidden = model.model(torch.tensor([[1]]), **one).last_hidden_state[0, 0]
+        scores = table @ (model.item_head.query.weight @ hidden)
+        losses += [F.cross_entropy(scores, torch.tensor(item)) for item in own if item >= 0]
+        assert_close(model.score_items(**one)[0], scores.log_softmax(0))
+    real = target_ids != model.config.pad_token_id
+    codes = -found.target_log_probs[real].sum() / (len(losses) * (3 if reduction == "mean" else 1))
+    assert_close(found.loss, codes + 0.5 * torch.stack(losses).mean())
+    # `Trainer` gives the number of codes (or rows) of a whole step: here of two such batches
+    count = 2 * model.loss_items(real)
+    assert_close(model(**context, target_ids=target_ids, num_items_in_batch=count).loss, found.loss / 2)
+    found.loss.backward()
+    assert all(weight.grad.abs().sum() > 0 for weight in model.item_head.parameters())
+    model.config.item_loss_weight = 0.0
+    assert_close(model(**context, target_ids=target_ids).loss, codes)
+
+
+def test_items_of_one_semantic_id_have_one_target():
+    """Items 60 to 64 repeat the semantic IDs of 0 to 4: the first of a semantic ID stands for all."""
+    catalogue = tiny_catalogue()
+    model = model_with(catalogue)
+    context = inputs(catalogue, model)
+    both = [model(**context, target_ids=targets(catalogue, model, [[item]] * 3)).loss for item in (2, 62)]
+    assert_close(*both)
+
+
+def test_it_is_saved_and_checked(tmp_path):
+    catalogue = tiny_catalogue()
+    model = model_with(catalogue, vectors=True)
+    model.save_pretrained(tmp_path)
+    again = OneRecV2ForCausalLM.from_pretrained(tmp_path)
+    context = inputs(catalogue, model, vectors=True)
+    assert_close(again.score_items(**context), model.score_items(**context))
+    with pytest.raises(ValueError, match="this model has no item head"):
+        tiny_model(catalogue).score_items(**tiny_context(catalogue, model))
+    with pytest.raises(
+        StrictDataclassClassValidationError,
+        match="item_head_dim=8 with item_head_size=0: a head has a width and a number",
+    ):
+        OneRecV2Config(codebook_sizes=[4, 4], item_head_dim=8)
+
+
+def test_a_reranker_reads_it(tmp_path):
+    catalogue = tiny_catalogue()
+    model = model_with(catalogue)
+    tokens = catalogue.semantic_ids.numpy() + np.array(model.config.level_offsets)
+    reranker = Reranker({}, num_candidates=65, item_head=True)
+    for kind in ("kept", "masked"):
+        reranker.weights[kind] = dict.fromkeys(reranker.features, 0.0) | {"item head": 1.0}
+    recommender = Recommender(ItemRanker(model, OneRecCollator(tokens), 20, reranker))
+    histories = [[1003, 1004], [1010]]
+    context = recommender.ranker.collator.context([{"user": 0, "history": [3, 4]}, {"user": 0, "history": [10]}])
+    best = model.score_items(**context).topk(5)
+    recommender.save_pretrained(tmp_path)
+    for served in (recommender, Recommender.from_pretrained(tmp_path, num_beams=20)):
+        found = served.recommend(histories, k=5)
+        assert [[item.item_id for item in row] for row in found] == (1000 + best.indices).tolist()
+        assert_close(torch.tensor([[item.score for item in row] for row in found]), best.values)
+    rows = {"user": [0, 0], "history": [[3, 4], [10]]}
+    assert recommender.ranker.recommend(rows, 5).tolist() == best.indices.tolist()
+    recommender.remove_items([1000])  # the head keeps its own numbers of the items
+    moved = [[i.item_id for i in row] for row in recommender.recommend(histories, k=4)]
+    assert moved == [[1000 + i for i in row if i != 0][:4] for row in best.indices.tolist()]
