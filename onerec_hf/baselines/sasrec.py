@@ -7,12 +7,13 @@ in half the epochs (NISER: Gupta et al. 2019, arXiv:1909.04276). Both are the de
 Shapes: **B** users, **T** positions of a history, **N** items, **D** width.
 """
 
+import math
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch.nn.functional import binary_cross_entropy_with_logits, normalize
+from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy, embedding, normalize
 from transformers import AutoConfig, BertConfig, BertModel, GPT2Config, GPT2Model, PreTrainedModel
 
 from .sequence_model import SequenceModel
@@ -95,6 +96,8 @@ class SASRec(SequenceModel):
         *,
         validate: Callable[["SASRec"], float] | None = None,
         loss: str = "softmax",
+        num_negatives: int = 512,
+        negatives_count_as: float | None = 256.0,
         **training,
     ) -> "SASRec":
         """Trains on every position of every history: all targets of a user in one pass.
@@ -103,14 +106,29 @@ class SASRec(SequenceModel):
             histories (iterable of lists of `int`): item indices in time order, e.g. `dataset["train"]["history"]`; a
                 history longer than `max_length + 1` is cut into windows, so that no target is lost.
             validate: see `train_baseline`.
-            loss (`str`, defaults to `"softmax"`): `"softmax"`, cross-entropy over all items; or `"bce"`, the paper's
-                binary cross-entropy with one negative per position (here uniform over all items but the target).
+            loss (`str`, defaults to `"softmax"`): `"softmax"`, cross-entropy over all items; `"sampled_softmax"`,
+                cross-entropy over the target and items drawn uniformly; or `"bce"`, the paper's binary cross-entropy
+                with one negative per position (here uniform over all items but the target).
+            num_negatives (`int`, defaults to 512): of the sampled softmax, items drawn for each batch. All positions
+                of a batch share them; where one is the target, it is left out.
+            negatives_count_as (`float`, *optional*, defaults to 256): how many items the drawn ones stand for in the
+                softmax's sum, whatever their number: eSASRec (arXiv:2508.06450) draws 256 for each position and does
+                not correct for it. None: all N, so that the sum is an unbiased estimate of the full softmax's.
             training: `num_epochs`, `batch_size`, `learning_rate`, `weight_average_decay`, `seed`, ... of
                 `train_baseline`.
         """
-        losses = {"softmax": self._softmax_loss, "bce": self._bce_loss}
+        if num_negatives < 1 or (negatives_count_as is not None and negatives_count_as <= 0):
+            raise ValueError(
+                f"num_negatives={num_negatives} and negatives_count_as={negatives_count_as}: a sampled softmax draws "
+                "at least one item, and the drawn ones stand for a positive number of items (None: for all)."
+            )
+
+        def sampled_softmax(batch: dict[str, torch.Tensor]) -> tuple[torch.Tensor, int]:
+            return self._sampled_softmax_loss(batch, num_negatives, negatives_count_as or self.num_items)
+
+        losses = {"softmax": self._softmax_loss, "sampled_softmax": sampled_softmax, "bce": self._bce_loss}
         if loss not in losses:
-            raise ValueError(f'loss must be "softmax" or "bce", got {loss!r}.')
+            raise ValueError(f"loss must be one of {', '.join(losses)}; got {loss!r}.")
         rows = [{"input_ids": window[:-1], "labels": window[1:]} for window in windows(histories, self.max_length + 1)]
         train_baseline(self, rows, pad_next_items, losses[loss], validate=validate, **training)
         return self
@@ -123,6 +141,22 @@ class SASRec(SequenceModel):
         if temperature is None:
             return hidden, items
         return normalize(hidden, dim=-1) / temperature, normalize(items, dim=-1)
+
+    def _sampled_softmax_loss(
+        self, batch: dict[str, torch.Tensor], num_negatives: int, count_as: float
+    ) -> tuple[torch.Tensor, int]:
+        """Sum over positions of -log(e^s(target) / (e^s(target) + count_as / num_negatives * sum e^s(negative)))."""
+        position = batch["labels"] != -100
+        targets = batch["labels"][position]  # (M,)
+        hidden, items = self._score_vectors(self._hidden(batch["input_ids"])[position])
+        negatives = torch.randint(self.num_items, (num_negatives,), device=targets.device)
+        # One look-up for both: the gradient of the table (N, D) is then made once.
+        drawn = embedding(torch.cat([targets, negatives]), items)
+        positive = (hidden * drawn[: len(targets)]).sum(-1, keepdim=True)  # (M, 1)
+        logits = hidden @ drawn[len(targets) :].T + math.log(count_as / num_negatives)
+        logits = logits.masked_fill(negatives == targets[:, None], -torch.inf)
+        first = torch.zeros_like(targets)
+        return cross_entropy(torch.cat([positive, logits], dim=1), first, reduction="sum"), len(targets)
 
     def _bce_loss(self, batch: dict[str, torch.Tensor]) -> tuple[torch.Tensor, int]:
         position = batch["labels"] != -100

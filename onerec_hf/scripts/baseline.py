@@ -2,10 +2,10 @@
 
     onerec baseline --name sasrec --data FOLDER --output outputs/sasrec --seed 0
 
-`--name`: popularity, cooccurrence, itemknn, sasrec (as published: `--model '{"temperature": null}' --fit '{"loss":
-"bce"}'`), bert4rec, fdsa (`--attributes brand category`), tiger (semantic IDs: `--tokenizer`).
-`--data` is a folder that
-`onerec prepare` wrote (same splits as our models) or, with `--layout`, a public data set, split leave-last-out.
+`--name`: popularity, cooccurrence, itemknn, embeddingknn (of the folder's item embeddings), sasrec (as published:
+`--model '{"temperature": null}' --fit '{"loss": "bce"}'`), hstu, bert4rec, fdsa (`--attributes brand category`), tiger
+(semantic IDs: `--tokenizer`). `--data` is a folder that `onerec prepare` wrote (same splits as our models) or, with
+`--layout`, a public data set, split leave-last-out.
 Rows of sessions (`onerec prepare --sessions`) become sequences: `--watched '{"long_view": 1}'` says which behaviours
 count. Writes `metrics.json`, `predictions.parquet`, `predictions_exclude_seen.parquet` (a row per user, for
 `evaluation.paired_bootstrap`) and, for what was trained, `model/`. Every field of `BaselineArguments` can also stand
@@ -22,7 +22,18 @@ import datasets
 
 from .. import Catalogue
 from .. import data as logs
-from ..baselines import FDSA, TIGER, BERT4Rec, CoOccurrence, ItemKNN, Popularity, SASRec, attribute_codes
+from ..baselines import (
+    FDSA,
+    HSTU,
+    TIGER,
+    BERT4Rec,
+    CoOccurrence,
+    EmbeddingKNN,
+    ItemKNN,
+    Popularity,
+    SASRec,
+    attribute_codes,
+)
 from ..baselines.training import train_baseline
 from ..evaluation import evaluate
 from .checks import check_columns, check_keywords, check_output, check_splits
@@ -30,12 +41,14 @@ from .ending import remove_earlier_results, score, some, write_metrics
 from .model_arguments import mapping
 from .parser import ScriptParser
 
-COUNTERS = {"popularity": Popularity, "cooccurrence": CoOccurrence, "itemknn": ItemKNN}
+COUNTERS = {"popularity": Popularity, "cooccurrence": CoOccurrence, "itemknn": ItemKNN, "embeddingknn": EmbeddingKNN}
 
 
 @dataclass
 class BaselineArguments:
-    name: Literal["popularity", "cooccurrence", "itemknn", "sasrec", "bert4rec", "fdsa", "tiger"]
+    name: Literal[
+        "popularity", "cooccurrence", "itemknn", "embeddingknn", "sasrec", "hstu", "bert4rec", "fdsa", "tiger"
+    ]
     data: str = field(
         metadata={"help": "Folder that `onerec prepare` wrote, or of a public layout.", "aliases": ["--dataset"]}
     )
@@ -90,6 +103,10 @@ def sequences(splits: datasets.DatasetDict, watched: dict[str, float]) -> datase
 
 def make(args: BaselineArguments, num_items: int, items: Any, settings: dict) -> Any:
     """The baseline, untrained."""
+    if args.name == "embeddingknn":
+        if args.layout != "prepared":
+            raise ValueError("embeddingknn reads item embeddings: run `onerec prepare` and pass its folder.")
+        return EmbeddingKNN(logs.DataFolder(args.data).item_embeddings, **settings)
     if args.name in COUNTERS:
         return COUNTERS[args.name](num_items, **settings)
     settings = {"seed": args.seed} | settings
@@ -106,7 +123,7 @@ def make(args: BaselineArguments, num_items: int, items: Any, settings: dict) ->
         if absent := [name for name in args.attributes if name not in columns]:
             raise ValueError(f"attributes={absent}: the item table has no such column; it has {columns}.")
         return FDSA(attribute_codes(*(items[name] for name in args.attributes)), **settings)
-    return {"sasrec": SASRec, "bert4rec": BERT4Rec}[args.name](num_items, **settings)
+    return {"sasrec": SASRec, "hstu": HSTU, "bert4rec": BERT4Rec}[args.name](num_items, **settings)
 
 
 def fit(args: BaselineArguments, model: Any, splits: datasets.DatasetDict, num_items: int, settings: dict) -> None:

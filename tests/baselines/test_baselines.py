@@ -150,6 +150,38 @@ def test_full_softmax_loss_equals_cross_entropy():
         assert_close(ours, theirs)
 
 
+@pytest.mark.parametrize(("num_negatives", "count_as"), [(5, 5.0), (6, 2.5), (40, 12.0)])
+def test_sampled_softmax_equals_the_definition(num_negatives, count_as):
+    model = tiny(temperature=None)
+    batch = {
+        "input_ids": torch.tensor([[1, 2, 3], [4, 5, 0]]),
+        "labels": torch.tensor([[2, 3, 3], [5, 11, -100]]),
+    }
+    torch.manual_seed(3)
+    negatives = torch.randint(12, (num_negatives,)).tolist()
+    torch.manual_seed(3)
+    loss, count = model._sampled_softmax_loss(batch, num_negatives, count_as)
+    hidden, items = model._score_vectors(model._hidden(batch["input_ids"]))
+    expected = 0.0
+    for row, column in ((0, 0), (0, 1), (0, 2), (1, 0), (1, 1)):
+        target = int(batch["labels"][row, column])
+        scores = (items @ hidden[row, column]).tolist()
+        others = sum(math.exp(scores[i]) for i in negatives if i != target)
+        own = math.exp(scores[target])
+        expected -= math.log(own / (own + count_as / num_negatives * others))
+    assert count == 5
+    assert_close(loss.detach(), torch.tensor(expected))
+
+
+def test_sampled_softmax_that_counts_as_all_items_comes_near_the_full_one():
+    model = tiny(temperature=0.07)
+    batch = {"input_ids": torch.tensor([[1, 2, 3]]), "labels": torch.tensor([[2, 3, 4]])}
+    torch.manual_seed(0)
+    sampled, full = model._sampled_softmax_loss(batch, 200_000, 12)[0], model._softmax_loss(batch)[0]
+    assert sampled.item() == pytest.approx(full.item(), rel=0.01)
+    assert model._sampled_softmax_loss(batch, 200_000, 1)[0] < 0.8 * full  # uncorrected
+
+
 def cycles(num_users=60, num_items=12, seed=0):
     """Histories that walk the cycle 0, 1, ..., 11, 0, ...; some are longer than the model's window."""
     rng = np.random.default_rng(seed)
@@ -170,7 +202,14 @@ def next_in_cycle():
 
 
 @pytest.mark.parametrize(
-    ("loss", "temperature", "post_norm"), [("softmax", 0.07, False), ("bce", None, False), ("bce", None, True)]
+    ("loss", "temperature", "post_norm"),
+    [
+        ("softmax", 0.07, False),
+        ("bce", None, False),
+        ("bce", None, True),
+        ("sampled_softmax", None, False),
+        ("sampled_softmax", 0.07, True),
+    ],
 )
 def test_sasrec_learns_a_cycle(loss, temperature, post_norm, tmp_path):
     model = tiny(temperature=temperature, post_norm=post_norm)
@@ -263,8 +302,11 @@ def test_sasrec_does_not_depend_on_the_batch_or_on_padding(post_norm):
 
 
 def test_sasrec_says_what_it_cannot_do():
-    with pytest.raises(ValueError, match='"softmax" or "bce"'):
+    with pytest.raises(ValueError, match="one of softmax, sampled_softmax, bce; got 'hinge'"):
         tiny().fit(cycles(), loss="hinge")
+    for wrong in ({"num_negatives": 0}, {"negatives_count_as": 0.0}):
+        with pytest.raises(ValueError, match="a sampled softmax draws at least one item"):
+            tiny().fit(cycles(), loss="sampled_softmax", **wrong)
     with pytest.raises(ValueError, match="two items"):
         tiny().fit([[1], []])
     with pytest.raises(ValueError, match=r"rows \[1\]"):

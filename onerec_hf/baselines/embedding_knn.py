@@ -1,0 +1,69 @@
+"""Nearest neighbours of the last items by their embeddings: a heuristic without trained weights, after what
+arXiv:2605.07125 finds so hard to beat (the last one or two items, and what is similar to them).
+
+Shapes: **B** users, **N** items, **D** width.
+"""
+
+from collections.abc import Iterable, Sequence
+
+import numpy as np
+import torch
+from torch.nn.functional import normalize
+
+from .cooccurrence import CoOccurrence
+from .ranking import rank_items
+
+
+class EmbeddingKNN:
+    """Scores item j by the sum over the last items i of `decay**age(i) * cos(e_i, e_j)`, age 0 = most recent.
+
+    With `counter_weight`, that many times the score of [`CoOccurrence`] is added, divided by the user's largest.
+
+    Args:
+        embeddings (`np.ndarray` of shape `(N, D)`): one vector per item, e.g. `DataFolder(...).item_embeddings`.
+        num_recent (`int`, defaults to 2): number of most recent history items that are used.
+        decay (`float`, defaults to 0.5): weight of a history item relative to the next more recent one.
+        counter_weight (`float`, defaults to 0.0): of the co-occurrence counter.
+    """
+
+    def __init__(
+        self, embeddings: np.ndarray, *, num_recent: int = 2, decay: float = 0.5, counter_weight: float = 0.0
+    ):
+        if embeddings.ndim != 2 or num_recent < 1:
+            raise ValueError(
+                f"EmbeddingKNN needs embeddings of shape (N, D) and num_recent >= 1, got {embeddings.shape} and "
+                f"num_recent={num_recent}."
+            )
+        self.embeddings = normalize(torch.as_tensor(embeddings, dtype=torch.float32), dim=1)
+        self.num_recent, self.decay, self.counter_weight = num_recent, decay, counter_weight
+        self.counter = CoOccurrence(len(embeddings))
+
+    def fit(self, histories: Iterable[Sequence[int]]) -> "EmbeddingKNN":
+        """Counts for the co-occurrence counter, where it has a weight; nothing else is learned."""
+        if self.counter_weight:
+            self.counter.fit(histories)
+        return self
+
+    def recommend(
+        self,
+        examples: dict[str, list],
+        k: int,
+        exclude_seen: bool = False,
+        generator: torch.Generator | None = None,
+    ) -> np.ndarray:
+        """The k best items for each row of `examples["history"]`, `(B, k)`; see `rank_items` for ties and -1."""
+        histories = examples["history"]
+        scores = self._scores(histories)
+        return rank_items(scores, k, exclude=histories if exclude_seen else None, generator=generator)
+
+    def _scores(self, histories: Sequence[Sequence[int]]) -> torch.Tensor:
+        users = torch.zeros(len(histories), self.embeddings.shape[1])  # (B, D)
+        for user, history in enumerate(histories):
+            for age, item in enumerate(reversed(history[-self.num_recent :])):
+                users[user] += self.decay**age * self.embeddings[item]
+        scores = users @ self.embeddings.T
+        if self.counter_weight:
+            counts = self.counter._scores(histories)
+            largest = counts.amax(1, keepdim=True).clamp(min=torch.finfo(counts.dtype).tiny)
+            scores += self.counter_weight * counts / largest
+        return scores
