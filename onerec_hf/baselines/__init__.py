@@ -14,7 +14,9 @@ from .sasrec import SASRec
 from .tiger import TIGER
 
 # what a re-ranker can be saved with
-SCORERS: dict[str, Any] = {scorer.__name__: scorer for scorer in (BERT4Rec, CoOccurrence, FDSA, HSTU, SASRec)}
+SCORERS: dict[str, Any] = {
+    scorer.__name__: scorer for scorer in (BERT4Rec, CoOccurrence, EmbeddingKNN, FDSA, HSTU, SASRec)
+}
 
 __all__ = [
     "FDSA",

@@ -4,14 +4,19 @@ arXiv:2605.07125 finds so hard to beat (the last one or two items, and what is s
 Shapes: **B** users, **N** items, **D** width.
 """
 
+import json
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 
 import numpy as np
 import torch
+from safetensors.torch import load_file, save_file
 from torch.nn.functional import normalize
 
 from .cooccurrence import CoOccurrence
 from .ranking import rank_items
+
+_SHARPNESS = 10.0  # of a similarity as a probability: cosines of neighbours differ by some hundredths
 
 
 class EmbeddingKNN:
@@ -56,14 +61,43 @@ class EmbeddingKNN:
         scores = self._scores(histories)
         return rank_items(scores, k, exclude=histories if exclude_seen else None, generator=generator)
 
+    def score_items(self, examples: dict[str, list]) -> torch.Tensor:
+        """Softmax of ten times the similarities, as log-probabilities (B, N), without the counter; `-inf` for a
+        history without items.
+        """
+        scores = (_SHARPNESS * self._similarities(examples["history"])).log_softmax(1)
+        empty = torch.tensor([not len(history) for history in examples["history"]], dtype=torch.bool)
+        return scores.masked_fill(empty[:, None], -torch.inf)
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Writes `config.json` and `model.safetensors`: the vectors; counts are not saved."""
+        if self.counter_weight:
+            raise ValueError(
+                f"counter_weight={self.counter_weight}: save the counter by itself (`CoOccurrence`), it is a "
+                "scorer of its own."
+            )
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        config = {"num_recent": self.num_recent, "decay": self.decay}
+        (Path(folder) / "config.json").write_text(json.dumps(config, indent=2), encoding="utf-8")
+        save_file({"embeddings": self.embeddings}, Path(folder) / "model.safetensors")
+
+    @classmethod
+    def from_pretrained(cls, folder: str | Path) -> "EmbeddingKNN":
+        """Reads what `save_pretrained` wrote."""
+        config = json.loads((Path(folder) / "config.json").read_text(encoding="utf-8"))
+        return cls(load_file(Path(folder) / "model.safetensors")["embeddings"].numpy(), **config)
+
     def _scores(self, histories: Sequence[Sequence[int]]) -> torch.Tensor:
-        users = torch.zeros(len(histories), self.embeddings.shape[1])  # (B, D)
-        for user, history in enumerate(histories):
-            for age, item in enumerate(reversed(history[-self.num_recent :])):
-                users[user] += self.decay**age * self.embeddings[item]
-        scores = users @ self.embeddings.T
+        scores = self._similarities(histories)
         if self.counter_weight:
             counts = self.counter._scores(histories)
             largest = counts.amax(1, keepdim=True).clamp(min=torch.finfo(counts.dtype).tiny)
             scores += self.counter_weight * counts / largest
         return scores
+
+    def _similarities(self, histories: Sequence[Sequence[int]]) -> torch.Tensor:
+        users = torch.zeros(len(histories), self.embeddings.shape[1])  # (B, D)
+        for user, history in enumerate(histories):
+            for age, item in enumerate(reversed(history[-self.num_recent :])):
+                users[user] += self.decay**age * self.embeddings[item]
+        return users @ self.embeddings.T

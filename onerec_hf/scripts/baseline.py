@@ -167,7 +167,7 @@ def main(args: BaselineArguments) -> dict:
     else:
         fit(args, model, splits, num_items, fit_settings)
     remove_earlier_results(output)
-    if hasattr(model, "save_pretrained"):
+    if hasattr(model, "save_pretrained") and not getattr(model, "counter_weight", 0.0):  # of two parts: not one file
         model.save_pretrained(output / "model")
     if args.name not in COUNTERS:
         validated = [record for record in model.training_log if "validation" in record]

@@ -31,6 +31,7 @@ from .model_arguments import load_policy
 from .parser import ScriptParser
 
 CLASSES = {"sasrec": "SASRec", "bert4rec": "BERT4Rec", "fdsa": "FDSA", "hstu": "HSTU", "cooccurrence": "CoOccurrence"}
+CLASSES["embeddingknn"] = "EmbeddingKNN"
 
 
 @dataclass

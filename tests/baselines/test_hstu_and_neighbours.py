@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from torch.nn.functional import normalize
 
 from onerec_hf.baselines import HSTU, CoOccurrence, EmbeddingKNN
 from onerec_hf.evaluation import evaluate
@@ -77,3 +78,19 @@ def test_hstu_learns_a_cycle_and_is_loaded_again(loss, tmp_path):
     again = HSTU.from_pretrained(tmp_path)
     assert (again.num_items, again.max_length) == (12, 8)
     assert (again.recommend(queries(cycles()), 12) == model.recommend(queries(cycles()), 12)).all()
+
+
+def test_neighbours_as_a_scorer(tmp_path):
+    """Log-probabilities in the order of the similarities, the same after a reload; the counter is saved by itself."""
+    embeddings = np.random.default_rng(0).normal(size=(12, 4))
+    model = EmbeddingKNN(embeddings, num_recent=2, decay=0.4)
+    found = model.score_items({"history": [[1, 2, 3], []]})
+    similar = normalize(torch.as_tensor(embeddings, dtype=torch.float32), dim=1)
+    expected = (10 * (similar @ similar[3] + 0.4 * similar @ similar[2])).log_softmax(0)
+    assert_close(found[0], expected)
+    assert torch.isinf(found[1]).all()
+    model.save_pretrained(tmp_path)
+    again = EmbeddingKNN.from_pretrained(tmp_path)
+    assert_close(again.score_items({"history": [[1, 2, 3]]})[0], expected)
+    with pytest.raises(ValueError, match=r"counter_weight=0\.5: save the counter by itself"):
+        EmbeddingKNN(embeddings, counter_weight=0.5).save_pretrained(tmp_path)
