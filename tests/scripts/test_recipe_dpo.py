@@ -154,6 +154,21 @@ def test_an_ab_test_of_other_items_or_of_another_world_is_refused(data, policy, 
     assert not (tmp_path / "ab").exists()
 
 
+def test_an_ab_test_of_selection_by_a_reward_model(data, trained, policy, tmp_path):  # noqa: F811
+    """One policy on both sides: the reward model is the only difference, and picks what it thinks more of."""
+    from onerec_hf.scripts import ab_test
+
+    log = str(data.parent / "log.parquet")
+    world = json.dumps({"num_users": 120, "num_items": 80, "num_days": 10, "mean_events": 30, "seed": 3})
+    settings = {"world": world, "num_days": 2, "num_beams": 20}
+    alone = ab_test.main(str(policy), str(policy), log, str(tmp_path / "alone"), **settings)
+    assert all(lift["value"] == 0 for lift in alone["lifts"].values())
+    selected = {"reward": str(trained[0]), "num_candidates": 16}
+    report = ab_test.main(str(policy), str(policy), log, str(tmp_path / "selected"), **settings, **selected)
+    assert report["reward"] == str(trained[0]) and report["totals"]["control"] == alone["totals"]["control"]
+    assert report["totals"]["treatment"] != report["totals"]["control"]
+
+
 def test_reinforcement_learning_with_a_reward_model_and_an_adapter(data, trained, policy, tmp_path):  # noqa: F811
     from trl import TrlParser
 
