@@ -1,6 +1,6 @@
 """`onerec rerank` from a checkout; `--help` says what it does.
 
-python recipes/rerank.py --model outputs/mymodel --data outputs/mydata
+python recipes/rerank.py --model outputs/mymodel --data outputs/mydata --scorers outputs/cooccurrence outputs/sasrec
 """
 
 from onerec_hf.scripts.rerank import *  # noqa: F403  for those who import the recipe

@@ -239,7 +239,7 @@ def trained(tmp_path_factory):
 
 
 def test_the_command_fits_on_validation_and_saves_with_the_model(trained, tmp_path):
-    from onerec_hf.scripts import rerank
+    from onerec_hf.scripts import rerank, score
 
     shutil.copytree(trained / "model", tmp_path / "model")
     before = json.loads((tmp_path / "model" / "metrics.json").read_text(encoding="utf-8"))
@@ -260,6 +260,8 @@ def test_the_command_fits_on_validation_and_saves_with_the_model(trained, tmp_pa
     assert report["test"]["recall@10"] == pytest.approx(np.mean(hits))
     again = rerank.main(rerank.RerankArguments(**settings))  # the search alone stays what it was
     assert again["search_alone"] == report["search_alone"]
+    scored = score.main(score.ScoreArguments(settings["model"], settings["data"], num_beams=20))
+    assert scored["test"] == pytest.approx(report["test"])  # of what is served
     with pytest.raises(ValueError, match=r"popularity holds no baseline that can score items"):
         rerank.main(rerank.RerankArguments(**settings | {"scorers": [str(trained / "popularity")]}))
 
@@ -277,3 +279,21 @@ def test_what_a_reranker_refuses(tmp_path):
 
     with pytest.raises(ValueError, match=r"the scorers \['mine'\] are no baselines of this package"):
         Reranker({"mine": Mine(65).fit(LOGS)}).save_pretrained(tmp_path)
+
+
+def test_a_model_that_is_trained_anew_has_no_old_reranker(trained, tmp_path):
+    """Neither in the folder that is trained over, nor where a policy with a re-ranker is aligned."""
+    from onerec_hf.data import DataFolder
+    from onerec_hf.scripts import ending, model_arguments
+
+    shutil.copytree(trained / "model", tmp_path / "model")
+    reranker = Reranker({"counter": CoOccurrence(30).fit(LOGS[:1])})
+    for kind in ("kept", "masked"):
+        reranker.weights[kind] = dict.fromkeys(reranker.features, 1.0)
+    reranker.save_pretrained(tmp_path / "model")
+    data = DataFolder(trained / "data")
+    assert Recommender.from_pretrained(tmp_path / "model").ranker.reranker is not None
+    assert model_arguments.load_policy(str(tmp_path / "model"), data, 20).ranker.reranker is None
+    ending.remove_earlier_results(tmp_path / "model")
+    assert not (tmp_path / "model" / "reranker.json").exists()
+    assert not list((tmp_path / "model" / "scorers").glob("*/*"))

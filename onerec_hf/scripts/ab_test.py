@@ -171,6 +171,9 @@ def main(
     impressions = rows.to_pandas()
     users = np.unique(impressions.user_id[impressions.long_view == 1]).tolist()
     control, treatment = (Recommender.from_pretrained(path, num_beams).ranker for path in (a, b))
+    for path, ranker in ((a, control), (b, treatment)):
+        if ranker.reranker is not None:
+            print(f"{path} has a re-ranker, which this test leaves out: it compares what the models search.")
     selection = None if reward is None else RewardModel.from_pretrained(reward)
     if selection is not None:
         selection.check_policy(treatment.model)

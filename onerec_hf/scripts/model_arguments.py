@@ -196,11 +196,13 @@ def check_newest_impressions(args: ModelArguments, training: OneRecSFTConfig, mo
     training.train_sampling_strategy = "sequential"
 
 
-def load_policy(folder: str, data: DataFolder, num_beams: int) -> Recommender:
-    """A trained model with all that lies beside it, and the categories of the data folder's users, which are in no
-    repository.
+def load_policy(folder: str, data: DataFolder, num_beams: int, rerank: bool = False) -> Recommender:
+    """A trained model with all that is saved with it (`rerank`: its re-ranker, too), and the categories of the data
+    folder's users, which are in no repository.
     """
     recommender = Recommender.from_pretrained(folder, num_beams)
+    if not rerank:  # its weights were fitted to this model: they say nothing of one that is trained on from it
+        recommender.ranker.reranker = None
     data.check_model(folder, recommender.model.catalogue)
     collator = recommender.ranker.collator
     if sizes := collator.user_feature_sizes:

@@ -34,7 +34,7 @@ def main(args: ScoreArguments) -> dict:
     check_output(args.model, replaces=False)
     data = DataFolder(args.data)
     check_splits(data.splits)
-    recommender = load_policy(args.model, data, args.num_beams)
+    recommender = load_policy(args.model, data, args.num_beams, rerank=True)
     recommender.model.to(args.device)
     path = output / "metrics.json"
     report = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
