@@ -7,6 +7,7 @@ import numpy as np
 import torch
 
 from .collators import OneRecCollator
+from .collators.histories import allowed_items
 from .models import RecommendedItems
 from .reranker import Reranker
 
@@ -61,12 +62,7 @@ class ItemRanker:
         return reranker.candidates(found, [row["history"] for row in rows], self.model.catalogue, allowed, head)
 
     def _allowed(self, rows: list[dict], exclude_seen: bool) -> torch.Tensor | None:
-        if not exclude_seen:
-            return None
-        allowed = torch.ones(len(rows), self.model.catalogue.num_items, dtype=torch.bool)
-        for own, row in zip(allowed, rows):
-            own[np.asarray(row["history"], dtype=np.int64)] = False
-        return allowed
+        return allowed_items(self.model.catalogue, [row["history"] for row in rows], exclude_seen, None, None)
 
     def search(
         self,

@@ -177,8 +177,9 @@ class Recommender:
         catalogue, n = self.model.catalogue, len(histories)
         if k < 1 or k != int(k):
             raise ValueError(f"k={k}: a whole number, at least one item per user.")
-        if (num_candidates or k) < k:
-            raise ValueError(f"num_candidates={num_candidates} with k={k}: at least as many as come back.")
+        if num_candidates is not None and (item_scorer is None or num_candidates < k):
+            need = "an item_scorer, which judges them" if item_scorer is None else "at least as many as come back"
+            raise ValueError(f"num_candidates={num_candidates} with k={k}: it needs {need}.")
         if session and not self.model.config.session_wise:
             raise ValueError(
                 f"session=True: {type(self.model).__name__} writes single items. Sessions come from a OneRec model, "

@@ -6,7 +6,7 @@ Models of semantic IDs, models of item ids and counts find different items, so t
 
 import json
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -142,14 +142,24 @@ class Reranker:
         positions = torch.arange(int(kept.max()) + 1) if self.positions is None else self.positions
         self.positions = torch.cat([positions[torch.as_tensor(kept)], torch.full((num_new,), -1)])
 
-    def rank(
-        self, items: torch.Tensor, features: torch.Tensor, k: int, kind: str, without: Sequence[str] = ()
-    ) -> RecommendedItems:
-        """The `k` best candidates by the fitted weights; `without` leaves features out of the sum."""
+    def rank(self, items: torch.Tensor, features: torch.Tensor, k: int, kind: str) -> RecommendedItems:
+        """
+        The `k` best candidates by the fitted weights.
+
+        Args:
+            items, features: Of `candidates`, (B, C) and (B, C, F).
+            kind: Of the weights, `"kept"` or `"masked"`.
+
+        Returns:
+            Items and their sums, (B, k); -1 and `-inf` where there are fewer candidates.
+
+        Raises:
+            ValueError: Without weights of this kind.
+        """
         if kind not in self.weights:
             raise ValueError(f"the re-ranker has no weights {kind!r} yet: call `fit`.")
         own = self.weights[kind]
-        weights = torch.tensor([0.0 if name in without else own[name] for name in self.features])
+        weights = torch.tensor([own[name] for name in self.features])
         scores = (features @ weights).masked_fill(items < 0, -torch.inf)
         order = scores.topk(min(k, scores.shape[1])).indices
         items, scores = items.gather(1, order), scores.gather(1, order)
@@ -172,6 +182,9 @@ class Reranker:
 
         Returns:
             The weights, by feature; they are kept under `kind`.
+
+        Raises:
+            ValueError: Where no target is among the candidates.
         """
         longest = max(map(len, targets))
         padded = torch.full((len(targets), longest), -2)
@@ -236,8 +249,8 @@ def judge_ids(
     item_scorer: Any,
     catalogue: Catalogue,
     rows: Sequence[Mapping[str, Any]],
-    events: Mapping[str, Any],
-    users: Mapping[str, Any],
+    events: Iterable[str],
+    users: Mapping[str, Sequence],
     num_candidates: int | None = None,
 ) -> Callable[[torch.Tensor, torch.Tensor], torch.Tensor]:
     """
@@ -247,7 +260,7 @@ def judge_ids(
         item_scorer: A reward model, which also gets the `events` and `users` that it reads, or a function `(histories,
             items)` of lists of ids that returns a number for each item.
         rows: One per user, with `history` (indices) and event columns.
-        events, users: The columns that were given; `users` one value per user.
+        events, users: The columns of `rows`, and user features with one value per user, that there are.
         num_candidates: How many of a user's items or sessions are judged, the first; the others get `-inf`.
     """
     ids = catalogue.item_ids
@@ -265,9 +278,11 @@ def judge_ids(
         own = [rows[place[0]] for place in places]
         histories = [ids[np.asarray(row["history"], dtype=np.int64)].tolist() for row in own]
         if hasattr(item_scorer, "score"):
-            known = {"events": {name: [row[name] for row in own] for name in events}}
-            known["users"] = {name: [values[place[0]] for place in places] for name, values in users.items()}
-            judged = item_scorer.score(histories, asked, **known)
+            reads = item_scorer.collator
+            columns = {name: [row[name] for row in own] for name in events if name in reads.event_features}
+            features = {name: [values[place[0]] for place in places] for name, values in users.items()}
+            features = {name: values for name, values in features.items() if name in reads.user_feature_sizes}
+            judged = item_scorer.score(histories, asked, events=columns, users=features)
         else:
             judged = item_scorer(histories, asked)
         wanted = [1 if sessions else len(one) for one in asked]

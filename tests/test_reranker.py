@@ -167,8 +167,10 @@ def test_an_item_scorer_ranks_what_the_search_found():
     assert ids(found) == [sorted(row)[:3] for row in ids(searched)]
     assert found[0][0].score == -found[0][0].item_id
     assert asked == [(HISTORIES, [7, 7, 7])]
-    with pytest.raises(ValueError, match="num_candidates=2 with k=3"):
+    with pytest.raises(ValueError, match="num_candidates=2 with k=3: it needs at least as many as come back"):
         recommender.recommend(HISTORIES, k=3, item_scorer=smallest_id, num_candidates=2)
+    with pytest.raises(ValueError, match="num_candidates=9 with k=3: it needs an item_scorer"):
+        recommender.recommend(HISTORIES, k=3, num_candidates=9)
     with pytest.raises(ValueError, match=r"returned \[2, 2, 2\] numbers, asked about \[20, 20, 20\]"):
         recommender.recommend(HISTORIES, k=3, item_scorer=lambda histories, items: [[1, 2]] * 3)
     with pytest.raises(ValueError, match=r"item_scorer returned NaN"):
@@ -262,6 +264,8 @@ def test_the_command_fits_on_validation_and_saves_with_the_model(trained, tmp_pa
     assert again["search_alone"] == report["search_alone"]
     scored = score.main(score.ScoreArguments(settings["model"], settings["data"], num_beams=20))
     assert scored["test"] == pytest.approx(report["test"])  # of what is served
+    few = rerank.main(rerank.RerankArguments(**settings, test_users=5))  # both are of the same users
+    assert few["search_alone"]["test"]["num_users"] == few["test"]["num_users"] == 5
     with pytest.raises(ValueError, match=r"popularity holds no baseline that can score items"):
         rerank.main(rerank.RerankArguments(**settings | {"scorers": [str(trained / "popularity")]}))
 

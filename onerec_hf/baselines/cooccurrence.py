@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from .ranking import rank_items
 
-_COUNTS = ("values", "columns", "row_starts", "fallback")
+COUNTS = ("values", "columns", "row_starts", "fallback")
 
 
 class CoOccurrence:
@@ -103,7 +103,7 @@ class CoOccurrence:
         names = ("num_items", "window", "backward_weight", "decay", "max_history")
         config = {name: getattr(self, name) for name in names}
         (folder / "config.json").write_text(json.dumps(config, indent=2), encoding="utf-8")
-        save_file({name: getattr(self, name).contiguous() for name in _COUNTS}, folder / "model.safetensors")
+        save_file({name: getattr(self, name).contiguous() for name in COUNTS}, folder / "model.safetensors")
 
     @classmethod
     def from_pretrained(cls, folder: str | Path) -> "CoOccurrence":

@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch.nn.functional import normalize
 
-from .cooccurrence import CoOccurrence
+from .cooccurrence import COUNTS, CoOccurrence
 from .ranking import rank_items
 
 _SHARPNESS = 10.0  # of a similarity as a probability: cosines of neighbours differ by some hundredths
@@ -70,22 +70,22 @@ class EmbeddingKNN:
         return scores.masked_fill(empty[:, None], -torch.inf)
 
     def save_pretrained(self, folder: str | Path) -> None:
-        """Writes `config.json` and `model.safetensors`: the vectors; counts are not saved."""
-        if self.counter_weight:
-            raise ValueError(
-                f"counter_weight={self.counter_weight}: save the counter by itself (`CoOccurrence`), it is a "
-                "scorer of its own."
-            )
+        """Writes `config.json` and `model.safetensors`: the vectors, and the counts where they have a weight."""
         Path(folder).mkdir(parents=True, exist_ok=True)
-        config = {"num_recent": self.num_recent, "decay": self.decay}
+        config = {name: getattr(self, name) for name in ("num_recent", "decay", "counter_weight")}
         (Path(folder) / "config.json").write_text(json.dumps(config, indent=2), encoding="utf-8")
-        save_file({"embeddings": self.embeddings}, Path(folder) / "model.safetensors")
+        counts = {name: getattr(self.counter, name).contiguous() for name in COUNTS if self.counter_weight}
+        save_file({"embeddings": self.embeddings} | counts, Path(folder) / "model.safetensors")
 
     @classmethod
     def from_pretrained(cls, folder: str | Path) -> "EmbeddingKNN":
         """Reads what `save_pretrained` wrote."""
         config = json.loads((Path(folder) / "config.json").read_text(encoding="utf-8"))
-        return cls(load_file(Path(folder) / "model.safetensors")["embeddings"].numpy(), **config)
+        tensors = load_file(Path(folder) / "model.safetensors")
+        self = cls(tensors.pop("embeddings").numpy(), **config)
+        for name, tensor in tensors.items():
+            setattr(self.counter, name, tensor)
+        return self
 
     def _scores(self, histories: Sequence[Sequence[int]]) -> torch.Tensor:
         scores = self._similarities(histories)

@@ -249,8 +249,10 @@ class OneRecV2ForCausalLM(SemanticIdForCausalLM, GenerationMixin):
         offsets = torch.tensor(self.config.level_offsets, device=rows.device)
         catalogue = self._require_catalogue(None)
         leaves = catalogue.leaves_of((rows - offsets).clamp(min=0))
-        # of items that share a semantic ID, the most popular one stands for all
-        items = catalogue.item_of_each(leaves[None])[0].masked_fill(~real, -100)
+        # of items that share a semantic ID, the most popular one stands for all; what is no item of the head, such as
+        # one that joined the catalogue later, teaches the codes alone
+        items = catalogue.item_of_each(leaves[None])[0]
+        items = items.masked_fill(~real | (items < 0) | (items >= self.config.item_head_size), -100)
         scores = self.item_head(hidden_states[:, 0], self._item_table()).float()
         total = F.cross_entropy(scores, items, ignore_index=-100, reduction="sum")
         count = real.sum().clamp(min=1) if num_items is None else num_items

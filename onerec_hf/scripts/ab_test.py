@@ -73,8 +73,7 @@ class Server:
         judge, width = None, max(k, self.ranker.num_beams)
         if self.reward is not None:
             width = max(width, self.num_candidates)
-            read = {name: () for name in self.reward.collator.event_features if name in converted[0]}
-            judge = judge_ids(self.reward, catalogue, converted, read, {}, self.num_candidates)
+            judge = judge_ids(self.reward, catalogue, converted, converted[0], {}, self.num_candidates)
         items, _ = self.ranker.search(converted, k, allowed, num_beams=width, item_scorer=judge)
         tokens = catalogue.semantic_ids[items.clamp(min=0)].long() + torch.tensor(self.model.config.level_offsets)
         log_probs = self.model(**collator.context(converted), target_ids=tokens).target_log_probs

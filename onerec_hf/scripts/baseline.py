@@ -42,6 +42,8 @@ from .model_arguments import mapping
 from .parser import ScriptParser
 
 COUNTERS = {"popularity": Popularity, "cooccurrence": CoOccurrence, "itemknn": ItemKNN, "embeddingknn": EmbeddingKNN}
+TRAINED = {"sasrec": SASRec, "hstu": HSTU, "bert4rec": BERT4Rec, "fdsa": FDSA, "tiger": TIGER}
+BASELINES: dict[str, Any] = COUNTERS | TRAINED
 
 
 @dataclass
@@ -123,7 +125,7 @@ def make(args: BaselineArguments, num_items: int, items: Any, settings: dict) ->
         if absent := [name for name in args.attributes if name not in columns]:
             raise ValueError(f"attributes={absent}: the item table has no such column; it has {columns}.")
         return FDSA(attribute_codes(*(items[name] for name in args.attributes)), **settings)
-    return {"sasrec": SASRec, "hstu": HSTU, "bert4rec": BERT4Rec}[args.name](num_items, **settings)
+    return BASELINES[args.name](num_items, **settings)
 
 
 def fit(args: BaselineArguments, model: Any, splits: datasets.DatasetDict, num_items: int, settings: dict) -> None:
@@ -167,7 +169,7 @@ def main(args: BaselineArguments) -> dict:
     else:
         fit(args, model, splits, num_items, fit_settings)
     remove_earlier_results(output)
-    if hasattr(model, "save_pretrained") and not getattr(model, "counter_weight", 0.0):  # of two parts: not one file
+    if hasattr(model, "save_pretrained"):
         model.save_pretrained(output / "model")
     if args.name not in COUNTERS:
         validated = [record for record in model.training_log if "validation" in record]

@@ -22,23 +22,22 @@ from tqdm.auto import tqdm
 
 from ..baselines import SCORERS
 from ..data import DataFolder
-from ..evaluation import evaluate
 from ..item_ranker import ItemRanker
 from ..reranker import KINDS, Reranker
+from .baseline import BASELINES
 from .checks import check_beams, check_output, check_splits, unique_names
 from .ending import score_model, some, write_metrics
 from .model_arguments import load_policy
 from .parser import ScriptParser
 
-CLASSES = {"sasrec": "SASRec", "bert4rec": "BERT4Rec", "fdsa": "FDSA", "hstu": "HSTU", "cooccurrence": "CoOccurrence"}
-CLASSES["embeddingknn"] = "EmbeddingKNN"
+SCORER_NAMES = [name for name, kind in BASELINES.items() if kind.__name__ in SCORERS]
 
 
 @dataclass
 class RerankArguments:
     model: str = field(metadata={"help": "Folder that `onerec sft`, `dpo` or `grpo` wrote."})
     data: str = field(metadata={"help": "Folder that `onerec prepare` wrote, of the same log."})
-    scorers: list[str] = field(metadata={"help": f"Folders of `onerec baseline` ({', '.join(CLASSES)})."})
+    scorers: list[str] = field(metadata={"help": f"Folders of `onerec baseline` ({', '.join(SCORER_NAMES)})."})
     num_beams: int = 50
     num_candidates: int = field(default=50, metadata={"help": "What each scorer adds to the candidates."})
     fit_users: int | None = field(default=8000, metadata={"help": "Validation users whose choices fit the weights."})
@@ -54,15 +53,15 @@ def load_scorers(folders: list[str], num_items: int) -> dict[str, Any]:
     for name, folder in zip(unique_names("", [Path(folder) for folder in folders]), map(Path, folders)):
         path = folder / "metrics.json"
         report = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-        kind = CLASSES.get(report.get("arguments", {}).get("name", ""))
-        if kind not in SCORERS or not (folder / "model" / "config.json").is_file():
+        kind = report.get("arguments", {}).get("name")
+        if kind not in SCORER_NAMES or not (folder / "model" / "config.json").is_file():
             raise ValueError(
                 f"{folder} holds no baseline that can score items: give folders of `onerec baseline --name` "
-                f"{', '.join(name for name, kind in CLASSES.items() if kind in SCORERS)}."
+                f"{', '.join(SCORER_NAMES)}."
             )
         if report["num_items"] != num_items:
             raise ValueError(f"{folder} knows {report['num_items']} items, the model {num_items}: another log.")
-        scorers[name.replace("/", "-")] = SCORERS[kind].from_pretrained(folder / "model")
+        scorers[name.replace("/", "-")] = BASELINES[kind].from_pretrained(folder / "model")
     return scorers
 
 
@@ -108,8 +107,11 @@ def main(args: RerankArguments) -> dict:
     reranker = Reranker(scorers, num_candidates=args.num_candidates, item_head=head)
     path = output / "metrics.json"
     report = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    if "reranker" not in report:
-        report["search_alone"] = {name: report[name] for name in ("test", "test_exclude_seen") if name in report}
+    test = some(data.splits["test"], args.test_users, "test_users")
+    alone = report.get("search_alone", {}) if "reranker" in report else report
+    if not {"test", "test_exclude_seen"} <= alone.keys() or alone["test"]["num_users"] != len(test):
+        alone = score_model(recommender.ranker, test, output, args.seed)  # of the same users as the whole
+    report["search_alone"] = {name: alone[name] for name in ("test", "test_exclude_seen")}
     users = some(data.splits["validation"].shuffle(seed=0), args.fit_users, "fit_users")
     fitted: dict[str, Any] = {"scorers": args.scorers, "fit_users": len(users)}
     start = time.perf_counter()
@@ -123,10 +125,7 @@ def main(args: RerankArguments) -> dict:
     fitted["seconds"] = time.perf_counter() - start
     reranker.save_pretrained(output)
     recommender.ranker.reranker = reranker
-    test = some(data.splits["test"], args.test_users, "test_users")
-    report |= score_model(recommender.ranker, test, output, args.seed)
-    validation = evaluate(recommender.ranker, data.splits["validation"], seed=args.seed)
-    report |= {"reranker": fitted, "reranked_validation": validation.to_dict()}
+    report |= score_model(recommender.ranker, test, output, args.seed) | {"reranker": fitted}
     write_metrics(output, report)
     return report
 

@@ -92,5 +92,7 @@ def test_neighbours_as_a_scorer(tmp_path):
     model.save_pretrained(tmp_path)
     again = EmbeddingKNN.from_pretrained(tmp_path)
     assert_close(again.score_items({"history": [[1, 2, 3]]})[0], expected)
-    with pytest.raises(ValueError, match=r"counter_weight=0\.5: save the counter by itself"):
-        EmbeddingKNN(embeddings, counter_weight=0.5).save_pretrained(tmp_path)
+    both = EmbeddingKNN(embeddings, counter_weight=0.5).fit([[1, 2, 3], [3, 5]])
+    both.save_pretrained(tmp_path)
+    history = {"history": [[1, 2, 3], [3]]}
+    assert np.array_equal(EmbeddingKNN.from_pretrained(tmp_path).recommend(history, 12), both.recommend(history, 12))

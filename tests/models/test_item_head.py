@@ -1,5 +1,7 @@
 """The item head of OneRec-V2: its loss by hand, its scores, and the ways to serve with it."""
 
+import itertools
+
 import numpy as np
 import pytest
 import torch
@@ -79,6 +81,20 @@ def test_items_of_one_semantic_id_have_one_target():
     context = inputs(catalogue, model)
     both = [model(**context, target_ids=targets(catalogue, model, [[item]] * 3)).loss for item in (2, 62)]
     assert_close(*both)
+
+
+def test_what_the_head_does_not_know_teaches_the_codes_alone():
+    """An item that joined the catalogue later, and codes of no item."""
+    catalogue = tiny_catalogue()
+    model = model_with(catalogue)
+    free = next(code for code in itertools.product(range(8), repeat=3) if catalogue.leaves_of([code])[0] < 0)
+    context = inputs(catalogue, model)
+    tokens = torch.tensor(free) + torch.tensor(model.config.level_offsets)
+    target_ids = tokens.expand(3, 1, 3)
+    for known in (catalogue, catalogue.with_items(np.array([free]), [2000])):
+        model.catalogue = known
+        found = model(**context, target_ids=target_ids)
+        assert_close(found.loss, -found.target_log_probs.mean())
 
 
 def test_it_is_saved_and_checked(tmp_path):
