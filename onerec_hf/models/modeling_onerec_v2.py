@@ -246,9 +246,10 @@ class OneRecV2ForCausalLM(SemanticIdForCausalLM, GenerationMixin):
             num_items = num_items / self.config.num_levels
         rows = target_ids.flatten(0, 1)  # (R, L)
         real = (rows != self.config.pad_token_id).all(1)
-        offsets = torch.tensor(self.config.level_offsets, device=rows.device)
+        # level by level, since a tensor of offsets would be copied to the device in every step
+        codes = [rows[:, level] - offset for level, offset in enumerate(self.config.level_offsets)]
         catalogue = self._require_catalogue(None)
-        leaves = catalogue.leaves_of((rows - offsets).clamp(min=0))
+        leaves = catalogue.leaves_of(torch.stack(codes, dim=1).clamp(min=0))
         # of items that share a semantic ID, the most popular one stands for all; what is no item of the head, such as
         # one that joined the catalogue later, teaches the codes alone
         items = catalogue.item_of_each(leaves[None])[0]
