@@ -38,6 +38,7 @@ RULES = {
             "baselines",
             "collators",
             "data",
+            "demo",
             "evaluation",
             "hub",
             "item_embeddings",
@@ -70,6 +71,7 @@ RULES = {
         {
             "pandas",
             "accelerate",
+            "gradio",
             "yaml",
             "torch",
             "transformers",
