@@ -3,6 +3,7 @@ reference.
 """
 
 import importlib
+import json
 import os
 import pkgutil
 import re
@@ -34,6 +35,12 @@ OTHERS = {"make quickstart", "python results/render.py"}  # test_recipes.py and 
 SMALLER = {
     "num_train_epochs=12": "num_train_epochs=1",
     "num_users=500, num_items=300": "num_users=80, num_items=60",
+}
+NOTEBOOK_SMALLER = {
+    "num_users=400, num_items=300": "num_users=80, num_items=60",
+    "num_train_epochs=10": "num_train_epochs=1",
+    "num_train_epochs=3": "num_train_epochs=1",
+    "num_candidates=32": "num_candidates=8",
 }
 
 
@@ -124,6 +131,22 @@ def test_the_commands_of_the_readme_run(tmp_path, monkeypatch):
         monkeypatch.setattr(sys, "argv", [f"recipes/{name}.py", *words, *extra])
         importlib.import_module(f"onerec_hf.scripts.{name}").run()
     assert pd.read_parquet("outputs/recommended").shape[0] == len(histories)
+
+
+def test_the_notebook_runs(tmp_path, monkeypatch):
+    """Its code cells in order, in a smaller world."""
+    monkeypatch.chdir(tmp_path)
+    cells = json.loads((ROOT / "docs" / "quickstart.ipynb").read_text(encoding="utf-8"))["cells"]
+    code = "\n".join("".join(cell["source"]) for cell in cells if cell["cell_type"] == "code")
+    install, code = code.split("\n", 1)
+    assert install == "%pip install -q 'onerec_hf[train]'"
+    for large, small in NOTEBOOK_SMALLER.items():
+        assert large in code
+        code = code.replace(large, small)
+    names = {"__name__": "notebook"}
+    exec(compile(code, "notebook", "exec"), names)
+    assert names["before"] > 0 and names["after"] > 0
+    assert len(names["trainer"].state.log_history) > 1 and names["aligned"].model is not names["seed"].model
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
