@@ -54,6 +54,8 @@ def on_page_markdown(markdown: str, page: Any, config: Any, files: Any) -> str:
     for a reference.
     """
     uri = page.file.src_uri
+    if uri == "index.md":
+        page.meta["hide"] = ["navigation", "toc"]
     here = (ROOT / SOURCES[uri] if uri in SOURCES else DOCS / uri).parent
 
     def link(match: re.Match) -> str:
