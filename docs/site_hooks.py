@@ -56,6 +56,8 @@ def on_page_markdown(markdown: str, page: Any, config: Any, files: Any) -> str:
     uri = page.file.src_uri
     if uri == "index.md":
         page.meta["hide"] = ["navigation", "toc"]
+    elif uri.startswith("results/"):  # room for wide tables
+        page.meta["hide"] = ["toc"]
     here = (ROOT / SOURCES[uri] if uri in SOURCES else DOCS / uri).parent
 
     def link(match: re.Match) -> str:
