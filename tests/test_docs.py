@@ -115,6 +115,23 @@ def test_every_block_is_run(page):
             exec(shlex.split(line)[2], {})
 
 
+def test_recorded_commands_have_only_arguments_that_exist(monkeypatch, capsys):
+    """What a record was measured with must still be a command, though no test has the data or the hours to run it."""
+    known: dict[str, set[str]] = {}
+    for path in sorted((ROOT / "results").glob("*.json")):
+        lines = "\n".join(json.loads(path.read_text(encoding="utf-8"))["commands"]).replace("\\\n", " ")
+        for recipe, command, rest in re.findall(r"^(?:.*recipes/(\w+)\.py|onerec (\w+)) (.*)$", lines, re.M):
+            name = recipe or command
+            if name not in known:
+                monkeypatch.setattr(sys, "argv", [f"onerec {name}", "--help"])
+                with pytest.raises(SystemExit):
+                    importlib.import_module(f"onerec_hf.scripts.{name}").run()
+                known[name] = set(re.findall(r"--(\w+)", capsys.readouterr().out))
+            given = set(re.findall(r"(?<!\S)--(\w+)", rest.partition(" # ")[0]))
+            assert given <= known[name] | {"config"}, f"{path.name}: {name} has no {sorted(given - known[name])}"
+    assert len(known) >= 5
+
+
 def test_the_commands_of_the_readme_run(tmp_path, monkeypatch):
     monkeypatch.chdir(make_desk(tmp_path))
     import pandas as pd
