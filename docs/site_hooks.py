@@ -75,7 +75,12 @@ def on_page_markdown(markdown: str, page: Any, config: Any, files: Any) -> str:
 
 
 def on_page_content(html: str, page: Any, config: Any, files: Any) -> str:
-    """[`Name`] in a docstring, Hugging Face's way, becomes a link to the name's place in the reference."""
+    """In docstrings, written Hugging Face's way: types lose their backticks, and [`Name`] becomes a link to the name's
+    place in the reference.
+    """
+    if page.file.src_uri.startswith("api/"):
+        plain = re.compile(r"\[`|`\]|`|, \*optional\*|, defaults to [^<]*$")
+        html = re.sub(r"<code>([^<]*`[^<]*)</code>", lambda match: f"<code>{plain.sub('', match[1])}</code>", html)
     names = {path.rpartition(".")[2]: path for path in documented()}
 
     def reference(match: re.Match) -> str:
