@@ -242,7 +242,9 @@ def ab(output: Path, seed: int, steps: int = 200) -> dict:
         if not tested.exists():
             world_arguments = json.dumps({"num_users": USERS, "num_items": ITEMS, "seed": seed})
             log_path = str(output / "impressions.parquet")
-            ab_test.main(str(policy), str(folder), log_path, str(tested.parent), world_arguments, 5, [seed])
+            ab_test.main(
+                str(policy), str(folder), log_path, str(tested.parent), world_arguments, 5, [seed], return_slope=0.0
+            )
         report[name] = {"lifts": json.loads(tested.read_text())["lifts"], "test": found["test"]}
     report["sft"] = {"test": json.loads((policy / "metrics.json").read_text())["test"]}
     return report
