@@ -263,9 +263,7 @@ def rollouts(output: Path, seed: int, steps: int = 100) -> dict:
 
 
 def searches(output: Path, seed: int, steps: int = 30) -> dict:
-    """Its Table 8 and Figure 12: beams, without the constraint as in the report and with it, against samples by top-k
-    and top-p.
-    """
+    """Its Table 8 and Figure 12: beams with and without the constraint against samples by top-k and top-p."""
     ways = {"beam": {}, "beam without the constraint": {"rollout": "unconstrained_beam"}}
     ways["top-k 16 and top-p 0.9"] = {"rollout": "unconstrained", "top_k": 16, "top_p": 0.9}
     arms = {"SFT, the same number of steps": {"rl_weight": 0.0, "num_generations": 2}}
@@ -288,13 +286,11 @@ def compare_rollouts(output: Path, part: str, seed: int, steps: int, arms: dict)
         found = evaluate(ranker, test, num_items=ITEMS, progress=False)
         tokens = ranker.collator.item_token_ids[found.predictions[:, :10]]
         columns = {name: [row[name] for row in test for _ in range(10)] for name in ("user", "timestamp")}
-        views = np.array(reward(completion_ids=tokens.reshape(-1, tokens.shape[-1]).tolist(), **columns)).reshape(
-            -1, 10
-        )
+        views = np.array(reward(completion_ids=tokens.reshape(-1, tokens.shape[-1]).tolist(), **columns))
+        views = views.reshape(-1, 10)
         best = {"long_view@1": views[:, 0], "long_view@10": views, "long_view_max@10": views.max(1)}
-        return {name: float(values.mean()) for name, values in best.items()} | {
-            "recall@10": found.metrics["recall@10"]
-        }
+        best["recall@10"] = np.array(found.metrics["recall@10"])
+        return {name: float(values.mean()) for name, values in best.items()}
 
     report = {"supervised": served(policy)}
     for name, settings in arms.items():
@@ -324,12 +320,14 @@ def speed(output: Path, seed: int, steps: int = 8) -> dict:
     return report
 
 
+PARTS = {"legality": legality, "gradients": gradients, "ab": ab}
+PARTS |= {"rollouts": rollouts, "searches": searches, "speed": speed}
+
+
 def main(part: str, seeds: list[int], output: Path) -> None:
-    parts = {"legality": legality, "gradients": gradients, "ab": ab, "rollouts": rollouts, "searches": searches}
-    parts["speed"] = speed
-    for name in parts if part == "all" else {part} - {"plot", "table"}:
+    for name in PARTS if part == "all" else {part} - {"plot", "table"}:
         for seed in seeds:
-            report = parts[name](output / f"seed{seed}", seed)
+            report = PARTS[name](output / f"seed{seed}", seed)
             path = output / f"{name}_{seed}.json"
             path.write_text(json.dumps(report, indent=2))
     if part in ("plot", "all"):
@@ -340,11 +338,7 @@ def main(part: str, seeds: list[int], output: Path) -> None:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "--part",
-        choices=["all", "legality", "gradients", "ab", "rollouts", "searches", "speed", "plot", "table"],
-        default="all",
-    )
+    parser.add_argument("--part", choices=["all", *PARTS, "plot", "table"], default="all")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--output", type=Path, default=Path("outputs/reinforcement"))
     torch.set_num_threads(1)
