@@ -21,7 +21,35 @@ CHANGES = {
     "no bias over ages": {"position_bias_buckets": 0},
     "L_kv = 2": {"num_context_layers": 2},
     "G_kv = 2": {"num_context_key_value_heads": 2},
+    # as many active weights as the feed-forward of width 2 d: two of eight experts of half that width, from block 3 on
+    "8 experts, 2 active": {
+        "num_experts": 8,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": WIDTH,
+        "first_dense_layers": 2,
+    },
+    "item ids in": {},
+    "codes and item ids in": {},
 }
+
+
+class ItemIds(nn.Module):
+    """A vector for every item in place of those of its codes, as wide as they are together; or beside them, summed."""
+
+    def __init__(self, catalogue: Catalogue, offsets: list[int], codes: nn.Embedding | None):
+        super().__init__()
+        self.catalogue, self.codes = catalogue, codes
+        self.register_buffer("offsets", torch.tensor(offsets), persistent=False)
+        self.table = nn.Embedding(catalogue.num_items + 1, len(offsets) * CODE_WIDTH, padding_idx=0)
+        nn.init.normal_(self.table.weight, std=0.02)
+
+    def forward(self, context_ids: torch.Tensor) -> torch.Tensor:
+        """Token ids (B, T, L), 0 is padding, to vectors (B, T, L, width of a code)."""
+        real = context_ids[..., 0] > 0
+        leaves = self.catalogue.leaves_of((context_ids - self.offsets)[real])
+        items = real.long().masked_scatter(real, leaves.long() + 1)
+        vectors = self.table(items).unflatten(2, (context_ids.shape[2], CODE_WIDTH))
+        return vectors if self.codes is None else vectors + self.codes(context_ids)
 
 
 class NaiveDecoder(nn.Module):
@@ -110,6 +138,10 @@ def build(variant: str, catalogue: Catalogue) -> nn.Module:
     else:
         common |= {"intermediate_size": 2 * WIDTH, "num_hidden_layers": BLOCKS}
         model = LazyDecoder(OneRecV2Config(**common | CHANGES.get(variant, {})))
+        if variant.endswith("item ids in"):
+            context = model.model.context_processor
+            codes = context.embed_codes if variant.startswith("codes") else None
+            context.embed_codes = ItemIds(catalogue, model.config.level_offsets, codes)
     model.catalogue = catalogue
     return model
 

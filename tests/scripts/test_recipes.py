@@ -259,7 +259,8 @@ def test_feedback_of_own_exposures_then_an_ab_test(quickstart, impressions, tmp_
     policy = str(quickstart[0] / "onerec-v2-quickstart")
     same = ab_test.main(policy, policy, str(impressions), str(tmp_path / "aa"), WORLD, num_days=3, keep_logs=True)
     assert all(lift == {"value": 0, "low": 0, "high": 0} for lift in same["lifts"].values())
-    assert {"app_stay_time", "watch_time", "views", "likes", "diversity"} <= set(same["lifts"])
+    reported = {"app_stay_time", "watch_time", "views", "likes", "lifetime", "diversity", "cluster_density"}
+    assert reported | {"cold_start_views", "new_item_share"} <= set(same["lifts"])
     assert (tmp_path / "aa" / "ab_test.png").read_bytes()[:4] == b"\x89PNG"
     own = pd.read_parquet(tmp_path / "aa" / "exposures_control_0.parquet").assign(
         request_id=lambda log: log.request_id + 10**6
