@@ -32,6 +32,10 @@ RULES = {
         {"collators", "models", "data", "rewards", "evaluation", "hub", "_version"},
         {"trl", "transformers", "accelerate", "peft", "torch", "datasets", "numpy", "safetensors", "huggingface_hub"},
     ),
+    "serving": (
+        {"collators", "item_ranker", "models", "recommendation_files", "recommender", "semantic_ids", "_version"},
+        {"fastapi", "numpy", "prometheus_client", "pydantic", "safetensors", "starlette", "torch", "uvicorn"},
+    ),
     "scripts": (
         {
             "",
@@ -47,6 +51,7 @@ RULES = {
             "reranker",
             "rewards",
             "semantic_ids",
+            "serving",
             "simulator",
             "trainers",
         },
