@@ -45,11 +45,11 @@ def create_app(
         ValueError, OSError: Where the start bundle, or a search with the recommender, fails.
     """
     limits = limits or Limits()
-    version = Version(name, recommender, name, name)
+    version = Version(name, recommender, recommender, name, name)
     service = Service(version, limits, bundles)
     if catalogue is not None:
         own = load_catalogue(recommender, service._folder(catalogue))
-        service = Service(Version(name, own, name, catalogue), limits, bundles)
+        service = Service(Version(name, own, recommender, name, catalogue), limits, bundles)
     rehearse(service.versions.current.recommender)
 
     @asynccontextmanager

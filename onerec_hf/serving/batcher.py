@@ -69,7 +69,8 @@ class MicroBatcher:
                 retry_after=1,
             )
         loop = asyncio.get_running_loop()
-        if self._task is None:
+        if self._task is None or self._task.done():  # or it ended with the event loop of an earlier start
+            self._changed = asyncio.Event()
             self._task = loop.create_task(self._run())
         one = _Waiting(question, loop.create_future(), loop.time())
         self._waiting[id(one)] = one

@@ -35,6 +35,9 @@ def with_catalogue(recommender: Recommender, catalogue: Catalogue, metadata: dic
 
     Items keep, by their id, what a re-ranker and item features know of them.
 
+    Args:
+        recommender: As its repository was loaded. One whose items were changed already no longer knows what left it.
+
     Raises:
         ValueError: For codes of other sizes, and for new items of a model that reads item features.
     """
@@ -64,9 +67,12 @@ def with_catalogue(recommender: Recommender, catalogue: Catalogue, metadata: dic
     return Recommender(ranker, recommender.metadata if metadata is None else metadata, recommender.quantizer)
 
 
-def changed(recommender: Recommender, items: Sequence[Item], remove: Sequence) -> Recommender:
+def changed(origin: Recommender, recommender: Recommender, items: Sequence[Item], remove: Sequence) -> Recommender:
     """
     The recommender with items added, replaced and removed.
+
+    Args:
+        origin: As its repository was loaded: an item that left and comes back is known there.
 
     Raises:
         KeyError: Unknown ids in `remove`. ValueError: An id that is named twice, a new item without an embedding, and
@@ -85,7 +91,7 @@ def changed(recommender: Recommender, items: Sequence[Item], remove: Sequence) -
         raise ValueError(
             f"the embeddings have {sorted(widths)} numbers: all must be as wide as those of the codebooks."
         )
-    own = with_catalogue(recommender, catalogue, dict(recommender.metadata))
+    own = with_catalogue(recommender, catalogue, dict(recommender.metadata))  # to be changed in place
     if leaving := [*remove, *(item.item_id for item, place in coded if place >= 0)]:
         own.remove_items(leaving)
     if coded:
@@ -94,7 +100,7 @@ def changed(recommender: Recommender, items: Sequence[Item], remove: Sequence) -
         embeddings = np.array([item.embedding for item, _ in coded], dtype=np.float32)
         own.add_items([item.item_id for item, _ in coded], embeddings, popularity=popularity)
     metadata = own.metadata | item_metadata({item.item_id: item.metadata for item in items})
-    return with_catalogue(recommender, own.model.catalogue, metadata)
+    return with_catalogue(origin, own.model.catalogue, metadata)
 
 
 def codebook_fingerprint(recommender: Recommender) -> str | None:
@@ -173,9 +179,9 @@ def _about(folder: Path) -> dict[str, Any]:
     return about
 
 
-def load_model(folder: Path, current: Recommender, keep_catalogue: bool) -> Recommender:
+def load_model(folder: Path, current: Recommender, keep_catalogue: bool) -> tuple[Recommender, Recommender]:
     """
-    The recommender of a repository, with its own items or with those that are served now.
+    The recommender of a repository as it is, and with its own items or with those that are served now.
 
     Raises:
         OSError, ValueError: As `Recommender.from_pretrained`; and for other codebooks where the catalogue is kept.
@@ -183,14 +189,14 @@ def load_model(folder: Path, current: Recommender, keep_catalogue: bool) -> Reco
     device = current.model.device
     found = Recommender.from_pretrained(folder, current.ranker.num_beams, device, local_files_only=True)
     if not keep_catalogue:
-        return found
+        return found, found
     theirs, ours = codebook_fingerprint(found), codebook_fingerprint(current)
     if theirs != ours or ours is None:
         raise ValueError(
             f"the model has the codebooks {theirs}, the current catalogue {ours}: it can be kept with the same ones "
             'alone. Swap with "catalogue": "own".'
         )
-    return with_catalogue(found, current.model.catalogue, current.metadata)
+    return found, with_catalogue(found, current.model.catalogue, current.metadata)
 
 
 def rehearse(recommender: Recommender) -> None:

@@ -61,6 +61,11 @@ async def _refused(request: Request, error: Exception) -> Response:
 async def _invalid(request: Request, error: Exception) -> Response:
     """Where and why, not what: histories do not come back in answers that a proxy may log."""
     assert isinstance(error, RequestValidationError)
+    kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+    if kind != "application/json":  # what else a browser may send to this machine from any page is not even read
+        request.scope["onerec_code"] = "content_type"
+        what = f"content-type is {kind[:80]!r}: send the header `content-type: application/json`, and JSON."
+        return Refused(415, "content_type", what).response()
     found = []
     for one in error.errors()[:5]:
         place = ".".join(str(part) for part in one["loc"] if part != "body")

@@ -94,7 +94,11 @@ class _Body:
 
     async def check_length(self, length: bytes | None) -> None:
         """Refuses by the header, once the body has been thrown away."""
-        if length is not None and int(length) > self.most:
+        if length is None:
+            return
+        if not length.isdigit():
+            raise Refused(400, "content_length", "content-length is no number: send the size of the body in bytes.")
+        if int(length) > self.most:
             await self._too_large(int(length))
 
     async def receive(self) -> Any:

@@ -111,13 +111,13 @@ class Service:
                 what = f"the catalogue is {current.fingerprint} now, the change is for {body.fingerprint}"
                 raise Refused(409, "fingerprint", f"{what}: read GET /info, and make it anew.")
             if body.bundle is not None:
-                found = load_catalogue(current.recommender, self._folder(body.bundle))
+                found = load_catalogue(current.origin, self._folder(body.bundle))
             else:
-                found = changed(current.recommender, body.items, body.remove)
+                found = changed(current.origin, current.recommender, body.items, body.remove)
             rehearse(found)
             if body.bundle is None and self.bundles is not None:
                 save_bundle(found, self.bundles / name)
-            return Version(name, found, current.model, body.bundle or name)
+            return Version(name, found, current.origin, current.model, body.bundle or name)
 
         return await self._swap("catalogue", body.rollback_to, body.name, body.bundle, build)
 
@@ -134,9 +134,9 @@ class Service:
         def build(current: Version, name: str) -> Version:
             assert body.bundle is not None
             keep = body.catalogue == "keep"
-            found = load_model(self._folder(body.bundle), current.recommender, keep)
+            origin, found = load_model(self._folder(body.bundle), current.recommender, keep)
             rehearse(found)
-            return Version(name, found, body.bundle, current.catalogue if keep else body.bundle)
+            return Version(name, found, origin, body.bundle, current.catalogue if keep else body.bundle)
 
         return await self._swap("model", body.rollback_to, body.name, body.bundle, build)
 

@@ -17,12 +17,14 @@ class Version:
     Args:
         name: Unique among the versions that are kept.
         recommender: Nobody changes it: another catalogue is another version (`bundles.with_catalogue`).
+        origin: As the repository of the weights was loaded.
         model: Name of the weights.
         catalogue: Name of the bundle, or of the change, that the items came with.
     """
 
     name: str
     recommender: Recommender
+    origin: Recommender
     model: str
     catalogue: str
     loaded: float = field(default_factory=time.time)
