@@ -1,6 +1,7 @@
 """Applications over tiny models, and ways to ask them."""
 
 import asyncio
+import functools
 
 import numpy as np
 import torch
@@ -19,15 +20,21 @@ LOGS = [[0, 1, 2, 3], [3, 1, 2, 9], [10, 11, 12, 1], [2, 9, 30]]
 EMBEDDINGS = np.random.default_rng(0).normal(size=(65, 6)).astype(np.float32)
 
 
+@functools.cache
 def codebooks(seed=0):
     """Codebooks of the tiny sizes; the tiny catalogue has other codes, which does not matter to anybody."""
     vectors = torch.from_numpy(np.random.default_rng(seed).normal(size=(400, 6)).astype(np.float32))
     return ResidualKMeans(num_levels=3, codebook_size=SIZES[0], seed=seed).fit(vectors)
 
 
+@functools.cache
+def counter():
+    return CoOccurrence(65).fit(LOGS)
+
+
 def reranker():
     """With weights by which the counter, "seen" and the search all have a say."""
-    own = Reranker({"counter": CoOccurrence(65).fit(LOGS)}, num_candidates=5)
+    own = Reranker({"counter": counter()}, num_candidates=5)
     kept = dict.fromkeys(own.features, 0.3)
     return Reranker(own.scorers, {"kept": kept, "masked": kept | {"codes": 1.0}}, num_candidates=5)
 
