@@ -145,9 +145,14 @@ class Service:
             raise Refused(422, "no_bundles", "this service has no folder of bundles: start it with --bundles FOLDER.")
         folder = self.bundles / bundle
         if not folder.is_dir():
-            there = sorted(each.name for each in self.bundles.iterdir() if each.is_dir() and each.name[0] != ".")
-            raise Refused(404, "unknown_bundle", f"there is no bundle {bundle!r}; there are {there[-10:]}.")
+            there = f"there are {self._bundle_names()[-10:]}"
+            raise Refused(404, "unknown_bundle", f"there is no bundle {bundle!r}; {there}.")
         return folder
+
+    def _bundle_names(self) -> list[str]:
+        if self.bundles is None or not self.bundles.is_dir():
+            return []
+        return sorted(each.name for each in self.bundles.iterdir() if each.name[0] != ".")
 
     async def _swap(
         self,
@@ -166,7 +171,7 @@ class Service:
                 if rollback_to is not None:
                     version = self.versions.roll_back(rollback_to)
                 else:
-                    free = self.versions.free_name(name or bundle)
+                    free = self.versions.free_name(name or bundle, self._bundle_names() if bundle is None else ())
                     version = await asyncio.to_thread(build, before, free)
                     self.versions.swap(version)
             except Exception as error:

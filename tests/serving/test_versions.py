@@ -138,7 +138,10 @@ def test_a_change_is_a_bundle_that_a_service_can_start_with(tmp_path):
         answer = http.post("/recommend", json=HISTORY).json()
         assert answer["fingerprint"] == expected["fingerprint"] and answer["results"] == expected["results"]
         assert http.get("/info").json()["catalogue"]["catalogue"] == "monday"
-    assert [path.name for path in tmp_path.iterdir()] == ["monday"]  # and no remains
+        assert http.post("/catalogue", json={"remove": [1000], "name": "monday"}).status_code == 409
+        (tmp_path / "v2").mkdir()  # of a service that was stopped
+        assert http.post("/catalogue", json={"remove": [1000]}).json()["name"] == "v3"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["monday", "v2", "v3"]  # and no remains
     with pytest.raises(FileExistsError, match="a bundle never changes"):
         save_bundle(recommender(), tmp_path / "monday")
 
@@ -243,7 +246,7 @@ CHANGES = [
     ("catalogue", {"bundle": ".fewer"}, 422, "bundle: String should match pattern"),
     ("catalogue", {"bundle": "/etc"}, 422, "bundle: String should match pattern"),
     ("catalogue", {"bundle": ""}, 422, "bundle: String should match pattern"),
-    ("catalogue", {"bundle": "fewer", "name": "v1"}, 409, "there is a version 'v1'"),
+    ("catalogue", {"bundle": "fewer", "name": "v1"}, 409, "there is a version or bundle 'v1'"),
     ("catalogue", {"rollback_to": "v7"}, 404, "kept are ['v1']"),
     ("catalogue", {"remove": [5]}, 422, "the first is 5"),
     ("catalogue", {"remove": list(range(1000, 1065))}, 422, "at least one item"),
@@ -267,7 +270,7 @@ CHANGES = [
     ("model", {}, 422, "give one of"),
     ("model", {"bundle": "model", "rollback_to": "v1"}, 422, "give one of"),
     ("model", {"bundle": "nowhere"}, 404, "there is no bundle 'nowhere'"),
-    ("model", {"bundle": "model", "name": "v1"}, 409, "there is a version 'v1'"),
+    ("model", {"bundle": "model", "name": "v1"}, 409, "there is a version or bundle 'v1'"),
     ("model", {"bundle": "model", "catalogue": "other"}, 422, "'own' or 'keep'"),
     ("model", {"bundle": "a b"}, 422, "bundle: String should match pattern"),
     ("model", {"rollback_to": "v7"}, 404, "kept are ['v1']"),
