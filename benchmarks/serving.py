@@ -57,7 +57,8 @@ class Client:
             lines = (await reader.readuntil(b"\r\n\r\n")).decode().lower().split("\r\n")
             length = next(int(line[15:]) for line in lines if line.startswith("content-length:"))
             answer = json.loads(await reader.readexactly(length))
-        except (OSError, asyncio.IncompleteReadError, ValueError):
+        except (OSError, asyncio.IncompleteReadError, ValueError) as error:
+            print("no answer:", repr(error), flush=True)
             self.streams = None
             return 0, {}
         if "connection: close" in lines:
@@ -283,7 +284,6 @@ def measure(arguments: argparse.Namespace, folder: Path) -> tuple[list[list], li
 
 def record(arguments: argparse.Namespace, rows: list[list], goals: list[list], notes: list[str]) -> None:
     """Writes results/NAME.json and NAME_goals.json."""
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=ROOT)
     shared = {
         "commands": [
             f"OMP_NUM_THREADS=1 python benchmarks/serving.py --repo {arguments.shown} --record {arguments.record}"
@@ -291,7 +291,7 @@ def record(arguments: argparse.Namespace, rows: list[list], goals: list[list], n
         "seeds": [arguments.seed],
         "hardware": "; ".join(["2 shared cores (AMD EPYC), no GPU; one thread of torch", *notes]),
         "date": datetime.date.today().isoformat(),
-        "commit": commit.stdout.strip() or None,
+        "commit": arguments.commit,
     }
     names = ["search", "offered, requests/s", "answered, requests/s", "p50, ms", "p95, ms", "p99, ms", "refused"]
     pictures = [None, "0", "0.0", "0,", "0,", "0,", "0,"]
@@ -320,6 +320,8 @@ def main() -> None:
     arguments = parser.parse_args()
     arguments.shown = arguments.shown or arguments.repo
     torch.set_num_threads(1)
+    git = ["git", "rev-parse", "--short", "HEAD"]  # before the run: there may be another commit behind it
+    arguments.commit = subprocess.run(git, capture_output=True, text=True, cwd=ROOT).stdout.strip() or None
     with tempfile.TemporaryDirectory() as folder:
         rows, goals, notes = measure(arguments, Path(folder))
     for row in goals:

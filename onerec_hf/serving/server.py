@@ -78,6 +78,7 @@ def server(app: FastAPI, host: str, port: int, limits: Limits) -> Server:
         access_log=False,
         log_level="warning",
         server_header=False,
+        timeout_keep_alive=75,  # longer than clients and proxies keep a connection that they do not use
         limit_concurrency=2 * limits.max_queue + 64,  # connections; those without a request count, too
         timeout_graceful_shutdown=int(limits.timeout_s + limits.body_timeout_s) + 1,
     )

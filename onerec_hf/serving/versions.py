@@ -59,13 +59,21 @@ class Versions:
         self.current, self.keep, self._count = first, keep, 1
         self.kept: OrderedDict[str, Version] = OrderedDict({first.name: first})
 
-    def free_name(self, wanted: str | None) -> str:
-        """`wanted`, or the next number; Refused, 409, where it is taken."""
-        if wanted is not None and wanted in self.kept:
-            raise Refused(
-                409, "name_taken", f"there is a version {wanted!r}: choose another name, or roll back to it."
-            )
-        while wanted is None or wanted in self.kept:
+    def free_name(self, wanted: str | None, bundles: Collection[str] = ()) -> str:
+        """
+        `wanted`, or the next number.
+
+        Args:
+            bundles: Names that are taken, too: those of bundles, where the version becomes one.
+
+        Raises:
+            Refused: 409, where `wanted` is taken.
+        """
+        taken = {*self.kept, *bundles}
+        if wanted in taken:
+            what = f"there is a version or bundle {wanted!r} already"
+            raise Refused(409, "name_taken", f"{what}: choose another name, or roll back to it.")
+        while wanted is None or wanted in taken:
             self._count += 1
             wanted = f"v{self._count}"
         return wanted
