@@ -15,6 +15,7 @@ import datasets
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet
+from tqdm.auto import tqdm
 from transformers.utils.hub import cached_file
 
 from .models import SemanticIdTokenizer
@@ -117,6 +118,20 @@ def check_dataset(dataset: Any, column: str, path: Path, overwrite: bool) -> Non
         )
     for part in earlier:
         part.unlink(missing_ok=True)
+
+
+def recommend_rows(
+    recommender: Any, rows: datasets.Dataset, k: int, column: str, batch_size: int, **kwargs: Any
+) -> tuple[list[list], list[list]]:
+    """Item ids (of sessions, lists of them) and scores for every row, by [`Recommender.recommend`], batch by batch."""
+    item_ids, scores = [], []
+    for start in tqdm(range(0, len(rows), batch_size), desc="recommend", disable=int(os.environ.get("RANK", 0)) > 0):
+        for row in recommender.recommend(rows[start : start + batch_size][column], k, **kwargs):
+            item_ids.append(
+                [found.item_ids if isinstance(found, RecommendedSession) else found.item_id for found in row]
+            )
+            scores.append([found.score for found in row])
+    return item_ids, scores
 
 
 def write_part(

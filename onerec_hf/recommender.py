@@ -8,7 +8,6 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-from tqdm.auto import tqdm
 from transformers import AutoModel
 from transformers.utils.hub import cached_file
 
@@ -25,6 +24,7 @@ from .recommendation_files import (
     item_metadata,
     load_metadata,
     push_served,
+    recommend_rows,
     save_metadata,
     write_part,
 )
@@ -354,13 +354,7 @@ class Recommender:
         path = Path(output) / f"part-{rank:05d}-of-{world:05d}.parquet"
         check_dataset(dataset, column, path, overwrite)
         own = dataset.select(range(len(dataset) * rank // world, len(dataset) * (rank + 1) // world))
-        item_ids, scores = [], []
-        for start in tqdm(range(0, len(own), batch_size), desc="recommend", disable=rank > 0):
-            for row in self.recommend(own[start : start + batch_size][column], k, session=session, **kwargs):
-                item_ids.append(
-                    [found.item_ids if isinstance(found, RecommendedSession) else found.item_id for found in row]
-                )
-                scores.append([found.score for found in row])
+        item_ids, scores = recommend_rows(self, own, k, column, batch_size, session=session, **kwargs)
         write_part(path, own, item_ids, scores, is_text(self.model.catalogue.item_ids), session)
         return path
 

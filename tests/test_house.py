@@ -47,6 +47,7 @@ RULES = {
             "item_embeddings",
             "item_ranker",
             "models",
+            "recommendation_files",
             "recommender",
             "reranker",
             "rewards",
