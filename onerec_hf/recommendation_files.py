@@ -95,14 +95,24 @@ def load_metadata(path: str | os.PathLike) -> dict:
     return {row.pop("item_id"): row for row in rows}
 
 
-def check_dataset(dataset: Any, column: str, path: Path, overwrite: bool) -> None:
-    """All that can be wrong with a data set and a folder, before hours of work."""
+def read_rows(path: Path) -> datasets.Dataset:
+    """A parquet file, with rows or without."""
+    return datasets.Dataset(pyarrow.parquet.ParquetFile(path).read())
+
+
+def check_rows(dataset: Any, column: str) -> None:
+    """Refuses a data set without histories, and one that has columns of the names that are written."""
     if column not in dataset.column_names:
         raise ValueError(f"the dataset has no column {column!r}; it has {dataset.column_names}.")
     if taken := sorted({"item_ids", "scores"} & set(dataset.column_names)):
         raise ValueError(f"the dataset has columns {taken}, which the result is written to: rename or remove them.")
     if not isinstance(dataset.features[column], (datasets.List, datasets.LargeList)):
         raise ValueError(f"column {column!r} holds {dataset.features[column]}: a list of item ids per row is needed.")
+
+
+def check_dataset(dataset: Any, column: str, path: Path, overwrite: bool) -> None:
+    """All that can be wrong with a data set and a folder, before hours of work."""
+    check_rows(dataset, column)
     path.parent.mkdir(parents=True, exist_ok=True)
     if not os.access(path.parent, os.W_OK):
         raise PermissionError(f"{path.parent} cannot be written: choose another folder.")

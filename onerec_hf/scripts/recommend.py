@@ -21,7 +21,7 @@ import datasets
 
 from ..data import arrow_dataset, read_table
 from ..models.item_ids import is_text
-from ..recommendation_files import recommend_rows, write_part
+from ..recommendation_files import check_rows, read_rows, recommend_rows, write_part
 from ..recommender import Recommender
 from ..rewards import RewardModel
 from .checks import check_columns
@@ -120,8 +120,8 @@ def main_by_file(args: RecommendArguments) -> list[Path]:
     for file, place in shards(args, recommender):
         if file not in own:
             continue
-        rows = arrow_dataset(read_table(str(file), args.split))
-        check_columns(f"--dataset {file}", rows.column_names, [args.column])
+        rows = read_rows(file)
+        check_rows(rows, args.column)
         found = recommend_rows(recommender, rows, args.k, args.column, args.batch_size, **options)
         place.parent.mkdir(parents=True, exist_ok=True)
         write_part(place, rows, *found, is_text(recommender.model.catalogue.item_ids), args.session)
