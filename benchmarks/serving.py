@@ -38,9 +38,7 @@ WAYS = {"micro-batches": ["--max_rows", "32"], "one at a time": ["--max_rows", "
 
 
 class Client:
-    """A connection that is kept open, with as little work per request as there can be: the client has a core to share
-    with the service.
-    """
+    """A connection that is kept open; little work per request, since service and clients share the machine."""
 
     def __init__(self, port: int):
         self.port, self.streams = port, None
@@ -168,11 +166,8 @@ async def compare_with_bare(port: int, recommender: Recommender, requests: list[
 
 
 def swap_bundles(repo: str, folder: Path) -> tuple[dict[str, Recommender], np.ndarray]:
-    """
-    Two sets of weights and two catalogues, as bundles in `folder`.
-
-    Returns:
-        `"weights catalogue"` -> what answers so, in this process; and the ids that both catalogues have.
+    """Two sets of weights and two catalogues, as bundles in `folder`. Returns `"weights catalogue"` -> what answers
+    so, in this process; and the ids that both catalogues have.
     """
     first = Recommender.from_pretrained(repo)
     ids = first.model.catalogue.item_ids

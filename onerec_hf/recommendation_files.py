@@ -18,6 +18,7 @@ import pyarrow.parquet
 from tqdm.auto import tqdm
 from transformers.utils.hub import cached_file
 
+from .data import arrow_dataset
 from .models import SemanticIdTokenizer
 from .models.item_ids import id_array
 
@@ -97,7 +98,7 @@ def load_metadata(path: str | os.PathLike) -> dict:
 
 def read_rows(path: Path) -> datasets.Dataset:
     """A parquet file, with rows or without."""
-    return datasets.Dataset(pyarrow.parquet.ParquetFile(path).read())
+    return arrow_dataset(pyarrow.parquet.ParquetFile(path).read())
 
 
 def check_rows(dataset: Any, column: str) -> None:
