@@ -279,7 +279,7 @@ def measure(arguments: argparse.Namespace, folder: Path) -> tuple[list[list], li
     with service(arguments.repo, ["--bundles", str(folder)]) as (port, _):
         counts = asyncio.run(hot_swaps(port, answered, content, arguments.total, arguments.every, 32))
     print(counts, flush=True)
-    what = f"{arguments.clients} clients: {batched:.0f} and {alone:.0f} requests a second"
+    what = f"{batched:.0f} and {alone:.0f} requests a second; rounds {min(ratios):.1f} to {max(ratios):.1f}"
     goals.append([f"throughput at saturation, to one at a time ({what})", float(np.median(ratios)), "at least 4"])
     goals.append(
         [f"answers per processor second of the service, likewise ({cheap:.0f} and {dear:.0f})", cheap / dear, None]
@@ -288,9 +288,9 @@ def measure(arguments: argparse.Namespace, folder: Path) -> tuple[list[list], li
     goals.append([f"p50 of one client, to a bare `recommend` ({what})", low["service"] / low["bare"], "at most 1.3"])
     what = f"of {counts['asked']} requests with {counts['swaps']} swaps under them"
     for name in ("lost", "wrong version"):
-        goals.append([f"{name}, {what}", counts[name], "0"])
-    goals.append([f"items outside the catalogue of their version, {what}", counts["outside the catalogue"], "0"])
-    goals.append([f"swaps refused, {what}", counts["refused swaps"], "0"])
+        goals.append([f"{name}, {what}", str(counts[name]), "0"])
+    goals.append([f"items outside the catalogue of their version, {what}", str(counts["outside the catalogue"]), "0"])
+    goals.append([f"swaps refused, {what}", str(counts["refused swaps"]), "0"])
     loads.append(os.getloadavg()[0])
     return rows, goals, [f"load average {min(loads):.1f} to {max(loads):.1f}, service, client and others together"]
 
