@@ -8,7 +8,6 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-from tqdm.auto import tqdm
 from transformers import AutoModel
 from transformers.utils.hub import cached_file
 
@@ -25,6 +24,7 @@ from .recommendation_files import (
     item_metadata,
     load_metadata,
     push_served,
+    recommend_rows,
     save_metadata,
     write_part,
 )
@@ -148,7 +148,7 @@ class Recommender:
             k: Items, or sessions, per user; fewer come back where fewer are allowed or exist.
             exclude_seen: Leave out the items of the history.
             allow, deny: Item ids that alone may, or that may not, be recommended: one list for all users, or one per
-                user.
+                user (None: this user has no such filter).
             events: Event columns that the model takes beside the ids (`play_time_ms`, ...), parallel to `histories`; a
                 column that is left out counts as unknown.
             users: User features, one value per user: as they stand in `users.parquet` where the repository knows its
@@ -222,7 +222,13 @@ class Recommender:
             return [[RecommendedSession(i, s, [known.get(item, {}) for item in i]) for i, s in row] for row in ranked]
         return [[Recommendation(i, s, known.get(i, {})) for i, s in row] for row in ranked]
 
-    def add_items(self, item_ids: Sequence, embeddings: np.ndarray, metadata: Sequence[Mapping] | None = None) -> None:
+    def add_items(
+        self,
+        item_ids: Sequence,
+        embeddings: np.ndarray,
+        metadata: Sequence[Mapping] | None = None,
+        popularity: Sequence[float] | None = None,
+    ) -> None:
         """
         New items join the catalogue without training: they get the nearest codes of the old codebooks. Not saved until
         `save_pretrained`.
@@ -231,6 +237,7 @@ class Recommender:
             item_ids: Ids that the catalogue does not have yet.
             embeddings (`np.ndarray` of shape (M, D)): From the embedding model that the codebooks were fitted on.
             metadata: One mapping per item.
+            popularity: Training events of each item, where the catalogue counts them; default 0.
 
         Raises:
             ValueError: Without codebooks, for a model with item features, for embeddings of another width or with NaN,
@@ -256,8 +263,10 @@ class Recommender:
                 "item."
             )
         added = item_metadata(dict(zip(new_ids.tolist(), metadata or [{}] * len(codes))))
-        popularity = None if catalogue.popularity is None else np.zeros(len(codes))
-        self.model.catalogue = catalogue.with_items(codes, new_ids, popularity)
+        counts = None
+        if catalogue.popularity is not None:
+            counts = np.zeros(len(codes)) if popularity is None else np.asarray(popularity)
+        self.model.catalogue = catalogue.with_items(codes, new_ids, counts)
         tokens = self.model.catalogue.semantic_ids.cpu().numpy() + np.array(self.model.config.level_offsets)
         collator.item_token_ids = tokens.astype(np.int64)
         self.metadata |= added
@@ -345,13 +354,7 @@ class Recommender:
         path = Path(output) / f"part-{rank:05d}-of-{world:05d}.parquet"
         check_dataset(dataset, column, path, overwrite)
         own = dataset.select(range(len(dataset) * rank // world, len(dataset) * (rank + 1) // world))
-        item_ids, scores = [], []
-        for start in tqdm(range(0, len(own), batch_size), desc="recommend", disable=rank > 0):
-            for row in self.recommend(own[start : start + batch_size][column], k, session=session, **kwargs):
-                item_ids.append(
-                    [found.item_ids if isinstance(found, RecommendedSession) else found.item_id for found in row]
-                )
-                scores.append([found.score for found in row])
+        item_ids, scores = recommend_rows(self, own, k, column, batch_size, session=session, **kwargs)
         write_part(path, own, item_ids, scores, is_text(self.model.catalogue.item_ids), session)
         return path
 

@@ -32,6 +32,10 @@ RULES = {
         {"collators", "models", "data", "rewards", "evaluation", "hub", "_version"},
         {"trl", "transformers", "accelerate", "peft", "torch", "datasets", "numpy", "safetensors", "huggingface_hub"},
     ),
+    "serving": (
+        {"collators", "item_ranker", "models", "recommendation_files", "recommender", "semantic_ids", "_version"},
+        {"fastapi", "numpy", "prometheus_client", "pydantic", "safetensors", "starlette", "torch", "uvicorn"},
+    ),
     "scripts": (
         {
             "",
@@ -43,10 +47,12 @@ RULES = {
             "item_embeddings",
             "item_ranker",
             "models",
+            "recommendation_files",
             "recommender",
             "reranker",
             "rewards",
             "semantic_ids",
+            "serving",
             "simulator",
             "trainers",
         },
