@@ -124,8 +124,8 @@ def training_events(
     before = np.full(interactions.num_users, np.inf if validation_start is None else validation_start)
     if validation_start is None:
         for name in ("validation", "test"):
-            held_out = splits[name].with_format("numpy")
-            np.minimum.at(before, held_out["user"][:], held_out["session_start"][:])
+            held_out = splits[name].with_format("arrow")[:]  # numpy's format has no type for no rows
+            np.minimum.at(before, held_out["user"].to_numpy(), held_out["session_start"].to_numpy())
     rows = config.effective_events(interactions) & (interactions.timestamp < before[interactions.user_index])
     known = interactions.where(rows)
     first, end = known.user_offsets[:-1], known.user_offsets[1:]

@@ -4,7 +4,6 @@ A split has one row per user with flat lists, so that a collator slices and resh
 """
 
 from collections import Counter
-from pathlib import Path
 
 import datasets
 import numpy as np
@@ -16,25 +15,6 @@ from .interactions import Interactions
 logger = logging.get_logger(__name__)
 
 SPLITS = ("train", "validation", "test")
-
-
-def load_splits(folder: str | Path) -> datasets.DatasetDict:
-    """The splits of a data folder, memory-mapped. What `filter`, `sort` and the like make of them goes into memory,
-    never into the folder, so that it may be read-only or shared by several runs.
-
-    Raises:
-        FileNotFoundError: the folder has none.
-    """
-    path = Path(folder) / "splits"
-    if not path.is_dir():
-        raise FileNotFoundError(
-            f"{folder} is no data folder: {path} is not there. Make it with `onerec prepare --source LOG --output "
-            f"{folder}`, or name the one that you made."
-        )
-    # a table that names no file has no folder for caches either
-    return datasets.DatasetDict(
-        {name: arrow_dataset(rows.data.table) for name, rows in datasets.load_from_disk(str(path)).items()}
-    )
 
 
 def k_core(interactions: Interactions, k: int) -> Interactions:
@@ -66,12 +46,13 @@ def k_core(interactions: Interactions, k: int) -> Interactions:
         user_ids=interactions.user_ids[keep_user],
         item_ids=interactions.item_ids[keep_item],
         feedback={name: values[rows] for name, values in interactions.feedback.items()},
-        items=_take_features(interactions.items, keep_item),
-        users=_take_features(interactions.users, keep_user),
+        items=take_features(interactions.items, keep_item),
+        users=take_features(interactions.users, keep_user),
     )
 
 
-def _take_features(features: dict[str, np.ndarray | list], keep: np.ndarray) -> dict[str, np.ndarray | list]:
+def take_features(features: dict[str, np.ndarray | list], keep: np.ndarray) -> dict[str, np.ndarray | list]:
+    """The values of the items or users that a bool mask keeps."""
     return {
         name: values[keep] if isinstance(values, np.ndarray) else [v for v, kept in zip(values, keep) if kept]
         for name, values in features.items()

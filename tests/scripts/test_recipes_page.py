@@ -18,6 +18,7 @@ import yaml
 from huggingface_hub import ModelCard
 from transformers import AutoConfig, AutoTokenizer
 
+from onerec_hf.data import load_splits
 from onerec_hf.recommender import Recommender
 from onerec_hf.simulator import ShortVideoWorld
 
@@ -105,7 +106,7 @@ def test_the_commands_run_as_printed(desk, hub, monkeypatch):
     # what was chosen, before the dates that are held out, and every impression before them
     log, data = pd.read_parquet("logs.parquet"), desk / "outputs" / "mydata"
     before = log.timestamp < SETTINGS["validation_start"]
-    train = datasets.load_from_disk(str(data / "splits"))["train"]
+    train = load_splits(data)["train"]
     assert sum(map(len, train["history"])) == (before & (log.long_view == 1)).sum()
     from onerec_hf.scripts import grpo
 
