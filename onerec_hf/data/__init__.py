@@ -22,6 +22,7 @@ from .splits import (
     leave_last_out,
     target_rows,
 )
+from .streams import count_lengths, first_rows, stream_split
 from .tables import match_ids, read_table
 
 __all__ = [
@@ -39,7 +40,9 @@ __all__ = [
     "category_codes",
     "category_map",
     "compress_lifelong",
+    "count_lengths",
     "event_labels",
+    "first_rows",
     "global_time_split",
     "hierarchical_kmeans",
     "k_core",
@@ -61,6 +64,7 @@ __all__ = [
     "session_index",
     "session_labels",
     "session_splits",
+    "stream_split",
     "target_rows",
     "training_events",
     "with_users",

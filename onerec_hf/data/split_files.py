@@ -6,7 +6,7 @@ docs/large_data.md describes it, with the SQL that makes the same in a warehouse
 import json
 import os
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -143,10 +143,13 @@ def _is_list_of_integers(kind: pa.DataType | None) -> bool:
     return kind is not None and pa.types.is_list(kind) and pa.types.is_integer(kind.value_type)
 
 
-def load_splits(folder: str | os.PathLike) -> datasets.DatasetDict:
+def load_splits(folder: str | os.PathLike, names: Sequence[str] | None = None) -> datasets.DatasetDict:
     """The splits of a data folder, in memory; [`stream_split`] reads those that do not fit. Folders of
     `DatasetDict.save_to_disk`, which earlier versions wrote, are read, too. Nothing is written into the folder, so
     that it may be read-only or shared by several runs.
+
+    Args:
+        names: Of the splits to read; default all.
 
     Raises:
         As [`split_parts`].
@@ -155,11 +158,13 @@ def load_splits(folder: str | os.PathLike) -> datasets.DatasetDict:
     if (path / "dataset_dict.json").is_file():
         saved: Any = datasets.load_from_disk(str(path))
         # a table that names no file has no folder for caches either
-        return datasets.DatasetDict({name: arrow_dataset(rows.data.table) for name, rows in saved.items()})
+        return datasets.DatasetDict(
+            {name: arrow_dataset(saved[name].data.table) for name in saved if names is None or name in names}
+        )
     return datasets.DatasetDict(
         {
             name: arrow_dataset(pa.concat_tables(pyarrow.parquet.ParquetFile(file).read() for file in files))
             for name, files in split_parts(folder).items()
-            if files
+            if files and (names is None or name in names)
         }
     )
