@@ -19,8 +19,9 @@ from safetensors.numpy import load_file, save_file
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from ..semantic_ids.rqvae import RQVAE, ResidualKMeans, load_quantizer
-from .split_files import CONTRACT, SPLITS, SplitWriter, load_splits
+from .split_files import CONTRACT, SPLITS, SplitWriter, load_splits, split_parts
 from .splits import arrow_dataset
+from .streams import stream_split
 
 TOKENIZER, EMBEDDINGS, REPORT = "tokenizer", "item_embeddings.safetensors", "semantic_ids.json"
 TABLES = {"items": "items.parquet", "users": "users.parquet"}
@@ -81,7 +82,7 @@ class DataFolder:
         cls,
         path: str | os.PathLike,
         *,
-        splits: Mapping[str, datasets.Dataset] | SplitWriter,
+        splits: Mapping[str, datasets.Dataset] | SplitWriter | None,
         items: datasets.Dataset,
         users: datasets.Dataset,
         tokenizer: PreTrainedTokenizerBase,
@@ -93,7 +94,8 @@ class DataFolder:
         Writes a data folder. A run that is stopped here leaves a folder that cannot be opened.
 
         Args:
-            splits: Their rows; or the writer that has written them into this folder.
+            splits: Their rows; or the writer that has written them into this folder; or None: they are there
+                already, made by a warehouse, say (docs/large_data.md).
             tokenizer: With the catalogue, as `tokenizer.catalogue`.
             report: What `quality_report` says of the semantic IDs.
         """
@@ -102,11 +104,14 @@ class DataFolder:
         (folder / REPORT).unlink(missing_ok=True)  # of an earlier run: until the end this folder is not complete
         tokenizer.save_pretrained(folder / TOKENIZER)
         quantizer.save_pretrained(folder / TOKENIZER)
-        if not isinstance(splits, SplitWriter):
+        if isinstance(splits, Mapping):
             writer, rows = SplitWriter(folder), splits
             writer.write(rows)
             splits = writer
-        splits.finish()
+        if splits is None:
+            split_parts(folder)  # refuses what is not whole
+        else:
+            splits.finish()
         save_file({"item_embeddings": item_embeddings}, folder / EMBEDDINGS)
         items.to_parquet(folder / TABLES["items"])
         users.to_parquet(folder / TABLES["users"])
@@ -117,6 +122,10 @@ class DataFolder:
     def splits(self) -> datasets.DatasetDict:
         """`train`, `validation` and `test`, in memory."""
         return load_splits(self.path)
+
+    def stream(self, split: str = "train", **settings: Any) -> datasets.IterableDataset:
+        """The rows of a split without end, a part in memory at a time: [`stream_split`]."""
+        return stream_split(self.path, split, **settings)
 
     @cached_property
     def items(self) -> datasets.Dataset:

@@ -3,8 +3,11 @@
 import hashlib
 import json
 import logging
+import re
+from pathlib import Path
 
 import datasets
+import duckdb
 import numpy as np
 import pandas as pd
 import pyarrow as pa
@@ -337,3 +340,31 @@ def test_splits_of_earlier_versions_are_read(tmp_path):
     rows = rows_of([0, 1, 2])
     datasets.DatasetDict(train=rows, test=rows).save_to_disk(str(tmp_path / "splits"))
     assert load_splits(tmp_path)["train"][:] == rows[:]
+
+
+def test_the_sql_of_the_documentation_makes_the_same_splits(tmp_path):
+    page = (Path(__file__).resolve().parents[2] / "docs" / "large_data.md").read_text(encoding="utf-8")
+    (sql,) = re.findall(r"```sql\n(.*?)```", page, re.S)
+    frame = random_log(0, events=300)  # some users with one and two events
+    database = duckdb.connect()
+    database.register("frame", frame.assign(row=np.arange(len(frame))))
+    database.execute("CREATE TABLE log AS SELECT user_id, item_id, timestamp, row FROM frame")
+    database.execute(sql)
+    for name in ("train", "validation", "test"):
+        (tmp_path / "warehouse" / "splits" / name).mkdir(parents=True)
+        for shard in range(4):
+            database.execute(
+                f'COPY (SELECT * EXCLUDE (shard) FROM {name} WHERE shard = {shard} ORDER BY "user") TO '
+                f"'{tmp_path}/warehouse/splits/{name}/part-{shard}.parquet'"
+            )
+    (tmp_path / "warehouse" / "splits" / "contract.json").write_text('{"version": 1}', encoding="utf-8")
+    sizes = {"collaborative_dim": 4, "codebook_size": 8, "num_levels": 3, "num_shards": 4}
+    prepare.main(prepare.PrepareArguments(source=frame, output=str(tmp_path / "ours"), **sizes))
+    ours = DataFolder(tmp_path / "ours")
+    for name, rows in load_splits(tmp_path / "warehouse").items():
+        assert len(rows) == len(ours.splits[name]) > 0
+        assert rows[:] == ours.splits[name].select_columns(rows.column_names)[:], name
+    parts = {name: getattr(ours, name) for name in ("items", "users", "tokenizer", "quantizer", "item_embeddings")}
+    both = DataFolder.save(tmp_path / "warehouse", splits=None, report={}, **parts)
+    assert both.splits["test"]["targets"][:] == ours.splits["test"]["targets"][:]
+    assert len(next(iter(both.stream("train")))["history"]) > 0
