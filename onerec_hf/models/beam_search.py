@@ -18,7 +18,7 @@ from transformers.modeling_outputs import ModelOutput
 
 from .catalogue import Catalogue
 from .input_checks import check_rows_allowed
-from .modeling_layers import ContextKV
+from .modeling_attention import ContextKV
 
 _DEAD = float("-inf")
 
