@@ -5,7 +5,7 @@ embedding kernels stop at a value outside their table anyhow, and a compiled gra
 T context items, L levels.
 """
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -211,6 +211,22 @@ def checked_labels(labels: Tensor | None, shift_labels: Tensor | None, rows: Ten
             f"labels has shape {tuple(labels.shape)}, the rows {tuple(rows.shape[:2])}: give one label per token."
         )
     return labels
+
+
+def widths_of(num_beams: int | Sequence[int], num_levels: int) -> list[int]:
+    """The width of every level, from one for all or one for each; `ValueError` where it is neither."""
+    widths = [num_beams] * num_levels if isinstance(num_beams, int) else list(num_beams)
+    if len(widths) != num_levels or not all(isinstance(width, int) and width >= 1 for width in widths):
+        raise ValueError(
+            f"num_beams (or samples)={num_beams}: a number of at least 1, or a list of {num_levels} of them, one for "
+            "each level."
+        )
+    return widths
+
+
+def at_least(num_beams: int | Sequence[int], k: int) -> int | list[int]:
+    """`num_beams`, wide enough in the end for `k` results."""
+    return max(k, num_beams) if isinstance(num_beams, int) else [*num_beams[:-1], max(k, num_beams[-1])]
 
 
 def check_rows_allowed(allowed_items: Any, batch: int, num_nodes: list[int]) -> None:

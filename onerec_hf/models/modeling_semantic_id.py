@@ -6,7 +6,7 @@ width, N items of the catalogue, K beams, m items of a session.
 """
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -32,6 +32,7 @@ from .input_checks import (
     check_generate,
     check_targets,
     checked_labels,
+    widths_of,
 )
 from .item_ids import allowed_mask
 from .modeling_attention import AgeBias, ContextAttention, ContextKV, EncoderAttention, SelfAttention
@@ -340,7 +341,7 @@ class SemanticIdForCausalLM(CatalogueGenerationMixin, SemanticIdPreTrainedModel)
         self,
         k: int = 10,
         *,
-        num_beams: int | None = None,
+        num_beams: int | Sequence[int] | None = None,
         allowed_items: Any = None,
         num_session_items: int | None = None,
         item_scorer: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] | None = None,
@@ -355,7 +356,8 @@ class SemanticIdForCausalLM(CatalogueGenerationMixin, SemanticIdPreTrainedModel)
 
         Args:
             k (`int`, defaults to 10): Items, or sessions, per user.
-            num_beams (`int`, *optional*, defaults to the larger of `k` and 50): K, the width of the search.
+            num_beams (`int` or `Sequence[int]`, *optional*, defaults to the larger of `k` and 50): K, the width of the
+                search; or one width for each level, the last of which is K.
             allowed_items (`torch.BoolTensor` of shape (B, N) or (1, N), *optional*): Items each user may get; or a
                 list of item ids, for all users or one each.
             num_session_items (`int`, *optional*): m; returns sessions of m different items, in order. Left out, single
@@ -375,9 +377,10 @@ class SemanticIdForCausalLM(CatalogueGenerationMixin, SemanticIdPreTrainedModel)
         """
         if self.training:
             raise ValueError("the model is in training mode, with dropout: call `model.eval()` before you search.")
-        width, length = max(k, 50) if num_beams is None else num_beams, num_session_items or 1
+        widths = widths_of(max(k, 50) if num_beams is None else num_beams, self.config.num_levels)
+        width, length = widths[-1], num_session_items or 1
         if k < 1 or k > width:
-            raise ValueError(f"k={k} with num_beams={width}: at least 1, and at most num_beams.")
+            raise ValueError(f"k={k} with num_beams={num_beams}: at least 1, and at most num_beams.")
         if unknown := sorted(set(context) - {*self.context_input_names, "context_kv"}):
             raise TypeError(
                 f"recommend_items does not know {unknown}; a context has {list(self.context_input_names)}."
@@ -388,7 +391,7 @@ class SemanticIdForCausalLM(CatalogueGenerationMixin, SemanticIdPreTrainedModel)
         context_kv = context.pop("context_kv", None)
         if context_kv is None:
             context_kv = self.encode_context(**context)
-        found = beam_search(self, catalogue, context_kv, width, allowed, length)
+        found = beam_search(self, catalogue, context_kv, widths, allowed, length)
         check_finite(found.scores, f"{type(self).__name__}.recommend_items")
         wanted = k if item_scorer is None else width
         if num_session_items is not None:
