@@ -37,7 +37,7 @@ results: $(BIN)/.installed  ## the tables of the documentation and the model car
 	$(BIN)/python results/render.py
 
 docs: $(BIN)/.installed  ## the documentation site in outputs/site; a broken link is an error
-	$(BIN)/mkdocs build --quiet --strict
+	$(BIN)/mkdocs build --strict
 
 format: $(BIN)/.installed  ## formats the code
 	$(BIN)/ruff check --fix .
