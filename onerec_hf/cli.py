@@ -29,7 +29,7 @@ COMMANDS = {
 LAUNCHED = ("sft", "reward", "dpo", "grpo", "recommend")  # by `accelerate launch`: on as many processes as it is told
 # what the scripts import; `pip install 'onerec_hf[train]'` brings it
 TRAIN = ("accelerate", "datasets", "jinja2", "matplotlib", "peft", "scipy", "tensorboard", "trl", "yaml")
-SERVE = ("fastapi", "prometheus_client", "pydantic", "uvicorn")  # what `serve` imports beside them; of 'onerec_hf[serve]'
+SERVE = ("fastapi", "prometheus_client", "pydantic", "uvicorn")  # beside them, of 'onerec_hf[serve]'
 
 
 def names(folder: str) -> list[str]:
