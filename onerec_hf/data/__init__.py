@@ -7,7 +7,7 @@ from .interactions import Interactions, load_interactions
 from .labels import event_labels, session_labels
 from .lifelong import compress_lifelong, hierarchical_kmeans
 from .log_shards import load_shards
-from .past_rates import past_rates, period_of, quantile_codes, rate_numbers
+from .past_rates import PastRates, past_rates, period_of, quantile_codes, rate_numbers
 from .public_datasets import load_amazon, load_kuairand
 from .session_splits import SessionSplit, session_splits, training_events
 from .sessions import SessionConfig, session_criteria, session_index
@@ -32,6 +32,7 @@ __all__ = [
     "GlobalTimeSplit",
     "Interactions",
     "LeaveLastOut",
+    "PastRates",
     "SessionConfig",
     "SessionSplit",
     "SplitWriter",

@@ -20,6 +20,7 @@ from onerec_hf.data import (
     EventShards,
     GlobalTimeSplit,
     LeaveLastOut,
+    PastRates,
     SessionConfig,
     SessionSplit,
     SplitWriter,
@@ -29,6 +30,7 @@ from onerec_hf.data import (
     load_interactions,
     load_shards,
     load_splits,
+    past_rates,
     session_splits,
     training_events,
     with_users,
@@ -368,3 +370,14 @@ def test_the_sql_of_the_documentation_makes_the_same_splits(tmp_path):
     both = DataFolder.save(tmp_path / "warehouse", splits=None, report={}, **parts)
     assert both.splits["test"]["targets"][:] == ours.splits["test"]["targets"][:]
     assert len(next(iter(both.stream("train")))["history"]) > 0
+
+
+def test_past_rates_of_shards_are_those_of_the_log(tmp_path):
+    source = write(random_log(0), tmp_path / "log")
+    x = load_interactions(source, feedback=["is_click"])
+    expected = past_rates(x.timestamp, x.item_index, x.feedback["is_click"].astype(float), x.num_items, [20, 40])
+    counted = PastRates(x.num_items, [20, 40])
+    for _, own in load_shards(source, tmp_path / "work", num_shards=4, feedback=["is_click"]):
+        counted.add(own.timestamp, own.item_index, own.feedback["is_click"].astype(float))
+    for found, whole in zip(counted.rates(), expected):
+        np.testing.assert_array_equal(found, whole)  # sums of 0 and 1
