@@ -15,6 +15,7 @@ import pytest
 from huggingface_hub import ModelCard
 from transformers import AutoConfig, AutoTokenizer
 
+from onerec_hf.data import load_splits
 from onerec_hf.recommender import Recommender
 
 from ..recipe_desk import RECIPES, ROOT, config, make_desk, run
@@ -58,7 +59,7 @@ def test_the_commands_run_as_printed(desk, hub, monkeypatch):
     # what was chosen, before the dates that are held out, and every impression before them
     log, data = pd.read_parquet("logs.parquet"), desk / "outputs" / "mydata"
     before = log.timestamp < SETTINGS["validation_start"]
-    train = datasets.load_from_disk(str(data / "splits"))["train"]
+    train = load_splits(data)["train"]
     assert sum(map(len, train["history"])) == (before & (log.long_view == 1)).sum()
     from onerec_hf.scripts import grpo
 
