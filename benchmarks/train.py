@@ -2,6 +2,7 @@
 
     python benchmarks/train.py --contexts 128 512 3000 --output outputs/train.json
     python benchmarks/train.py --device cuda --size 1b --contexts 512 3000 --requests 16 4
+    python benchmarks/train.py --contexts 512 3000 --requests 1 1 --layers 2 --config '{"hidden_size": 128, ...}'
 
 The contestants have the width of a preset (`--size`) and `--layers` of its blocks:
 
@@ -48,7 +49,7 @@ def every_item(name: str) -> bool:
 
 
 def settings_for(name: str, args) -> dict:
-    settings = settings_of(args.size) | NAMES[name] | {"codebook_sizes": [CODES] * LEVELS}
+    settings = settings_of(args.size) | {"codebook_sizes": [CODES] * LEVELS} | args.config | NAMES[name]
     settings["num_hidden_layers"] = args.layers or settings["num_hidden_layers"]
     if settings.get("num_experts"):  # four of an expert's width are as wide as the dense feed-forward
         settings |= {"moe_intermediate_size": settings["intermediate_size"] // 4, "first_dense_layers": 0}
@@ -71,12 +72,12 @@ def build(name: str, context: int, args):
     return OneRecV1ForCausalLM(OneRecV1Config(**settings, **lengths, code_embed_dim=code_width)).train()
 
 
-def inputs_of(name: str, context: int, requests: int, device: str) -> dict:
-    first = torch.tensor([SPECIALS + level * CODES for level in range(LEVELS)], device=device)
+def inputs_of(name: str, context: int, requests: int, codes: int, device: str) -> dict:
+    first = torch.tensor([SPECIALS + level * codes for level in range(LEVELS)], device=device)
     targets = context if every_item(name) else TARGETS
     shapes = {"context_ids": (requests, context, LEVELS), "target_ids": (requests, targets, LEVELS)}
     torch.manual_seed(0)
-    found = {key: torch.randint(CODES, shape, device=device) + first for key, shape in shapes.items()}
+    found = {key: torch.randint(codes, shape, device=device) + first for key, shape in shapes.items()}
     if every_item(name):
         found["causal_targets"] = True
     return found
@@ -94,7 +95,7 @@ def model_flops(name: str, model, context: int, requests: int) -> float:
         active = 3 * width * config.moe_intermediate_size * (config.num_experts_per_tok + config.num_shared_experts)
     tokens = targets * LEVELS
     seen = (context + 3) / 2 if every_item(name) else keys  # target i sees the static slot and i items
-    flops = 6 * tokens * (layers * (attention + own + active) + CODES * width)
+    flops = 6 * tokens * (layers * (attention + own + active) + config.codebook_sizes[0] * width)
     flops += 12 * width * tokens * layers * (seen + (LEVELS + 1) / 2)
     if name == "encoder-decoder 1:1":
         encoders = config.num_encoder_layers
@@ -135,7 +136,7 @@ def measure(name: str, context: int, requests: int, args) -> dict:
     torch.manual_seed(0)
     model = build(name, context, args).to(args.device)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
-    data = inputs_of(name, context, requests, args.device)
+    data = inputs_of(name, context, requests, model.config.codebook_sizes[0], args.device)
 
     def step():
         with torch.autocast(args.device, torch.bfloat16, enabled=args.device != "cpu"):
@@ -170,6 +171,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--size", default="0.1b", help="preset: onerec_hf/scripts/configs/models/onerec_v2_SIZE.yaml")
+    parser.add_argument("--config", type=json.loads, default={}, help="JSON on top of the preset")
     parser.add_argument("--layers", type=int, help="blocks, default those of the preset")
     parser.add_argument("--names", nargs="+", default=list(NAMES), choices=list(NAMES))
     parser.add_argument("--contexts", type=int, nargs="+", default=[128, 512, 3000])
