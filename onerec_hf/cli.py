@@ -23,12 +23,14 @@ COMMANDS = {
     "publish": "write the card of a model, and push it to the Hub",
     "recommend": "recommend items for every row of a data set",
     "demo": "a page to try a model in the browser",
+    "serve": "serve a model over HTTP, and swap model and catalogue under traffic",
     "ab_test": "let two models serve the same simulated users",
     "quickstart": "the whole path on a simulated log, in minutes",
 }
 LAUNCHED = ("sft", "reward", "dpo", "grpo", "recommend")  # by `accelerate launch`: on as many processes as it is told
 # what the scripts import; `pip install 'onerec_hf[train]'` brings it
 TRAIN = ("accelerate", "datasets", "jinja2", "matplotlib", "peft", "scipy", "tensorboard", "trl", "yaml")
+SERVE = ("fastapi", "prometheus_client", "pydantic", "uvicorn")  # beside them, of 'onerec_hf[serve]'
 
 
 def names(folder: str) -> list[str]:
@@ -107,10 +109,11 @@ def main(argv: list[str] | None = None) -> None:
         return
     if command not in COMMANDS:
         raise SystemExit(f"onerec: there is no command {command!r}; allowed are {', '.join(COMMANDS)}.")
-    if absent := [name for name in TRAIN if importlib.util.find_spec(name) is None]:
+    extra, needed = ("serve", (*TRAIN, *SERVE)) if command == "serve" else ("train", TRAIN)
+    if absent := [name for name in needed if importlib.util.find_spec(name) is None]:
         raise SystemExit(
             f"onerec {command} needs packages that are not installed, {', '.join(absent)}: pip install "
-            "'onerec_hf[train]'"
+            f"'onerec_hf[{extra}]'"
         )
     if command in LAUNCHED and not {"-h", "--help"} & set(rest):
         launch(command, rest)

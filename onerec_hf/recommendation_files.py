@@ -15,8 +15,10 @@ import datasets
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet
+from tqdm.auto import tqdm
 from transformers.utils.hub import cached_file
 
+from .data import arrow_dataset
 from .models import SemanticIdTokenizer
 from .models.item_ids import id_array
 
@@ -94,14 +96,24 @@ def load_metadata(path: str | os.PathLike) -> dict:
     return {row.pop("item_id"): row for row in rows}
 
 
-def check_dataset(dataset: Any, column: str, path: Path, overwrite: bool) -> None:
-    """All that can be wrong with a data set and a folder, before hours of work."""
+def read_rows(path: Path) -> datasets.Dataset:
+    """A parquet file, with rows or without."""
+    return arrow_dataset(pyarrow.parquet.ParquetFile(path).read())
+
+
+def check_rows(dataset: Any, column: str) -> None:
+    """Refuses a data set without histories, and one that has columns of the names that are written."""
     if column not in dataset.column_names:
         raise ValueError(f"the dataset has no column {column!r}; it has {dataset.column_names}.")
     if taken := sorted({"item_ids", "scores"} & set(dataset.column_names)):
         raise ValueError(f"the dataset has columns {taken}, which the result is written to: rename or remove them.")
     if not isinstance(dataset.features[column], (datasets.List, datasets.LargeList)):
         raise ValueError(f"column {column!r} holds {dataset.features[column]}: a list of item ids per row is needed.")
+
+
+def check_dataset(dataset: Any, column: str, path: Path, overwrite: bool) -> None:
+    """All that can be wrong with a data set and a folder, before hours of work."""
+    check_rows(dataset, column)
     path.parent.mkdir(parents=True, exist_ok=True)
     if not os.access(path.parent, os.W_OK):
         raise PermissionError(f"{path.parent} cannot be written: choose another folder.")
@@ -117,6 +129,20 @@ def check_dataset(dataset: Any, column: str, path: Path, overwrite: bool) -> Non
         )
     for part in earlier:
         part.unlink(missing_ok=True)
+
+
+def recommend_rows(
+    recommender: Any, rows: datasets.Dataset, k: int, column: str, batch_size: int, **kwargs: Any
+) -> tuple[list[list], list[list]]:
+    """Item ids (of sessions, lists of them) and scores for every row, by [`Recommender.recommend`], batch by batch."""
+    item_ids, scores = [], []
+    for start in tqdm(range(0, len(rows), batch_size), desc="recommend", disable=int(os.environ.get("RANK", 0)) > 0):
+        for row in recommender.recommend(rows[start : start + batch_size][column], k, **kwargs):
+            item_ids.append(
+                [found.item_ids if isinstance(found, RecommendedSession) else found.item_id for found in row]
+            )
+            scores.append([found.score for found in row])
+    return item_ids, scores
 
 
 def write_part(

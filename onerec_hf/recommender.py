@@ -8,7 +8,6 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-from tqdm.auto import tqdm
 from transformers import AutoModel
 from transformers.utils.hub import cached_file
 
@@ -16,6 +15,7 @@ from .collators.histories import allowed_items, check_per_user, history_rows, re
 from .collators.loading import collator_of
 from .explanation import Contribution, leave_one_out
 from .item_ranker import ItemRanker
+from .models.input_checks import at_least
 from .models.item_ids import id_array, is_text
 from .recommendation_files import (
     METADATA_NAME,
@@ -25,6 +25,7 @@ from .recommendation_files import (
     item_metadata,
     load_metadata,
     push_served,
+    recommend_rows,
     save_metadata,
     write_part,
 )
@@ -58,13 +59,17 @@ class Recommender:
 
     @classmethod
     def from_pretrained(
-        cls, repo: str | os.PathLike, num_beams: int = 50, device: str | torch.device | None = None, **hub_kwargs
+        cls,
+        repo: str | os.PathLike,
+        num_beams: int | Sequence[int] = 50,
+        device: str | torch.device | None = None,
+        **hub_kwargs,
     ) -> "Recommender":
         """
         Load a folder that `onerec sft` (or `dpo`, `grpo`) wrote, or a Hub repository.
 
         Args:
-            num_beams: Width of the search.
+            num_beams: Width of the search, or one for each level of the codes: `[20, 50, 50]`.
             device: Where the model runs.
             hub_kwargs: `revision`, `token`, `cache_dir`, ... as `from_pretrained` takes them.
 
@@ -76,7 +81,9 @@ class Recommender:
         return cls.of_model(model, repo, num_beams, **hub_kwargs)
 
     @classmethod
-    def of_model(cls, model: Any, repo: str | os.PathLike, num_beams: int = 50, **hub_kwargs) -> "Recommender":
+    def of_model(
+        cls, model: Any, repo: str | os.PathLike, num_beams: int | Sequence[int] = 50, **hub_kwargs
+    ) -> "Recommender":
         """As `from_pretrained`, for a model that was loaded from `repo` already."""
         if getattr(model, "catalogue", None) is None:
             raise ValueError(f"{repo} holds no catalogue.safetensors, so there are no items to recommend.")
@@ -148,7 +155,7 @@ class Recommender:
             k: Items, or sessions, per user; fewer come back where fewer are allowed or exist.
             exclude_seen: Leave out the items of the history.
             allow, deny: Item ids that alone may, or that may not, be recommended: one list for all users, or one per
-                user.
+                user (None: this user has no such filter).
             events: Event columns that the model takes beside the ids (`play_time_ms`, ...), parallel to `histories`; a
                 column that is left out counts as unknown.
             users: User features, one value per user: as they stand in `users.parquet` where the repository knows its
@@ -193,7 +200,8 @@ class Recommender:
         rows = history_rows(catalogue, collator, histories, events or {}, unknown_items)
         allowed = allowed_items(catalogue, [row["history"] for row in rows], exclude_seen, allow, deny)
         k = k if session else min(k, catalogue.num_items)
-        width = max(num_candidates or 1, self.ranker.num_beams, k)
+        widths = at_least(self.ranker.num_beams, max(num_candidates or 1, k))
+        width = widths if isinstance(widths, int) else widths[-1]
         length = self.model.num_session_items if session else None
         reranker = None if session or item_scorer is not None or not rerank else self.ranker.reranker
         judge = None
@@ -204,7 +212,7 @@ class Recommender:
             context = {"context_kv": self.model.encode_context(**context)}
         found = self.model.recommend_items(
             k if reranker is None else width,
-            num_beams=width,
+            num_beams=widths,
             allowed_items=allowed,
             num_session_items=length,
             item_scorer=judge,
@@ -222,7 +230,13 @@ class Recommender:
             return [[RecommendedSession(i, s, [known.get(item, {}) for item in i]) for i, s in row] for row in ranked]
         return [[Recommendation(i, s, known.get(i, {})) for i, s in row] for row in ranked]
 
-    def add_items(self, item_ids: Sequence, embeddings: np.ndarray, metadata: Sequence[Mapping] | None = None) -> None:
+    def add_items(
+        self,
+        item_ids: Sequence,
+        embeddings: np.ndarray,
+        metadata: Sequence[Mapping] | None = None,
+        popularity: Sequence[float] | None = None,
+    ) -> None:
         """
         New items join the catalogue without training: they get the nearest codes of the old codebooks. Not saved until
         `save_pretrained`.
@@ -231,6 +245,7 @@ class Recommender:
             item_ids: Ids that the catalogue does not have yet.
             embeddings (`np.ndarray` of shape (M, D)): From the embedding model that the codebooks were fitted on.
             metadata: One mapping per item.
+            popularity: Training events of each item, where the catalogue counts them; default 0.
 
         Raises:
             ValueError: Without codebooks, for a model with item features, for embeddings of another width or with NaN,
@@ -256,8 +271,10 @@ class Recommender:
                 "item."
             )
         added = item_metadata(dict(zip(new_ids.tolist(), metadata or [{}] * len(codes))))
-        popularity = None if catalogue.popularity is None else np.zeros(len(codes))
-        self.model.catalogue = catalogue.with_items(codes, new_ids, popularity)
+        counts = None
+        if catalogue.popularity is not None:
+            counts = np.zeros(len(codes)) if popularity is None else np.asarray(popularity)
+        self.model.catalogue = catalogue.with_items(codes, new_ids, counts)
         tokens = self.model.catalogue.semantic_ids.cpu().numpy() + np.array(self.model.config.level_offsets)
         collator.item_token_ids = tokens.astype(np.int64)
         self.metadata |= added
@@ -345,13 +362,7 @@ class Recommender:
         path = Path(output) / f"part-{rank:05d}-of-{world:05d}.parquet"
         check_dataset(dataset, column, path, overwrite)
         own = dataset.select(range(len(dataset) * rank // world, len(dataset) * (rank + 1) // world))
-        item_ids, scores = [], []
-        for start in tqdm(range(0, len(own), batch_size), desc="recommend", disable=rank > 0):
-            for row in self.recommend(own[start : start + batch_size][column], k, session=session, **kwargs):
-                item_ids.append(
-                    [found.item_ids if isinstance(found, RecommendedSession) else found.item_id for found in row]
-                )
-                scores.append([found.score for found in row])
+        item_ids, scores = recommend_rows(self, own, k, column, batch_size, session=session, **kwargs)
         write_part(path, own, item_ids, scores, is_text(self.model.catalogue.item_ids), session)
         return path
 

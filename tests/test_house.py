@@ -23,7 +23,7 @@ RULES = {
     "item_embeddings": (set(), {"datasets", "torch", "transformers", "numpy", "pyarrow", "safetensors"}),
     "data": (
         {"item_embeddings", "semantic_ids"},
-        {"datasets", "torch", "transformers", "numpy", "pandas", "pyarrow", "safetensors", "tqdm"},
+        {"datasets", "duckdb", "torch", "transformers", "numpy", "pandas", "pyarrow", "safetensors", "tqdm"},
     ),
     "collators": ({"data"}, {"numpy", "torch", "transformers", "safetensors"}),
     "baselines": ({"models"}, {"torch", "transformers", "numpy", "scipy", "tqdm", "safetensors"}),
@@ -31,6 +31,10 @@ RULES = {
     "trainers": (
         {"collators", "models", "data", "rewards", "evaluation", "hub", "_version"},
         {"trl", "transformers", "accelerate", "peft", "torch", "datasets", "numpy", "safetensors", "huggingface_hub"},
+    ),
+    "serving": (
+        {"collators", "item_ranker", "models", "recommendation_files", "recommender", "semantic_ids", "_version"},
+        {"fastapi", "numpy", "prometheus_client", "pydantic", "safetensors", "starlette", "torch", "uvicorn"},
     ),
     "scripts": (
         {
@@ -44,10 +48,12 @@ RULES = {
             "item_embeddings",
             "item_ranker",
             "models",
+            "recommendation_files",
             "recommender",
             "reranker",
             "rewards",
             "semantic_ids",
+            "serving",
             "simulator",
             "trainers",
         },

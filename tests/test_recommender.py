@@ -98,6 +98,8 @@ def test_filters():
     ] * 3
     each = ids(recommender.recommend(HISTORIES, k=9, allow=[[1003], [1004, 1063], []], deny=[1063]))
     assert each == [[1003], [1004], []]
+    some = ids(recommender.recommend(HISTORIES, k=65, allow=[None, [1004, 1063], []], deny=[[1000], None, None]))
+    assert [sorted(row) for row in some] == [list(range(1001, 1065)), [1004, 1063], []]
     assert recommender.recommend([], k=3) == []
 
 

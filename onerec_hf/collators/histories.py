@@ -10,8 +10,9 @@ from .onerec_collator import OneRecCollator
 
 
 def is_per_user(ids: Sequence | None) -> bool:
-    """Whether `allow` or `deny` is a list of lists, one per user; otherwise it holds for all of them."""
-    return ids is not None and len(ids) > 0 and isinstance(next(iter(ids)), (list, tuple, set, np.ndarray))
+    """Whether `allow` or `deny` is a list of lists (None: no filter), one per user; otherwise it holds for all."""
+    kinds = (list, tuple, set, np.ndarray, type(None))
+    return ids is not None and len(ids) > 0 and isinstance(next(iter(ids)), kinds)
 
 
 def check_per_user(
@@ -65,7 +66,8 @@ def allowed_items(
     Args:
         catalogue: With `index_of`.
         seen: Item indices of each user's history, which `exclude_seen` leaves out.
-        allow, deny: Item ids that alone may, or may not, come: for all users, or a list per user.
+        allow, deny: Item ids that alone may, or may not, come: for all users, or a list per user, None for a user
+            without such a filter.
     """
     if not exclude_seen and allow is None and deny is None:
         return None
@@ -74,7 +76,10 @@ def allowed_items(
         if ids is None:
             continue
         for row, own in zip(mask, ids) if is_per_user(ids) else ((mask.T, ids),):
-            row[catalogue.index_of(own)] = value
+            if own is None:  # this user has no such filter
+                row |= value
+            else:
+                row[catalogue.index_of(own)] = value
     for row, items in zip(mask, seen if exclude_seen else ()):
         row[items] = False
     return torch.from_numpy(mask).to(catalogue.device)

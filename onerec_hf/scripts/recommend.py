@@ -4,14 +4,24 @@
 
 Each row's `history` holds item ids, oldest first. Several processes share the rows, each row is served once; process r
 writes `part-<r>-of-<processes>.parquet` with the columns of the data set, `item_ids` and `scores`.
+
+    onerec recommend --repo org/onerec-1b --dataset shards --output outputs/recommended --by_file true
+
+For a folder of many parquet files: each becomes a file of the same name in the output, whole or not at all. Files that
+are there are left out, so the same command goes on where a run was stopped, also with another number of processes.
 """
 
-from dataclasses import dataclass, field
+import json
+import os
+import time
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import datasets
 
 from ..data import arrow_dataset, read_table
+from ..models.item_ids import is_text
+from ..recommendation_files import check_rows, read_rows, recommend_rows, write_part
 from ..recommender import Recommender
 from ..rewards import RewardModel
 from .checks import check_columns
@@ -43,6 +53,9 @@ class RecommendArguments:
     unknown_items: str = field(default="error", metadata={"help": "error, or ignore: drop unknown ids of a history."})
     batch_size: int = 256
     overwrite: bool = field(default=False, metadata={"help": "Replace the parts of an earlier run in the folder."})
+    by_file: bool = field(
+        default=False, metadata={"help": "Of a folder of parquet files: a file for each of them; resumes."}
+    )
     device: str | None = None
 
 
@@ -51,8 +64,77 @@ def load(args: RecommendArguments) -> datasets.Dataset:
     return arrow_dataset(read_table(args.dataset, args.split))
 
 
+RUN_NAME = "run.json"
+
+
+def shards(args: RecommendArguments, recommender: Recommender) -> list[tuple[Path, Path]]:
+    """
+    The parquet files that are still to be done, and where each is written.
+
+    Raises:
+        ValueError: For a folder without parquet files, and for an output that other arguments, or another catalogue,
+            have begun.
+    """
+    source, output = Path(args.dataset), Path(args.output)
+    files = sorted(source.rglob("*.parquet")) if source.is_dir() else []
+    if not files:
+        raise ValueError(f"--dataset {source} with --by_file: a folder of parquet files is needed.")
+    settings = {
+        name: value for name, value in asdict(args).items() if name not in ("batch_size", "device", "overwrite")
+    }
+    settings["catalogue"] = recommender.model.catalogue.fingerprint()
+    output.mkdir(parents=True, exist_ok=True)
+    try:
+        with open(output / RUN_NAME, "x", encoding="utf-8") as file:  # the first process makes it
+            json.dump(settings, file, indent=2)
+    except FileExistsError:
+        check_same_run(output, settings)
+    places = ((file, output / file.relative_to(source)) for file in files)
+    return [(file, place) for file, place in places if not place.is_file()]
+
+
+def check_same_run(output: Path, settings: dict) -> None:
+    """Refuses to go on with a run of other settings: its files would be of two kinds."""
+    for _ in range(50):  # another process may be writing it
+        text = (output / RUN_NAME).read_text(encoding="utf-8")
+        if text.endswith("}"):
+            break
+        time.sleep(0.1)
+    before = json.loads(text)
+    if other := [name for name in settings if settings[name] != before.get(name)]:
+        raise ValueError(
+            f"{output} was begun with {other[0]}={before.get(other[0])!r}, this is {settings[other[0]]!r}: go on with "
+            "the same arguments, or choose another folder."
+        )
+
+
+def main_by_file(args: RecommendArguments) -> list[Path]:
+    """Recommends for the files that are this process's turn; returns what it wrote."""
+    recommender = Recommender.from_pretrained(args.repo, args.num_beams, args.device)
+    reward = None if args.reward is None else RewardModel.from_pretrained(args.reward, device=args.device)
+    options = {"session": args.session, "item_scorer": reward, "num_candidates": args.num_candidates}
+    options |= {"rerank": args.rerank, "exclude_seen": args.exclude_seen, "unknown_items": args.unknown_items}
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    every = sorted(Path(args.dataset).rglob("*.parquet"))  # whose turn it is does not depend on what is done already
+    own, written = set(every[rank::world]), []
+    for file, place in shards(args, recommender):
+        if file not in own:
+            continue
+        rows = read_rows(file)
+        check_rows(rows, args.column)
+        found = recommend_rows(recommender, rows, args.k, args.column, args.batch_size, **options)
+        place.parent.mkdir(parents=True, exist_ok=True)
+        write_part(place, rows, *found, is_text(recommender.model.catalogue.item_ids), args.session)
+        written.append(place)
+    print(f"-> {args.output}: {len(written)} files by process {rank}")
+    return written
+
+
 def main(args: RecommendArguments) -> Path:
-    """Runs the recipe; returns the file that this process wrote."""
+    """Runs the recipe; returns the file that this process wrote, or the folder of them."""
+    if args.by_file:
+        main_by_file(args)
+        return Path(args.output)
     rows = load(args)
     check_columns(f"--dataset {args.dataset}", rows.column_names, [args.column])
     recommender = Recommender.from_pretrained(args.repo, args.num_beams, args.device)

@@ -54,6 +54,20 @@ def test_the_packages_of_training_are_those_of_the_extra():
     assert {"pyyaml" if name == "yaml" else name for name in cli.TRAIN} == wanted
 
 
+def test_serving_needs_packages_of_its_own(monkeypatch):
+    """Those of the extra; the other commands do without them."""
+    config = configparser.ConfigParser()
+    config.read(ROOT / "setup.cfg")
+    wanted = {re.split("[<>=]", line)[0] for line in config["options.extras_require"]["serve"].split()}
+    assert {name.replace("_", "-") for name in cli.SERVE} | {"onerec_hf[train]"} == wanted
+    monkeypatch.setattr(cli, "SERVE", (*cli.SERVE, "no_such_package"))
+    with pytest.raises(SystemExit, match=r"not installed, no_such_package: pip install 'onerec_hf\[serve\]'"):
+        cli.main(["serve", "--help"])
+    with pytest.raises(SystemExit) as ended:
+        cli.main(["prepare", "--help"])
+    assert ended.value.code == 0
+
+
 def test_gpus_are_counted_where_the_file_does_not_say(monkeypatch):
     """`multi_gpu` on a machine with 3 GPUs, with 0, and with a number that was given."""
     monkeypatch.setattr("torch.cuda.device_count", lambda: 3)

@@ -1,0 +1,79 @@
+"""Serves a trained model over HTTP: recommendations, and new catalogues and weights under traffic.
+
+    onerec serve --repo org/onerec-1b --port 8000
+    curl localhost:8000/recommend -H 'content-type: application/json' -d '{"histories": [[1003, 1007]], "k": 5}'
+
+It listens on this machine alone unless `--host` says otherwise, and then asks for a token, which the environment
+variable ONEREC_SERVE_TOKEN holds. http://localhost:8000/docs lists the paths. The log is one line of JSON per request,
+on standard output, without histories.
+"""
+
+import ipaddress
+import logging
+import os
+import sys
+from dataclasses import dataclass, field
+
+import torch
+
+from ..recommender import Recommender
+from ..serving import Limits, create_app, server
+from .parser import ScriptParser
+
+TOKEN = "ONEREC_SERVE_TOKEN"
+
+
+@dataclass
+class ServeArguments:
+    repo: str = field(metadata={"help": "Folder or Hub repository of a trained model."})
+    host: str = field(default="127.0.0.1", metadata={"help": f"Address; beyond this machine, {TOKEN} must be set."})
+    port: int = 8000
+    bundles: str | None = field(
+        default=None, metadata={"help": "Folder whose subfolders POST /catalogue and POST /model may name."}
+    )
+    catalogue: str | None = field(default=None, metadata={"help": "Bundle whose items are served from the start."})
+    name: str = field(default="v1", metadata={"help": "Name of the version that it starts with."})
+    num_beams: int = 50
+    device: str | None = None
+    threads: int | None = field(default=None, metadata={"help": "Of torch; default torch's own choice."})
+    log: bool = field(default=True, metadata={"help": "Whether requests are logged."})
+
+
+def check_host(host: str, token: str | None) -> None:
+    """Refuses an address that other machines reach, without a token."""
+    try:
+        loopback = ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        loopback = host == "localhost"
+    if not loopback and not token:
+        raise ValueError(
+            f"--host {host} can be reached from other machines, and whoever reaches it may swap the model: set the "
+            f"environment variable {TOKEN} to a secret, or leave --host out."
+        )
+
+
+def main(args: ServeArguments, limits: Limits) -> None:
+    """Serves until SIGTERM or SIGINT."""
+    token = os.environ.get(TOKEN) or None
+    check_host(args.host, token)
+    if args.bundles is not None and not os.path.isdir(args.bundles):
+        raise ValueError(f"--bundles {args.bundles} is no folder: make it, or leave it out.")
+    if args.threads is not None:
+        torch.set_num_threads(args.threads)
+    logger = logging.getLogger("onerec_hf.serving")
+    logger.setLevel(logging.INFO if args.log else logging.WARNING)
+    if not logger.handlers:
+        logger.addHandler(logging.StreamHandler(sys.stdout))
+    recommender = Recommender.from_pretrained(args.repo, args.num_beams, args.device)
+    app = create_app(recommender, limits, name=args.name, bundles=args.bundles, catalogue=args.catalogue, token=token)
+    print(f"serving {args.repo} on http://{args.host}:{args.port} (paths: /docs)", flush=True)
+    server(app, args.host, args.port, limits).run()
+
+
+def run(argv: list[str] | None = None) -> None:
+    """`onerec serve`; `argv`: its arguments, by default those of the command line."""
+    main(*ScriptParser("serve", __doc__, [ServeArguments, Limits]).parse(argv))
+
+
+if __name__ == "__main__":
+    run()
