@@ -59,7 +59,7 @@ SHARING = {
     "G_kv=7": ({"num_context_key_value_heads": 7}, 18.74, 1.19),
     "G_kv=2": ({"num_context_key_value_heads": 2}, 18.64, 1.16),
     "G_kv=1": ({"num_context_key_value_heads": 1}, 18.62, 1.15),
-    "with the bias over ages (our default)": ({"position_bias_buckets": 32}, None, None),
+    "with the bias over ages": ({"context_position": "bias"}, None, None),
 }
 
 
@@ -176,7 +176,7 @@ def count_flops(name: str, size: str, context: int, **changes) -> tuple[nn.Modul
 def counted(name: str, size: str, context: int, **changes) -> dict:
     """FLOPs per target; elements that a batch of 512 targets saves for the backward pass, attention fused."""
     if name == "lazy decoder-only":
-        changes = {"position_bias_buckets": 0} | changes
+        changes = {"context_position": "none"} | changes
     model, counter = count_flops(name, size, context, **changes)
     saved = {}
 

@@ -41,9 +41,7 @@ def histories(users: int, length: int) -> torch.Tensor:
 
 def together(ids: torch.Tensor) -> list[dict]:
     """One batch: every user's context once, all its targets."""
-    count = ids.shape[1] - 1
-    positions = torch.arange(1, count + 1).expand(len(ids), -1)
-    return [{"context_ids": ids[:, :-1], "target_ids": ids[:, 1:], "target_positions": positions}]
+    return [{"context_ids": ids[:, :-1], "target_ids": ids[:, 1:], "causal_targets": True}]
 
 
 def one_by_one(ids: torch.Tensor, batch_size: int) -> list[dict]:

@@ -2,6 +2,7 @@
 
     python benchmarks/serving_overhead.py
     python benchmarks/serving_overhead.py --repo outputs/mymodel --users 1 16 64     # with and without its re-ranker
+    python benchmarks/serving_overhead.py --repo outputs/mymodel --reward outputs/reward --users 1 16    # best of K
 
 Both ways search for the same users in one run, in turns; the ratio of their processor seconds is what counts.
 """
@@ -20,6 +21,9 @@ from onerec_hf import Catalogue, OneRecV2Config, OneRecV2ForCausalLM
 from onerec_hf.collators import OneRecCollator
 from onerec_hf.collators.histories import history_rows
 from onerec_hf.recommender import ItemRanker, Recommender
+from onerec_hf.rewards import RewardModel
+
+CANDIDATES = (16, 64, 512)
 
 
 def served(num_items: int, text_ids: bool, hidden_size: int) -> Recommender:
@@ -70,6 +74,20 @@ def reranking(recommender: Recommender, num_users: int, repeats: int, k: int = 1
     }
 
 
+def selection(recommender: Recommender, reward: RewardModel, num_users: int, repeats: int, k: int = 10) -> dict:
+    """Milliseconds of `recommend` with a reward model that picks from K candidates, by K; 0 is the search alone."""
+    items, generator = recommender.model.catalogue.item_ids, np.random.default_rng(0)
+    histories = items[generator.integers(len(items), size=(num_users, 30))].tolist()
+
+    def call(candidates: int):
+        if not candidates:
+            return lambda: recommender.recommend(histories, k, rerank=False)
+        return lambda: recommender.recommend(histories, k, item_scorer=reward, num_candidates=candidates)
+
+    median, _ = alternate({candidates: call(candidates) for candidates in (0, *CANDIDATES)}, repeats)
+    return {f"best of {n}" if n else "search": 1000 * seconds for n, seconds in median.items()}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--num_items", type=int, default=100_000)
@@ -77,11 +95,16 @@ def main() -> None:
     parser.add_argument("--users", type=int, nargs="+", default=[1, 64])
     parser.add_argument("--repeats", type=int, default=30)
     parser.add_argument("--repo", help="A repository of `onerec rerank`, in place of random weights.")
+    parser.add_argument("--reward", help="A reward model of --repo's items: the cost of selection by it instead.")
     arguments = parser.parse_args()
     if arguments.repo:
         recommender = Recommender.from_pretrained(arguments.repo)
+        reward = RewardModel.from_pretrained(arguments.reward) if arguments.reward else None
         for users in arguments.users:
-            found = reranking(recommender, users, arguments.repeats)
+            if reward is None:
+                found = reranking(recommender, users, arguments.repeats)
+            else:
+                found = selection(recommender, reward, users, arguments.repeats)
             print(f"{users:4} users: " + ", ".join(f"{name} {value:.3f}" for name, value in found.items()), flush=True)
         return
     for text_ids in (False, True):

@@ -1,5 +1,5 @@
-"""The loss of encoder-decoder 1:1 and 1:2, naive decoder-only and lazy decoder-only at equal parameters, and of K/V
-sharing.
+"""The loss of encoder-decoder 1:1 and 1:2, naive decoder-only and lazy decoder-only at equal parameters; of K/V
+sharing, of experts at equal active parameters, and of item ids in place of semantic IDs as input.
 
     python experiments/loss_parity.py --data beauty=outputs/beauty kuairand=outputs/kuairand_long_views --threads 1 \
         --output outputs/loss_parity.json --plot docs/loss_parity.png
@@ -45,6 +45,7 @@ from transformers import AutoTokenizer
 from onerec_hf import Catalogue
 from onerec_hf.collators import OneRecCollator
 from onerec_hf.data import load_splits
+from onerec_hf.models import balance_experts
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
@@ -150,6 +151,7 @@ def train(variant: str, task: Task, rate: float, seed: int) -> dict:
         optimizer.step()
         schedule.step()
         optimizer.zero_grad()
+        balance_experts(model, 0.01)  # DeepSeek-V3's .001 moves next to nothing in so few steps
         averaged.update_parameters(model)
         seconds += time.process_time() - start
         if step % (task.plan["steps"] // POINTS) == 0:

@@ -18,10 +18,38 @@ CHANGES = {
     "S_kv = 2": {"context_key_value_split": 2},
     "L_kv = 6": {"num_context_layers": 6},
     "G_kv = 1": {"num_context_key_value_heads": 1},
-    "no bias over ages": {"position_bias_buckets": 0},
+    "no bias over ages": {"context_position": "none"},
     "L_kv = 2": {"num_context_layers": 2},
     "G_kv = 2": {"num_context_key_value_heads": 2},
+    # as many active weights as the feed-forward of width 2 d: two of eight experts of half that width, from block 3 on
+    "8 experts, 2 active": {
+        "num_experts": 8,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": WIDTH,
+        "first_dense_layers": 2,
+    },
+    "item ids in": {},
+    "codes and item ids in": {},
 }
+
+
+class ItemIds(nn.Module):
+    """A vector for every item in place of those of its codes, as wide as they are together; or beside them, summed."""
+
+    def __init__(self, catalogue: Catalogue, offsets: list[int], codes: nn.Embedding | None):
+        super().__init__()
+        self.catalogue, self.codes = catalogue, codes
+        self.register_buffer("offsets", torch.tensor(offsets), persistent=False)
+        self.table = nn.Embedding(catalogue.num_items + 1, len(offsets) * CODE_WIDTH, padding_idx=0)
+        nn.init.normal_(self.table.weight, std=0.02)
+
+    def forward(self, context_ids: torch.Tensor) -> torch.Tensor:
+        """Token ids (B, T, L), 0 is padding, to vectors (B, T, L, width of a code)."""
+        real = context_ids[..., 0] > 0
+        leaves = self.catalogue.leaves_of((context_ids - self.offsets)[real])
+        items = real.long().masked_scatter(real, leaves.long() + 1)
+        vectors = self.table(items).unflatten(2, (context_ids.shape[2], CODE_WIDTH))
+        return vectors if self.codes is None else vectors + self.codes(context_ids)
 
 
 class NaiveDecoder(nn.Module):
@@ -46,7 +74,7 @@ class NaiveDecoder(nn.Module):
         for module in (self.embed_codes, self.item_proj, self.lm_head):  # as transformers and our models start
             nn.init.normal_(module.weight, std=0.02)
 
-    def forward(self, context_ids, context_mask, target_ids, target_positions):
+    def forward(self, context_ids, context_mask, target_ids, target_positions, causal_targets=True):
         """Log-probabilities (M, L) of the M real targets of a batch of `OneRecCollator`."""
         (batch, items, levels), count = context_ids.shape, target_ids.shape[1]
         tokens = F.pad(target_ids[..., :-1], (1, 0), value=1).flatten(1)  # BOS s1 .. of each
@@ -78,7 +106,7 @@ class EncoderDecoder(OneRecForCausalLM):
     length.
     """
 
-    def forward(self, context_ids, context_mask, target_ids, target_positions):
+    def forward(self, context_ids, context_mask, target_ids, target_positions, causal_targets=True):
         real = target_ids[..., 0] > 0
         row, length, target = real.nonzero()[:, 0], target_positions[real], target_ids[real]
         order, result = length.argsort(stable=True), []
@@ -109,7 +137,12 @@ def build(variant: str, catalogue: Catalogue) -> nn.Module:
         model = EncoderDecoder(OneRecConfig(**common, num_session_items=1, context_tokens="item"))
     else:
         common |= {"intermediate_size": 2 * WIDTH, "num_hidden_layers": BLOCKS}
+        common["context_position"] = "bias"  # as when these numbers were taken
         model = LazyDecoder(OneRecV2Config(**common | CHANGES.get(variant, {})))
+        if variant.endswith("item ids in"):
+            context = model.model.context_processor
+            codes = context.embed_codes if variant.startswith("codes") else None
+            context.embed_codes = ItemIds(catalogue, model.config.level_offsets, codes)
     model.catalogue = catalogue
     return model
 

@@ -5,9 +5,10 @@
 Each seed is a world of its own with its own supervised model (OneRec-V2 with the papers' softmax within the level).
 Parts: `legality` (unconstrained samples under ECPO, alone and with the format reward on random or on the most probable
 samples), `gradients` (norms on negative advantages under GRPO, ECPO, GBPO), `ab` (a reward model, feedback and both
-against the supervised model), `rollouts` (group size, beam or samples, on- or off-policy), `speed`. The rewards of
-rollouts, but in `ab`, are the world's true probability of a long view: what a perfect reward model would say.
-Simulated numbers are no results on real data.
+against the supervised model), `rollouts` (group size, beam or samples, on- or off-policy), `searches` (beams with and
+without the constraint, samples by top-k and top-p, by group size), `speed`. The rewards of rollouts, but in `ab`, are
+the world's true probability of a long view: what a perfect reward model would say. Simulated numbers are no results on
+real data.
 """
 
 import argparse
@@ -242,16 +243,37 @@ def ab(output: Path, seed: int, steps: int = 200) -> dict:
         if not tested.exists():
             world_arguments = json.dumps({"num_users": USERS, "num_items": ITEMS, "seed": seed})
             log_path = str(output / "impressions.parquet")
-            ab_test.main(str(policy), str(folder), log_path, str(tested.parent), world_arguments, 5, [seed])
+            ab_test.main(
+                str(policy), str(folder), log_path, str(tested.parent), world_arguments, 5, [seed], return_slope=0.0
+            )
         report[name] = {"lifts": json.loads(tested.read_text())["lifts"], "test": found["test"]}
     report["sft"] = {"test": json.loads((policy / "metrics.json").read_text())["test"]}
     return report
 
 
-def rollouts(output: Path, seed: int, steps: int = 100, users: int = 8) -> dict:
+def rollouts(output: Path, seed: int, steps: int = 100) -> dict:
     """The Technical Report's three RL tables in small: group size, how candidates are found, whose they are; joint
     with SFT.
     """
+    arms = {"SFT, the same number of steps": {"rl_weight": 0.0, "num_generations": 2}}
+    arms |= {f"beam, G={group}": {"num_generations": group} for group in (32, 128, 512)}
+    arms |= {f"{how}, G=128": {"rollout": how, "num_generations": 128} for how in ("sample", "tree")}
+    arms["beam, G=128, of the supervised model"] = {"num_generations": 128, "steps_per_generation": steps}
+    return compare_rollouts(output, "rollouts", seed, steps, arms)
+
+
+def searches(output: Path, seed: int, steps: int = 30) -> dict:
+    """Its Table 8 and Figure 12: beams with and without the constraint against samples by top-k and top-p."""
+    ways = {"beam": {}, "beam without the constraint": {"rollout": "unconstrained_beam"}}
+    ways["top-k 16 and top-p 0.9"] = {"rollout": "unconstrained", "top_k": 16, "top_p": 0.9}
+    arms = {"SFT, the same number of steps": {"rl_weight": 0.0, "num_generations": 2}}
+    for group in (32, 128, 512):
+        arms |= {f"{way}, G={group}": own | {"num_generations": group} for way, own in ways.items()}
+    return compare_rollouts(output, "searches", seed, steps, arms)
+
+
+def compare_rollouts(output: Path, part: str, seed: int, steps: int, arms: dict) -> dict:
+    """What each arm's `steps` of RL, of 8 users each, make of the supervised model."""
     world, data, policy = supervised(output, seed)
     reward = true_reward(world, data, Recommender.from_pretrained(policy).model.catalogue)
     test = load_splits(data)["test"].select(range(TEST_USERS))
@@ -264,25 +286,21 @@ def rollouts(output: Path, seed: int, steps: int = 100, users: int = 8) -> dict:
         found = evaluate(ranker, test, num_items=ITEMS, progress=False)
         tokens = ranker.collator.item_token_ids[found.predictions[:, :10]]
         columns = {name: [row[name] for row in test for _ in range(10)] for name in ("user", "timestamp")}
-        views = np.array(reward(completion_ids=tokens.reshape(-1, tokens.shape[-1]).tolist(), **columns)).reshape(
-            -1, 10
-        )
+        views = np.array(reward(completion_ids=tokens.reshape(-1, tokens.shape[-1]).tolist(), **columns))
+        views = views.reshape(-1, 10)
         best = {"long_view@1": views[:, 0], "long_view@10": views, "long_view_max@10": views.max(1)}
-        return {name: float(values.mean()) for name, values in best.items()} | {
-            "recall@10": found.metrics["recall@10"]
-        }
+        best["recall@10"] = np.array(found.metrics["recall@10"])
+        return {name: float(values.mean()) for name, values in best.items()}
 
-    arms = {"SFT, the same number of steps": {"rl_weight": 0.0, "num_generations": 2}}
-    arms |= {f"beam, G={group}": {"num_generations": group} for group in (32, 128, 512)}
-    arms |= {f"{how}, G=128": {"rollout": how, "num_generations": 128} for how in ("sample", "tree")}
-    arms["beam, G=128, of the supervised model"] = {"num_generations": 128, "steps_per_generation": steps}
     report = {"supervised": served(policy)}
     for name, settings in arms.items():
-        folder = output / "rollouts" / name.replace(" ", "_").replace(",", "").replace("=", "")
-        settings = {"per_device_train_batch_size": users * settings["num_generations"]} | settings
+        folder = output / part / name.replace(" ", "_").replace(",", "").replace("=", "")
+        settings = {"per_device_train_batch_size": 8 * settings["num_generations"]} | settings
         settings |= {"sft_weight": 1.0, "sft_batch_size": 64, "learning_rate": 3e-4, "sign_norm_steps": 0}
-        train(folder, data, policy, [reward], seed, max_steps=steps, **settings)
-        report[name] = served(folder)
+        log = train(folder, data, policy, [reward], seed, max_steps=steps, **settings)["log"]
+        found = [entry["legality"] for entry in log if "legality" in entry]
+        report[name] = served(folder) | {"legality of the last rollouts": found[-1] if found else None}
+        print(name, report[name], flush=True)
     return report
 
 
@@ -302,11 +320,14 @@ def speed(output: Path, seed: int, steps: int = 8) -> dict:
     return report
 
 
+PARTS = {"legality": legality, "gradients": gradients, "ab": ab}
+PARTS |= {"rollouts": rollouts, "searches": searches, "speed": speed}
+
+
 def main(part: str, seeds: list[int], output: Path) -> None:
-    parts = {"legality": legality, "gradients": gradients, "ab": ab, "rollouts": rollouts, "speed": speed}
-    for name in parts if part == "all" else {part} - {"plot", "table"}:
+    for name in PARTS if part == "all" else {part} - {"plot", "table"}:
         for seed in seeds:
-            report = parts[name](output / f"seed{seed}", seed)
+            report = PARTS[name](output / f"seed{seed}", seed)
             path = output / f"{name}_{seed}.json"
             path.write_text(json.dumps(report, indent=2))
     if part in ("plot", "all"):
@@ -317,9 +338,7 @@ def main(part: str, seeds: list[int], output: Path) -> None:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "--part", choices=["all", "legality", "gradients", "ab", "rollouts", "speed", "plot", "table"], default="all"
-    )
+    parser.add_argument("--part", choices=["all", *PARTS, "plot", "table"], default="all")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--output", type=Path, default=Path("outputs/reinforcement"))
     torch.set_num_threads(1)

@@ -11,16 +11,17 @@ import matplotlib.pyplot as plt
 
 
 def table(output: Path, seeds: list[int]) -> None:
-    """Markdown of `ab` (lift in %, mean over worlds and interval of each), of `rollouts` and of `legality` (mean ±
-    deviation).
+    """Markdown of `ab` (lift in %, mean over worlds and interval of each), of `rollouts`, `searches` and `legality`
+    (mean ± deviation).
     """
-    for part in ("ab", "rollouts", "legality"):
+    for part in ("ab", "rollouts", "searches", "legality"):
         files = [output / f"{part}_{seed}.json" for seed in seeds]
         reports = [json.loads(file.read_text()) for file in files if file.exists()]
         for arm in reports[0] if reports else ():
             found = [report[arm] for report in reports]
             if part != "ab":
-                values = ([f[name] for f in found] for name in found[0] if name != "curve")
+                names = [name for name, value in found[0].items() if name != "curve" and value is not None]
+                values = ([f[name] for f in found] for name in names)
                 cells = [f"{np.mean(v):.4f} ±{np.std(v, ddof=len(v) > 1):.4f}" for v in values]
             elif "lifts" not in found[0]:
                 continue
@@ -45,7 +46,7 @@ def plot(output: Path, seeds: list[int]) -> None:
     """Figure 9 of OneRec-V2 in small, and the legality of rollouts; thin lines are seeds, thick ones their means."""
 
     def curves(axis, name, column, arms, label):
-        for arm, colour in zip(arms, ("tab:red", "tab:orange", "tab:blue", "tab:green")):
+        for arm, colour in zip(arms, ("#d55e00", "#e69f00", "#0072b2", "#009e73")):
             files = [output / f"{name}_{seed}.json" for seed in seeds]
             reports = [json.loads(file.read_text()) for file in files if file.exists()]
             runs = [report[arm]["curve"] for report in reports if arm in report]

@@ -2,6 +2,7 @@
 3.2).
 
     python experiments/sessions.py --seeds 0 1 2 --output outputs/sessions.json
+    python experiments/sessions.py --lengths 1 2 5 10 --output outputs/session_length.json     # a model per length
 
 One encoder-decoder, trained on the same sessions: session-wise (five items per row, each decoded after the ones before
 it), and point-wise (each item of a session a row of its own). They serve the sessions of the last days, five items
@@ -45,12 +46,17 @@ MODEL |= {
 MODEL |= {"dropout": 0.2, "score_normalization": "valid", "router_bias_update_rate": 0.001}
 
 
-def split_sessions(world: World):
-    """Session rows split by time, and what each user watched in the training days."""
-    config = SessionConfig(request="request_id", min_watched=3, min_interactions=0, session_size=ITEMS, max_history=50)
+def split_sessions(world: World, items: int = ITEMS):
+    """Rows of sessions of `items` items, split by time, and what each user watched in the training days."""
+    config = SessionConfig(request="request_id", min_watched=3, min_interactions=0, session_size=items, max_history=50)
     edges = split_times(world)
     rows = session_splits(world.log, config, *edges)
     return rows, training_events(world.log, config, rows, edges[0])["history"][:]
+
+
+def whole_sessions(rows: datasets.Dataset, items: int = ITEMS) -> datasets.Dataset:
+    """The rows with exactly `items` items."""
+    return rows.filter(lambda targets: len(targets) == items, input_columns="targets")
 
 
 def split_times(world: World) -> list[int]:
@@ -104,14 +110,14 @@ def train(items: int, rows, catalogue: Catalogue, epochs: float, seed: int):
     return model.eval(), collator, {"nats_per_code": best, "parameters": model.num_parameters()}
 
 
-def shown_items(model, collator, rows: datasets.Dataset, how: str) -> np.ndarray:
-    """Item indices (S, 5) for the sessions of `rows`."""
+def shown_items(model, collator, rows: datasets.Dataset, how: str, items: int = ITEMS) -> np.ndarray:
+    """Item indices (S, `items`) for the sessions of `rows`."""
     catalogue, shown = model.catalogue, []
     for start in range(0, len(rows), 256):
         batch = [{"user": 0, "history": history} for history in rows[start : start + 256]["history"]]
         if how == "one by one":
             chosen = np.zeros((len(batch), 0), dtype=np.int64)
-            for _ in range(ITEMS):
+            for _ in range(items):
                 allowed = torch.ones(len(batch), catalogue.num_items, dtype=torch.bool)
                 allowed[np.arange(len(batch))[:, None], chosen] = False
                 longer = [row | {"history": [*row["history"], *own]} for row, own in zip(batch, chosen.tolist())]
@@ -121,12 +127,12 @@ def shown_items(model, collator, rows: datasets.Dataset, how: str) -> np.ndarray
                 chosen = np.concatenate([chosen, items_of(found, catalogue, model)], axis=1)
         else:
             settings = (
-                {"num_session_items": ITEMS}
+                {"num_session_items": items}
                 if how == "session"
-                else {"num_session_items": 1, "num_return_sequences": ITEMS}
+                else {"num_session_items": 1, "num_return_sequences": items}
             )
             found = model.generate(**collator.context(batch), num_beams=20, **settings)
-            chosen = items_of(found, catalogue, model).reshape(len(batch), ITEMS)
+            chosen = items_of(found, catalogue, model).reshape(len(batch), items)
         shown.append(chosen)
     return np.concatenate(shown)
 
@@ -166,7 +172,7 @@ def run(seed: int, args) -> dict[str, dict[str, float]]:
     world = World(seed, args.num_users, args.num_items, request_size=10)
     (rows, watched), catalogue = split_sessions(world), world.catalogue
     counts = np.bincount(np.concatenate(watched), minlength=catalogue.num_items)
-    test = rows["test"].filter(lambda targets: len(targets) == ITEMS, input_columns="targets")
+    test = whole_sessions(rows["test"])
     popular = np.tile(np.argsort(-counts)[:ITEMS], (len(test), 1))
     shown = {"logged": np.array(test["targets"]), "popularity": popular}
     losses = {}
@@ -179,6 +185,32 @@ def run(seed: int, args) -> dict[str, dict[str, float]]:
     return report
 
 
+def run_lengths(seed: int, args) -> dict[str, dict[str, float]]:
+    """A model for each session length, on the same requests: what a served item is worth by the simulator's truth."""
+    world, report = World(seed, args.num_users, args.num_items, request_size=10), {}
+    for items in args.lengths:
+        rows, _ = split_sessions(world, items)
+        test = whole_sessions(rows["test"], items)
+        model, collator, found = train(items, rows, world.catalogue, args.epochs, seed)
+        shown = shown_items(model, collator, test, "session", items)
+        truth = expected_feedback(world, test, shown)
+        own = {"watch_s per item": float(truth["play_time_ms"].mean() / 1000)}
+        own["watch_s, first item"] = float(truth["play_time_ms"][:, 0].mean() / 1000)
+        own |= {
+            "long views per item": float(truth["long_view"].mean()),
+            "likes per item": float(truth["is_like"].mean()),
+        }
+        if items > 1:
+            own |= {"diversity": judge(world, test, shown, truth)["diversity"]}
+        real = [set(targets) for targets in test["targets"]]
+        hits = [len(set(row) & wanted) / items for row, wanted in zip(shown.tolist(), real)]
+        own["hits per item"] = float(np.mean(hits))
+        own |= {"coverage": len(np.unique(shown)) / world.log.num_items, "nats per code": found["nats_per_code"]}
+        report[f"{items} items"] = own | {"requests": len(test), "training rows": len(rows["train"])}
+        print(f"seed {seed}, {items} items: {report[f'{items} items']}", flush=True)
+    return report
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
@@ -186,14 +218,15 @@ def main() -> None:
     parser.add_argument("--num_items", type=int, default=1500)
     parser.add_argument("--epochs", type=float, default=12)
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--lengths", type=int, nargs="+", help="Instead: one model for each session length.")
     parser.add_argument("--output", type=Path)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    reports = [run(seed, args) for seed in args.seeds]
-    names = list(reports[0]["logged"])
+    reports = [(run_lengths if args.lengths else run)(seed, args) for seed in args.seeds]
+    names = list(reports[0][f"{args.lengths[-1]} items" if args.lengths else "logged"])
     print("| served by | " + " | ".join(names) + " |\n" + "|---" * (len(names) + 1) + "|")
     for way in reports[0]:
-        values = np.array([[report[way][name] for name in names] for report in reports])
+        values = np.array([[report[way].get(name, np.nan) for name in names] for report in reports])
         cells = [
             f"{mean:.3f} ±{spread:.3f}"
             for mean, spread in zip(values.mean(0), values.std(0, ddof=int(len(reports) > 1)))

@@ -1,6 +1,6 @@
 """`model.recommend_items` with the call that evaluation and the baselines share."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -9,6 +9,7 @@ import torch
 from .collators import OneRecCollator
 from .collators.histories import allowed_items
 from .models import RecommendedItems
+from .models.input_checks import at_least
 from .reranker import Reranker
 
 
@@ -20,14 +21,26 @@ class ItemRanker:
     Args:
         model: A OneRec model with a catalogue.
         collator (`OneRecCollator`): As in training; its `context` makes the model's inputs.
-        num_beams (`int`, defaults to 50): Beam width; at least the number of items asked for.
+        num_beams (`int` or `Sequence[int]`, defaults to 50): Beam width, or one for each level; in the end at least
+            the number of items asked for.
         reranker ([`Reranker`], *optional*): Orders what the search and its scorers propose.
     """
 
-    def __init__(self, model: Any, collator: OneRecCollator, num_beams: int = 50, reranker: Reranker | None = None):
+    def __init__(
+        self,
+        model: Any,
+        collator: OneRecCollator,
+        num_beams: int | Sequence[int] = 50,
+        reranker: Reranker | None = None,
+    ):
         if model.catalogue is None:
             raise ValueError("the model has no catalogue: set `model.catalogue`, or load it from a folder with one.")
         self.model, self.collator, self.num_beams, self.reranker = model, collator, num_beams, reranker
+
+    @property
+    def width(self) -> int:
+        """How many items a search finds."""
+        return self.num_beams if isinstance(self.num_beams, int) else self.num_beams[-1]
 
     def recommend(self, examples: dict[str, list], k: int, exclude_seen: bool = False) -> np.ndarray:
         """
@@ -56,7 +69,7 @@ class ItemRanker:
         batch = {name: tensor.to(self.model.device) for name, tensor in self.collator.context(rows).items()}
         context_kv = self.model.encode_context(**batch)
         found = self.model.recommend_items(
-            self.num_beams, num_beams=self.num_beams, allowed_items=allowed, context_kv=context_kv
+            self.width, num_beams=self.num_beams, allowed_items=allowed, context_kv=context_kv
         )
         head = self.model.score_items(context_kv=context_kv) if reranker.item_head else None
         return reranker.candidates(found, [row["history"] for row in rows], self.model.catalogue, allowed, head)
@@ -69,7 +82,7 @@ class ItemRanker:
         rows: list[dict],
         k: int,
         allowed_items: torch.Tensor | None = None,
-        num_beams: int | None = None,
+        num_beams: int | Sequence[int] | None = None,
         num_session_items: int | None = None,
         item_scorer: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] | None = None,
     ) -> RecommendedItems:
@@ -77,7 +90,7 @@ class ItemRanker:
         batch = {name: tensor.to(self.model.device) for name, tensor in self.collator.context(rows).items()}
         return self.model.recommend_items(
             k,
-            num_beams=num_beams or max(k, self.num_beams),
+            num_beams=num_beams or at_least(self.num_beams, k),
             allowed_items=allowed_items,
             num_session_items=num_session_items,
             item_scorer=item_scorer,

@@ -15,6 +15,7 @@ from .collators.histories import allowed_items, check_per_user, history_rows, re
 from .collators.loading import collator_of
 from .explanation import Contribution, leave_one_out
 from .item_ranker import ItemRanker
+from .models.input_checks import at_least
 from .models.item_ids import id_array, is_text
 from .recommendation_files import (
     METADATA_NAME,
@@ -58,13 +59,17 @@ class Recommender:
 
     @classmethod
     def from_pretrained(
-        cls, repo: str | os.PathLike, num_beams: int = 50, device: str | torch.device | None = None, **hub_kwargs
+        cls,
+        repo: str | os.PathLike,
+        num_beams: int | Sequence[int] = 50,
+        device: str | torch.device | None = None,
+        **hub_kwargs,
     ) -> "Recommender":
         """
         Load a folder that `onerec sft` (or `dpo`, `grpo`) wrote, or a Hub repository.
 
         Args:
-            num_beams: Width of the search.
+            num_beams: Width of the search, or one for each level of the codes: `[20, 50, 50]`.
             device: Where the model runs.
             hub_kwargs: `revision`, `token`, `cache_dir`, ... as `from_pretrained` takes them.
 
@@ -76,7 +81,9 @@ class Recommender:
         return cls.of_model(model, repo, num_beams, **hub_kwargs)
 
     @classmethod
-    def of_model(cls, model: Any, repo: str | os.PathLike, num_beams: int = 50, **hub_kwargs) -> "Recommender":
+    def of_model(
+        cls, model: Any, repo: str | os.PathLike, num_beams: int | Sequence[int] = 50, **hub_kwargs
+    ) -> "Recommender":
         """As `from_pretrained`, for a model that was loaded from `repo` already."""
         if getattr(model, "catalogue", None) is None:
             raise ValueError(f"{repo} holds no catalogue.safetensors, so there are no items to recommend.")
@@ -193,7 +200,8 @@ class Recommender:
         rows = history_rows(catalogue, collator, histories, events or {}, unknown_items)
         allowed = allowed_items(catalogue, [row["history"] for row in rows], exclude_seen, allow, deny)
         k = k if session else min(k, catalogue.num_items)
-        width = max(num_candidates or 1, self.ranker.num_beams, k)
+        widths = at_least(self.ranker.num_beams, max(num_candidates or 1, k))
+        width = widths if isinstance(widths, int) else widths[-1]
         length = self.model.num_session_items if session else None
         reranker = None if session or item_scorer is not None or not rerank else self.ranker.reranker
         judge = None
@@ -204,7 +212,7 @@ class Recommender:
             context = {"context_kv": self.model.encode_context(**context)}
         found = self.model.recommend_items(
             k if reranker is None else width,
-            num_beams=width,
+            num_beams=widths,
             allowed_items=allowed,
             num_session_items=length,
             item_scorer=judge,

@@ -23,7 +23,7 @@ RULES = {
     "item_embeddings": (set(), {"datasets", "torch", "transformers", "numpy", "pyarrow", "safetensors"}),
     "data": (
         {"item_embeddings", "semantic_ids"},
-        {"datasets", "torch", "transformers", "numpy", "pandas", "pyarrow", "safetensors", "tqdm"},
+        {"datasets", "duckdb", "torch", "transformers", "numpy", "pandas", "pyarrow", "safetensors", "tqdm"},
     ),
     "collators": ({"data"}, {"numpy", "torch", "transformers", "safetensors"}),
     "baselines": ({"models"}, {"torch", "transformers", "numpy", "scipy", "tqdm", "safetensors"}),

@@ -14,7 +14,7 @@ import pyarrow.dataset
 import pytest
 
 from onerec_hf import OneRec
-from onerec_hf.data import DataFolder, load_interactions, read_table
+from onerec_hf.data import DataFolder, load_interactions, load_splits, read_table
 from onerec_hf.scripts import leaderboard, prepare, sft
 
 from .test_onerec import FAST, interactions  # noqa: F401  a fixture
@@ -128,7 +128,7 @@ def test_fit_and_prepare_take_patterns_and_streams(log, tmp_path):
     assert len(model.recommend(["user3"], k=3)) == 3
     command = ["--source", str(folder / "*.csv.gz"), "--output", str(tmp_path), "--codebook_size", "8"]
     prepare.run([*command, "--collaborative_dim", "16"])
-    assert len(datasets.load_from_disk(tmp_path / "splits")["test"]) == 60
+    assert len(load_splits(tmp_path)["test"]) == 60
 
 
 def test_one_text_id_makes_text_of_the_others(tmp_path):

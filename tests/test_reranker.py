@@ -11,6 +11,7 @@ import torch
 from transformers import pipeline
 
 from onerec_hf.baselines import CoOccurrence, SASRec
+from onerec_hf.data import load_splits
 from onerec_hf.models import RecommendedItems
 from onerec_hf.recommender import Recommender
 from onerec_hf.reranker import Reranker
@@ -255,7 +256,7 @@ def test_the_command_fits_on_validation_and_saves_with_the_model(trained, tmp_pa
     assert set(fitted["recall@10 of half of the users"]) == parts
     # the report is of what is served from the folder
     served = Recommender.from_pretrained(tmp_path / "model", num_beams=20)
-    test = datasets.load_from_disk(str(trained / "data" / "splits"))["test"]
+    test = load_splits(trained / "data")["test"]
     names = served.model.catalogue.item_ids
     found = served.recommend([names[history].tolist() for history in test["history"]], k=10)
     hits = [names[own[0]] in [item.item_id for item in row] for own, row in zip(test["targets"], found)]

@@ -45,9 +45,9 @@ class OneRecCollator:
             model, so that whoever serves it gives the values and not their numbers.
         pad_token_id (`int`, defaults to 0).
 
-    Batches hold `context_ids` (B, T, L), `context_mask` (B, T), `target_ids` (B, n, L), `target_positions` (B, n) and,
-    where configured, `context_features` (B, T, F) and `user_features` (B, F_u), in the order of
-    `context_feature_sizes`.
+    Batches hold `context_ids` (B, T, L), `context_mask` (B, T), `target_ids` (B, n, L), `target_positions` (B, n), of
+    training rows `causal_targets` (B,), and, where configured, `context_features` (B, T, F) and `user_features` (B,
+    F_u), in the order of `context_feature_sizes`.
     """
 
     def __init__(
@@ -104,6 +104,9 @@ class OneRecCollator:
         for i, position in enumerate(positions):
             target_positions[i, : len(position)] = position
         batch["target_positions"] = torch.from_numpy(target_positions)
+        if "targets" not in rows[0]:
+            # what the positions say, for a model to know without reading them; a tensor, as all that a batch holds
+            batch["causal_targets"] = torch.ones(len(rows), dtype=torch.bool)
         return batch
 
     def context(self, rows: list[dict]) -> dict[str, torch.Tensor]:

@@ -5,7 +5,7 @@ one folder.
 import hashlib
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -19,11 +19,13 @@ from safetensors.numpy import load_file, save_file
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from ..semantic_ids.rqvae import RQVAE, ResidualKMeans, load_quantizer
-from .splits import arrow_dataset, load_splits
+from .split_files import CONTRACT, SPLITS, SplitWriter, load_splits, split_parts
+from .splits import arrow_dataset
+from .streams import stream_split
 
-SPLITS, TOKENIZER, EMBEDDINGS, REPORT = "splits", "tokenizer", "item_embeddings.safetensors", "semantic_ids.json"
+TOKENIZER, EMBEDDINGS, REPORT = "tokenizer", "item_embeddings.safetensors", "semantic_ids.json"
 TABLES = {"items": "items.parquet", "users": "users.parquet"}
-REQUIRED = (f"{SPLITS}/dataset_dict.json", *TABLES.values(), f"{TOKENIZER}/catalogue.safetensors")
+REQUIRED = (f"{SPLITS}/{CONTRACT}", *TABLES.values(), f"{TOKENIZER}/catalogue.safetensors")
 REQUIRED += (f"{TOKENIZER}/quantizer_config.json", EMBEDDINGS, REPORT)
 
 
@@ -51,6 +53,8 @@ class DataFolder:
         self.path = Path(path)
         advice = f"Make it with `onerec prepare --source LOG --output {path}`, or name the one that you made."
         absent = [name for name in REQUIRED if not (self.path / name).is_file()]
+        if (self.path / SPLITS / "dataset_dict.json").is_file():  # of an earlier version: one file per split
+            absent = [name for name in absent if name != REQUIRED[0]]
         if len(absent) == len(REQUIRED):
             raise FileNotFoundError(f"{path} is no data folder: {self.path / SPLITS} is not there. {advice}")
         if absent:
@@ -78,7 +82,7 @@ class DataFolder:
         cls,
         path: str | os.PathLike,
         *,
-        splits: datasets.DatasetDict,
+        splits: Mapping[str, datasets.Dataset] | SplitWriter | None,
         items: datasets.Dataset,
         users: datasets.Dataset,
         tokenizer: PreTrainedTokenizerBase,
@@ -90,6 +94,8 @@ class DataFolder:
         Writes a data folder. A run that is stopped here leaves a folder that cannot be opened.
 
         Args:
+            splits: Their rows; or the writer that has written them into this folder; or None: they are there
+                already, made by a warehouse, say (docs/large_data.md).
             tokenizer: With the catalogue, as `tokenizer.catalogue`.
             report: What `quality_report` says of the semantic IDs.
         """
@@ -98,7 +104,14 @@ class DataFolder:
         (folder / REPORT).unlink(missing_ok=True)  # of an earlier run: until the end this folder is not complete
         tokenizer.save_pretrained(folder / TOKENIZER)
         quantizer.save_pretrained(folder / TOKENIZER)
-        splits.save_to_disk(folder / SPLITS)
+        if isinstance(splits, Mapping):
+            writer, rows = SplitWriter(folder), splits
+            writer.write(rows)
+            splits = writer
+        if splits is None:
+            split_parts(folder)  # refuses what is not whole
+        else:
+            splits.finish()
         save_file({"item_embeddings": item_embeddings}, folder / EMBEDDINGS)
         items.to_parquet(folder / TABLES["items"])
         users.to_parquet(folder / TABLES["users"])
@@ -109,6 +122,10 @@ class DataFolder:
     def splits(self) -> datasets.DatasetDict:
         """`train`, `validation` and `test`, in memory."""
         return load_splits(self.path)
+
+    def stream(self, split: str = "train", **settings: Any) -> datasets.IterableDataset:
+        """The rows of a split without end, a part in memory at a time: [`stream_split`]."""
+        return stream_split(self.path, split, **settings)
 
     @cached_property
     def items(self) -> datasets.Dataset:

@@ -3,35 +3,19 @@
 Time order inside a user is the order of the timestamps; equal timestamps keep the row order of the source.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
 import pyarrow.compute as pc
 from transformers.utils import logging
 
-from .tables import (
-    feature_values,
-    id_array,
-    index_ids,
-    numpy_values,
-    one_kind,
-    read_table,
-    select_columns,
-    timestamp_array,
-    without_nulls,
-)
+from .log_columns import LogColumns, check_feedback_names
+from .tables import index_ids, numpy_values, read_table
 
 logger = logging.get_logger(__name__)
-
-# columns that the rows of splits, sessions, pathways and exposures have of their own
-RESERVED_FEEDBACK = (
-    *("user_id", "item_id", "user", "history", "targets", "timestamp", "length", "session_start"),
-    *("lifelong", "advantage", "play_time", "log_probs"),
-)
-RESERVED_PREFIXES = ("target_", "lifelong_")
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -70,7 +54,7 @@ class Interactions:
         _check_lengths(self.feedback, len(self), "event")
         _check_lengths(self.items, self.num_items, "item")
         _check_lengths(self.users, self.num_users, "user")
-        _check_feedback_names(self.feedback)
+        check_feedback_names(self.feedback)
         for name, index, size in (
             ("user_index", self.user_index, self.num_users),
             ("item_index", self.item_index, self.num_items),
@@ -127,14 +111,6 @@ class Interactions:
     def user_offsets(self) -> np.ndarray:
         """`np.ndarray` of shape (U + 1,): the events of user u are rows `user_offsets[u]:user_offsets[u + 1]`."""
         return np.concatenate([[0], np.cumsum(np.bincount(self.user_index, minlength=self.num_users))])
-
-
-def _check_feedback_names(names: Iterable[str]) -> None:
-    if reserved := sorted(name for name in names if name in RESERVED_FEEDBACK or name.startswith(RESERVED_PREFIXES)):
-        raise ValueError(
-            f"feedback may not be named {reserved}: rows of splits have columns of these names; choose another name "
-            f"and map it to the column, such as columns={{'my_{reserved[0]}': {reserved[0]!r}}}"
-        )
 
 
 def _check_lengths(columns: Mapping[str, Any], expected: int, per: str) -> None:
@@ -205,28 +181,12 @@ def load_interactions(
         TypeError: a source or a column of an unknown kind.
         FileNotFoundError: a path that does not exist.
     """
-    _check_feedback_names(feedback)
-    names: dict[str, str | None] = {name: name for name in ("user_id", "item_id", "timestamp", *feedback)}
-    if unused := sorted(set(columns or {}) - set(names)):
-        raise ValueError(f"columns names {unused}; allowed are {list(names)} (add event features to feedback=[...])")
-    names |= columns or {}
-    if unnamed := [name for name, column in names.items() if column is None and name != "timestamp"]:
-        raise ValueError(f"columns maps {unnamed} to None; only the timestamp may be left out")
-    table = read_table(source, split, ids=[str(names[name]) for name in names if name.endswith("_id")])
-    log = select_columns(table, {k: v for k, v in names.items() if v is not None}, "columns")
-    for i, name in enumerate(("user_id", "item_id")):
-        log = log.set_column(i, name, id_array(log[name], name))
-    log = without_nulls(log, drop_nulls)
-    tables = {}
-    for table_name, id_name, table_source, table_columns in (
-        ("items", "item_id", items, items_columns),
-        ("users", "user_id", users, users_columns),
-    ):
-        if table_source is not None:
-            renamed = {id_name: str(names[id_name])} | dict(table_columns or {})
-            tables[table_name] = _feature_table(table_source, table_name, id_name, renamed, split)
-            log = _known_only(log, id_name, table_name, tables[table_name], drop_unknown)
-
+    log_columns = LogColumns(columns, feedback, split=split, drop_nulls=drop_nulls, drop_unknown=drop_unknown)
+    table = read_table(source, split, ids=log_columns.ids)
+    log_columns.read_tables(items=(items, items_columns), users=(users, users_columns))
+    log = log_columns.convert(table)
+    log_columns.check()
+    tables = log_columns.tables
     user_ids, user_index = index_ids(log["user_id"].combine_chunks())
     item_ids, item_index = index_ids(log["item_id"].combine_chunks())
     if items is not None:
@@ -235,77 +195,34 @@ def load_interactions(
     if users is not None:
         rows = pc.index_in(user_ids, value_set=tables["users"]["user_id"])
         tables["users"] = {name: column.take(rows) for name, column in tables["users"].items()}
-    timestamp, units = (None, 1) if names["timestamp"] is None else timestamp_array(log["timestamp"])
-    values = {name: numpy_values(log[name], name) for name in feedback}
-    user_index, item_index, timestamp, values = _sort(user_index, item_index, timestamp, values, drop_duplicates)
+    timestamp = numpy_values(log["timestamp"]) if log_columns.has_time else None
+    values = {name: numpy_values(log[name]) for name in feedback}
+    ties = Counter[str]()
+    user_index, item_index, timestamp, values = sort_events(
+        user_index, item_index, timestamp, values, drop_duplicates, ties
+    )
+    report_ties(ties, drop_duplicates)
     return Interactions(
         user_index=user_index,
         item_index=item_index,
-        timestamp=timestamp // units if units > 1 else timestamp,
-        user_ids=_numpy_ids(user_ids),
-        item_ids=_numpy_ids(item_ids),
+        timestamp=timestamp // log_columns.units if log_columns.units > 1 else timestamp,
+        user_ids=numpy_values(user_ids),
+        item_ids=numpy_values(item_ids),
         feedback=values,
-        items={name: feature_values(c) for name, c in tables.get("items", {}).items() if name != "item_id"},
-        users={name: feature_values(c) for name, c in tables.get("users", {}).items() if name != "user_id"},
+        items=log_columns.features("items"),
+        users=log_columns.features("users"),
     )
 
 
-def _numpy_ids(ids: pa.Array) -> np.ndarray:
-    return ids.to_numpy() if pa.types.is_integer(ids.type) else np.array(ids.to_pylist(), dtype=str)
-
-
-def _feature_table(source: Any, table_name: str, id_name: str, renamed: Mapping[str, str], split: str) -> dict:
-    table = read_table(source, split, ids=[renamed[id_name]])
-    rest = [name for name in table.column_names if name not in renamed.values()]
-    if hidden := [name for name in rest if name in renamed]:
-        logger.warning(
-            f"{table_name}: left out its own columns {hidden}, because other columns are mapped to these names: "
-            f"{dict(renamed)}; to keep one, map a new name to it in {table_name}_columns"
-        )
-    names = dict(renamed) | {name: name for name in rest if name not in renamed}
-    columns = dict(zip(names, select_columns(table, names, f"{table_name}_columns").columns))
-    columns[id_name] = ids = id_array(columns[id_name], f"{id_name} of {table_name}")
-    if nulls := ids.null_count:
-        raise ValueError(f"{table_name}: {nulls} of {len(ids)} values of {id_name} are null; remove these rows")
-    if repeats := len(ids) - pc.count_distinct(ids).as_py():
-        raise ValueError(
-            f"{table_name}: {repeats} of {len(ids)} rows repeat an earlier {id_name}; keep one row per id"
-        )
-    return columns
-
-
-def _known_only(log: pa.Table, id_name: str, table_name: str, table: dict, drop: bool) -> pa.Table:
-    """Events whose id the joined table has; others raise, or are dropped (logged). Both get ids of one type."""
-    own, other = log[id_name].combine_chunks(), table[id_name]
-    ids, table[id_name] = one_kind(own, other)
-    log = log.set_column(log.column_names.index(id_name), id_name, ids)
-    known = pc.is_in(ids, value_set=table[id_name])
-    if not (unknown := len(ids) - known.true_count):
-        return log
-    if unknown == len(ids) and own.type != other.type:
-        raise TypeError(
-            f"{id_name} is {own.type} in the log, such as {own[0].as_py()!r}, and {other.type} in {table_name}, such "
-            f"as {other[0].as_py()!r}, and no id is in both; use one type and one spelling"
-        )
-    absent = pc.unique(ids.filter(pc.invert(known)))
-    found = f"{unknown} of {len(ids)} events have one of {len(absent)} {id_name} values that {table_name} lacks"
-    if not drop or unknown == len(ids):
-        raise ValueError(
-            f"{found}, such as {absent[:5].to_pylist()}; add them to {table_name}, or pass drop_unknown=True to leave "
-            "these events out"
-        )
-    logger.warning(f"dropped events: {found}")
-    return log.filter(known)
-
-
-def _sort(
+def sort_events(
     user_index: np.ndarray,
     item_index: np.ndarray,
     timestamp: np.ndarray | None,
     feedback: dict[str, np.ndarray],
     drop_duplicates: bool,
+    ties: Counter[str],
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, dict[str, np.ndarray]]:
-    """Stable sort by user and time; counts equal timestamps and exact duplicates."""
+    """Stable sort by user and time; adds to `ties` how many timestamps are equal, and how many events."""
     order: slice | np.ndarray
     if timestamp is None:
         order = np.argsort(user_index, kind="stable")
@@ -318,6 +235,7 @@ def _sort(
     feedback = {name: values[order] for name, values in feedback.items()}
     tied = np.zeros(len(user_index) + 1, dtype=bool)  # event i has the user and time of event i - 1
     tied[1:-1] = (user_index[1:] == user_index[:-1]) & (timestamp[1:] == timestamp[:-1])
+    ties.update(events=len(user_index), tied=int(tied.sum()))
     if not tied.any():
         return user_index, item_index, timestamp, feedback
 
@@ -327,14 +245,20 @@ def _sort(
     by_key = np.lexsort(keys)  # stable: of equal events the first comes first
     repeats = np.logical_and.reduce([key[by_key][1:] == key[by_key][:-1] for key in keys])
     duplicates = rows[by_key[1:][repeats]]
-    logger.warning(
-        f"{tied.sum()} of {len(user_index)} events have the user and time of the event before (row order decides); "
-        f"{len(duplicates)} of them repeat an event in user, item, timestamp and feedback and are "
-        f"{'dropped' if drop_duplicates else 'kept (drop_duplicates=True drops them)'}"
-    )
+    ties.update(duplicates=len(duplicates))
     if not drop_duplicates:
         return user_index, item_index, timestamp, feedback
     keep = np.ones(len(user_index), dtype=bool)
     keep[duplicates] = False
     feedback = {name: values[keep] for name, values in feedback.items()}
     return user_index[keep], item_index[keep], timestamp[keep], feedback
+
+
+def report_ties(ties: Counter[str], drop_duplicates: bool) -> None:
+    """Warns of what [`sort_events`] counted."""
+    if ties["tied"]:
+        logger.warning(
+            f"{ties['tied']} of {ties['events']} events have the user and time of the event before (row order "
+            f"decides); {ties['duplicates']} of them repeat an event in user, item, timestamp and feedback and are "
+            f"{'dropped' if drop_duplicates else 'kept (drop_duplicates=True drops them)'}"
+        )

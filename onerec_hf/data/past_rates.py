@@ -45,24 +45,44 @@ def past_rates(
     Raises:
         ValueError: an index outside 0 to `size - 1`, or `smoothing` that is not above 0.
     """
-    if smoothing <= 0:
-        raise ValueError(f"smoothing={smoothing}: above 0, or an item with one event has a rate of 0 or 1.")
-    index = np.asarray(index)
-    if len(index) and not 0 <= index.min() <= index.max() < size:
-        raise ValueError(f"index must lie in 0..{size - 1}, got {index.min()}..{index.max()}: leave unknown ones out.")
-    known = ~np.isnan(labels)
-    index, labels = index[known], np.asarray(labels, dtype=np.float64)[known]
-    # an event of period q is known from period q + 1 on
-    period = period_of(np.asarray(time)[known], boundaries) + 1
-    cells, shape = period * size + index, (len(boundaries) + 2, size)
-    count = np.bincount(cells, minlength=shape[0] * size).reshape(shape).cumsum(0)[:-1]
-    total = np.bincount(cells, labels, minlength=shape[0] * size).reshape(shape).cumsum(0)[:-1]
-    seen = count.sum(1, keepdims=True)
-    # the mean itself is smoothed by one event of each kind: a period without positives has finite log-odds
-    mean = (total.sum(1, keepdims=True) + 1) / (seen + 2)
-    rate = (total + smoothing * mean) / (count + smoothing)
-    rates = np.log(rate / (1 - rate)) - np.log(mean / (1 - mean))
-    return rates.astype(np.float32), np.log1p(count).astype(np.float32)
+    counted = PastRates(size, boundaries)
+    counted.add(time, index, labels)
+    return counted.rates(smoothing)
+
+
+class PastRates:
+    """[`past_rates`] of events that come in parts, in any order: only the counts of items by period are held."""
+
+    def __init__(self, size: int, boundaries: Sequence[float] | np.ndarray):
+        self.size, self.boundaries = size, np.asarray(boundaries)
+        # an event of period q is known from period q + 1 on
+        self._counts = np.zeros((len(self.boundaries) + 2, size), dtype=np.int64)
+        self._sums = np.zeros((len(self.boundaries) + 2, size))
+
+    def add(self, time: np.ndarray, index: np.ndarray, labels: np.ndarray) -> None:
+        """Some more events; as [`past_rates`]."""
+        index = np.asarray(index)
+        if len(index) and not 0 <= index.min() <= index.max() < self.size:
+            raise ValueError(
+                f"index must lie in 0..{self.size - 1}, got {index.min()}..{index.max()}: leave unknown ones out."
+            )
+        known = ~np.isnan(labels)
+        index, labels = index[known], np.asarray(labels, dtype=np.float64)[known]
+        cells = (period_of(np.asarray(time)[known], self.boundaries) + 1) * self.size + index
+        self._counts += np.bincount(cells, minlength=self._counts.size).reshape(self._counts.shape)
+        self._sums += np.bincount(cells, labels, minlength=self._sums.size).reshape(self._sums.shape)
+
+    def rates(self, smoothing: float = 20.0) -> tuple[np.ndarray, np.ndarray]:
+        """What [`past_rates`] returns, of all events so far."""
+        if smoothing <= 0:
+            raise ValueError(f"smoothing={smoothing}: above 0, or an item with one event has a rate of 0 or 1.")
+        count, total = self._counts.cumsum(0)[:-1], self._sums.cumsum(0)[:-1]
+        seen = count.sum(1, keepdims=True)
+        # the mean itself is smoothed by one event of each kind: a period without positives has finite log-odds
+        mean = (total.sum(1, keepdims=True) + 1) / (seen + 2)
+        rate = (total + smoothing * mean) / (count + smoothing)
+        rates = np.log(rate / (1 - rate)) - np.log(mean / (1 - mean))
+        return rates.astype(np.float32), np.log1p(count).astype(np.float32)
 
 
 def quantile_codes(values: np.ndarray, num_buckets: int) -> np.ndarray:

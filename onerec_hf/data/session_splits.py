@@ -10,12 +10,10 @@ import pyarrow as pa
 from transformers.utils import logging
 
 from .interactions import Interactions
-from .sessions import SessionConfig, high_quality, session_index
-from .splits import arrow_dataset, ranges, user_rows
+from .sessions import SessionConfig, high_quality, report_quality, session_index
+from .splits import SPLITS, Splitter, arrow_dataset, ranges, split_whole, user_rows
 
 logger = logging.get_logger(__name__)
-
-SPLITS = ("train", "validation", "test")
 
 
 def session_splits(
@@ -48,30 +46,66 @@ def session_splits(
         ValueError: columns of `config` that are absent or hold NaN, no session that meets the criteria, a split
             without rows, or boundaries that are not in order.
     """
-    session = session_index(interactions, config)
-    kept = high_quality(interactions, session, config)
-    order = np.argsort(session, kind="stable")  # events by session, then time
-    size = np.bincount(session)
-    end = np.cumsum(size)
-    first, last = order[end - size], order[end - 1]  # events, (S,)
-    split = _split_of(interactions, first, last, kept, validation_start, test_start)
-    history = _Histories(interactions, config, first)
-    short = history.stop - history.begin < config.min_history
-    if count := (short & (split >= 0)).sum():
-        logger.warning(f"{count} sessions have a history of fewer than {config.min_history} events and make no row")
-    targets, target_end = _targets(interactions, config, session, order)
-    rows = {}
-    for i, name in enumerate(SPLITS):
-        chosen = np.flatnonzero((split == i) & ~short)
-        rows[name] = _session_rows(interactions, config, chosen, first, history, targets, target_end)
-    if empty := [name for name, split in rows.items() if not len(split)]:
+    return split_whole(SessionSplit(config, validation_start, test_start), interactions)
+
+
+class SessionSplit(Splitter):
+    """[`session_splits`] of a log in shards."""
+
+    def __init__(self, config: SessionConfig, validation_start: float | None = None, test_start: float | None = None):
+        super().__init__()
+        if validation_start is None and test_start is not None:
+            raise ValueError("test_start without validation_start: give both boundaries or none.")
+        if validation_start is not None and (test_start is None or not validation_start < test_start):
+            raise ValueError(f"validation_start ({validation_start}) must lie before test_start ({test_start}).")
+        self.config, self.boundaries = config, (validation_start, test_start)
+        self.starts: list = []  # the first and the last of every shard's sessions that meet the criteria
+
+    def rows(self, interactions: Interactions) -> datasets.DatasetDict:
+        config = self.config
+        session = session_index(interactions, config)
+        kept = high_quality(interactions, session, config, self.counts)
+        order = np.argsort(session, kind="stable")  # events by session, then time
+        size = np.bincount(session)
+        end = np.cumsum(size)
+        first, last = order[end - size], order[end - 1]  # events, (S,)
+        split, runs_on = _split_of(interactions, first, last, kept, *self.boundaries)
+        self.counts["runs on"] += runs_on
+        history = _Histories(interactions, config, first)
+        short = history.stop - history.begin < config.min_history
+        self.counts.update({"short rows": int((short & (split >= 0)).sum()), "short": int((kept & short).sum())})
+        targets, target_end = _targets(interactions, config, session, order)
+        rows = {}
+        for i, name in enumerate(SPLITS):
+            chosen = np.flatnonzero((split == i) & ~short)
+            rows[name] = _session_rows(interactions, config, chosen, first, history, targets, target_end)
+        self.counts.update({f"{name} rows": len(each) for name, each in rows.items()})
         start = interactions.timestamp[first[kept]]
-        raise ValueError(
-            f"no rows in {empty}: {kept.sum()} sessions meet the criteria, {(kept & short).sum()} of them lack a "
-            f"history of {config.min_history}; they start from {start.min()} to {start.max()}, the boundaries are "
-            f"{validation_start} and {test_start}."
-        )
-    return datasets.DatasetDict(rows)
+        self.starts += [start.min(), start.max()] if len(start) else []
+        return datasets.DatasetDict(rows)
+
+    def training_events(self, interactions: Interactions, splits: datasets.DatasetDict) -> datasets.Dataset:
+        return training_events(interactions, self.config, splits, self.boundaries[0])
+
+    def finish(self) -> None:
+        counts, config = self.counts, self.config
+        report_quality(counts, config)
+        if counts["runs on"]:
+            logger.warning(
+                f"{counts['runs on']} sessions run on into the period or session that is held out after them and are "
+                "left out"
+            )
+        if counts["short rows"]:
+            logger.warning(
+                f"{counts['short rows']} sessions have a history of fewer than {config.min_history} events and make "
+                "no row"
+            )
+        if empty := [name for name in SPLITS if not counts[f"{name} rows"]]:
+            raise ValueError(
+                f"no rows in {empty}: {counts['kept']} sessions meet the criteria, {counts['short']} of them lack a "
+                f"history of {config.min_history}; they start from {min(self.starts)} to {max(self.starts)}, the "
+                f"boundaries are {self.boundaries[0]} and {self.boundaries[1]}."
+            )
 
 
 def training_events(
@@ -90,8 +124,8 @@ def training_events(
     before = np.full(interactions.num_users, np.inf if validation_start is None else validation_start)
     if validation_start is None:
         for name in ("validation", "test"):
-            held_out = splits[name].with_format("numpy")
-            np.minimum.at(before, held_out["user"][:], held_out["session_start"][:])
+            held_out = splits[name].with_format("arrow")[:]  # numpy's format has no type for no rows
+            np.minimum.at(before, held_out["user"].to_numpy(), held_out["session_start"].to_numpy())
     rows = config.effective_events(interactions) & (interactions.timestamp < before[interactions.user_index])
     known = interactions.where(rows)
     first, end = known.user_offsets[:-1], known.user_offsets[1:]
@@ -99,18 +133,14 @@ def training_events(
     return user_rows(known, users, first[users], end[users])
 
 
-def _split_of(interactions, first, last, kept, validation_start, test_start) -> np.ndarray:
-    """Row of `SPLITS` of each session, -1 for none, (S,)."""
+def _split_of(interactions, first, last, kept, validation_start, test_start) -> tuple[np.ndarray, int]:
+    """Row of `SPLITS` of each session, -1 for none, (S,), and how many run on into what is held out."""
     user, start, end = interactions.user_index[first], interactions.timestamp[first], interactions.timestamp[last]
     if validation_start is not None:
-        if test_start is None or not validation_start < test_start:
-            raise ValueError(f"validation_start ({validation_start}) must lie before test_start ({test_start}).")
         boundaries = np.array([validation_start, test_start])
         split = np.searchsorted(boundaries, start, side="right")
         runs_on = split != np.searchsorted(boundaries, end, side="right")
         split[~kept] = -1
-    elif test_start is not None:
-        raise ValueError("test_start without validation_start: give both boundaries or none.")
     else:
         split = np.full(len(first), -1)
         rows = np.flatnonzero(kept)
@@ -124,12 +154,9 @@ def _split_of(interactions, first, last, kept, validation_start, test_start) -> 
         np.minimum.at(held_out[0], user[split >= 1], start[split >= 1])
         np.minimum.at(held_out[1], user[split == 2], start[split == 2])
         runs_on = end > np.where(split == 0, held_out[0][user], np.where(split == 1, held_out[1][user], np.inf))
-    if count := (runs_on & (split >= 0)).sum():
-        logger.warning(
-            f"{count} sessions run on into the period or session that is held out after them and are left out"
-        )
+    count = int((runs_on & (split >= 0)).sum())
     split[runs_on] = -1
-    return split
+    return split, count
 
 
 class _Histories:

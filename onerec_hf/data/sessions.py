@@ -4,6 +4,7 @@ A session is the batch of videos returned for one request, typically 5 to 10. Th
 by three criteria: how many videos were watched, for how long, and whether the user interacted.
 """
 
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal
@@ -206,13 +207,10 @@ def session_criteria(interactions: Interactions, session: np.ndarray, config: Se
     return meets
 
 
-def high_quality(interactions: Interactions, session: np.ndarray, config: SessionConfig) -> np.ndarray:
-    """
-    Which sessions are kept, shape (S,), bool; how many failed what is logged.
-
-    Raises:
-        ValueError: none is.
-    """
+def high_quality(
+    interactions: Interactions, session: np.ndarray, config: SessionConfig, counts: Counter[str]
+) -> np.ndarray:
+    """Which sessions are kept, shape (S,), bool; adds to `counts` how many, and how many failed what."""
     meets = session_criteria(interactions, session, config)
     size = int(session.max(initial=-1)) + 1
     kept = np.ones(size, dtype=bool)
@@ -222,9 +220,27 @@ def high_quality(interactions: Interactions, session: np.ndarray, config: Sessio
             if config.require == "all"
             else np.logical_or.reduce([*meets.values()])
         )
-    failed = {f"{name}={vars(config)[name]:g}": int((~met).sum()) for name, met in meets.items()}
-    found = f"{kept.sum()} of {size} sessions meet {config.require} of the criteria; failed by criterion: {failed}"
-    if not kept.any():
+    counts.update({"sessions": size, "kept": int(kept.sum())})
+    counts.update({f"failed {name}": int((~met).sum()) for name, met in meets.items()})
+    return kept
+
+
+def report_quality(counts: Counter[str], config: SessionConfig) -> None:
+    """
+    Warns of what [`high_quality`] counted.
+
+    Raises:
+        ValueError: No session is kept.
+    """
+    failed = {
+        f"{name}={vars(config)[name]:g}": counts[f"failed {name}"]
+        for name in ("min_watched", "min_watch_time_ms", "min_interactions")
+        if vars(config)[name]
+    }
+    found = (
+        f"{counts['kept']} of {counts['sessions']} sessions meet {config.require} of the criteria; failed by "
+        f"criterion: {failed}"
+    )
+    if not counts["kept"]:
         raise ValueError(f"{found}. Lower these thresholds of SessionConfig, or set one to 0 to switch it off.")
     logger.warning(found)
-    return kept

@@ -3,7 +3,7 @@
 A split has one row per user with flat lists, so that a collator slices and reshapes without nested Python objects.
 """
 
-from pathlib import Path
+from collections import Counter
 
 import datasets
 import numpy as np
@@ -14,24 +14,7 @@ from .interactions import Interactions
 
 logger = logging.get_logger(__name__)
 
-
-def load_splits(folder: str | Path) -> datasets.DatasetDict:
-    """The splits of a data folder, memory-mapped. What `filter`, `sort` and the like make of them goes into memory,
-    never into the folder, so that it may be read-only or shared by several runs.
-
-    Raises:
-        FileNotFoundError: the folder has none.
-    """
-    path = Path(folder) / "splits"
-    if not path.is_dir():
-        raise FileNotFoundError(
-            f"{folder} is no data folder: {path} is not there. Make it with `onerec prepare --source LOG --output "
-            f"{folder}`, or name the one that you made."
-        )
-    # a table that names no file has no folder for caches either
-    return datasets.DatasetDict(
-        {name: arrow_dataset(rows.data.table) for name, rows in datasets.load_from_disk(str(path)).items()}
-    )
+SPLITS = ("train", "validation", "test")
 
 
 def k_core(interactions: Interactions, k: int) -> Interactions:
@@ -63,12 +46,13 @@ def k_core(interactions: Interactions, k: int) -> Interactions:
         user_ids=interactions.user_ids[keep_user],
         item_ids=interactions.item_ids[keep_item],
         feedback={name: values[rows] for name, values in interactions.feedback.items()},
-        items=_take_features(interactions.items, keep_item),
-        users=_take_features(interactions.users, keep_user),
+        items=take_features(interactions.items, keep_item),
+        users=take_features(interactions.users, keep_user),
     )
 
 
-def _take_features(features: dict[str, np.ndarray | list], keep: np.ndarray) -> dict[str, np.ndarray | list]:
+def take_features(features: dict[str, np.ndarray | list], keep: np.ndarray) -> dict[str, np.ndarray | list]:
+    """The values of the items or users that a bool mask keeps."""
     return {
         name: values[keep] if isinstance(values, np.ndarray) else [v for v, kept in zip(values, keep) if kept]
         for name, values in features.items()
@@ -95,22 +79,7 @@ def leave_last_out(interactions: Interactions) -> datasets.DatasetDict:
         ValueError: no events.
     """
     _check_events(interactions)
-    first, end = interactions.user_offsets[:-1], interactions.user_offsets[1:]
-    count = end - first
-    one, two, three = count >= 1, count >= 2, count >= 3
-    if not three.all():
-        logger.warning(
-            f"{(~three).sum()} of {len(count)} users have fewer than 3 events: they have no validation row, the "
-            f"{(one & ~two).sum()} with one event no test row, the {(~one).sum()} without events no row at all; "
-            "k_core(interactions, 3) removes them"
-        )
-    users = np.arange(len(count))
-    train_end = np.where(three, end - 2, np.maximum(end - 1, first + 1))
-    return datasets.DatasetDict(
-        train=user_rows(interactions, users[one], first[one], train_end[one]),
-        validation=user_rows(interactions, users[three], first[three], end[three] - 2, end[three] - 1),
-        test=user_rows(interactions, users[two], first[two], end[two] - 1, end[two]),
-    )
+    return split_whole(LeaveLastOut(), interactions)
 
 
 def global_time_split(
@@ -133,33 +102,109 @@ def global_time_split(
     Raises:
         ValueError: boundaries that are not in order, or a split without rows.
     """
-    if test_start is None or not validation_start < test_start:
-        raise ValueError(
-            f"validation_start ({validation_start}) must lie before test_start ({test_start}): give both."
-        )
+    splitter = GlobalTimeSplit(validation_start, test_start, min_history)
     _check_events(interactions)
-    first, end = interactions.user_offsets[:-1], interactions.user_offsets[1:]
-    validation_first = first + _count_before(interactions, validation_start)
-    test_first = first + _count_before(interactions, test_start)
-    users = np.flatnonzero(validation_first > first)
-    splits = {"train": user_rows(interactions, users, first[users], validation_first[users])}
-    for name, start, stop in (("validation", validation_first, test_first), ("test", test_first, end)):
-        active = stop > start
-        cold, short = active & (start == first), active & (start - first < min_history)
-        if cold.any() or short.any():
-            logger.warning(
-                f"{name}: {cold.sum()} of {active.sum()} users have no event before the period; {short.sum()} are "
-                f"left out for fewer than {min_history} events before it (min_history)"
-            )
-        users = np.flatnonzero(active & ~short)
-        splits[name] = user_rows(interactions, users, first[users], start[users], stop[users])
-    if empty := [name for name, split in splits.items() if not len(split)]:
-        time = interactions.timestamp
-        raise ValueError(
-            f"no rows in {empty}: the timestamps reach from {time.min()} to {time.max()}, the boundaries are "
-            f"{validation_start} and {test_start}"
+    return split_whole(splitter, interactions)
+
+
+class Splitter:
+    """
+    How a log becomes splits, shard by shard: `rows` of every shard, then `finish` once.
+
+    What is left out, or missing, is counted over all of them; `finish` warns of it, or raises.
+    """
+
+    def __init__(self):
+        self.counts: Counter[str] = Counter()
+
+    def rows(self, interactions: Interactions) -> datasets.DatasetDict:
+        """The rows of the users of a shard; a split of one may be empty."""
+        raise NotImplementedError
+
+    def training_events(self, interactions: Interactions, splits: datasets.DatasetDict) -> datasets.Dataset:
+        """What may be learned about items without seeing what is held out, from `rows`' splits of the same shard."""
+        return splits["train"]
+
+    def finish(self) -> None:
+        """Warns of what was left out; a ValueError where nothing is left."""
+
+
+def split_whole(splitter: Splitter, interactions: Interactions) -> datasets.DatasetDict:
+    """The splits of a log in one piece."""
+    splits = splitter.rows(interactions)
+    splitter.finish()
+    return splits
+
+
+class LeaveLastOut(Splitter):
+    """[`leave_last_out`] of a log in shards."""
+
+    def rows(self, interactions: Interactions) -> datasets.DatasetDict:
+        first, end = interactions.user_offsets[:-1], interactions.user_offsets[1:]
+        count = end - first
+        one, two, three = count >= 1, count >= 2, count >= 3
+        self.counts.update(
+            users=len(count), few=int((~three).sum()), single=int((one & ~two).sum()), none=int((~one).sum())
         )
-    return datasets.DatasetDict(splits)
+        users = np.arange(len(count))
+        train_end = np.where(three, end - 2, np.maximum(end - 1, first + 1))
+        return datasets.DatasetDict(
+            train=user_rows(interactions, users[one], first[one], train_end[one]),
+            validation=user_rows(interactions, users[three], first[three], end[three] - 2, end[three] - 1),
+            test=user_rows(interactions, users[two], first[two], end[two] - 1, end[two]),
+        )
+
+    def finish(self) -> None:
+        if self.counts["few"]:
+            logger.warning(
+                f"{self.counts['few']} of {self.counts['users']} users have fewer than 3 events: they have no "
+                f"validation row, the {self.counts['single']} with one event no test row, the {self.counts['none']} "
+                "without events no row at all; k_core(interactions, 3) removes them"
+            )
+
+
+class GlobalTimeSplit(Splitter):
+    """[`global_time_split`] of a log in shards."""
+
+    def __init__(self, validation_start: float, test_start: float | None, min_history: int = 0):
+        super().__init__()
+        if test_start is None or not validation_start < test_start:
+            raise ValueError(
+                f"validation_start ({validation_start}) must lie before test_start ({test_start}): give both."
+            )
+        self.boundaries, self.min_history = (validation_start, test_start), min_history
+        self.times: list = []  # the first and the last of every shard
+
+    def rows(self, interactions: Interactions) -> datasets.DatasetDict:
+        first, end = interactions.user_offsets[:-1], interactions.user_offsets[1:]
+        validation_first, test_first = (first + _count_before(interactions, time) for time in self.boundaries)
+        users = np.flatnonzero(validation_first > first)
+        splits = {"train": user_rows(interactions, users, first[users], validation_first[users])}
+        for name, start, stop in (("validation", validation_first, test_first), ("test", test_first, end)):
+            active = stop > start
+            cold, short = active & (start == first), active & (start - first < self.min_history)
+            found = {"active": active, "cold": cold, "short": short}
+            self.counts.update({f"{name} {key}": int(mask.sum()) for key, mask in found.items()})
+            users = np.flatnonzero(active & ~short)
+            splits[name] = user_rows(interactions, users, first[users], start[users], stop[users])
+        self.counts.update({f"{name} rows": len(split) for name, split in splits.items()})
+        self.times += [interactions.timestamp.min(), interactions.timestamp.max()] if len(interactions) else []
+        return datasets.DatasetDict(splits)
+
+    def finish(self) -> None:
+        for name in ("validation", "test"):
+            active, cold, short = (self.counts[f"{name} {key}"] for key in ("active", "cold", "short"))
+            if cold or short:
+                logger.warning(
+                    f"{name}: {cold} of {active} users have no event before the period; {short} are left out for "
+                    f"fewer than {self.min_history} events before it (min_history)"
+                )
+        if empty := [name for name in SPLITS if not self.counts[f"{name} rows"]]:
+            reach = f"reach from {min(self.times)} to {max(self.times)}" if self.times else "are none"
+            raise ValueError(
+                f"no rows in {empty}: the timestamps {reach}, the boundaries are {self.boundaries[0]} and "
+                f"{self.boundaries[1]}"
+            )
 
 
 def target_rows(train: datasets.Dataset, max_history: int) -> datasets.Dataset:

@@ -46,6 +46,22 @@ def read_files(source: str | Path, split: str, ids: Sequence[str]) -> pa.Table:
         raise FileNotFoundError(f"{source} is no file or folder here and no data set on the Hub: {error}") from error
 
 
+def parquet_files(source: str | Path) -> list[Path]:
+    """The files of a source that is parquet and nothing else, in the order in which [`read_files`] reads them; empty
+    for any other source.
+    """
+    path = Path(source)
+    if glob.has_magic(str(source)) and not path.exists():
+        paths = [Path(name) for name in sorted(glob.glob(str(source), recursive=True))]
+    elif path.is_dir():
+        saved = any((path / name).is_file() for name in ("dataset_dict.json", "state.json"))
+        # as Arrow does, without what is hidden
+        paths = [] if saved else sorted(each for each in path.rglob("*.parquet") if each.name[0] not in "._")
+    else:
+        paths = [path]
+    return paths if all(each.suffix == ".parquet" and each.is_file() for each in paths) else []
+
+
 def _read_pattern(pattern: str, split: str, ids: Sequence[str]) -> pa.Table:
     """The files of a pattern, in the order of their names, one below the other."""
     paths = sorted(glob.glob(pattern, recursive=True))

@@ -96,31 +96,6 @@ def select_columns(table: pa.Table, names: Mapping[str, str], argument: str) -> 
     return pa.table({ours: table[theirs] for ours, theirs in names.items()})
 
 
-def without_nulls(table: pa.Table, drop: bool) -> pa.Table:
-    """Raises for null, NaN or infinite values, or drops their rows (logged)."""
-    masks, counts = {}, {}
-    for name in table.column_names:
-        mask = pc.is_null(table[name], nan_is_null=True)
-        if pa.types.is_floating(table[name].type):
-            mask = pc.or_(mask, pc.fill_null(pc.is_inf(table[name]), False))
-        if count := pc.sum(mask).as_py():
-            masks[name], counts[name] = mask.to_numpy(), count
-    if not counts:
-        return table
-    keep = ~np.logical_or.reduce(list(masks.values()))
-    if not drop:
-        raise ValueError(
-            f"null (empty), NaN or infinite values per column: {counts}, of {table.num_rows} rows, the first one in "
-            f"row {keep.argmin() + 1}; fill them in, or pass drop_nulls=True to leave these rows out"
-        )
-    logger.warning(
-        f"dropped {(~keep).sum()} of {table.num_rows} rows with null, NaN or infinite values; per column: {counts}"
-    )
-    if not keep.any():
-        raise ValueError(f"no rows are left without null, NaN or infinite values; per column: {counts}")
-    return table.filter(pa.array(keep))
-
-
 def id_array(column: pa.ChunkedArray, name: str) -> pa.Array:
     """Ids as one int64 or large_string array.
 
@@ -131,10 +106,10 @@ def id_array(column: pa.ChunkedArray, name: str) -> pa.Array:
         ValueError: numbers that are not whole or do not fit.
         TypeError: neither numbers nor text.
     """
-    array = _plain(column)
+    array = plain(column)
     if pa.types.is_null(array.type):
         return array.cast(pa.large_string())
-    if _is_text(array.type):
+    if is_text(array.type):
         return without_blanks(array.cast(pa.large_string()))
     if pa.types.is_floating(array.type):
         array = array.cast(pa.float64())
@@ -192,32 +167,30 @@ def index_ids(ids: pa.Array) -> tuple[pa.Array, np.ndarray]:
     return encoded.dictionary.take(pa.array(order)), rank[encoded.indices.to_numpy()]
 
 
-def timestamp_array(column: pa.ChunkedArray, name: str = "timestamp") -> tuple[np.ndarray, int]:
+def time_array(array: pa.Array, name: str = "timestamp") -> tuple[pa.Array, int]:
     """Timestamps as int64 or float64 in their full precision, and how many of their units make one of ours.
 
-    Numbers keep their unit: 1. Dates and ISO 8601 strings, UTC where they name no zone, count from 1970 in units of
-    which 1, 1,000 or 1,000,000 make a millisecond.
+    Numbers keep their unit: 1. Dates, UTC where they name no zone, count from 1970 in units of which 1, 1,000 or
+    1,000,000 make a millisecond.
     """
-    array = _plain(column)
-    if _is_text(array.type):
-        array = _parse_iso(array, name)
     if pa.types.is_date(array.type) or (pa.types.is_timestamp(array.type) and array.type.unit == "s"):
         array = array.cast(pa.timestamp("ms"))
     if pa.types.is_timestamp(array.type):
-        return array.cast(pa.int64()).to_numpy(), {"ms": 1, "us": 1_000, "ns": 1_000_000}[array.type.unit]
+        return array.cast(pa.int64()), {"ms": 1, "us": 1_000, "ns": 1_000_000}[array.type.unit]
     if pa.types.is_integer(array.type) or (pa.types.is_decimal(array.type) and array.type.scale == 0):
         try:
-            return array.cast(pa.int64()).to_numpy(), 1
+            return array.cast(pa.int64()), 1
         except pa.ArrowInvalid as error:
             raise ValueError(
                 f"{name} ({array.type}) does not fit into 64 bits ({error}); use a larger unit"
             ) from error
     if pa.types.is_floating(array.type) or pa.types.is_decimal(array.type):
-        return array.cast(pa.float64()).to_numpy(), 1
+        return array.cast(pa.float64()), 1
     raise TypeError(f"{name} must hold numbers, dates or ISO 8601 strings, got {array.type}")
 
 
-def _parse_iso(array: pa.Array, name: str) -> pa.Array:
+def parse_iso(array: pa.Array, name: str) -> pa.Array:
+    """ISO 8601 strings as timestamps, in nanoseconds where all of them fit."""
     # Arrow wants all strings without, or all with, a zone; nanoseconds reach from 1677 to 2262 alone
     for target in (pa.timestamp(unit, zone) for unit in ("ns", "us") for zone in (None, "UTC")):
         try:
@@ -230,21 +203,26 @@ def _parse_iso(array: pa.Array, name: str) -> pa.Array:
     )
 
 
-def numpy_values(column: pa.ChunkedArray, name: str) -> np.ndarray:
-    """One number, boolean or string per row, in the narrow type of the source."""
-    array = _plain(column)
+def value_array(column: pa.ChunkedArray, name: str) -> pa.Array:
+    """One number, boolean or string per row, in the narrow type of the source; decimals become float64."""
+    array = plain(column)
     if pa.types.is_decimal(array.type):
         array = array.cast(pa.float64())
-    if pa.types.is_boolean(array.type) or pa.types.is_integer(array.type) or pa.types.is_floating(array.type):
-        return array.to_numpy(zero_copy_only=False)
-    if _is_text(array.type):
-        return np.array(array.to_pylist(), dtype=str)
-    raise TypeError(f"{name} must hold numbers, booleans or strings, got {array.type}")
+    kind = array.type
+    if is_text(kind) or pa.types.is_boolean(kind) or pa.types.is_integer(kind) or pa.types.is_floating(kind):
+        return array
+    raise TypeError(f"{name} must hold numbers, booleans or strings, got {kind}")
+
+
+def numpy_values(column: pa.ChunkedArray | pa.Array) -> np.ndarray:
+    """The values of [`value_array`] in numpy's type of that name, text as text."""
+    array = plain(column)
+    return np.array(array.to_pylist(), dtype=str) if is_text(array.type) else array.to_numpy(zero_copy_only=False)
 
 
 def feature_values(column: pa.ChunkedArray) -> np.ndarray | list:
     """Numbers as an array (null becomes NaN), booleans too if none is null; the rest as a list with None for null."""
-    array = _plain(column)
+    array = plain(column)
     if pa.types.is_decimal(array.type):
         array = array.cast(pa.float64())
     is_number = pa.types.is_integer(array.type) or pa.types.is_floating(array.type)
@@ -253,10 +231,12 @@ def feature_values(column: pa.ChunkedArray) -> np.ndarray | list:
     return array.to_pylist()
 
 
-def _is_text(kind: pa.DataType) -> bool:
+def is_text(kind: pa.DataType) -> bool:
+    """Whether a type is a string, of any kind."""
     return pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind)
 
 
-def _plain(column: pa.ChunkedArray | pa.Array) -> pa.Array:
+def plain(column: pa.ChunkedArray | pa.Array) -> pa.Array:
+    """One array without a dictionary."""
     array = column.combine_chunks() if isinstance(column, pa.ChunkedArray) else column
     return array.dictionary_decode() if pa.types.is_dictionary(array.type) else array

@@ -39,13 +39,20 @@ def paired_bootstrap(
 
 
 def bootstrap_lift(
-    control: np.ndarray, treatment: np.ndarray, level: float = 0.95, num_samples: int = 2000, seed: int = 0
+    control: np.ndarray,
+    treatment: np.ndarray,
+    level: float = 0.95,
+    num_samples: int = 2000,
+    seed: int = 0,
+    per: tuple[np.ndarray, np.ndarray] | None = None,
 ) -> Lift:
     """
     sum(treatment) / sum(control) - 1, with users drawn with replacement, each with both of their values.
 
     Args:
         control, treatment (`np.ndarray` of shape (U,)): Totals of the same users under the two policies.
+        per (*optional*): What the totals are divided by, of control and treatment, (U,) each: the lift of a share,
+            such as that of new videos among the views.
         level (`float`, defaults to 0.95): Of the interval.
         num_samples, seed (`int`): Of the bootstrap.
 
@@ -57,13 +64,18 @@ def bootstrap_lift(
         raise ValueError(f"control has shape {control.shape}, treatment {treatment.shape}: the same users, (U,) each.")
     if not control.sum():
         raise ValueError("the control sums to 0: a relative change of it is not defined.")
-    return Lift(float(_lift(control, treatment)), *_interval((control, treatment), _lift, level, num_samples, seed))
+    values = (control, treatment, *(np.asarray(total, float) for total in per or ()))
+    return Lift(float(_lift(*values)), *_interval(values, _lift, level, num_samples, seed))
 
 
-def _lift(control: np.ndarray, treatment: np.ndarray, axis: int = -1) -> np.ndarray:
-    """NaN where all users who were drawn have nothing in the control."""
+def _lift(control: np.ndarray, treatment: np.ndarray, *per: np.ndarray, axis: int = -1) -> np.ndarray:
+    """NaN where all users who were drawn have nothing in the control, or nothing to divide by."""
     total = control.sum(axis)
-    return treatment.sum(axis) / np.where(total == 0, np.nan, total) - 1
+    ratio = treatment.sum(axis) / np.where(total == 0, np.nan, total)
+    if per:
+        first, second = (values.sum(axis) for values in per)
+        ratio = ratio * first / np.where(second == 0, np.nan, second)
+    return ratio - 1
 
 
 def _interval(values: tuple, statistic: Callable, level: float, num_samples: int, seed: int) -> tuple[float, float]:

@@ -1,7 +1,9 @@
 """Item embeddings (N, D) to make semantic IDs from: text encoders, co-occurrence, files, and their concatenation."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import datasets
 import numpy as np
@@ -10,6 +12,8 @@ import torch
 from safetensors import safe_open
 from transformers import AutoModel, AutoTokenizer
 from transformers.utils import logging
+
+from .ppmi import PPMI, PairCounts
 
 logger = logging.get_logger(__name__)
 
@@ -85,13 +89,14 @@ def text_embeddings(
 
 
 def collaborative_embeddings(
-    histories: datasets.Dataset | Iterable[Sequence[int]],
+    histories: datasets.Dataset | Iterable[datasets.Dataset] | Iterable[Sequence[int]],
     num_items: int,
     dim: int = 128,
     *,
     window: int = 5,
     num_iterations: int = 8,
     seed: int = 0,
+    folder: str | Path | None = None,
 ) -> np.ndarray:
     """Item embeddings from co-occurrence: truncated SVD of the PPMI matrix (Levy and Goldberg, NeurIPS 2014).
 
@@ -101,13 +106,14 @@ def collaborative_embeddings(
     arXiv:0909.4061, algorithm 4.4).
 
     Args:
-        histories: the `train` split (its `history` is read), or sequences of item indices in time order. Training
-            events only: what is evaluated must not be in it.
+        histories: the `train` split (its `history` is read), such sets one after the other, or sequences of item
+            indices in time order. Training events only: what is evaluated must not be in it.
         num_items: N.
         dim: D, at most N.
-        window: greatest distance that counts, at least 1. Memory grows with events x window.
+        window: greatest distance that counts, at least 1. Space on disk grows with events x window, memory does not.
         num_iterations: of the subspace iteration; 8 reach 96% of the exact squared singular values on Amazon Beauty.
         seed: of the random start.
+        folder: for pairs that do not fit into memory; default: a temporary one.
 
     Returns:
         `np.ndarray` of shape (N, D), float32: U_ik sigma_k, the rows of M projected on the leading singular vectors.
@@ -120,55 +126,49 @@ def collaborative_embeddings(
         raise ValueError(f"dim must lie in 1..num_items = {num_items}, got {dim}")
     if window < 1:
         raise ValueError(f"window must be at least 1, got {window}")
-    matrix = _ppmi(*_flatten(histories), num_items, window)
+    with nullcontext(folder) if folder else TemporaryDirectory() as work:
+        counts = PairCounts(num_items, window, Path(work))
+        for items, lengths in _flatten(histories):
+            counts.add(items, lengths)
+        matrix = PPMI(counts, Path(work))
+        if unseen := int((~matrix.seen).sum()):
+            logger.warning(
+                f"{unseen} of {num_items} items co-occur with no other more than by chance: zero embeddings"
+            )
+        embeddings = _leading_vectors(matrix, dim, num_iterations, seed)
+    embeddings[~matrix.seen] = 0
+    return embeddings
+
+
+def _leading_vectors(matrix: PPMI, dim: int, num_iterations: int, seed: int) -> np.ndarray:
     generator = torch.Generator().manual_seed(seed)
-    basis = torch.randn(num_items, min(num_items, dim + 32), generator=generator)  # 32 more than wanted: oversampling
-    for _ in range(num_iterations):
-        basis = torch.linalg.qr(torch.sparse.mm(matrix, basis)).Q
+    size = matrix.num_items
+    basis = torch.randn(size, min(size, dim + 32), generator=generator)  # 32 more than wanted: oversampling
+    for _ in logging.tqdm(range(num_iterations), desc="co-occurrence", unit="pass"):
+        basis = torch.linalg.qr(matrix.multiply(basis)).Q
     # M is symmetric: its singular values are the absolute eigenvalues
-    values, vectors = torch.linalg.eigh(basis.T @ torch.sparse.mm(matrix, basis))
+    values, vectors = torch.linalg.eigh(basis.T @ matrix.multiply(basis))
     largest = values.abs().argsort(descending=True)[:dim]
-    embeddings = basis @ (vectors[:, largest] * values[largest].abs())
-    seen = torch.zeros(num_items, dtype=torch.bool)
-    seen[matrix.indices()[0]] = True
-    if unseen := int((~seen).sum()):
-        logger.warning(f"{unseen} of {num_items} items co-occur with no other more than by chance: zero embeddings")
-    embeddings[~seen] = 0
-    return embeddings.numpy()
+    return (basis @ (vectors[:, largest] * values[largest].abs())).numpy()
 
 
-def _flatten(histories: datasets.Dataset | Iterable[Sequence[int]]) -> tuple[torch.Tensor, torch.Tensor]:
-    """All histories one after another (M,), and the number of the history of each event (M,)."""
+def _flatten(
+    histories: datasets.Dataset | Iterable[datasets.Dataset] | Iterable[Sequence[int]],
+) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Histories in parts: per part all one after another (M,), and the length of each."""
     if isinstance(histories, datasets.Dataset):
         column = histories.with_format("arrow")[:]["history"]
         column = column.combine_chunks() if isinstance(column, pa.ChunkedArray) else column
-        flat, lengths = column.flatten().to_numpy(), column.value_lengths().to_numpy()
-    else:
-        arrays = [np.asarray(history, dtype=np.int64) for history in histories]
-        flat, lengths = np.concatenate(arrays or [np.zeros(0, np.int64)]), [len(array) for array in arrays]
-    return torch.tensor(flat, dtype=torch.long), torch.from_numpy(np.repeat(np.arange(len(lengths)), lengths))
-
-
-@torch.sparse.check_sparse_tensor_invariants(False)  # the indices are checked here
-def _ppmi(items: torch.Tensor, history: torch.Tensor, num_items: int, window: int) -> torch.Tensor:
-    """Sparse PPMI matrix (N, N), coalesced."""
-    if len(items) and not (0 <= items.min() and items.max() < num_items):
-        raise ValueError(f"item indices must lie in 0..{num_items - 1}, got {items.min()}..{items.max()}")
-    indices, weights = [], []
-    for distance in range(1, window + 1):
-        first, second = items[:-distance], items[distance:]
-        pairs = (history[:-distance] == history[distance:]) & (first != second)
-        first, second = first[pairs], second[pairs]
-        indices += [torch.stack([first, second]), torch.stack([second, first])]
-        weights += [torch.full((2 * len(first),), 1 / distance)]
-    counts = torch.sparse_coo_tensor(torch.cat(indices, 1), torch.cat(weights), (num_items, num_items)).coalesce()
-    if not counts.values().numel():
-        raise ValueError(f"no two items occur within {window} events of each other in the {len(items)} events given")
-    rows, columns = counts.indices()
-    sums = torch.zeros(num_items).index_add_(0, rows, counts.values())
-    ppmi = (counts.values() / sums[rows] / sums[columns] * sums.sum()).log()
-    keep = ppmi > 0
-    return torch.sparse_coo_tensor(counts.indices()[:, keep], ppmi[keep], counts.shape, is_coalesced=True)
+        yield column.flatten().to_numpy(), column.value_lengths().to_numpy()
+        return
+    own: list[np.ndarray] = []
+    for each in histories:
+        if isinstance(each, datasets.Dataset):
+            yield from _flatten(each)
+        else:
+            own.append(np.asarray(each, dtype=np.int64))
+    if own:
+        yield np.concatenate(own), np.array([len(history) for history in own])
 
 
 def concat_embeddings(*parts: np.ndarray, weights: Sequence[float] | None = None) -> np.ndarray:

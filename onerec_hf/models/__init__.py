@@ -10,7 +10,7 @@ from .catalogue_generate import CatalogueLogitsProcessor, catalogue_generate
 from .configuration_onerec import OneRecConfig, OneRecV1Config
 from .configuration_onerec_v2 import OneRecV2Config
 from .configuration_reward import OneRecPScoreConfig, OneRecSessionRewardConfig
-from .modeling_layers import ContextKV
+from .modeling_attention import ContextKV
 from .modeling_onerec import OneRecForCausalLM, OneRecModel
 from .modeling_onerec_v1 import OneRecV1ForCausalLM, OneRecV1Model
 from .modeling_onerec_v2 import OneRecV2ForCausalLM, OneRecV2Model

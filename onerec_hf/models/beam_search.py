@@ -8,6 +8,7 @@ samples, m items of a session, L levels, V codes of a level; a step's candidates
 each.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,8 +18,8 @@ from transformers.cache_utils import DynamicCache
 from transformers.modeling_outputs import ModelOutput
 
 from .catalogue import Catalogue
-from .input_checks import check_rows_allowed
-from .modeling_layers import ContextKV
+from .input_checks import check_rows_allowed, widths_of
+from .modeling_attention import ContextKV
 
 _DEAD = float("-inf")
 
@@ -181,8 +182,8 @@ def _used_up(catalogue: Catalogue, path: torch.Tensor, level: int, leaf_totals) 
 class _Step:
     """One step of the search: the next K prefixes of some users out of all children of their beams."""
 
-    def __init__(self, decoder, chooser, catalogue, node_masks, leaf_totals, k):
-        self.decoder, self.chooser, self.catalogue, self.k = decoder, chooser, catalogue, k
+    def __init__(self, decoder, chooser, catalogue, node_masks, leaf_totals, widths):
+        self.decoder, self.chooser, self.catalogue, self.widths = decoder, chooser, catalogue, widths
         self.node_masks, self.leaf_totals = node_masks, leaf_totals
 
     def __call__(self, hidden, scores, path, users: slice):
@@ -209,7 +210,7 @@ class _Step:
             leaf_totals = None if self.leaf_totals is None else self.leaf_totals[users]
             for used in _used_up(catalogue, done, level, leaf_totals).unbind(2):
                 real = real & (used.gather(1, parent).unsqueeze(2) != child)
-        best, dead = self.chooser.choose(scores, log_probs, parent, real, self.k)  # (b, K) each
+        best, dead = self.chooser.choose(scores, log_probs, parent, real, self.widths[level])  # (b, K)
         parent, child = parent.gather(1, best // child.shape[2]), child.flatten(1).gather(1, best)
         scores = (scores.gather(1, parent) + log_probs.flatten(1).gather(1, best)).masked_fill(dead, _DEAD)
         return scores, parent, child, dead
@@ -220,7 +221,7 @@ def search(
     chooser: Any,
     catalogue: Catalogue,
     batch: int,
-    k: int,
+    k: int | Sequence[int],
     allowed_items: torch.Tensor | list[torch.Tensor] | None = None,
     num_session_items: int = 1,
 ) -> BeamSearchOutput:
@@ -230,22 +231,22 @@ def search(
     Args:
         decoder: As [`SharedContext`].
         chooser: As [`BeamSearch`].
+        k: Beams or samples; of [`BeamSearch`] one number for each level at will.
         allowed_items (`torch.BoolTensor` or `list`, *optional*): As in [`beam_search`].
 
     Returns:
         [`BeamSearchOutput`] without the fields of samples.
     """
     device, levels = catalogue.device, catalogue.num_levels
-    if k < 1 or num_session_items < 1:
-        raise ValueError(
-            f"num_beams (or samples)={k}, num_session_items={num_session_items}: both must be at least 1."
-        )
+    widths = widths_of(k, levels)
+    if num_session_items < 1:
+        raise ValueError(f"num_session_items={num_session_items}: a session has at least 1 item.")
     node_masks = catalogue.node_masks(allowed_items) if isinstance(allowed_items, torch.Tensor) else allowed_items
     if node_masks is not None:
         check_rows_allowed(node_masks, batch, [len(codes) for codes in catalogue.codes])
     node_masks = None if node_masks is None else [mask.expand(batch, -1) for mask in node_masks]
     leaf_totals = None if node_masks is None or num_session_items == 1 else F.pad(node_masks[-1].cumsum(1), (1, 0))
-    step = _Step(decoder, chooser, catalogue, node_masks, leaf_totals, k)
+    step = _Step(decoder, chooser, catalogue, node_masks, leaf_totals, widths)
     rows = torch.arange(batch, device=device).unsqueeze(1)
     scores = torch.zeros(batch, 1, device=device)
     path = torch.zeros(batch, 1, 0, dtype=torch.long, device=device)  # (B, K, steps) nodes chosen so far
@@ -271,7 +272,7 @@ def beam_search(
     model: Any,
     catalogue: Catalogue,
     context_kv: ContextKV,
-    num_beams: int,
+    num_beams: int | Sequence[int],
     allowed_items: torch.Tensor | list[torch.Tensor] | None = None,
     num_session_items: int = 1,
 ) -> BeamSearchOutput:
@@ -288,7 +289,8 @@ def beam_search(
         model: A model of this package: `model.next_hidden`, `model.level_log_probs` and `model.config` are used.
         catalogue (`Catalogue`): On the model's device.
         context_kv (`ContextKV`): The encoded context of the B users.
-        num_beams (`int`): K.
+        num_beams (`int` or `Sequence[int]`): K; or the width of each level, the last of which is K. Early levels that
+            are too narrow lead to fewer than K items.
         allowed_items (`torch.BoolTensor` of shape (B, N) or (1, N), *optional*): Subset of the items, per request; or
             what `catalogue.node_masks` made of it.
         num_session_items (`int`, defaults to 1): m, items per session.

@@ -20,9 +20,14 @@ class OneRecV2Config(SemanticIdConfig):
         num_context_layers (`int`, defaults to 1): L_kv, the number of distinct context key/value sets (section 2.2.1).
         context_key_value_split (`int`, defaults to 1): S_kv; 1 shares keys and values (v = k), 2 keeps separate
             values.
-        position_bias_buckets (`int`, defaults to 32): Buckets of the learned attention bias over the age of a context
-            item (1 = the most recent one); 0 switches it off. Not in the paper, which does not describe positions. On
-            a GPU the mask that it makes has no flash kernel: large models train faster without (docs/results.md).
+        context_position (`str`, defaults to `"rope"`): What orders the context; the paper does not say. `"rope"`:
+            rotary positions in keys and queries, which need no mask. `"bias"`: a learned attention bias over the age
+            of an item, which no fused kernel takes: slower, and memory grows with the square of the history.
+            `"none"`: nothing. A config that gives `position_bias_buckets` alone is one of before this choice:
+            `"bias"`, or `"none"` with 0.
+        context_rope_theta (`float`, defaults to 10000.0): Base of the rotary angles.
+        position_bias_buckets (`int`, *optional*, defaults to 32): Of `"bias"`: buckets of ages (1 = the most recent
+            item).
         position_bias_max_distance (`int`, defaults to 128): Ages beyond it share the last bucket.
         first_dense_layers (`int`, defaults to 2): With experts, the first two blocks stay dense (section 2.2.2).
         num_shared_experts (`int`, defaults to 1): Beside the routed experts, where there are any (4B-A0.5B: 53 + 1,
@@ -48,7 +53,9 @@ class OneRecV2Config(SemanticIdConfig):
     num_context_layers: int = 1
     context_key_value_split: int = 1
     context_embed_dim: int = 90
-    position_bias_buckets: int = 32
+    context_position: Literal["rope", "bias", "none"] | None = None
+    context_rope_theta: float = 10000.0
+    position_bias_buckets: int | None = None
     position_bias_max_distance: int = 128
     num_experts_per_tok: int = 3
     num_shared_experts: int = 1
@@ -63,7 +70,30 @@ class OneRecV2Config(SemanticIdConfig):
     def __post_init__(self, **kwargs):
         self.fixed_context_features = list(self.fixed_context_features or [])
         self.context_dropout = self.dropout if self.context_dropout is None else self.context_dropout
+        if self.context_position is None:
+            old = self.position_bias_buckets
+            self.context_position = "rope" if old is None else "bias" if old else "none"
+        if self.context_position == "bias" and self.position_bias_buckets is None:
+            self.position_bias_buckets = 32
         super().__post_init__(**kwargs)
+
+    def validate_position(self) -> None:
+        """Part of the strict validation: the numbers that belong to what orders the context."""
+        if self.context_position == "rope" and self.head_dim % 2:
+            raise ValueError(
+                f"head_dim={self.head_dim} with context_position='rope': rotary positions turn pairs of channels, so "
+                "the width of a head is even. Change num_attention_heads or hidden_size, or take 'bias'."
+            )
+        if self.context_position == "rope" and not self.context_rope_theta > 1:
+            raise ValueError(f"context_rope_theta={self.context_rope_theta}: a base above 1, such as 10000.")
+        buckets = self.position_bias_buckets
+        if self.context_position == "bias" and (buckets is None or buckets < 2):
+            raise ValueError(f"position_bias_buckets={buckets} with context_position='bias': at least 2.")
+        if self.context_position != "bias" and buckets:
+            raise ValueError(
+                f"position_bias_buckets={buckets} with context_position={self.context_position!r}, which has no bias: "
+                "leave it out, or take 'bias'."
+            )
 
     def validate_fixed_features(self) -> None:
         """Part of the strict validation: a fixed feature is a context feature of given width, an item head has

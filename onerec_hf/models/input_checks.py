@@ -5,7 +5,7 @@ embedding kernels stop at a value outside their table anyhow, and a compiled gra
 T context items, L levels.
 """
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -19,13 +19,14 @@ _KNOWN_TO_TRANSFORMERS = {"num_items_in_batch", "cache_position", "return_dict"}
 _RECORDED = {"output_hidden_states", "output_attentions", "output_router_logits"}
 
 
-def _readable(values: Tensor) -> bool:
+def readable(values: Tensor) -> bool:
+    """Whether `values` can be looked at without waiting for a device, and not while a graph is made."""
     return values.device.type == "cpu" and not torch.compiler.is_compiling() and values.numel() > 0
 
 
 def check_range(name: str, values: Tensor, size: int, hint: str) -> None:
     """Raises `ValueError` where `values` on a CPU lie outside 0 to `size - 1`."""
-    if _readable(values) and not 0 <= int(values.min()) <= int(values.max()) < size:
+    if readable(values) and not 0 <= int(values.min()) <= int(values.max()) < size:
         low, high = int(values.min()), int(values.max())
         raise ValueError(f"{name} holds values from {low} to {high}: allowed are 0 to {size - 1}. {hint}")
 
@@ -39,7 +40,7 @@ def check_codes(
 
     `real` (...), a bool mask, says which items are looked at; default all.
     """
-    if not _readable(token_ids):
+    if not readable(token_ids):
         return
     low = torch.tensor(config.level_offsets)
     high = low + torch.tensor(config.codebook_sizes)
@@ -91,9 +92,9 @@ def checked_context(config: Any, context_ids: Tensor | None, context_mask: Tenso
 def check_kwargs(owner: Any, kwargs: Mapping[str, Any]) -> None:
     """Raises where a keyword argument of `owner.forward` would change nothing: nothing is ignored in silence."""
     config = owner.config
-    if "target_positions" in kwargs:
+    if given := sorted({"target_positions", "causal_targets"} & set(kwargs)):
         raise ValueError(
-            f"target_positions: the encoder of {type(owner).__name__} mixes the items of a context, so every target "
+            f"{given[0]}: the encoder of {type(owner).__name__} mixes the items of a context, so every target "
             "sees all of them. Give one row per target, with the items before it as context."
         )
     if unknown := sorted(set(kwargs) - _KNOWN_TO_TRANSFORMERS - _RECORDED):
@@ -145,6 +146,40 @@ def check_targets(config: Any, target_ids: Tensor, target_positions: Tensor | No
     check_codes(config, "target_ids", target_ids, (config.pad_token_id,))
 
 
+def asked(causal_targets: bool | Tensor | None) -> bool:
+    """Whether `causal_targets` says yes; a tensor does, and a batch that holds both kinds of rows cannot be."""
+    if not isinstance(causal_targets, Tensor):
+        return bool(causal_targets)
+    if readable(causal_targets) and not bool(causal_targets.all()):
+        raise ValueError(
+            f"causal_targets={causal_targets.tolist()[:8]}: the rows of a batch are all of one kind. Leave it out "
+            "where target_positions say what each target sees."
+        )
+    return True
+
+
+def check_causal(mask: Tensor, rows: int, target_positions: Tensor | None) -> None:
+    """Raises `ValueError` where rows or a context `mask` (B, 1 + T) are not made for `causal_targets`."""
+    batch, positions = mask.shape
+    if rows != batch * positions:
+        raise ValueError(
+            f"causal_targets=True with {rows} rows for {batch} histories of {positions - 1} items: row i of a user "
+            f"sees the first i items, so there are {positions} rows for each, the first of which sees none."
+        )
+    if readable(mask) and bool((mask[:, 1:] & ~mask[:, :-1]).any()):
+        raise ValueError(
+            "causal_targets=True with a context_mask that has padding in front of an item: pad histories on the "
+            "right, or say with target_positions alone how many items each target sees."
+        )
+    if target_positions is not None and readable(target_positions):
+        given = target_positions.reshape(batch, -1)
+        if given.shape[1] != positions or bool(((given != torch.arange(positions)) & (given != 0)).any()):
+            raise ValueError(
+                f"target_positions beside causal_targets=True: target i sees i items, or 0 where it is padding; "
+                f"given are {given[0].tolist()[:8]}. Leave one of the two out."
+            )
+
+
 def check_attention_mask(attention_mask: Tensor | None, rows: Tensor | None) -> None:
     """Raises `ValueError` on a mask of two dimensions that is not one of `rows` (R, C, ...), before which no cache
     stands.
@@ -176,6 +211,22 @@ def checked_labels(labels: Tensor | None, shift_labels: Tensor | None, rows: Ten
             f"labels has shape {tuple(labels.shape)}, the rows {tuple(rows.shape[:2])}: give one label per token."
         )
     return labels
+
+
+def widths_of(num_beams: int | Sequence[int], num_levels: int) -> list[int]:
+    """The width of every level, from one for all or one for each; `ValueError` where it is neither."""
+    widths = [num_beams] * num_levels if isinstance(num_beams, int) else list(num_beams)
+    if len(widths) != num_levels or not all(isinstance(width, int) and width >= 1 for width in widths):
+        raise ValueError(
+            f"num_beams (or samples)={num_beams}: a number of at least 1, or a list of {num_levels} of them, one for "
+            "each level."
+        )
+    return widths
+
+
+def at_least(num_beams: int | Sequence[int], k: int) -> int | list[int]:
+    """`num_beams`, wide enough in the end for `k` results."""
+    return max(k, num_beams) if isinstance(num_beams, int) else [*num_beams[:-1], max(k, num_beams[-1])]
 
 
 def check_rows_allowed(allowed_items: Any, batch: int, num_nodes: list[int]) -> None:

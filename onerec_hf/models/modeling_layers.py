@@ -1,5 +1,5 @@
-"""Blocks that the OneRec models share: attention over a shared context, encoder and decoder blocks, the embedding of a
-context, and the decoder over codes.
+"""Blocks that the OneRec models share: encoder and decoder blocks, the embedding of a context, and the decoder over
+codes.
 
 OneRec Technical Report, sections 2.2 and 2.3 (arXiv:2506.13695); OneRec-V2, section 2.2 (arXiv:2508.20900). Legend: B
 users, T context positions, R = B * m rows (m targets, beams or samples per user, rows of one user adjacent), C target
@@ -7,7 +7,6 @@ tokens, L levels, D width, H heads, n targets (or candidates) of a user.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -16,153 +15,15 @@ from torch import Tensor, nn
 from transformers.cache_utils import Cache, DynamicCache
 from transformers.masking_utils import create_causal_mask
 from transformers.modeling_layers import GradientCheckpointingLayer
-from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttentions, ModelOutput
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttentions
 
 from .input_checks import check_range
+from .modeling_attention import ContextAttention, ContextKV, EncoderAttention, SelfAttention
 from .moe import FeedForward, SparseMoE
 
 # transformers 5.24 renamed `past_key_values`; our forwards take both names, and give each version the one that it
 # reads
 CACHE = "cache" if "cache" in BaseModelOutputWithPastAndCrossAttentions.__dataclass_fields__ else "past_key_values"
-
-
-@dataclass
-class ContextKV(ModelOutput):
-    """
-    Keys and values of the context, made once per user and shared by all rows of that user.
-
-    It is one object and not a tensor, so `generate` neither repeats it per beam nor reorders it.
-
-    Args:
-        key_states (`tuple[torch.FloatTensor]`): One (B, H_kv, T, head_dim) tensor per key/value set.
-        value_states (`tuple[torch.FloatTensor]`): As `key_states`; the same tensors where keys and values are shared.
-        mask (`torch.BoolTensor` of shape (B, T)): True for real positions, which include the leading static slot.
-    """
-
-    key_states: tuple[Tensor, ...] | None = None
-    value_states: tuple[Tensor, ...] | None = None
-    mask: Tensor | None = None
-
-
-def eager_attention_forward(
-    module: Any,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: Tensor | None,
-    scaling: float,
-    dropout: float = 0.0,
-    **kwargs,
-) -> tuple[Tensor, Tensor]:
-    """softmax(q k^T * scaling + mask) v, written out; the reference for every other attention implementation."""
-    key = key.repeat_interleave(module.num_key_value_groups, dim=1)
-    value = value.repeat_interleave(module.num_key_value_groups, dim=1)
-    weights = torch.matmul(query, key.transpose(2, 3)) * scaling
-    if attention_mask is not None:
-        if attention_mask.dtype == torch.bool:
-            attention_mask = torch.zeros_like(attention_mask, dtype=weights.dtype).masked_fill(
-                ~attention_mask, torch.finfo(weights.dtype).min
-            )
-        weights = weights + attention_mask
-    weights = F.softmax(weights, dim=-1, dtype=torch.float32).to(query.dtype)
-    weights = F.dropout(weights, p=dropout, training=module.training)
-    return torch.matmul(weights, value).transpose(1, 2).contiguous(), weights
-
-
-class KeyValueProjection(nn.Module):
-    """One set of keys and values of a sequence of hidden states: (B, T, D) -> two of (B, H_kv, T, head_dim)."""
-
-    def __init__(self, config: Any, num_key_value_heads: int):
-        super().__init__()
-        self.head_dim = config.head_dim
-        self.k_proj = nn.Linear(config.hidden_size, num_key_value_heads * config.head_dim, bias=False)
-        self.v_proj = nn.Linear(config.hidden_size, num_key_value_heads * config.head_dim, bias=False)
-
-    def forward(self, hidden_states: Tensor) -> tuple[Tensor, Tensor]:
-        shape = (*hidden_states.shape[:2], -1, self.head_dim)
-        key, value = (proj(hidden_states).view(shape).transpose(1, 2) for proj in (self.k_proj, self.v_proj))
-        return key, value
-
-
-class MultiHeadAttention(KeyValueProjection):
-    """Attention with grouped key/value heads; subclasses say whether it is causal, and are what `output_attentions`
-    records.
-    """
-
-    is_causal = False
-
-    def __init__(self, config: Any, layer_idx: int):
-        super().__init__(config, config.num_key_value_heads)
-        self.config, self.layer_idx = config, layer_idx
-        self.num_key_value_groups = config.num_attention_heads // config.num_key_value_heads
-        self.scaling = self.head_dim**-0.5
-        self.q_proj = nn.Linear(config.hidden_size, config.num_attention_heads * self.head_dim, bias=False)
-        self.o_proj = nn.Linear(config.num_attention_heads * self.head_dim, config.hidden_size, bias=False)
-
-    def forward(
-        self,
-        hidden_states: Tensor,
-        attention_mask: Tensor | None = None,
-        cache: Any = None,
-        attended_states: Tensor | None = None,
-        **kwargs,
-    ) -> tuple[Tensor, Tensor]:
-        """(R, C, D) -> (R, C, D) and weights; keys and values come from `attended_states` (R, T, D) where given."""
-        shape = (*hidden_states.shape[:2], -1, self.head_dim)
-        query = self.q_proj(hidden_states).view(shape).transpose(1, 2)  # (R, H, C, head_dim)
-        key, value = super().forward(hidden_states if attended_states is None else attended_states)
-        if cache is not None:
-            key, value = cache.update(key, value, self.layer_idx)
-        attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
-        output, weights = attend(self, query, key, value, attention_mask, scaling=self.scaling, **kwargs)
-        return self.o_proj(output.reshape(*hidden_states.shape[:2], -1)), weights
-
-
-class SelfAttention(MultiHeadAttention):
-    """Causal, over the tokens of a target."""
-
-    is_causal = True
-
-
-class EncoderAttention(MultiHeadAttention):
-    """Fully visible, over the positions of a context."""
-
-
-class ContextAttention(nn.Module):
-    """
-    Attention of the rows of a user to that user's context: query and output projections only, the context owns keys
-    and values.
-
-    It is not causal, so the m rows of a user and the query heads that share a key/value head are folded into the query
-    length: keys and values stay (B, H_kv, T, head_dim), copied for neither.
-    """
-
-    def __init__(self, config: Any):
-        super().__init__()
-        self.config, self.is_causal = config, False
-        self.head_dim = config.head_dim
-        self.groups = config.num_attention_heads // config.num_context_key_value_heads
-        self.num_key_value_groups = 1  # the groups are folded here, nothing is left to repeat
-        self.scaling = self.head_dim**-0.5
-        self.q_proj = nn.Linear(config.hidden_size, config.num_attention_heads * self.head_dim, bias=False)
-        self.o_proj = nn.Linear(config.num_attention_heads * self.head_dim, config.hidden_size, bias=False)
-
-    def forward(
-        self, hidden_states: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None = None, **kwargs
-    ) -> tuple[Tensor, Tensor]:
-        rows, length, _ = hidden_states.shape
-        batch, heads = key.shape[:2]
-        query = self.q_proj(hidden_states).view(batch, rows // batch * length, heads, self.groups, self.head_dim)
-        query = query.permute(0, 2, 3, 1, 4).reshape(
-            batch, heads, -1, self.head_dim
-        )  # (B, H_kv, groups * m * C, head_dim)
-        attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
-        output, weights = attend(
-            self, query, key, value, attention_mask, scaling=self.scaling, is_causal=False, **kwargs
-        )  # (B, groups * m * C, H_kv, head_dim)
-        output = output.view(batch, self.groups, -1, heads, self.head_dim).permute(0, 2, 3, 1, 4)
-        return self.o_proj(output.reshape(rows, length, -1)), weights
 
 
 class EncoderLayer(GradientCheckpointingLayer):
@@ -213,18 +74,21 @@ class DecoderLayer(GradientCheckpointingLayer):
         context_mask: Tensor | None = None,
         attention_mask: Tensor | None = None,
         cache: Any = None,
+        rotation: tuple[Tensor, Tensor] | None = None,
+        causal_context: bool = False,
         **kwargs,
     ) -> Tensor:
+        to_context = (key, value, context_mask, rotation, causal_context)
         if self.context_first:
-            hidden_states = self._attend_to_context(hidden_states, key, value, context_mask, **kwargs)
+            hidden_states = self._attend_to_context(hidden_states, *to_context, **kwargs)
         attended, _ = self.self_attn(self.self_attn_norm(hidden_states), attention_mask, cache, **kwargs)
         hidden_states = hidden_states + self.dropout(attended)
         if not self.context_first:
-            hidden_states = self._attend_to_context(hidden_states, key, value, context_mask, **kwargs)
+            hidden_states = self._attend_to_context(hidden_states, *to_context, **kwargs)
         return hidden_states + self.dropout(self.mlp(self.mlp_norm(hidden_states)))
 
-    def _attend_to_context(self, hidden_states, key, value, context_mask, **kwargs):
-        attended, _ = self.cross_attn(self.cross_attn_norm(hidden_states), key, value, context_mask, **kwargs)
+    def _attend_to_context(self, hidden_states, *to_context, **kwargs):
+        attended, _ = self.cross_attn(self.cross_attn_norm(hidden_states), *to_context, **kwargs)
         return hidden_states + self.dropout(attended)
 
 
@@ -349,74 +213,6 @@ class ContextEmbedding(nn.Module):
         return static + self.user_proj(dropout(torch.cat(user, dim=-1))).unsqueeze(1)
 
 
-def item_ages(mask: Tensor) -> Tensor:
-    """Age of every item of a history (B, T), oldest first: 1 for the most recent one; wherever the padding stands."""
-    order = mask.long().cumsum(1)
-    return (order[:, -1:] + 1 - order).clamp(min=1)
-
-
-def age_buckets(age: Tensor, num_buckets: int, max_distance: int) -> Tensor:
-    """
-    Bucket of the age of a context item: exact up to half of the buckets, then logarithmic, as T5 does
-    (arXiv:1910.10683).
-
-    Args:
-        age (`torch.LongTensor` of any shape): 1 for the item right before the target; 0 for the static slot.
-
-    Returns:
-        `torch.LongTensor` of the same shape, values 0 to `num_buckets - 1`.
-    """
-    exact = num_buckets // 2
-    ratio = torch.log(age.clamp(min=exact).float() / exact) / torch.log(torch.tensor(max_distance / exact))
-    large = exact + (ratio * (num_buckets - exact)).long()
-    return torch.where(age < exact, age.clamp(min=0), large.clamp(max=num_buckets - 1))
-
-
-def visible_ages(
-    mask: Tensor, target_positions: Tensor | None, num_targets: int, name: str = "rows"
-) -> tuple[Tensor, Tensor]:
-    """
-    What each target sees of a context whose first position is the static slot.
-
-    Args:
-        mask (`torch.BoolTensor` of shape (B, 1 + T)): True for real positions.
-        target_positions (`torch.LongTensor` of B * n numbers, *optional*): History items each target may see; default
-            all, for every target alike.
-        num_targets (`int`): n, read where `target_positions` is given.
-
-    Returns:
-        Ages, `torch.LongTensor` of shape (B, n or 1, 1 + T): 1 for the most recent item a target sees, 0 for the
-        static slot; and which positions it sees, `torch.BoolTensor` of the same shape.
-    """
-    order = mask.long().cumsum(1) - 1  # 0 is the static slot, 1.. the items in time order
-    if target_positions is None:
-        seen = order[:, -1:]
-    else:
-        if target_positions.numel() != len(mask) * num_targets:
-            raise ValueError(
-                f"target_positions has shape {tuple(target_positions.shape)}: expected one number for each of the "
-                f"{len(mask) * num_targets} {name}."
-            )
-        check_range("target_positions", target_positions, mask.shape[1], "It counts the history items a target sees.")
-        seen = target_positions.reshape(len(mask), num_targets)
-    age = seen.unsqueeze(2) + 1 - order.unsqueeze(1)
-    static = order.unsqueeze(1) == 0
-    return age.masked_fill(static, 0), mask.unsqueeze(1) & ((age > 0) | static)
-
-
-class AgeBias(nn.Embedding):
-    """A learned number per head and bucket of ages, added to the attention scores: ages (...) -> (..., H). Starts at
-    0.
-    """
-
-    def __init__(self, config: Any):
-        super().__init__(config.position_bias_buckets, config.num_attention_heads)
-        self.max_distance = config.position_bias_max_distance
-
-    def forward(self, age: Tensor) -> Tensor:
-        return super().forward(age_buckets(age, self.num_embeddings, self.max_distance))
-
-
 def given_cache(past_key_values: Any, kwargs: dict[str, Any]) -> Any:
     """The cache, under the one or the other name of transformers; taken out of `kwargs`."""
     cache = kwargs.pop("cache", None)
@@ -478,18 +274,20 @@ class SemanticIdDecoder(nn.Module):
         self,
         inputs_embeds: Tensor,
         context_kv: ContextKV,
-        context_mask: Tensor,
+        context_mask: Tensor | None,
         attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
         cache: Cache | None = None,
         use_cache: bool | None = None,
+        **attention,
     ) -> BaseModelOutputWithPastAndCrossAttentions:
         """
         Args:
             inputs_embeds (`torch.FloatTensor` of shape (R, C, D)): Of [`embed`].
             context_kv ([`ContextKV`]): Of B users; R is a multiple of B.
-            context_mask (`torch.FloatTensor`): Added to the scores of the attention to the context, broadcastable to
-                (B, H_kv, groups * m * C, T).
+            context_mask (`torch.FloatTensor`, *optional*): Added to the scores of the attention to the context,
+                broadcastable to (B, H_kv, groups * m * C, T).
+            attention: `rotation` and `causal_context` of [`ContextAttention`].
         """
         rows, length, _ = inputs_embeds.shape
         if rows % context_kv.mask.shape[0]:
@@ -510,8 +308,9 @@ class SemanticIdDecoder(nn.Module):
             position_ids = torch.arange(past, past + length, device=inputs_embeds.device).unsqueeze(0)
         # CUDA's fused attention is taken where positions are adjacent, and copies no mask where its rows start at
         # multiples of 8; never without padding, so that an export need not know whether there is any
-        positions = context_mask.shape[-1]
-        context_mask = F.pad(context_mask.contiguous(), (0, 8 - positions % 8))[..., :positions]
+        if context_mask is not None:
+            positions = context_mask.shape[-1]
+            context_mask = F.pad(context_mask.contiguous(), (0, 8 - positions % 8))[..., :positions]
         hidden_states = inputs_embeds
         if self.embed_positions is not None:
             hidden_states = hidden_states + self.embed_positions(position_ids)
@@ -525,36 +324,20 @@ class SemanticIdDecoder(nn.Module):
                 context_mask,  # positional, as all that carries gradients: reentrant checkpointing asks for it
                 attention_mask=causal_mask,
                 cache=cache,
+                **attention,
             )
         hidden_states = self.norm(hidden_states, position_ids % (self.config.num_levels + 1))
         return BaseModelOutputWithPastAndCrossAttentions(last_hidden_state=hidden_states, **named)
 
 
-def padding_mask(context_kv: ContextKV) -> Tensor:
-    """Additive mask (B, 1, 1, T) of a context that every row of a user sees whole."""
-    dtype = context_kv.key_states[0].dtype
-    mask = context_kv.mask[:, None, None]
-    return torch.zeros_like(mask, dtype=dtype).masked_fill(~mask, torch.finfo(dtype).min)
-
-
 __all__ = [
     "CACHE",
-    "AgeBias",
-    "ContextAttention",
     "ContextEmbedding",
-    "ContextKV",
     "DecoderLayer",
-    "EncoderAttention",
     "EncoderLayer",
     "FeatureEmbedding",
-    "KeyValueProjection",
     "LevelHead",
     "PositionRMSNorm",
-    "SelfAttention",
     "SemanticIdDecoder",
-    "age_buckets",
     "given_cache",
-    "item_ages",
-    "padding_mask",
-    "visible_ages",
 ]

@@ -17,16 +17,8 @@ from transformers.utils.output_capturing import capture_outputs
 
 from .configuration_onerec import OneRecConfig
 from .input_checks import check_kwargs, checked_context, given_or_encoded
-from .modeling_layers import (
-    ContextEmbedding,
-    ContextKV,
-    EncoderLayer,
-    KeyValueProjection,
-    SemanticIdDecoder,
-    given_cache,
-    item_ages,
-    padding_mask,
-)
+from .modeling_attention import ContextKV, KeyValueProjection, item_ages, padding_mask
+from .modeling_layers import ContextEmbedding, EncoderLayer, SemanticIdDecoder, given_cache
 from .modeling_semantic_id import SemanticIdForCausalLM, SemanticIdPreTrainedModel
 from .moe import FeedForward, SparseMoE
 

@@ -14,15 +14,8 @@ from transformers.utils.output_capturing import capture_outputs
 
 from .configuration_onerec import OneRecV1Config
 from .input_checks import check_kwargs, checked_context, given_or_encoded
-from .modeling_layers import (
-    ContextEmbedding,
-    ContextKV,
-    EncoderAttention,
-    SemanticIdDecoder,
-    given_cache,
-    item_ages,
-    padding_mask,
-)
+from .modeling_attention import ContextKV, EncoderAttention, item_ages, padding_mask
+from .modeling_layers import ContextEmbedding, SemanticIdDecoder, given_cache
 from .modeling_onerec import OneRecContextEncoder
 from .modeling_semantic_id import SemanticIdForCausalLM, SemanticIdPreTrainedModel
 from .moe import FeedForward

@@ -16,17 +16,17 @@ from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
 from .configuration_onerec_v2 import OneRecV2Config
-from .input_checks import check_kwargs, checked_context, given_or_encoded
-from .modeling_layers import (
+from .input_checks import asked, check_causal, check_kwargs, checked_context, given_or_encoded, readable
+from .modeling_attention import (
     AgeBias,
-    ContextEmbedding,
     ContextKV,
-    DecoderLayer,
-    FixedEmbedding,
-    SemanticIdDecoder,
-    given_cache,
+    ContextRotary,
+    padding_mask,
+    rotate,
     visible_ages,
+    with_padding_channels,
 )
+from .modeling_layers import ContextEmbedding, DecoderLayer, FixedEmbedding, SemanticIdDecoder, given_cache
 from .modeling_semantic_id import SemanticIdForCausalLM, SemanticIdPreTrainedModel
 
 
@@ -66,6 +66,7 @@ class OneRecV2ContextProcessor(ContextEmbedding):
                 for _ in range(config.num_context_layers if self.split == 2 else 0)
             ]
         )
+        self.rotary = ContextRotary(config) if config.context_position == "rope" else None
 
     def forward(
         self,
@@ -84,7 +85,12 @@ class OneRecV2ContextProcessor(ContextEmbedding):
         values = keys
         if self.split == 2:
             values = tuple(self._heads(norm(slices[2 * i + 1])) for i, norm in enumerate(self.value_norm))
-        return ContextKV(key_states=keys, value_states=values, mask=F.pad(context_mask, (1, 0), value=True))
+        mask = F.pad(context_mask, (1, 0), value=True)
+        if self.rotary is not None:
+            order = mask.long().cumsum(1)  # the static slot stands in front of the oldest item
+            turn = self.rotary(order - order[:, -1:] - 1, keys[0].dtype)  # minus the age
+            keys = tuple(rotate(key, *(part.unsqueeze(1) for part in turn)) for key in keys)
+        return ContextKV(key_states=keys, value_states=values, mask=mask)
 
     def _heads(self, states):
         return states.unflatten(2, (-1, self.config.head_dim)).transpose(1, 2)  # (B, G_kv, 1 + T, head_dim)
@@ -108,7 +114,7 @@ class OneRecV2Model(SemanticIdPreTrainedModel):
         self.decoder = SemanticIdDecoder(
             config, config.num_context_layers, OneRecV2LazyDecoderLayer, num_norms=config.num_levels
         )
-        self.position_bias = AgeBias(config) if config.position_bias_buckets else None
+        self.position_bias = AgeBias(config) if config.context_position == "bias" else None
         self.post_init()
 
     @merge_with_config_defaults
@@ -127,6 +133,7 @@ class OneRecV2Model(SemanticIdPreTrainedModel):
         user_features: torch.Tensor | None = None,
         context_kv: ContextKV | None = None,
         target_positions: torch.Tensor | None = None,
+        causal_targets: bool | torch.Tensor = False,
         **kwargs,
     ) -> BaseModelOutputWithPastAndCrossAttentions:
         r"""
@@ -140,19 +147,50 @@ class OneRecV2Model(SemanticIdPreTrainedModel):
             context_kv (`ContextKV`, *optional*): Instead of the four above, the context encoded before.
             target_positions (`torch.LongTensor` of shape (R,), *optional*): How many history items each row may see;
                 default all. An item's keys and values depend on that item alone, so one context serves every target.
+            causal_targets (`bool` or `torch.BoolTensor` of shape (B,)): R = B * (1 + T), and row i of a user sees the
+                static slot and the first i items of a history that is padded on the right, if at all. The same numbers
+                as with `target_positions`, without a mask: faster, and memory grows with T instead of T squared.
         """
         cache = given_cache(past_key_values, kwargs)
         check_kwargs(self, kwargs)
         hidden_states = self.decoder.embed(input_ids, inputs_embeds)
         context_kv = given_or_encoded(self, context_kv, context_ids, context_mask, context_features, user_features)
-        visible = self.context_mask(context_kv, hidden_states, target_positions)
-        return self.decoder(hidden_states, context_kv, visible, attention_mask, position_ids, cache, use_cache)
+        causal = asked(causal_targets)
+        if causal:
+            check_causal(context_kv.mask, len(hidden_states), target_positions)
+        attention: dict[str, Any] = {}
+        mask = None
+        if self.position_bias is not None or (target_positions is not None and not causal):
+            if causal:
+                target_positions = torch.arange(context_kv.mask.shape[1], device=context_kv.mask.device)
+                target_positions = target_positions.expand(len(context_kv.mask), -1)
+            mask = self.context_mask(context_kv, hidden_states, target_positions)
+        elif causal:
+            attention["causal_context"] = True
+        elif context_kv.mask.is_cuda:  # whether there is padding cannot be read; no fused kernel there takes a mask
+            context_kv = with_padding_channels(context_kv)
+        elif not (readable(context_kv.mask) and bool(context_kv.mask.all())):
+            mask = padding_mask(context_kv)
+        if self.context_processor.rotary is not None and (causal or target_positions is not None):
+            attention["rotation"] = self._rotation(context_kv, None if causal else target_positions)
+        return self.decoder(
+            hidden_states, context_kv, mask, attention_mask, position_ids, cache, use_cache, **attention
+        )
+
+    def _rotation(self, context_kv: ContextKV, target_positions: torch.Tensor | None):
+        """Cosines and sines (B, m, head_dim): a row is turned back by the items that it does not see."""
+        mask = context_kv.mask
+        count = mask.sum(1, keepdim=True) - 1
+        seen = torch.arange(mask.shape[1], device=mask.device)
+        if target_positions is not None:
+            seen = target_positions.reshape(len(mask), -1)
+        return self.context_processor.rotary(seen - count, context_kv.key_states[0].dtype)
 
     def context_mask(
         self, context_kv: ContextKV, hidden_states: torch.Tensor, target_positions: torch.Tensor | None
     ) -> torch.Tensor:
-        """Additive mask (B, H_kv, groups * m * C, 1 + T): padding, items a target must not see yet, and the bias over
-        ages.
+        """Additive mask (B, H_kv, groups * m * C, 1 + T): padding, items a target must not see yet, and with `"bias"`
+        that over ages.
         """
         rows, length, _ = hidden_states.shape
         targets, heads = rows // context_kv.mask.shape[0], self.config.num_context_key_value_heads

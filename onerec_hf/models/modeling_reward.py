@@ -20,16 +20,15 @@ from transformers.utils import can_return_tuple
 from .configuration_onerec import NUM_SPECIAL_TOKENS
 from .configuration_reward import OneRecPScoreConfig, OneRecSessionRewardConfig, RewardConfig
 from .input_checks import check_codes, check_range, checked_context
-from .modeling_layers import (
+from .modeling_attention import (
     AgeBias,
     ContextAttention,
-    ContextEmbedding,
     ContextKV,
     EncoderAttention,
-    FeatureEmbedding,
     KeyValueProjection,
     visible_ages,
 )
+from .modeling_layers import ContextEmbedding, FeatureEmbedding
 from .parallel import unsharded_class
 
 

@@ -6,7 +6,7 @@ width, N items of the catalogue, K beams, m items of a session.
 """
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -25,25 +25,18 @@ from .catalogue import Catalogue
 from .configuration_onerec import SemanticIdConfig
 from .generation_semantic_id import CatalogueGenerationMixin
 from .input_checks import (
+    asked,
     check_attention_mask,
     check_codes,
     check_finite,
     check_generate,
     check_targets,
     checked_labels,
+    widths_of,
 )
 from .item_ids import allowed_mask
-from .modeling_layers import (
-    CACHE,
-    AgeBias,
-    ContextAttention,
-    ContextKV,
-    DecoderLayer,
-    EncoderAttention,
-    LevelHead,
-    SelfAttention,
-    given_cache,
-)
+from .modeling_attention import AgeBias, ContextAttention, ContextKV, EncoderAttention, SelfAttention
+from .modeling_layers import CACHE, DecoderLayer, LevelHead, given_cache
 from .moe import Experts, Router
 from .parallel import unsharded_class
 
@@ -348,7 +341,7 @@ class SemanticIdForCausalLM(CatalogueGenerationMixin, SemanticIdPreTrainedModel)
         self,
         k: int = 10,
         *,
-        num_beams: int | None = None,
+        num_beams: int | Sequence[int] | None = None,
         allowed_items: Any = None,
         num_session_items: int | None = None,
         item_scorer: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] | None = None,
@@ -363,7 +356,8 @@ class SemanticIdForCausalLM(CatalogueGenerationMixin, SemanticIdPreTrainedModel)
 
         Args:
             k (`int`, defaults to 10): Items, or sessions, per user.
-            num_beams (`int`, *optional*, defaults to the larger of `k` and 50): K, the width of the search.
+            num_beams (`int` or `Sequence[int]`, *optional*, defaults to the larger of `k` and 50): K, the width of the
+                search; or one width for each level, the last of which is K.
             allowed_items (`torch.BoolTensor` of shape (B, N) or (1, N), *optional*): Items each user may get; or a
                 list of item ids, for all users or one each.
             num_session_items (`int`, *optional*): m; returns sessions of m different items, in order. Left out, single
@@ -383,9 +377,10 @@ class SemanticIdForCausalLM(CatalogueGenerationMixin, SemanticIdPreTrainedModel)
         """
         if self.training:
             raise ValueError("the model is in training mode, with dropout: call `model.eval()` before you search.")
-        width, length = max(k, 50) if num_beams is None else num_beams, num_session_items or 1
+        widths = widths_of(max(k, 50) if num_beams is None else num_beams, self.config.num_levels)
+        width, length = widths[-1], num_session_items or 1
         if k < 1 or k > width:
-            raise ValueError(f"k={k} with num_beams={width}: at least 1, and at most num_beams.")
+            raise ValueError(f"k={k} with num_beams={num_beams}: at least 1, and at most num_beams.")
         if unknown := sorted(set(context) - {*self.context_input_names, "context_kv"}):
             raise TypeError(
                 f"recommend_items does not know {unknown}; a context has {list(self.context_input_names)}."
@@ -396,7 +391,7 @@ class SemanticIdForCausalLM(CatalogueGenerationMixin, SemanticIdPreTrainedModel)
         context_kv = context.pop("context_kv", None)
         if context_kv is None:
             context_kv = self.encode_context(**context)
-        found = beam_search(self, catalogue, context_kv, width, allowed, length)
+        found = beam_search(self, catalogue, context_kv, widths, allowed, length)
         check_finite(found.scores, f"{type(self).__name__}.recommend_items")
         wanted = k if item_scorer is None else width
         if num_session_items is not None:
@@ -445,6 +440,9 @@ class SemanticIdForCausalLM(CatalogueGenerationMixin, SemanticIdPreTrainedModel)
                 items of one session), pad tokens where there are fewer.
             target_positions (`torch.LongTensor` of shape (B, n), *optional*): OneRec-V2 only: history items each
                 target may see.
+            causal_targets (`bool` or `torch.BoolTensor` of shape (B,), *optional*): OneRec-V2 only: `target_ids` are
+                the next items of the history, n = T, and target i sees the items 0 to i: as `target_positions` of 1 to
+                T say, computed faster. A tensor is a yes, and is not read on a GPU, which would be waited for.
             num_items_in_batch (`torch.Tensor` or `int`, *optional*): What the summed loss is divided by, in place of
                 this batch's own number ([`loss_items`]): that of all batches of an optimizer step, as `Trainer` gives
                 it.
@@ -472,13 +470,9 @@ class SemanticIdForCausalLM(CatalogueGenerationMixin, SemanticIdPreTrainedModel)
             whole = isinstance(logits_to_keep, int) and logits_to_keep == 0
             others["logits_to_keep"] = None if whole else logits_to_keep
             check_targets(self.config, target_ids, target_positions, others)
-            rows = F.pad(target_ids, (1, 0), value=self.config.bos_token_id)  # (B, n, L + 1)
-            rows = rows.flatten(1) if self.config.session_wise else rows.flatten(0, 1)
-            outputs = self.model(rows[:, :-1], use_cache=False, **context, **kwargs)
-            log_probs = self.row_log_probs(outputs.last_hidden_state, rows).view(target_ids.shape)
-            parts = (outputs.last_hidden_state, log_probs, target_ids, num_items_in_batch)
-            loss = self._target_loss(*parts) if return_loss else None
-            return SemanticIdCausalLMOutput(loss=loss, target_log_probs=log_probs, **recorded(outputs))
+            return self._forward_targets(target_ids, num_items_in_batch, return_loss, context, kwargs)
+        if asked(kwargs.get("causal_targets")):
+            raise ValueError("causal_targets=True without target_ids: it says which items each of those sees.")
         given = input_ids if inputs_embeds is None else inputs_embeds
         if past_key_values is None:
             check_attention_mask(attention_mask, given)
@@ -516,6 +510,23 @@ class SemanticIdForCausalLM(CatalogueGenerationMixin, SemanticIdPreTrainedModel)
             **{CACHE: outputs.get(CACHE)},
             **recorded(outputs),
         )
+
+    def _forward_targets(self, target_ids, num_items, return_loss, context, kwargs) -> SemanticIdCausalLMOutput:
+        """`forward` of targets that share one context."""
+        causal = asked(kwargs.get("causal_targets"))
+        if causal:  # a row in front, of padding, that sees the static slot alone: as many rows as keys
+            target_ids = F.pad(target_ids, (0, 0, 1, 0), value=self.config.pad_token_id)
+            if context.get("target_positions") is not None:
+                positions = context["target_positions"].view(len(target_ids), -1)
+                context["target_positions"] = F.pad(positions, (1, 0)).flatten()
+        rows = F.pad(target_ids, (1, 0), value=self.config.bos_token_id)  # (B, n, L + 1)
+        rows = rows.flatten(1) if self.config.session_wise else rows.flatten(0, 1)
+        outputs = self.model(rows[:, :-1], use_cache=False, **context, **kwargs)
+        log_probs = self.row_log_probs(outputs.last_hidden_state, rows).view(target_ids.shape)
+        parts = (outputs.last_hidden_state, log_probs, target_ids, num_items)
+        loss = self._target_loss(*parts) if return_loss else None
+        log_probs = log_probs[:, 1:] if causal else log_probs
+        return SemanticIdCausalLMOutput(loss=loss, target_log_probs=log_probs, **recorded(outputs))
 
     def loss_items(self, real: torch.Tensor) -> torch.Tensor:
         """What the loss is a mean over, a scalar: the codes (OneRec-V2), items or sessions that `real` (B, n, L) says

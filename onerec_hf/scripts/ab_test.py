@@ -4,10 +4,11 @@ logs.
     onerec ab_test --a outputs/quickstart/onerec-v2-quickstart --b outputs/rl --log impressions.parquet \\
         --world '{"num_users": 2000, "num_items": 2000, "seed": 0}' --num_days 7 --seeds 0 1 2 --output outputs/ab
 
-Both meet the same users, visits and random numbers; the interval is over users (bootstrap, each with both of their
-totals). `--log` is the world's log of all impressions. Writes `ab_test.json`, a table, a picture and, with
-`--keep_logs`, the exposures of both with the log-probabilities of their codes, as `onerec grpo` takes them. A
-simulated world says nothing about real users.
+Both meet the same users and random numbers; the interval is over users (bootstrap, each with both of their totals).
+`--return_slope` says how much a good visit brings a user back: without it nobody's lifetime, the days with a visit,
+can change. It is calibrated on nothing. `--log` is the world's log of all impressions. Writes `ab_test.json`, a table,
+a picture and, with `--keep_logs`, the exposures of both with the log-probabilities of their codes, as `onerec grpo`
+takes them. A simulated world says nothing about real users.
 """
 
 import argparse
@@ -31,6 +32,8 @@ from .checks import check_columns, check_output
 from .model_arguments import mapping
 
 COLD_VIEWS = 5  # a video with at most so many long views in the training log is cold
+MEANS = ("diversity", "cluster_density")  # of a user's days; all other metrics are sums
+SHARES = {"new_item_share": ("cold_start_views", "views")}
 
 
 class Server:
@@ -82,7 +85,13 @@ class Server:
 
 
 def compare(
-    world: ShortVideoWorld, log: pd.DataFrame, servers: dict, num_days: int, seeds: list[int], output: Path | None
+    world: ShortVideoWorld,
+    log: pd.DataFrame,
+    servers: dict,
+    num_days: int,
+    seeds: list[int],
+    output: Path | None,
+    return_slope: float = 0.0,
 ) -> tuple[dict, dict, dict]:
     """Totals per user of each policy, summed over the seeds, and the lift of every metric of the second over the
     first.
@@ -90,29 +99,37 @@ def compare(
     users = np.unique(log.user_id[log.long_view == 1])
     log = log[log.user_id.isin(users)]
     views = np.bincount(log.video_id[log.long_view == 1], minlength=world.num_items)
+    about = world.content_embeddings, views <= COLD_VIEWS, pd.factorize(world.items.category)[0]
     totals: dict[str, dict[str, Any]] = {}
     daily: dict[str, Any] = {}
     for name, server in servers.items():
         for seed in seeds:
-            shown = simulate_visits(world, server, log, num_days=num_days, seed=seed)
+            shown = simulate_visits(world, server, log, num_days=num_days, seed=seed, return_slope=return_slope)
             if output is not None:
                 shown.to_parquet(output / f"exposures_{name}_{seed}.parquet")
-            found = user_totals(shown, users.tolist(), world.content_embeddings, views <= COLD_VIEWS)
+            found = user_totals(shown, users.tolist(), *about)
             mine = totals.setdefault(name, dict.fromkeys(found, 0.0))
             totals[name] = {metric: mine[metric] + values for metric, values in found.items()}
             play = shown.groupby("day").play_time_ms.sum() / 1000 / len(users)
             daily[name] = daily.get(name, 0.0) + play.to_numpy() / len(seeds)
-    a, b = totals
-    lifts = {m: bootstrap_lift(totals[a][m], totals[b][m]) for m in totals[a] if totals[a][m].sum()}
+    a, b = totals.values()
+    lifts = {m: bootstrap_lift(a[m], b[m]) for m in a if a[m].sum()}
+    for name, (part, whole) in SHARES.items():
+        if a[part].sum():
+            lifts[name] = bootstrap_lift(a[part], b[part], per=(a[whole], b[whole]))
     return totals, daily, lifts
 
 
 def table(totals: dict, lifts: dict, num_days: int, num_seeds: int) -> str:
     """Like OneRec-V2's Tables 6 and 7: percent over the control, and the control's own value per user and day."""
-    a = next(iter(totals))
+    a = next(iter(totals.values()))
     lines = ["| metric | control, per user and day | lift, % | 95% interval |", "|---|---|---|---|"]
     for metric, lift in lifts.items():
-        per_user = totals[a][metric].mean() / num_seeds / (1 if metric == "diversity" else num_days)
+        if metric in SHARES:
+            part, whole = SHARES[metric]
+            per_user = a[part].sum() / a[whole].sum()
+        else:
+            per_user = a[metric].mean() / num_seeds / (1 if metric in MEANS else num_days)
         low, high = (f"{100 * x:+.2f}" for x in (lift.low, lift.high))
         lines.append(f"| {metric.replace('_', ' ')} | {per_user:.4g} | {100 * lift.value:+.2f} | {low} to {high} |")
     return "\n".join(lines)
@@ -158,6 +175,7 @@ def main(
     keep_logs: bool = False,
     reward: str | None = None,
     num_candidates: int = 64,
+    return_slope: float = 1.0,
 ) -> dict:
     """Runs the test; returns what it writes to `ab_test.json`."""
     if len(set(seeds)) < len(seeds):
@@ -191,11 +209,12 @@ def main(
         raise ValueError(f"{what}: give in --world the world whose log they were trained on.")
     folder.mkdir(parents=True, exist_ok=True)
     totals, daily, lifts = compare(
-        simulated, impressions, servers, num_days, list(seeds), folder if keep_logs else None
+        simulated, impressions, servers, num_days, list(seeds), folder if keep_logs else None, return_slope
     )
     text = table(totals, lifts, num_days, len(seeds))
     plot(lifts, daily, folder / "ab_test.png")
     report = {"a": a, "b": b, "reward": reward, "num_days": num_days, "seeds": list(seeds), "num_users": len(users)}
+    report["return_slope"] = return_slope
     report["lifts"] = {name: lift._asdict() for name, lift in lifts.items()}
     report["totals"] = {name: {m: float(v.sum()) for m, v in own.items()} for name, own in totals.items()}
     (folder / "ab_test.json").write_text(json.dumps(report, indent=2), encoding="utf-8")
@@ -220,6 +239,7 @@ def run(argv: list[str] | None = None) -> None:
     parser.add_argument("--keep_logs", action="store_true")
     parser.add_argument("--reward", help="Reward model: the treatment serves the best of its candidates (B may be A).")
     parser.add_argument("--num_candidates", type=int, default=64, help="Items that --reward judges for each user.")
+    parser.add_argument("--return_slope", type=float, default=1.0, help="Log-odds of coming back, see above.")
     main(**vars(parser.parse_args(argv)))
 
 

@@ -1,7 +1,9 @@
 """What the recipes that train a model share: its arguments, its config, its collator, and what is saved beside it."""
 
 import json
+import math
 from dataclasses import dataclass, field
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -13,7 +15,15 @@ import yaml
 from transformers import AutoConfig, PreTrainedConfig
 
 from ..collators import OneRecCollator, PathwayCollator, SessionCollator
-from ..data import DataFolder, category_codes, category_map, target_rows
+from ..data import (
+    DataFolder,
+    category_codes,
+    category_map,
+    count_lengths,
+    first_rows,
+    stream_split,
+    target_rows,
+)
 from ..recommender import Recommender
 from ..trainers import OneRecSFTConfig
 from .checks import event_features, refuse_unknown
@@ -35,6 +45,10 @@ class ModelArguments:
         },
     )
     max_history: int = field(default=50, metadata={"help": "Items of context (onerec_v1: see its pathway lengths)."})
+    streaming: bool = field(
+        default=False,
+        metadata={"help": "Read training rows while training, a part of the split in memory at a time."},
+    )
     newest_impressions: bool = field(
         default=False,
         metadata={"help": "onerec_v2: a row per event, by time, each seen once, in place of all targets in one pass."},
@@ -175,7 +189,41 @@ def training_rows(
         train = target_rows(train, max_history)
     if newest_impressions:
         train = train.sort("session_start")
-    return train.filter(lambda length: length >= ("targets" not in train.column_names) + 1, input_columns="length")
+    least = 1 if "targets" in train.column_names else 2
+    return train.select(np.flatnonzero(np.asarray(train.with_format("numpy")["length"][:]) >= least))
+
+
+def streamed_rows(args: ModelArguments, config: PreTrainedConfig, training: OneRecSFTConfig) -> tuple:
+    """
+    What [`training_rows`] makes, as a stream without end, and a few of its rows. Sets `max_steps`, which a stream
+    needs, to what `num_train_epochs` says.
+    """
+    if args.newest_impressions:
+        raise ValueError(
+            "streaming reads users in random order, newest_impressions all events by time: leave one out."
+        )
+    sample = first_rows(args.data, "train")
+    per_target = "targets" not in sample.column_names and config.model_type != "onerec_v2"
+    least = 1 if "targets" in sample.column_names else 2
+    count = count_lengths(
+        args.data,
+        "train",
+        lambda lengths: int((lengths - 1).clip(min=0).sum() if per_target else (lengths >= least).sum()),
+    )
+    step = training.train_batch_size * training.gradient_accumulation_steps
+    if training.max_steps <= 0:
+        training.max_steps = math.ceil(training.num_train_epochs * count / (step * training.world_size))
+    rows = partial(training_rows, config=config, max_history=args.max_history)
+    grouped = training.train_sampling_strategy == "group_by_length"
+    seed = training.seed if training.data_seed is None else training.data_seed
+    stream = stream_split(
+        args.data,
+        rows_of=rows,
+        seed=seed,
+        group_size=step * training.world_size if grouped else None,
+        num_nodes=training.world_size,
+    )
+    return stream, rows(sample)
 
 
 def check_newest_impressions(args: ModelArguments, training: OneRecSFTConfig, model_type: str) -> None:

@@ -11,13 +11,16 @@ Writes `splits/` (a `DatasetDict`), `items.parquet`, `users.parquet`, `item_embe
 popularity are learned from the training split alone.
 """
 
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import datasets
 import numpy as np
 import torch
+from transformers.utils import logging
 
 from .. import Catalogue, SemanticIdTokenizer, item_embeddings
 from .. import data as logs
@@ -35,11 +38,13 @@ from .prepare_arguments import (
 )
 
 
-def load(args: PrepareArguments) -> logs.Interactions:
-    """Interactions of any layout, k-core filtered."""
+def load(args: PrepareArguments, work: Path | None = None) -> logs.EventShards:
+    """Events of any layout, k-core filtered; `work` is for a log of several shards, by default beside the output."""
     if args.layout == "logs":
-        interactions = logs.load_interactions(
+        shards = logs.load_shards(
             args.source,
+            work or f"{args.output}/work",
+            num_shards=args.num_shards,
             columns=mapping(args.columns),
             feedback=args.feedback,
             items=args.items,
@@ -48,56 +53,88 @@ def load(args: PrepareArguments) -> logs.Interactions:
         )
     else:
         settings = {"history": True} if args.shown_before else {}
-        interactions = getattr(logs, f"load_{args.layout}")(args.source, **settings)
-    return logs.k_core(interactions, args.k_core) if args.k_core > 1 else interactions
+        shards = logs.EventShards.of(getattr(logs, f"load_{args.layout}")(args.source, **settings))
+    return shards.k_core(args.k_core) if args.k_core > 1 else shards
 
 
-def split(args: PrepareArguments, interactions: logs.Interactions) -> tuple[datasets.DatasetDict, datasets.Dataset]:
-    """The splits, and the training events that embeddings and popularity may learn from, one row per user."""
+def make_splitter(args: PrepareArguments) -> logs.Splitter:
+    """What makes the splits that were asked for."""
     if config := session_config(args):
-        splits = logs.session_splits(interactions, config, args.validation_start, args.test_start)
-        return splits, logs.training_events(interactions, config, splits, args.validation_start)
-    if watched := mapping(args.watched):
-        interactions = interactions.where(logs.reaches(interactions.feedback, watched))
+        return logs.SessionSplit(config, args.validation_start, args.test_start)
     if args.validation_start is None:
-        splits = logs.leave_last_out(interactions)
-    else:
-        splits = logs.global_time_split(interactions, args.validation_start, args.test_start, min_history=1)
-    if empty := [name for name, rows in splits.items() if not len(rows)]:
-        raise ValueError(
-            f"no rows in {empty}: no user has enough events, 2 for a test row and 3 for a validation row."
-        )
-    return splits, splits["train"]
+        return logs.LeaveLastOut()
+    return logs.GlobalTimeSplit(args.validation_start, args.test_start, min_history=1)
 
 
-def table_of(interactions: logs.Interactions, name: str) -> datasets.Dataset:
+class Histories:
+    """Training histories, one row per user, that embeddings and popularity may learn from: a data set per shard."""
+
+    def __init__(self, work: Path, num_items: int):
+        self.work, self.popularity = work, np.zeros(num_items, dtype=np.int64)
+        self.files: list[Path] = []
+
+    def add(self, train: datasets.Dataset) -> None:
+        """The rows of one more shard."""
+        train = train.select_columns("history")
+        self.files.append(self.work / f"histories-{len(self.files):05d}.parquet")
+        self.work.mkdir(parents=True, exist_ok=True)
+        train.to_parquet(self.files[-1])
+        for rows in train.with_format("numpy").iter(batch_size=10_000):
+            self.popularity += np.bincount(np.concatenate(rows["history"]), minlength=len(self.popularity))
+
+    def __iter__(self) -> Iterator[datasets.Dataset]:
+        return map(logs.read_part, self.files)
+
+
+def write_splits(
+    args: PrepareArguments, shards: logs.EventShards, writer: logs.SplitWriter, histories: Histories
+) -> list[str]:
+    """Writes the splits, shard by shard; returns the columns of the training split."""
+    splitter, watched, columns = make_splitter(args), mapping(args.watched), []
+    for shard, (users, events) in enumerate(logging.tqdm(shards, desc="splits", unit="shard")):
+        if watched and args.sessions is None:
+            events = events.where(logs.reaches(events.feedback, watched))
+        splits = splitter.rows(events)
+        histories.add(splitter.training_events(events, splits))
+        splits = {name: logs.with_users(rows, users) for name, rows in splits.items()}
+        writer.write(splits, shard, len(shards))
+        columns = splits["train"].column_names
+    splitter.finish()
+    if empty := [name for name, count in writer.rows.items() if not count]:
+        nobody = "no user has enough events, 2 for a test row and 3 for a validation row."
+        raise ValueError(f"no rows in {empty}: {nobody}" if writer.rows["train"] else "there are no events to split.")
+    return columns
+
+
+def table_of(shards: logs.EventShards, name: str) -> datasets.Dataset:
     """What items.parquet (`name="item"`) or users.parquet will hold: a row per index, ids and features."""
-    features = {column: list(values) for column, values in getattr(interactions, f"{name}s").items()}
-    return datasets.Dataset.from_dict({f"{name}_id": getattr(interactions, f"{name}_ids"), **features})
+    features = {column: list(values) for column, values in getattr(shards, f"{name}s").items()}
+    return datasets.Dataset.from_dict({f"{name}_id": getattr(shards, f"{name}_ids"), **features})
 
 
-def embed(args: PrepareArguments, interactions: logs.Interactions, train: datasets.Dataset) -> np.ndarray:
+def embed(args: PrepareArguments, shards: logs.EventShards, histories: Histories) -> np.ndarray:
     """Every embedding that was asked for, normalised and concatenated, (N, D)."""
     parts = []
     if args.embeddings:
-        parts.append(item_embeddings.load_embeddings(args.embeddings, interactions.num_items))
-    features: dict[str, Any] = interactions.items
+        parts.append(item_embeddings.load_embeddings(args.embeddings, shards.num_items))
+    features: dict[str, Any] = shards.items
     texts = item_embeddings.item_texts(features, args.text_fields if args.text_model or args.caption_model else [])
     if args.text_model:
         parts.append(item_embeddings.text_embeddings(texts, model_path(args.text_model)))
     if args.align:
-        content, histories = item_embeddings.concat_embeddings(*parts), train.with_format("numpy")["history"]
+        content = item_embeddings.concat_embeddings(*parts)
         alignment, captions = item_embeddings.ItemAlignment(content.shape[1], seed=args.seed), None
         if args.caption_model:
             model = None if args.caption_model == "new" else model_path(args.caption_model)
             captions = item_embeddings.CaptionDecoder(texts, alignment.settings["output_dim"], model, seed=args.seed)
-        pairs = item_embeddings.behaviour_pairs(histories, interactions.num_items, seed=args.seed)
+        lists = [history for part in histories for history in part.with_format("numpy")["history"]]
+        pairs = item_embeddings.behaviour_pairs(lists, shards.num_items, seed=args.seed)
         alignment.fit(content, np.concatenate(pairs), captions=captions).save_pretrained(f"{args.output}/tokenizer")
         parts = [alignment.embed(content)]
     if args.collaborative_dim:
         parts.append(
             item_embeddings.collaborative_embeddings(
-                train, interactions.num_items, args.collaborative_dim, seed=args.seed
+                histories, shards.num_items, args.collaborative_dim, seed=args.seed, folder=histories.work
             )
         )
     return item_embeddings.concat_embeddings(*parts)
@@ -107,16 +144,21 @@ def main(args: PrepareArguments) -> dict:
     """Runs the recipe; returns the quality report of the semantic IDs."""
     check_arguments(args)
     output = Path(args.output)
-    interactions = load(args)
-    splits, train = split(args, interactions)
-    check_items(args, interactions)
+    with TemporaryDirectory(prefix=".prepare-", dir=output) as folder:  # on the disk that has room for the result
+        return prepare(args, output, Path(folder))
+
+
+def prepare(args: PrepareArguments, output: Path, work: Path) -> dict:
+    """Checked arguments -> the data folder `output`; returns the quality report of the semantic IDs."""
+    shards = load(args, work)
+    check_items(args, shards)
+    writer, histories = logs.SplitWriter(output), Histories(work, shards.num_items)
+    columns = write_splits(args, shards, writer, histories)
     if lifelong := lifelong_settings(args):
-        check_lifelong(lifelong, splits["train"].column_names)
-    for name, rows in splits.items():
-        splits[name] = rows.add_column("length", [len(history) for history in rows["history"]])
-    embeddings = embed(args, interactions, train)
-    for name in splits if lifelong else ():
-        splits[name] = logs.compress_lifelong(splits[name], embeddings, **lifelong)
+        check_lifelong(lifelong, columns)
+    embeddings = embed(args, shards, histories)
+    if lifelong:
+        writer.transform(lambda rows: logs.compress_lifelong(rows, embeddings, **lifelong))
     quantizer_class = RQVAE if args.quantizer == "rqvae" else partial(ResidualKMeans, balanced=balance(args))
     quantizer = quantizer_class(args.num_levels, args.codebook_size, seed=args.seed)
     codes = quantizer.fit(torch.from_numpy(embeddings)).train_codes
@@ -125,22 +167,20 @@ def main(args: PrepareArguments) -> dict:
     sizes = [args.codebook_size] * args.num_levels
     if codes.shape[1] > args.num_levels:
         sizes.append(int(codes[:, -1].max()) + 1)
-    train_items = np.concatenate(train.with_format("numpy")["history"])
-    popularity = np.bincount(train_items, minlength=interactions.num_items)
-    catalogue = Catalogue(codes, sizes, interactions.item_ids, popularity)
+    catalogue = Catalogue(codes, sizes, shards.item_ids, histories.popularity)
     logs.DataFolder.save(
         output,
-        splits=splits,
-        items=table_of(interactions, "item"),
-        users=table_of(interactions, "user"),
+        splits=writer,
+        items=table_of(shards, "item"),
+        users=table_of(shards, "user"),
         tokenizer=SemanticIdTokenizer(codebook_sizes=sizes, catalogue=catalogue),
         quantizer=quantizer,
         item_embeddings=embeddings,
         report=report,
     )
     plot_codebook_usage(codes[:, : args.num_levels], args.codebook_size, output / "codebook_usage.png")
-    counts = ", ".join(f"{len(rows)} {name} rows" for name, rows in splits.items())
-    print(f"{catalogue}, {len(interactions)} events of {interactions.num_users} users, {counts} -> {output}")
+    counts = ", ".join(f"{count} {name} rows" for name, count in writer.rows.items())
+    print(f"{catalogue}, {shards.num_events} events of {shards.num_users} users, {counts} -> {output}")
     return report
 
 

@@ -6,7 +6,7 @@ from inspect import signature
 from pathlib import Path
 from typing import Literal
 
-from ..data import Interactions, SessionConfig, compress_lifelong
+from ..data import EventShards, SessionConfig, compress_lifelong
 from .checks import check_keywords
 from .model_arguments import mapping, model_path
 
@@ -31,6 +31,9 @@ class PrepareArguments:
     users: str | None = field(default=None, metadata={"help": "User table, same file kinds."})
     load_options: str = field(
         default="{}", metadata={"help": f"More arguments of load_interactions: {', '.join(sorted(LOAD_OPTIONS))}."}
+    )
+    num_shards: int | None = field(
+        default=None, metadata={"help": "Files per split; default one per 2 million events of the log."}
     )
     k_core: int = 0
     watched: str = field(
@@ -166,13 +169,13 @@ def _check_embedding_arguments(args: PrepareArguments) -> None:
             raise ValueError(f"{name}={getattr(args, name)}: at least {least}.")
 
 
-def check_items(args: PrepareArguments, interactions: Interactions) -> None:
+def check_items(args: PrepareArguments, log: EventShards) -> None:
     """Before embeddings and semantic IDs are made: text fields that are not there, levels without room for the
     items.
     """
-    count, size = interactions.num_items, args.codebook_size
-    if absent := [name for name in args.text_fields if name not in interactions.items]:
-        raise ValueError(f"text_fields={absent}: the items have only {list(interactions.items)}.")
+    count, size = log.num_items, args.codebook_size
+    if absent := [name for name in args.text_fields if name not in log.items]:
+        raise ValueError(f"text_fields={absent}: the items have only {list(log.items)}.")
     if args.collaborative_dim > count:
         raise ValueError(f"collaborative_dim={args.collaborative_dim}: at most the number of items, {count}.")
     if size > count:

@@ -11,7 +11,7 @@ choice is on the validation split. Writes the model, tokenizer and catalogue (on
 
 from transformers import AutoModelForCausalLM, set_seed
 
-from ..data import DataFolder
+from ..data import DataFolder, load_splits
 from ..recommender import ItemRanker
 from ..trainers import OneRecSFTConfig, OneRecSFTTrainer
 from .checks import check_beams, check_training, train_checked
@@ -23,6 +23,7 @@ from .model_arguments import (
     item_vectors,
     make_collator,
     make_config,
+    streamed_rows,
     training_rows,
 )
 from .parser import ScriptParser
@@ -42,14 +43,20 @@ def check(args: ModelArguments, training: OneRecSFTConfig) -> tuple:
 def main(args: ModelArguments, training: OneRecSFTConfig) -> dict:
     """Runs the recipe; returns what it writes to `metrics.json`."""
     data, collator, config = check(args, training)
-    splits, tokenizer = data.splits, data.tokenizer
+    tokenizer = data.tokenizer
+    if args.streaming:
+        splits = load_splits(args.data, ["validation", "test"])
+        train, sample = streamed_rows(args, config, training)
+    else:
+        splits = data.splits
+        train = training_rows(splits["train"], config, args.max_history, args.newest_impressions).with_format("numpy")
+        sample = train
     set_seed(training.seed)
     model = AutoModelForCausalLM.from_config(config)
     model.catalogue = tokenizer.catalogue
     if args.item_vectors:
         model.model.context_processor.embed_features.fill(ITEM_VECTORS, item_vectors(data))
     recommender = make_recommender(ItemRanker(model, collator, args.num_beams), data, args.metadata)
-    train = training_rows(splits["train"], config, args.max_history, args.newest_impressions).with_format("numpy")
     trainer = OneRecSFTTrainer(
         model,
         training,
@@ -61,7 +68,7 @@ def main(args: ModelArguments, training: OneRecSFTConfig) -> dict:
         if args.score
         else None,
     )
-    report = train_checked(trainer, recommender, train, splits, args.score) | {
+    report = train_checked(trainer, recommender, sample, splits, args.score) | {
         "best_metric": trainer.state.best_metric
     }
     return finish_policy(trainer, recommender, data, splits["test"] if args.score else None, report)

@@ -10,7 +10,8 @@ a closed form.
 
 import numpy as np
 
-FEEDBACK = ("play_time_ms", "is_click", "long_view", "is_like", "is_follow", "is_forward", "is_hate")
+# the order is that of the streams of random numbers: a new one goes to the end, so that no log changes
+FEEDBACK = ("play_time_ms", "is_click", "long_view", "is_like", "is_follow", "is_forward", "is_hate", "is_comment")
 REACTIONS = FEEDBACK[3:]
 
 CLICK_MS = 7_001  # is_click: over 7 s, or all of a shorter video
@@ -39,6 +40,7 @@ _REACTIONS = {
     "is_follow": (0.0028, 0.00064, 0.8, 0.8),
     "is_forward": (0.0019, 0.00034, 0.8, 0.8),
     "is_hate": (0.00065, 0.00092, -0.8, 0.0),
+    "is_comment": (0.0071, 0.00046, 0.8, 0.8),
 }
 
 

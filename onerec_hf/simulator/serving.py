@@ -1,9 +1,10 @@
 """A recommender serves the users of a simulated world for some days; its exposures become the next day's logs.
 
 The online tests of the OneRec Technical Report (arXiv:2506.13695) and OneRec-V2 (arXiv:2508.20900) in small. How long
-a session lasts is an assumption of this file, calibrated on nothing: a user leaves after a video with a fixed
-probability, a smaller one after a long view. All chance is a function of (seed, user, day, position, video), so
-policies with one seed meet the same users.
+a session lasts and who comes back are assumptions of this file, calibrated on nothing: a user leaves after a video
+with a fixed probability, a smaller one after a long view, and comes more often, if `return_slope` says so, after a
+visit with more long views than usual. All chance is a function of (seed, user, day, position, video), so policies with
+one seed meet the same users.
 """
 
 from collections.abc import Callable, Sequence
@@ -29,6 +30,7 @@ def simulate_visits(
     *,
     num_days: int = 7,
     visit_probability: float = 0.7,
+    return_slope: float = 0.0,
     max_views: int = 30,
     seed: int = 0,
 ) -> pd.DataFrame:
@@ -46,6 +48,9 @@ def simulate_visits(
             video ids (B, max_views), or that and log-probabilities (B, max_views, L).
         history: A log of impressions as `world.logs()` gives it.
         num_days, visit_probability, max_views, seed: Of the test.
+        return_slope (`float`, defaults to 0): Log-odds that are added to `visit_probability` per unit by which the
+            share of long views of the user's last visit exceeds that of all users in `history`; 0: who comes does not
+            depend on what was shown.
 
     Returns:
         `pandas.DataFrame` as `world.logs()`, and columns `day` (0 is the first of the test), `position` in the day's
@@ -55,11 +60,14 @@ def simulate_visits(
     events: dict[int, dict[str, list]] = {user: {name: [] for name in EVENT_COLUMNS} for user in users.tolist()}
     seen: dict[int, set] = {user: set() for user in users.tolist()}
     _append(events, seen, history)
-    days = []
+    days, usual = [], float(history.long_view.mean())
+    liked = np.full(len(users), usual)  # share of long views of each user's last visit
     for day in range(num_days):
         midnight = world.start_time_ms + (world.num_days + day) * DAY_MS
         state = hash_keys(world.seed, seed, users, midnight)
-        visitors = np.flatnonzero(hash_uniform(state, _VISIT_STREAM) < visit_probability)
+        odds = visit_probability * np.exp(return_slope * (liked - usual))
+        comes = odds / (odds + 1 - visit_probability)
+        visitors = np.flatnonzero(hash_uniform(state, _VISIT_STREAM) < comes)
         start = midnight + (hash_uniform(state, _START_STREAM) * (DAY_MS - max_views * SLOT_MS)).astype(np.int64)
         here = users[visitors]
         rows = [{"user_id": user, **events[user]} for user in here.tolist()]
@@ -71,6 +79,8 @@ def simulate_visits(
                 shown[f"log_prob_{level + 1}"] = log_probs[shown["row"], shown["position"], level]
         shown = shown.drop(columns="row").assign(day=day, request_id=shown.user_id * num_days + day)
         _append(events, seen, shown)
+        share = shown.groupby("user_id").long_view.mean()
+        liked[np.searchsorted(users, share.index)] = share
         days.append(shown)
     return pd.concat(days, ignore_index=True)
 
@@ -103,7 +113,11 @@ def _append(events: dict, seen: dict, log: pd.DataFrame) -> None:
 
 
 def user_totals(
-    log: pd.DataFrame, users: Sequence[int], embeddings: np.ndarray, cold_videos: np.ndarray
+    log: pd.DataFrame,
+    users: Sequence[int],
+    embeddings: np.ndarray,
+    cold_videos: np.ndarray,
+    clusters: np.ndarray,
 ) -> dict[str, np.ndarray]:
     """
     What each user did in a test, (U,) per metric; users who never came count as 0.
@@ -113,21 +127,26 @@ def user_totals(
         embeddings (`np.ndarray` of shape (N, D)): For `diversity`, the mean over days of 1 - mean cosine of two videos
             of a day.
         cold_videos (`np.ndarray` of shape (N,), bool): Which videos count as cold.
+        clusters (`np.ndarray` of shape (N,), int): For `cluster_density`, the mean over days of the share of pairs of
+            a day's videos that lie in one cluster. OneRec-V2 reports a metric of this name without its definition.
 
     Returns:
-        `app_stay_time` (s, swipes included), `watch_time` (s), `views`, `likes`, `follows`, `forwards`, `dislikes`,
-        `long_views`, `cold_start_views`, `diversity`.
+        `app_stay_time` (s, swipes included), `watch_time` (s), `views`, `likes`, `follows`, `comments`, `forwards`,
+        `dislikes`, `long_views`, `cold_start_views`, `lifetime` (days with a visit), `diversity`, `cluster_density`.
     """
     columns = {"app_stay_time": (log.play_time_ms + SWIPE_MS) / 1000, "watch_time": log.play_time_ms / 1000}
-    columns |= {"views": np.ones(len(log)), "likes": log.is_like, "follows": log.is_follow, "forwards": log.is_forward}
-    columns |= {"dislikes": log.is_hate, "long_views": log.long_view, "cold_start_views": cold_videos[log.video_id]}
+    columns |= {"views": np.ones(len(log)), "likes": log.is_like, "follows": log.is_follow, "comments": log.is_comment}
+    columns |= {"forwards": log.is_forward, "dislikes": log.is_hate, "long_views": log.long_view}
+    columns |= {"cold_start_views": cold_videos[log.video_id], "lifetime": ~log.duplicated(["user_id", "day"])}
     place = {user: i for i, user in enumerate(users)}
     rows = log.user_id.map(place).to_numpy()
     totals = {name: np.bincount(rows, np.asarray(values, float), len(users)) for name, values in columns.items()}
     unit = embeddings / np.linalg.norm(embeddings, axis=1, keepdims=True)
-    spread: list[list[float]] = [[] for _ in users]
+    spread: dict[str, list[list[float]]] = {name: [[] for _ in users] for name in ("diversity", "cluster_density")}
     for (user, _), own in log.groupby(["user_id", "day"])["video_id"]:
-        if (n := len(own)) > 1:  # sum over pairs of x . y = (|sum x|^2 - n) / 2
-            spread[place[user]].append(1 - ((unit[own].sum(0) ** 2).sum() - n) / (n * (n - 1)))
-    totals["diversity"] = np.array([np.mean(values) if values else 0.0 for values in spread])
-    return totals
+        if (n := len(own)) > 1:  # sum over pairs of x . y = (|sum x|^2 - n) / 2, and so for the counts of a cluster
+            spread["diversity"][place[user]].append(1 - ((unit[own].sum(0) ** 2).sum() - n) / (n * (n - 1)))
+            together = (np.bincount(clusters[own]) ** 2).sum() - n
+            spread["cluster_density"][place[user]].append(together / (n * (n - 1)))
+    means = {name: np.array([np.mean(x) if x else 0.0 for x in values]) for name, values in spread.items()}
+    return totals | means

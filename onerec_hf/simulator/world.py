@@ -32,7 +32,8 @@ class ShortVideoWorld:
     structure: it ranks by affinity, follows the mood, and offers relatives of the last long-viewed video.
 
     Calibrated on KuaiRand-Pure (two weeks of standard-policy events): quantiles of duration, play time and their
-    ratio; rates of click, long view (also by duration), like (also given long view or not), follow, forward and hate;
+    ratio; rates of click, long view (also by duration), like (also given long view or not), follow, forward, hate and
+    comment;
     roughly, the share of events of the top tenth of the videos (60%; here 50 to 70%, less in worlds of some hundred
     videos); and, with `mean_events=9`, events per user. Not calibrated: how well feedback can be predicted, how users
     and videos correlate, repeats (next to none here), time between requests, reactions by duration, catalogue
@@ -125,8 +126,8 @@ class ShortVideoWorld:
         Returns:
             `pandas.DataFrame`: one row per impression, sorted by time: user_id, video_id, time_ms (int64, ms since
             1970 UTC, increasing within a user), request_id (int64, numbered by time), play_time_ms, duration_ms
-            (int64), and int8 0/1 is_click, long_view, is_like, is_follow, is_forward, is_hate. A session that is open
-            at the end of the last day runs on, so the last few events may lie shortly after it.
+            (int64), and int8 0/1 is_click, long_view, is_like, is_follow, is_forward, is_hate, is_comment. A session
+            that is open at the end of the last day runs on, so the last few events may lie shortly after it.
         """
         return simulate_logs(self, self._logging_policy, _checked("seed", seed))
 
@@ -144,7 +145,7 @@ class ShortVideoWorld:
 
         Returns:
             `dict[str, np.ndarray]` of float64 arrays of the broadcast shape: play_time_ms in ms (not capped by the
-            duration), and the probabilities is_click, long_view, is_like, is_follow, is_forward, is_hate.
+            duration), and the probabilities is_click, long_view, is_like, is_follow, is_forward, is_hate, is_comment.
 
         Raises:
             ValueError: an id out of range, or a non-integer argument.

@@ -1,16 +1,17 @@
 """Settings of RL with GRPO, ECPO (OneRec Technical Report, arXiv:2506.13695) or GBPO (OneRec-V2, arXiv:2508.20900)."""
 
 import dataclasses
+import math
 from dataclasses import dataclass, field
 from typing import Any
 
 from trl import GRPOConfig
 
 LOSS_TYPES = ("grpo", "ecpo", "gbpo")
-ROLLOUTS = ("beam", "sample", "tree", "unconstrained")
+ROLLOUTS = ("beam", "unconstrained_beam", "sample", "tree", "unconstrained")
 # fields of TRL's config that describe text generation, other losses or vLLM; nothing here reads them
 _NOT_READ = (
-    "top_p top_k min_p repetition_penalty generation_kwargs chat_template_kwargs cache_implementation "
+    "min_p repetition_penalty generation_kwargs chat_template_kwargs cache_implementation "
     "max_completion_length use_vllm epsilon_high importance_sampling_level multi_objective_aggregation scale_rewards "
     "mask_truncated_completions top_entropy_quantile entropy_coef use_adaptive_entropy off_policy_mask_threshold "
     "use_bias_correction_kl cast_lm_head_to_fp32 router_aux_loss_coef use_transformers_continuous_batching "
@@ -39,8 +40,11 @@ class OneRecGRPOConfig(GRPOConfig):
             TRL's option of the same name is another rule, which drops such samples.
         rollout: How the G = `num_generations` candidates of a user are made: `"beam"` (the G best items; the Technical
             Report found it better than sampling), `"sample"` (constrained, may repeat), `"tree"` (constrained, all
-            different) or `"unconstrained"` (codes that may belong to no item; what the format reward is for).
-            Log-probabilities are the policy's own in each case.
+            different), `"unconstrained"` (samples of codes that may belong to no item; what the format reward is for)
+            or `"unconstrained_beam"` (the G most probable codes of a beam search, item or not: the report's beams have
+            no constraint). Log-probabilities are the policy's own in each case.
+        top_k, top_p: `"sample"` and `"unconstrained"` draw each code from the k most probable, or from the fewest that
+            have the probability p together; both together are the report's other search. 0 and 1 cut nothing.
         temperature: Of the sampling alone. Ratios, entropy and KL are those of the policy as it serves, at temperature
             1.
         steps_per_generation: Parameters of the rollouts are refreshed after so many micro-batches (times
@@ -98,6 +102,11 @@ class OneRecGRPOConfig(GRPOConfig):
         for name, allowed in allowed_values.items():
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name}={getattr(self, name)!r}: allowed are {', '.join(map(str, allowed))}.")
+        if (self.top_k or self.top_p != 1) and self.rollout not in ("sample", "unconstrained"):
+            raise ValueError(
+                f"top_k={self.top_k}, top_p={self.top_p} with rollout={self.rollout!r}: they cut what samples are "
+                "drawn from. Take the rollout sample or unconstrained, or leave them out."
+            )
         if self.logged_loss_type is not None and self.logged_weight == 0:
             raise ValueError(
                 f"logged_loss_type={self.logged_loss_type!r} with logged_weight=0: nothing logged is trained on. "
@@ -141,10 +150,16 @@ def check_policy(policy: Any, args: OneRecGRPOConfig, reward_names: list[str]) -
         )
     if policy.catalogue is None:
         raise ValueError(f"{type(policy).__name__} has no catalogue: set `model.catalogue`, or load it from a folder.")
-    if args.rollout == "unconstrained" and policy.config.score_normalization == "valid":
+    if args.rollout.startswith("unconstrained") and policy.config.score_normalization == "valid":
         raise ValueError(
-            "rollout='unconstrained' with score_normalization='valid': codes of no item have no probability there. "
+            f"rollout={args.rollout!r} with score_normalization='valid': codes of no item have no probability there. "
             "Train the policy with score_normalization='level', or use a constrained rollout."
+        )
+    different = math.prod(policy.config.codebook_sizes)
+    if args.rollout == "unconstrained_beam" and different < args.num_generations:
+        raise ValueError(
+            f"num_generations={args.num_generations}: the codebooks {policy.config.codebook_sizes} have {different} "
+            "different codes. Lower it."
         )
 
 

@@ -30,10 +30,12 @@ def rollout(prompts: list[int], trainer: Any) -> dict[str, list]:
     start, group = time.perf_counter(), trainer.group_size
     how = trainer.args.rollout
     settings = {"num_beams": group}
-    if how != "beam":
-        settings = {"do_sample": True, "temperature": trainer.temperature, "top_k": 0, "num_beams": 1}
+    if not how.endswith("beam"):
+        settings = {"do_sample": True, "temperature": trainer.temperature, "num_beams": 1}
+        settings |= {"top_k": trainer.args.top_k, "top_p": trainer.args.top_p}
         settings |= {"replacement": False} if how == "tree" else {}
-        settings |= {"constrained": False} if how == "unconstrained" else {}
+    if how.startswith("unconstrained"):
+        settings["constrained"] = False
     with torch.no_grad(), unwrap_model_for_generation(trainer.model_wrapped, trainer.accelerator):
         policy = trainer.policy
         was_training = policy.training

@@ -20,7 +20,8 @@ from ..rewards.spelled import completion_columns
 
 def context_inputs(batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """What a collator's batch says about the user: all but the targets."""
-    return {name: value for name, value in batch.items() if name not in ("target_ids", "target_positions")}
+    of_targets = ("target_ids", "target_positions", "causal_targets")
+    return {name: value for name, value in batch.items() if name not in of_targets}
 
 
 def generate_candidates(

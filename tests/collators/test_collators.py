@@ -18,7 +18,8 @@ def test_training_rows():
     assert batch["context_mask"].tolist() == [[True, True, True], [True, False, False]]
     assert batch["target_ids"].tolist() == [[[11, 21], [12, 22], [13, 23]], [[11, 21], [0, 0], [0, 0]]]
     assert batch["target_positions"].tolist() == [[1, 2, 3], [1, 0, 0]]
-    assert set(batch) == {"context_ids", "context_mask", "target_ids", "target_positions"}
+    assert set(batch) == {"context_ids", "context_mask", "target_ids", "target_positions", "causal_targets"}
+    assert batch["causal_targets"].tolist() == [True, True]
 
 
 def test_evaluation_rows_keep_the_whole_history_and_every_target():

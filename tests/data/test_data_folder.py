@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from onerec_hf import Catalogue, SemanticIdTokenizer
-from onerec_hf.data import DataFolder
+from onerec_hf.data import DataFolder, SplitWriter
 from onerec_hf.semantic_ids import ResidualKMeans
 
 VECTORS = np.random.default_rng(0).normal(size=(6, 4)).astype(np.float32)
@@ -83,7 +83,7 @@ def test_files_of_several_runs(folder):
 def test_a_run_that_is_stopped_leaves_no_complete_folder(folder, monkeypatch):
     """Into the folder of an earlier run: its files must not be taken for those of the new one."""
     data = DataFolder(folder)
-    monkeypatch.setattr(type(data.splits), "save_to_disk", lambda *_: (_ for _ in ()).throw(OSError("disk is full")))
+    monkeypatch.setattr(SplitWriter, "finish", lambda *_: (_ for _ in ()).throw(OSError("disk is full")))
     parts = {name: getattr(data, name) for name in ("splits", "items", "users", "tokenizer", "quantizer")}
     with pytest.raises(OSError, match="disk is full"):
         DataFolder.save(folder, **parts, item_embeddings=VECTORS, report={})

@@ -32,7 +32,7 @@ VARIANTS = {
         "num_key_value_heads": 2,
     },
     "valid": {"score_normalization": "valid"},
-    "no_bias": {"position_bias_buckets": 0, "num_context_key_value_heads": 1},
+    "no_bias": {"context_position": "none", "num_context_key_value_heads": 1},
 }
 
 

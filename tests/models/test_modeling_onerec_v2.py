@@ -15,7 +15,7 @@ SHARING = {
     "num_context_key_value_heads": 2,
     "num_key_value_heads": 2,
 }
-VARIANTS = [{}, SHARING, {"position_bias_buckets": 0}, {"score_normalization": "valid"}]
+VARIANTS = [{}, SHARING, {"context_position": "none"}, {"context_position": "bias"}, {"score_normalization": "valid"}]
 
 
 def all_targets(catalogue, model, batch=3, length=6, seed=2):

@@ -226,10 +226,10 @@ def test_number_of_parameters():
     d, ff, vocab, dim = 32, 48, 28, 8
     block = 6 * d * d + 3 * d * ff + 3 * d
     context = vocab * dim + 3 * dim * d + d + d  # codes, item map, static slot, norm of the one key set
-    expected = 4 * block + 2 * vocab * d + context + 3 * d + 32 * 4  # final norms, bias over ages
+    expected = 4 * block + 2 * vocab * d + context + 3 * d  # final norms
     model = tiny_model()
     assert model.num_parameters() == expected
-    assert model.num_parameters(exclude_embeddings=True) == expected - vocab * d - vocab * dim - d - 32 * 4
+    assert model.num_parameters(exclude_embeddings=True) == expected - vocab * d - vocab * dim - d
     model.model.decoder.embed_tokens.requires_grad_(False)
     assert model.num_parameters(only_trainable=True) == expected - vocab * d
 

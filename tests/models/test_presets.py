@@ -22,9 +22,10 @@ from onerec_hf import (
     OneRecV2Config,
     OneRecV2ForCausalLM,
 )
+from onerec_hf.scripts.grpo import RLArguments
 from onerec_hf.scripts.model_arguments import ModelArguments, make_config
 from onerec_hf.scripts.parser import ScriptParser
-from onerec_hf.trainers import OneRecSFTConfig
+from onerec_hf.trainers import OneRecGRPOConfig, OneRecSFTConfig
 
 FOLDER = Path(__file__).resolve().parents[2] / "recipes" / "configs" / "models"
 CLASSES = {
@@ -235,3 +236,14 @@ def test_learning_rates_of_the_comments():
         comment = (FOLDER / f"onerec_v2_{size}.yaml").read_text(encoding="utf-8").split("\n")[0]
         expected = 5e-4 * (0.1 / float(size.rsplit("_a", 1)[-1][:-1])) ** 0.5
         assert float(comment.rsplit(" ", 1)[1]) == pytest.approx(expected, rel=0.002)
+
+
+def test_reinforcement_learning_of_the_report():
+    """Technical Report, 2.4, 3.3: ECPO, 512 beams, 1% of the users of RSFT, 5 of 128 for the format, 1,000 steps."""
+    words = ["--config", "report_grpo.yaml", "--data", "data", "--policy", "policy", "--output_dir", "model"]
+    arguments, training = ScriptParser("grpo", "", [RLArguments, OneRecGRPOConfig]).parse(words)
+    assert (training.loss_type, training.delta, training.rollout) == ("ecpo", 0.1, "unconstrained_beam")
+    assert training.num_generations == 512 and training.steps_per_generation == 1000
+    users = training.per_device_train_batch_size // training.num_generations
+    assert arguments.sft == "rsft" and users / training.sft_batch_size == 0.01 and training.learning_rate == 8e-5
+    assert arguments.rewards == ["model", "format"] and arguments.format_samples / 512 == 5 / 128

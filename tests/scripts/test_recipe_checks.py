@@ -19,7 +19,7 @@ from transformers import AutoTokenizer, Trainer, TrainingArguments
 from trl import TrlParser
 
 from onerec_hf.collators import OneRecCollator
-from onerec_hf.data import DataFolder
+from onerec_hf.data import DataFolder, load_splits
 from onerec_hf.evaluation import evaluate
 from onerec_hf.recommender import Recommender
 from onerec_hf.trainers import IPAConfig, OneRecGRPOConfig, OneRecSFTConfig, OneRecSFTTrainer
@@ -304,7 +304,7 @@ def test_the_names_of_the_validation_metrics_are_those_of_evaluate(data, policy)
     from onerec_hf.scripts import ending
 
     ranker = Recommender.from_pretrained(policy).ranker
-    split = datasets.load_from_disk(str(data / "splits"))["validation"].select(range(2))
+    split = load_splits(data)["validation"].select(range(2))
     assert set(ending.VALIDATION_METRICS) == set(evaluate(ranker, split, num_items=30, ks=(10,)).metrics)
 
 

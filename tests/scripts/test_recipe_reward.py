@@ -14,7 +14,7 @@ from huggingface_hub import ModelCard
 from transformers import AutoModel, AutoTokenizer
 
 from onerec_hf import OneRecPScoreModel, OneRecSessionRewardModel
-from onerec_hf.data import DataFolder
+from onerec_hf.data import DataFolder, load_splits
 from onerec_hf.evaluation import auc
 from onerec_hf.scripts.reward_arguments import RewardArguments, make_collator
 from onerec_hf.simulator import ShortVideoWorld
@@ -171,7 +171,7 @@ def test_sessions_are_judged_as_a_whole(tmp_path):
     assert "whole session" in (tmp_path / "model" / "README.md").read_text()
     model = AutoModel.from_pretrained(tmp_path / "model")
     assert isinstance(model, OneRecSessionRewardModel)
-    rows = datasets.load_from_disk(str(tmp_path / "data" / "splits"))["test"].with_format("numpy")[:]
+    rows = load_splits(tmp_path / "data")["test"].with_format("numpy")[:]
     assert len(rows["user"]) == len(datasets.Dataset.from_parquet(str(tmp_path / "model" / "test_scores.parquet")))
 
 
@@ -222,7 +222,7 @@ def test_what_the_tables_do_not_have_is_named(data, settings, message):
 
 def test_rows_without_sessions_are_refused(data, tmp_path):
     other = shutil.copytree(data, tmp_path / "other")
-    splits = datasets.load_from_disk(str(data / "splits"))
+    splits = load_splits(data)
     shutil.rmtree(other / "splits")
     splits.remove_columns("session_start").save_to_disk(str(other / "splits"))
     with pytest.raises(ValueError, match=r"have no session_start: .*onerec prepare --sessions"):

@@ -72,6 +72,24 @@ def test_users_go_down_their_list_until_they_leave(world):
     assert last[last.position < 5].long_view.mean() < inner.long_view.mean()
 
 
+def test_who_had_more_long_views_than_usual_comes_back_more_often(world):
+    """The same lists and random numbers; only `return_slope` differs, and moves each user by their own last visit."""
+    history = world.logs(0)
+    came = {}
+    for slope in (-500.0, 0.0, 500.0):
+        log = simulate_visits(world, fixed_list, history, num_days=2, max_views=6, return_slope=slope, seed=4)
+        came[slope] = [set(log.user_id[log.day == day]) for day in (0, 1)]
+        first = log[log.day == 0].groupby("user_id").long_view.mean()
+    assert came[-500.0][0] == came[0.0][0] == came[500.0][0]  # before the first visit everybody is as usual
+    fond = set(first.index[first > history.long_view.mean() + 0.05])
+    bored = set(first.index[first < history.long_view.mean() - 0.05])
+    others = set(range(60)) - set(first.index)
+    assert fond and bored
+    assert fond <= came[500.0][1] and not bored & came[500.0][1]
+    assert bored <= came[-500.0][1] and not fond & came[-500.0][1]
+    assert others & came[500.0][1] == others & came[0.0][1] == others & came[-500.0][1]
+
+
 def test_the_next_day_knows_the_day_before_and_nothing_else(world):
     history, seen_rows, seen_videos = world.logs(0), [], []
 
@@ -103,19 +121,25 @@ def test_log_probabilities_stay_with_their_video(world):
 def test_totals_against_plain_python(world):
     log = simulate_visits(world, fixed_list, world.logs(0), num_days=3, max_views=6)
     users, cold = np.arange(60), np.arange(80) % 7 == 0
-    totals = user_totals(log, users, world.content_embeddings, cold)
+    clusters = np.arange(80) % 3
+    totals = user_totals(log, users, world.content_embeddings, cold, clusters)
     for user in (0, 7, 33):
         own = log[log.user_id == user]
         assert totals["watch_time"][user] == pytest.approx(own.play_time_ms.sum() / 1000)
         assert totals["app_stay_time"][user] == pytest.approx(own.play_time_ms.sum() / 1000 + 0.7 * len(own))
         assert totals["views"][user] == len(own) and totals["likes"][user] == own.is_like.sum()
         assert totals["cold_start_views"][user] == cold[own.video_id].sum()
-        spread = []
+        assert totals["comments"][user] == own.is_comment.sum() and totals["lifetime"][user] == own.day.nunique()
+        spread, density = [], []
         for _, day in own.groupby("day"):
             x = world.content_embeddings[day.video_id].astype(np.float64)
             x /= np.linalg.norm(x, axis=1, keepdims=True)
             pairs = [1 - x[i] @ x[j] for i in range(len(x)) for j in range(i)]
             spread += [np.mean(pairs)] if pairs else []
+            groups = clusters[day.video_id]
+            same = [groups[i] == groups[j] for i in range(len(x)) for j in range(i)]
+            density += [np.mean(same)] if same else []
+        assert totals["cluster_density"][user] == pytest.approx(np.mean(density) if density else 0)
         assert totals["diversity"][user] == pytest.approx(np.mean(spread) if spread else 0, abs=1e-5)
 
 
@@ -131,6 +155,11 @@ def test_bootstrap_lift():
     sigma = (treatment - ratio * control).std() / control.mean() / np.sqrt(500)
     assert found.value == pytest.approx(ratio - 1)
     assert (found.high - found.low) / (2 * 1.96 * sigma) == pytest.approx(1, abs=0.1)
+    shown = rng.integers(1, 9, size=500).astype(float)
+    assert bootstrap_lift(control, 2 * control, per=(shown, 2 * shown)) == pytest.approx((0, 0, 0))
+    share = bootstrap_lift(control, treatment, per=(shown, np.ones(500)))
+    assert share.value == pytest.approx(treatment.mean() / (control.sum() / shown.sum()) - 1)
+    assert share.low < share.value < share.high
     with pytest.raises(ValueError, match="same users"):
         bootstrap_lift(control, control[:-1])
     with pytest.raises(ValueError, match="sums to 0"):

@@ -9,7 +9,7 @@ import pytest
 from onerec_hf.simulator import ShortVideoWorld
 from onerec_hf.simulator.titles import CATEGORIES, SUBJECTS
 
-FEEDBACK = ["play_time_ms", "is_click", "long_view", "is_like", "is_follow", "is_forward", "is_hate"]
+FEEDBACK = ["play_time_ms", "is_click", "long_view", "is_like", "is_follow", "is_forward", "is_hate", "is_comment"]
 
 
 @pytest.fixture(scope="module")
@@ -55,7 +55,7 @@ def test_rates_are_the_published_ones(real_size):
     rates = {"is_click": 0.44, "long_view": 0.312, "is_like": 0.0176}
     for name, rate in rates.items():
         assert expected[name].mean() == pytest.approx(rate, rel=0.1), name
-    for name, rate in {"is_follow": 0.0013, "is_forward": 0.0008, "is_hate": 0.0008}.items():
+    for name, rate in {"is_follow": 0.0013, "is_forward": 0.0008, "is_hate": 0.0008, "is_comment": 0.0025}.items():
         assert rate / 1.5 < expected[name].mean() < rate * 1.5, name
     bands = pd.cut(log["duration_ms"] / 1000, [0, 7, 18, 30, 60, 120, 240, np.inf], right=False)
     by_duration = log["long_view"].groupby(bands, observed=False).mean()
@@ -171,7 +171,7 @@ def test_expectation_broadcasts_over_all_pairs(world):
         assert grid[name].shape == (4, world.num_items)
         np.testing.assert_allclose(grid[name].ravel(), pairs[name], rtol=1e-9)
         assert (grid[name] >= 0).all() and (name == "play_time_ms" or (grid[name] <= 1).all())
-    for name in ("is_like", "is_follow", "is_forward"):
+    for name in ("is_like", "is_follow", "is_forward", "is_comment"):
         assert np.corrcoef(grid["is_click"].ravel(), grid[name].ravel())[0, 1] > 0.2
     assert np.corrcoef(grid["is_click"].ravel(), grid["is_hate"].ravel())[0, 1] < -0.2
 

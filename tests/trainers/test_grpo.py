@@ -167,7 +167,7 @@ def test_rollouts_are_what_was_asked_for(tmp_path):
     model, catalogue = trainer.policy, trainer.policy.catalogue
     trainer.context = trainer.collator.context([{"user": 3}, {"user": 0}])
     found = {}
-    for how in ("beam", "sample", "tree", "unconstrained"):
+    for how in ("beam", "sample", "tree", "unconstrained", "unconstrained_beam"):
         trainer.args.rollout = how
         found[how] = rollout([0] * 2 * G, trainer)
         assert len(found[how]["completion_ids"]) == 2 * G and model.training is trainer.model.training
@@ -176,7 +176,59 @@ def test_rollouts_are_what_was_asked_for(tmp_path):
     for how in ("beam", "tree"):
         assert len({tuple(ids) for ids in found[how]["completion_ids"][:G]}) == G
     legal = {how: is_legal(rollouts["completion_ids"], catalogue) for how, rollouts in found.items()}
-    assert legal["beam"].all() and legal["sample"].all() and legal["tree"].all() and not legal["unconstrained"].all()
+    assert legal["beam"].all() and legal["sample"].all() and legal["tree"].all()
+    assert not legal["unconstrained"].all() and not legal["unconstrained_beam"].all()
+
+
+def test_beams_without_the_constraint_are_the_most_probable_codes_of_all(tmp_path):
+    """Against the probability of every combination of codes; also where a group is larger than the first codebook."""
+    group = 24
+    trainer = make(tmp_path, rollout="unconstrained_beam", num_generations=group, per_device_train_batch_size=group)
+    model = trainer.policy
+    sizes, offsets = model.config.codebook_sizes, torch.tensor(model.config.level_offsets)
+    assert sizes[0] < group
+    trainer.context = trainer.collator.context([{"user": 3}])
+    found = rollout([0] * group, trainer)["completion_ids"]
+    every = torch.cartesian_prod(*map(torch.arange, sizes)) + offsets
+    rows = torch.nn.functional.pad(every, (1, 0), value=model.config.bos_token_id)
+    with torch.no_grad():
+        log_probs = trainer.completion_log_probs(model, trainer.context, rows)[0].sum(1)
+    of = {tuple(codes): value for codes, value in zip(every.tolist(), log_probs.tolist())}
+    values = torch.tensor([of[tuple(codes)] for codes in found])
+    assert len({tuple(codes) for codes in found}) == group
+    # a beam search may lose a code whose prefix was among the worst, so its best are the best of all, the last may not
+    assert_close(values[:4], log_probs.topk(4).values)
+    assert values.min() >= log_probs.topk(4 * group).values.min()
+
+
+@pytest.mark.parametrize("how", ["sample", "unconstrained"])
+@pytest.mark.parametrize("cut", [{"top_k": 2}, {"top_p": 0.9}, {"top_k": 3, "top_p": 0.9}])
+def test_samples_are_cut_to_the_most_probable_codes(how, cut, tmp_path):
+    """Of every code: how many are more probable, and what they have together, by the policy's own probabilities."""
+    group = 32
+    settings = {"rollout": how, "num_generations": group, "per_device_train_batch_size": group}
+    trainer = make(tmp_path, **settings, **cut)
+    model, catalogue, offsets = trainer.policy, trainer.policy.catalogue, trainer.policy.config.level_offsets
+    items = (catalogue.semantic_ids.long() + torch.tensor(offsets)).tolist()
+    trainer.context = trainer.collator.context([{"user": 3}])
+    found = rollout([0] * group, trainer)["completion_ids"]
+    assert len({tuple(codes) for codes in found}) > 1
+    for codes in found:
+        for level, size in enumerate(model.config.codebook_sizes):
+            tokens = list(range(offsets[level], offsets[level] + size))
+            if how == "sample":
+                tokens = sorted({item[level] for item in items if item[:level] == codes[:level]})
+            rows = torch.tensor([[model.config.bos_token_id, *codes[:level], token] for token in tokens])
+            rows = torch.nn.functional.pad(rows, (0, len(offsets) + 1 - rows.shape[1]), value=offsets[-1])
+            for later in range(level + 1, len(offsets)):
+                rows[:, later + 1] = offsets[later]
+            with torch.no_grad():
+                log_probs = trainer.completion_log_probs(model, trainer.context, rows)[0][:, level]
+            probability = log_probs.softmax(0)
+            own = probability[tokens.index(codes[level])]
+            above = probability[probability > own]
+            assert len(above) < cut.get("top_k", len(tokens) + 1)
+            assert above.sum() < cut.get("top_p", 2.0) + 1e-5
 
 
 def test_a_group_larger_than_the_catalogue_is_refused(tmp_path):
@@ -277,6 +329,8 @@ def test_sessions_are_sampled(how, tmp_path):
 def test_unconstrained_sessions_say_why_not(tmp_path):
     with pytest.raises(ValueError, match="num_session_items=3"):
         make(tmp_path, architecture="onerec", rollout="unconstrained").train()
+    with pytest.raises(ValueError, match="num_session_items=3"):
+        make(tmp_path, architecture="onerec", rollout="unconstrained_beam").train()
 
 
 def test_session_codes_count_and_bos_does_not(tmp_path):
@@ -720,7 +774,13 @@ def test_the_catalogue_is_demanded(tmp_path):
     [
         ({"loss_type": "dapo"}, "allowed are grpo, ecpo, gbpo"),
         ({"rollout": "greedy"}, "allowed are beam"),
-        ({"top_p": 0.9}, "top_p"),
+        ({"top_p": 0.9}, "top_p=0.9 with rollout='beam'"),
+        ({"top_k": 5, "rollout": "tree"}, "top_k=5, top_p=1.0 with rollout='tree'"),
+        ({"min_p": 0.1}, "min_p"),
+        (
+            {"rollout": "unconstrained_beam", "num_generations": 1000, "per_device_train_batch_size": 1000},
+            "have 512 different codes",
+        ),
         ({"per_device_train_batch_size": 6}, "multiple of num_generations=4"),
         ({"logged_weight": 1.0, "max_steps": -1}, "set max_steps"),
         ({"logged_weight": 0.5}, "logged_dataset is not given"),

@@ -1,0 +1,118 @@
+"""Training rows read from a data folder while a model trains: one part of a split in memory at a time.
+
+The order is a function of the seed and the epoch alone, so a run that is resumed goes on with the very next row.
+"""
+
+import itertools
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import datasets
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet
+
+from .split_files import split_parts
+from .splits import arrow_dataset
+
+CHUNK = 4096  # users whose rows are made, mixed and grouped by length at once
+
+
+def stream_split(
+    folder: str | os.PathLike,
+    split: str = "train",
+    *,
+    rows_of: Callable[[datasets.Dataset], datasets.Dataset] = lambda users: users,
+    seed: int = 0,
+    group_size: int | None = None,
+    num_nodes: int = 1,
+) -> datasets.IterableDataset:
+    """
+    The rows of a split without end, epoch after epoch, each time in another order.
+
+    The parts of the split come in random order, the users of a part are mixed, as many as `CHUNK` at once become
+    rows, and these are mixed again. A user's part is a hash of his id, so a part is a sample of all users.
+
+    Args:
+        folder: A data folder.
+        rows_of: Makes training rows of the users of a chunk; `target_rows` for one, and what leaves rows out.
+        seed: Of the order.
+        group_size: Rows of similar length come together in groups of this many, a batch or the batches of a step; None
+            leaves the order random. The column `length` says how long a row is.
+        num_nodes: Processes that train. `split_dataset_by_node`, or accelerate by itself, gives each of them its own
+            rows: whole parts where the number of parts allows it, otherwise every n-th user of each.
+
+    Returns:
+        `datasets.IterableDataset` of rows of numpy arrays. It has no end, so a trainer needs `max_steps`.
+    """
+    files = tuple(map(str, split_parts(folder)[split]))
+    settings = {"files": files, "rows_of": rows_of, "seed": seed, "group_size": group_size, "num_nodes": num_nodes}
+    # a list among the arguments is what `datasets` divides among processes
+    return datasets.IterableDataset.from_generator(
+        _endless_rows, gen_kwargs={"nodes": list(range(num_nodes)), **settings}
+    )
+
+
+def count_lengths(folder: str | os.PathLike, split: str, count: Callable[[np.ndarray], int]) -> int:
+    """The sum of `count(lengths)` over the parts of a split; only their column `length` is read."""
+    return sum(
+        count(pyarrow.parquet.read_table(file, columns=["length"])["length"].to_numpy())
+        for file in split_parts(folder)[split]
+    )
+
+
+def first_rows(folder: str | os.PathLike, split: str, count: int = 64) -> datasets.Dataset:
+    """Some rows of a split, in memory."""
+    batches = pyarrow.parquet.ParquetFile(split_parts(folder)[split][0]).iter_batches(batch_size=count)
+    return arrow_dataset(pa.Table.from_batches([next(batches)]))
+
+
+def _endless_rows(nodes: list[int], num_nodes: int, files: tuple[str, ...], seed: int, **settings: Any) -> Iterator:
+    (node,) = nodes if len(nodes) == 1 else (None,)  # None: nobody divided the rows
+    for epoch in itertools.count():
+        order = np.random.default_rng([seed, epoch])
+        places = order.permutation(len(files))
+        seeds = order.integers(2**63, size=len(files))  # of every part, whoever reads it
+        by_part = node is not None and len(files) % num_nodes == 0
+        for place in places[node::num_nodes] if by_part else places:
+            own = slice(None) if by_part or node is None else slice(node, None, num_nodes)
+            yield from _rows_of_part(Path(files[place]), np.random.default_rng(seeds[place]), own, **settings)
+
+
+def _rows_of_part(
+    file: Path,
+    generator: np.random.Generator,
+    own: slice,
+    rows_of: Callable[[datasets.Dataset], datasets.Dataset],
+    group_size: int | None,
+) -> Iterator[dict[str, Any]]:
+    table = pyarrow.parquet.ParquetFile(file).read()
+    users = generator.permutation(len(table))[own]
+    for start in range(0, len(users), CHUNK):
+        rows = rows_of(arrow_dataset(table.take(pa.array(users[start : start + CHUNK]))))
+        chunk = rows.with_format("arrow")[:]
+        order = generator.permutation(len(chunk))
+        if group_size and len(chunk):
+            lengths = chunk["length"].to_numpy()[order]
+            order = order[np.argsort(-lengths, kind="stable")]
+            starts = np.arange(0, len(order), group_size)
+            order = np.concatenate([order[i : i + group_size] for i in generator.permutation(starts)])
+        yield from _numpy_rows(chunk, order)
+
+
+def _numpy_rows(table: pa.Table, order: np.ndarray) -> Iterator[dict[str, Any]]:
+    """Rows as `with_format("numpy")` has them; slices of a column, where `datasets` would convert every row."""
+    columns: dict[str, tuple[np.ndarray, np.ndarray | None]] = {}
+    for name in table.column_names:
+        array = table[name].combine_chunks()
+        offsets = None
+        if pa.types.is_list(array.type):
+            offsets, array = array.offsets.to_numpy(), array.values
+        columns[name] = array.to_numpy(zero_copy_only=False), offsets
+    for row in order:
+        yield {
+            name: values[row] if offsets is None else values[offsets[row] : offsets[row + 1]]
+            for name, (values, offsets) in columns.items()
+        }
