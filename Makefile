@@ -2,8 +2,9 @@
 PYTHON ?= python3
 BIN = .venv/bin
 export HF_HUB_DISABLE_TELEMETRY = 1
+export NO_MKDOCS_2_WARNING = 1
 
-.PHONY: help quickstart test test-fast test-matrix check results format clean
+.PHONY: help quickstart test test-fast test-matrix check results docs format clean
 
 help:  ## what each target does
 	@sed -n 's/^\([a-z-]*\):.*##/\1:/p' $(MAKEFILE_LIST) | awk -F': *' '{printf "make %-12s %s\n", $$1, $$2}'
@@ -34,6 +35,9 @@ check: $(BIN)/.installed  ## lint, format, types
 
 results: $(BIN)/.installed  ## the tables of the documentation and the model cards, from results/*.json
 	$(BIN)/python results/render.py
+
+docs: $(BIN)/.installed  ## the documentation site in outputs/site; a broken link is an error
+	$(BIN)/mkdocs build --strict
 
 format: $(BIN)/.installed  ## formats the code
 	$(BIN)/ruff check --fix .

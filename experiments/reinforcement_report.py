@@ -45,7 +45,7 @@ def plot(output: Path, seeds: list[int]) -> None:
     """Figure 9 of OneRec-V2 in small, and the legality of rollouts; thin lines are seeds, thick ones their means."""
 
     def curves(axis, name, column, arms, label):
-        for arm, colour in zip(arms, ("tab:red", "tab:orange", "tab:blue", "tab:green")):
+        for arm, colour in zip(arms, ("#d55e00", "#e69f00", "#0072b2", "#009e73")):
             files = [output / f"{name}_{seed}.json" for seed in seeds]
             reports = [json.loads(file.read_text()) for file in files if file.exists()]
             runs = [report[arm]["curve"] for report in reports if arm in report]

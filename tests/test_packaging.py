@@ -14,9 +14,11 @@ from pathlib import Path
 
 import datasets
 import pytest
+import yaml
 
 import onerec_hf
 from onerec_hf._registration import CONFIGS
+from onerec_hf.hub.cards import PAPERS
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -25,6 +27,7 @@ def test_constraints_pin_every_dependency():
     config = configparser.ConfigParser()
     config.read(ROOT / "setup.cfg")
     wanted = config["options"]["install_requires"].split() + config["options.extras_require"]["train"].split()
+    wanted += config["options.extras_require"]["docs"].split()
     names = {re.split(r"[<>=!\[]", line)[0].lower().replace("-", "_") for line in wanted}
     pinned = {
         line.split("==")[0].lower().replace("-", "_") for line in (ROOT / "constraints.txt").read_text().splitlines()
@@ -213,3 +216,20 @@ def test_the_readme_names_every_extra():
     config.read(ROOT / "setup.cfg")
     readme = (ROOT / "README.md").read_text()
     assert [extra for extra in config["options.extras_require"] if f"[{extra}]" not in readme] == []
+
+
+def test_the_workflow_runs_ci_on_every_version_that_is_named():
+    config = configparser.ConfigParser()
+    config.read(ROOT / "setup.cfg")
+    named = re.findall(r"Python :: (3\.\d+)", config["metadata"]["classifiers"])
+    job = yaml.safe_load((ROOT / ".github" / "workflows" / "ci.yml").read_text(encoding="utf-8"))["jobs"]["test"]
+    assert job["strategy"]["matrix"]["python"] == named
+    assert [step["run"] for step in job["steps"] if "run" in step] == ["bash .ci/run"]
+
+
+def test_the_citation_is_of_this_version():
+    cited = yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8"))
+    assert cited["version"] == onerec_hf.__version__ and cited["license"] == "Apache-2.0"
+    assert {entry["url"].rpartition("/")[2] for entry in cited["references"]} == {
+        paper.arxiv for name, paper in PAPERS.items() if name.startswith("onerec")
+    }

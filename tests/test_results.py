@@ -35,7 +35,7 @@ def test_every_record_is_shown_and_every_marker_has_its_end(render):
     shown = set()
     for page in render.pages():
         text = page.read_text(encoding="utf-8")
-        assert text.count("<!-- end -->") == len(re.findall(r"<!-- (?:record|table|commands): ", text)), page
+        assert text.count("<!-- end -->") == len(re.findall(r"<!-- (?:record|table|commands|cell): ", text)), page
         shown |= {name for _, kind, name, _ in render.MARKER.findall(text) if kind != "commands"}
     assert shown == {path.stem for path in RECORDS}
 

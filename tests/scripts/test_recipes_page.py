@@ -5,8 +5,6 @@ serves.
 import json
 import os
 import re
-import runpy
-import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -14,29 +12,15 @@ from pathlib import Path
 import datasets
 import pandas as pd
 import pytest
-import yaml
 from huggingface_hub import ModelCard
 from transformers import AutoConfig, AutoTokenizer
 
 from onerec_hf.data import load_splits
 from onerec_hf.recommender import Recommender
-from onerec_hf.simulator import ShortVideoWorld
 
-ROOT = Path(__file__).resolve().parents[2]
-RECIPES = ROOT / "recipes"
-# what makes the page's config files small enough for a test; everything else in them stays as it is
-TINY = {
-    "mydata/prepare.yaml": {"codebook_size": 16, "collaborative_dim": 16},
-    "mydata/reward.yaml": {"num_train_epochs": 1},
-    "mydata/grpo.yaml": {"max_steps": 2, "logging_steps": 1},
-    "mydata/lifelong_prepare.yaml": {"codebook_size": 16, "collaborative_dim": 16},
-    "mydata/lifelong_sft.yaml": {"num_train_epochs": 1, "eval_users": 20},
-    "small_sft.yaml": {"num_train_epochs": 1},
-    "small_dpo.yaml": {"num_train_epochs": 1, "dpo_ratio": 0.3, "num_candidates": 20, "logging_steps": 1},
-    "sasrec.yaml": {"fit": {"num_epochs": 1}},
-}
-SETTINGS = yaml.safe_load((RECIPES / "configs" / "mydata" / "prepare.yaml").read_text())
-BASELINES = ("popularity", "sasrec")  # of leaderboard.yaml
+from ..recipe_desk import RECIPES, ROOT, config, make_desk, run
+
+SETTINGS = config("mydata/prepare.yaml")
 
 
 def commands() -> list[str]:
@@ -52,45 +36,14 @@ def scripts() -> list[str]:
 @pytest.fixture
 def desk(tmp_path, monkeypatch):
     """A folder with the user's two tables, and `recipes/` with small configs of the same names."""
-    world = ShortVideoWorld(num_users=60, num_items=80, num_days=10, mean_events=30, seed=3)
-    log = world.logs().rename(columns={"video_id": "item_id", "time_ms": "timestamp"})
-    log.to_parquet(tmp_path / "logs.parquet")
-    world.items.rename(columns={"video_id": "item_id"}).to_parquet(tmp_path / "items.parquet")
-    (tmp_path / "recipes" / "configs" / "mydata").mkdir(parents=True)
-    for path in RECIPES.glob("*.py"):
-        (tmp_path / "recipes" / path.name).symlink_to(path)
-    small = {name: yaml.safe_load((RECIPES / "configs" / name).read_text()) | own for name, own in TINY.items()}
-    entries = yaml.safe_load((RECIPES / "configs" / "leaderboard.yaml").read_text())
-    small["leaderboard.yaml"] = {name: entries[name] | {"seeds": [0]} for name in BASELINES}
-    small["leaderboard.yaml"]["sasrec"]["fit"] = TINY["sasrec.yaml"]["fit"]
-    for name, settings in small.items():
-        (tmp_path / "recipes" / "configs" / name).write_text(yaml.safe_dump(settings))
     monkeypatch.chdir(tmp_path)
-    return tmp_path
-
-
-def run(line: str, monkeypatch) -> None:
-    """In this process, which has imported everything already; `accelerate launch` of one process is the script
-    itself.
-    """
-    words = shlex.split(line)
-    words = words[2:] if words[:2] == ["accelerate", "launch"] else words[1:]
-    if words[0] == "-c":
-        exec(words[1], {})
-        return
-    monkeypatch.setattr(sys, "argv", words)
-    runpy.run_path(words[0], run_name="__main__")
+    return make_desk(tmp_path)
 
 
 def test_the_page_names_every_recipe():
     recipes = {path.stem for path in RECIPES.glob("*.py") if "__main__" in path.read_text()}
     assert recipes - set(scripts()) == {"quickstart", "ab_test"}  # of simulated worlds
     assert scripts()[0] == "prepare" and scripts()[-1] == "recommend"
-
-
-def test_the_readme_begins_the_same_way():
-    lines = re.findall(r"^(?:python|accelerate launch) recipes/.*$", (ROOT / "README.md").read_text(), re.M)
-    assert lines == commands()[: len(lines)] and len(lines) == 3
 
 
 def test_the_commands_run_as_printed(desk, hub, monkeypatch):
@@ -111,7 +64,7 @@ def test_the_commands_run_as_printed(desk, hub, monkeypatch):
     from onerec_hf.scripts import grpo
 
     served = Recommender.from_pretrained(desk / "outputs" / "mymodel")
-    settings = yaml.safe_load((RECIPES / "configs" / "mydata" / "grpo.yaml").read_text())
+    settings = config("mydata/grpo.yaml")
     arguments = {name: settings[name] for name in ("columns", "watched", "end")}
     arguments = grpo.RLArguments(policy="", data=str(data), exposures="logs.parquet", **arguments)
     exposures = grpo.load_exposures(arguments, served.model.catalogue, served.ranker.collator)
