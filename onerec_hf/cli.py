@@ -22,6 +22,7 @@ COMMANDS = {
     "rerank": "fit a re-ranker of a model and baselines on the validation split",
     "publish": "write the card of a model, and push it to the Hub",
     "recommend": "recommend items for every row of a data set",
+    "demo": "a page to try a model in the browser",
     "serve": "serve a model over HTTP, and swap model and catalogue under traffic",
     "ab_test": "let two models serve the same simulated users",
     "quickstart": "the whole path on a simulated log, in minutes",

@@ -42,6 +42,7 @@ RULES = {
             "baselines",
             "collators",
             "data",
+            "demo",
             "evaluation",
             "hub",
             "item_embeddings",
@@ -76,6 +77,7 @@ RULES = {
         {
             "pandas",
             "accelerate",
+            "gradio",
             "yaml",
             "torch",
             "transformers",

@@ -29,7 +29,7 @@ def test_constraints_pin_every_dependency():
     extras = config["options.extras_require"]
     wanted = [
         name
-        for line in (config["options"]["install_requires"], *map(extras.get, ("train", "serve", "docs")))
+        for line in (config["options"]["install_requires"], *map(extras.get, ("train", "serve", "demo", "docs")))
         for name in line.split()
     ]
     names = {re.split(r"[<>=!\[]", line)[0].lower().replace("-", "_") for line in wanted} - {"onerec_hf"}

@@ -11,7 +11,7 @@ from .past_rates import PastRates, past_rates, period_of, quantile_codes, rate_n
 from .public_datasets import load_amazon, load_kuairand
 from .session_splits import SessionSplit, session_splits, training_events
 from .sessions import SessionConfig, session_criteria, session_index
-from .split_files import SplitWriter, load_splits, read_part, with_users
+from .split_files import SplitWriter, load_splits, read_part, with_users, write_part
 from .splits import (
     GlobalTimeSplit,
     LeaveLastOut,
@@ -69,4 +69,5 @@ __all__ = [
     "target_rows",
     "training_events",
     "with_users",
+    "write_part",
 ]

@@ -106,6 +106,9 @@ def _open(source: Any, log_columns: LogColumns) -> pa.Table | pyarrow.dataset.Da
         return source
     if isinstance(source, (str, Path)) and (files := parquet_files(source)):
         try:
+            if Path(source).is_dir() and any("=" in str(file.relative_to(source)) for file in files):
+                # folders such as day=2024-01-01 are a column
+                return pyarrow.dataset.dataset(str(source), format="parquet", partitioning="hive")
             schemas = [pyarrow.parquet.read_schema(file) for file in files]
             schema = pa.unify_schemas(schemas, promote_options="permissive")
             if all(set(each.names) == set(schema.names) for each in schemas) and len(set(schema.names)) == len(schema):

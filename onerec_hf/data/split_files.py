@@ -29,11 +29,12 @@ class SplitWriter:
 
     Args:
         folder: The data folder.
+        work: Where they are until then, on the same disk; by default in the data folder itself.
     """
 
-    def __init__(self, folder: str | os.PathLike):
+    def __init__(self, folder: str | os.PathLike, work: str | os.PathLike | None = None):
         self.folder = Path(folder)
-        self.partial = self.folder / f"{SPLITS}.partial"
+        self.partial = Path(work or folder) / f"{SPLITS}.partial"
         shutil.rmtree(self.partial, ignore_errors=True)
         self.rows: dict[str, int] = {}
 
@@ -41,14 +42,13 @@ class SplitWriter:
         """The rows of one shard, users in increasing order."""
         for name, rows in splits.items():
             path = self.partial / name / f"part-{shard:05d}-of-{num_shards:05d}.parquet"
-            path.parent.mkdir(parents=True, exist_ok=True)
-            _write(path, rows)
+            write_part(path, rows)
             self.rows[name] = self.rows.get(name, 0) + len(rows)
 
     def transform(self, change: Callable[[datasets.Dataset], datasets.Dataset]) -> None:
         """Writes every part anew, as `change` makes it from its rows."""
         for path in sorted(self.partial.glob("*/part-*.parquet")):
-            _write(path, change(read_part(path)))
+            write_part(path, change(read_part(path)))
 
     def finish(self) -> None:
         """Puts the splits in their place."""
@@ -71,7 +71,9 @@ def with_users(rows: datasets.Dataset, users: np.ndarray) -> datasets.Dataset:
     return arrow_dataset(table.set_column(0, "user", own).append_column("length", lengths))
 
 
-def _write(path: Path, rows: datasets.Dataset) -> None:
+def write_part(path: Path, rows: datasets.Dataset) -> None:
+    """The rows of one file."""
+    path.parent.mkdir(parents=True, exist_ok=True)
     table = rows.with_format("arrow")[:]
     pyarrow.parquet.write_table(table, path, row_group_size=ROWS_PER_GROUP, compression="zstd")
 
@@ -93,6 +95,11 @@ def split_parts(folder: str | os.PathLike) -> dict[str, list[Path]]:
     advice = f"Make it with `onerec prepare --source LOG --output {folder}`, or name the one that you made."
     if not splits.is_dir():
         raise FileNotFoundError(f"{folder} is no data folder: {splits} is not there. {advice}")
+    if (splits / "dataset_dict.json").is_file():
+        raise ValueError(
+            f"{splits} was written by an earlier version, in one file per split, which can be read but not streamed: "
+            "prepare the data again, or leave streaming out."
+        )
     if not (splits / CONTRACT).is_file():
         raise FileNotFoundError(
             f"{splits} has no {CONTRACT}: the run that made it was stopped, or files were moved. {advice}"

@@ -77,8 +77,7 @@ class Histories:
         """The rows of one more shard."""
         train = train.select_columns("history")
         self.files.append(self.work / f"histories-{len(self.files):05d}.parquet")
-        self.work.mkdir(parents=True, exist_ok=True)
-        train.to_parquet(self.files[-1])
+        logs.write_part(self.files[-1], train)
         for rows in train.with_format("numpy").iter(batch_size=10_000):
             self.popularity += np.bincount(np.concatenate(rows["history"]), minlength=len(self.popularity))
 
@@ -91,7 +90,8 @@ def write_splits(
 ) -> list[str]:
     """Writes the splits, shard by shard; returns the columns of the training split."""
     splitter, watched, columns = make_splitter(args), mapping(args.watched), []
-    for shard, (users, events) in enumerate(logging.tqdm(shards, desc="splits", unit="shard")):
+    progress = logging.tqdm(shards, desc="splits", unit="shard", disable=len(shards) == 1)
+    for shard, (users, events) in enumerate(progress):
         if watched and args.sessions is None:
             events = events.where(logs.reaches(events.feedback, watched))
         splits = splitter.rows(events)
@@ -152,7 +152,7 @@ def prepare(args: PrepareArguments, output: Path, work: Path) -> dict:
     """Checked arguments -> the data folder `output`; returns the quality report of the semantic IDs."""
     shards = load(args, work)
     check_items(args, shards)
-    writer, histories = logs.SplitWriter(output), Histories(work, shards.num_items)
+    writer, histories = logs.SplitWriter(output, work), Histories(work, shards.num_items)
     columns = write_splits(args, shards, writer, histories)
     if lifelong := lifelong_settings(args):
         check_lifelong(lifelong, columns)

@@ -91,7 +91,7 @@ def changed(origin: Recommender, recommender: Recommender, items: Sequence[Item]
         raise ValueError(
             f"the embeddings have {sorted(widths)} numbers: all must be as wide as those of the codebooks."
         )
-    own = with_catalogue(recommender, catalogue, dict(recommender.metadata))  # to be changed in place
+    own = with_catalogue(recommender, catalogue)  # to be changed in place
     if leaving := [*remove, *(item.item_id for item, place in coded if place >= 0)]:
         own.remove_items(leaving)
     if coded:

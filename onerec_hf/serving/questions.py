@@ -35,7 +35,7 @@ class Question:
     @property
     def kind(self) -> tuple:
         """Questions of one kind are answered by one search: it has one width, and one set of re-ranking weights."""
-        width = max(self.k, self.version.recommender.ranker.num_beams)
+        width = max(self.k, self.version.recommender.ranker.width)
         return self.version, width, self.exclude_seen, self.session, self.rerank
 
     @property

@@ -32,6 +32,7 @@ from onerec_hf.data import (
     load_splits,
     past_rates,
     session_splits,
+    stream_split,
     training_events,
     with_users,
 )
@@ -342,6 +343,29 @@ def test_splits_of_earlier_versions_are_read(tmp_path):
     rows = rows_of([0, 1, 2])
     datasets.DatasetDict(train=rows, test=rows).save_to_disk(str(tmp_path / "splits"))
     assert load_splits(tmp_path)["train"][:] == rows[:]
+    with pytest.raises(ValueError, match=r"written by an earlier version, .* can be read but not streamed: prepare"):
+        stream_split(tmp_path)
+
+
+def test_folders_that_are_a_column(tmp_path):
+    frame = random_log(0)
+    for day, rows in frame.groupby("is_click"):
+        (tmp_path / "log" / f"is_click={day}").mkdir(parents=True)
+        rows.drop(columns="is_click").to_parquet(tmp_path / "log" / f"is_click={day}" / "log.parquet", index=False)
+    x = load_interactions(tmp_path / "log", feedback=["is_click"])
+    assert_same(x, load_shards(tmp_path / "log", tmp_path / "work", num_shards=3, feedback=["is_click"]))
+
+
+def test_a_run_that_fails_leaves_an_earlier_folder_as_it_was(tmp_path):
+    settings = {"source": random_log(0), "output": str(tmp_path), "codebook_size": 4, "num_shards": 2}
+    prepare.main(prepare.PrepareArguments(**settings, collaborative_dim=4, num_levels=3))
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises(ValueError, match="item embeddings must have shape"):
+        np.save(tmp_path.parent / "short.npy", np.zeros((3, 4)))
+        embeddings = str(tmp_path.parent / "short.npy")
+        prepare.main(prepare.PrepareArguments(**settings, embeddings=embeddings, collaborative_dim=0))
+    assert sorted(tmp_path.rglob("*")) == before
+    assert len(DataFolder(tmp_path).splits["train"]) > 0
 
 
 def test_the_sql_of_the_documentation_makes_the_same_splits(tmp_path):
