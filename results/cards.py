@@ -23,6 +23,7 @@ def beauty():
     width = 384 + prepare["collaborative_dim"]  # of the item vectors: MiniLM and co-occurrence
     features = {"context_features": {"item_vectors": 12101 + 1}, "fixed_context_features": ["item_vectors"]}
     features["feature_embed_dims"] = {"item_vectors": width}
+    features["context_position"] = "bias"  # the default when these numbers were taken
     config = AutoConfig.for_model("onerec_v2", codebook_sizes=sizes, **features, **settings["model"])
     rows = render.metrics(
         "beauty", "OneRec-V2, 0.83M", "popularity", "co-occurrence counter", "SASRec, full softmax, 40 epochs"
