@@ -29,8 +29,9 @@ COMMANDS = {
 }
 LAUNCHED = ("sft", "reward", "dpo", "grpo", "recommend")  # by `accelerate launch`: on as many processes as it is told
 # what the scripts import; `pip install 'onerec_hf[train]'` brings it
-TRAIN = ("accelerate", "datasets", "jinja2", "matplotlib", "peft", "scipy", "tensorboard", "trl", "yaml")
-SERVE = ("fastapi", "prometheus_client", "pydantic", "uvicorn")  # beside them, of 'onerec_hf[serve]'
+TRAIN = ("accelerate", "datasets", "duckdb", "jinja2", "matplotlib", "peft", "scipy", "tensorboard", "trl", "yaml")
+# what some commands import beside them: by the extra that brings it
+BESIDE = {"serve": ("fastapi", "prometheus_client", "pydantic", "uvicorn"), "demo": ("gradio",)}
 
 
 def names(folder: str) -> list[str]:
@@ -109,7 +110,7 @@ def main(argv: list[str] | None = None) -> None:
         return
     if command not in COMMANDS:
         raise SystemExit(f"onerec: there is no command {command!r}; allowed are {', '.join(COMMANDS)}.")
-    extra, needed = ("serve", (*TRAIN, *SERVE)) if command == "serve" else ("train", TRAIN)
+    extra, needed = command if command in BESIDE else "train", (*TRAIN, *BESIDE.get(command, ()))
     if absent := [name for name in needed if importlib.util.find_spec(name) is None]:
         raise SystemExit(
             f"onerec {command} needs packages that are not installed, {', '.join(absent)}: pip install "

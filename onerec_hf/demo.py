@@ -149,7 +149,9 @@ def answer(
     return results_table(recommender, history, found, known), beam_tree(recommender, beam)
 
 
-def make_demo(recommenders: Mapping[str, Recommender], users: Sequence[ExampleUser] = (), truth: Truth | None = None):
+def make_demo(
+    recommenders: Mapping[str, Recommender], users: Sequence[ExampleUser] = (), truth: Truth | None = None
+) -> Any:
     """
     The page.
 

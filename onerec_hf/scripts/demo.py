@@ -9,6 +9,7 @@ simulated world, `--world '{"num_users": 2000, "num_items": 2000, "seed": 0}'` a
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -64,7 +65,7 @@ def truth_of(world: ShortVideoWorld, data: DataFolder) -> Truth:
     return seconds
 
 
-def build(args: DemoArguments):
+def build(args: DemoArguments) -> Any:
     """The page; all that can be said of the arguments is said before a model is loaded."""
     if args.world is not None and args.data is None:
         raise ValueError("--world without --data: the truth belongs to users, who come from a data folder.")

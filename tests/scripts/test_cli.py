@@ -54,15 +54,16 @@ def test_the_packages_of_training_are_those_of_the_extra():
     assert {"pyyaml" if name == "yaml" else name for name in cli.TRAIN} == wanted
 
 
-def test_serving_needs_packages_of_its_own(monkeypatch):
+@pytest.mark.parametrize("command", cli.BESIDE)
+def test_some_commands_need_packages_of_their_own(command, monkeypatch):
     """Those of the extra; the other commands do without them."""
     config = configparser.ConfigParser()
     config.read(ROOT / "setup.cfg")
-    wanted = {re.split("[<>=]", line)[0] for line in config["options.extras_require"]["serve"].split()}
-    assert {name.replace("_", "-") for name in cli.SERVE} | {"onerec_hf[train]"} == wanted
-    monkeypatch.setattr(cli, "SERVE", (*cli.SERVE, "no_such_package"))
-    with pytest.raises(SystemExit, match=r"not installed, no_such_package: pip install 'onerec_hf\[serve\]'"):
-        cli.main(["serve", "--help"])
+    wanted = {re.split("[<>=]", line)[0] for line in config["options.extras_require"][command].split()}
+    assert {name.replace("_", "-") for name in cli.BESIDE[command]} | {"onerec_hf[train]"} == wanted
+    monkeypatch.setitem(cli.BESIDE, command, (*cli.BESIDE[command], "no_such_package"))
+    with pytest.raises(SystemExit, match=rf"not installed, no_such_package: pip install 'onerec_hf\[{command}\]'"):
+        cli.main([command, "--help"])
     with pytest.raises(SystemExit) as ended:
         cli.main(["prepare", "--help"])
     assert ended.value.code == 0

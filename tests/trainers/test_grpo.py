@@ -451,7 +451,8 @@ class Judge(torch.nn.Module):
 @pytest.mark.parametrize("with_format", [False, True])
 def test_a_reward_model_compares_items_alone_with_either_sign(loss_type, with_format, tmp_path):
     """Unconstrained rollouts: an illegal one is no item 0, and a reward without negatives does not only praise."""
-    catalogue, model = tiny_catalogue(), tiny_model(tiny_catalogue())
+    # with this order of the context, a group draws several legal items
+    catalogue, model = tiny_catalogue(), tiny_model(tiny_catalogue(), context_position="bias")
     own = OneRecCollator(catalogue.semantic_ids.numpy() + torch.tensor(model.config.level_offsets).numpy())
     own.candidates = lambda rows: {"item_ids": own.pad_targets([row["targets"] for row in rows])}
     score = reward_of_model(Judge(), own, model)

@@ -136,26 +136,38 @@ EXPECTED: dict[str, dict[str, list[float]]] = {
         "losses": [6.756459, 5.019617, 5.28475, 5.870443, 7.579361, 4.774925],
         "moved": [-0.09399635, 4.910917],
     },
-    "sft v2": {"losses": [2.879829, 2.806282, 2.774836], "moved": [-0.01375987, 2.848087]},
+    "sft v2": {
+        "losses": [3.110483, 2.387412, 3.388881],
+        "moved": [0.01404721, 3.027069],
+    },
     "sft v2_moe average": {
-        "losses": [1.730057, 0.8035292, 0.4714643, 3.015612, 1.625208, 0.8051413, 0.379318],
-        "moved": [-0.005413403, 3.369436],
+        "losses": [1.951611, 0.9181028, 0.4139086, 3.212029, 1.801746, 0.9306253, 0.4906657],
+        "moved": [-0.07295169, 3.367803],
     },
     "ipa reward": {
-        "losses": [4.224498, 4.212295, 4.268806, 4.415522, 3.855016, 4.119781],
-        "moved": [-0.01559069, 3.813905],
+        "losses": [4.45647, 3.76124, 4.784703, 4.292065, 4.908423, 4.014233],
+        "moved": [0.01478671, 4.330079],
     },
-    "ipa reward sessions": {"losses": [15.92516, 11.12889, 23.09576], "moved": [-0.04922757, 3.891131]},
+    "ipa reward sessions": {
+        "losses": [15.92516, 11.12889, 23.09576],
+        "moved": [-0.04922757, 3.891131],
+    },
     "ipa pairs": {
-        "losses": [6.025333, 9.599986, 1.310857, 10.2349, 5.19312, 9.356525],
-        "moved": [0.01640423, 2.923803],
+        "losses": [6.282988, 9.352807, 1.631076, 10.13078, 5.498619, 9.057217],
+        "moved": [0.006677666, 3.054149],
     },
     "grpo gbpo": {
-        "losses": [-0.1448361, -0.1286596, -0.1485396, -0.09145787, -0.1100206, -0.1514951],
-        "moved": [0.03047626, 2.59141],
+        "losses": [-0.1718964, -0.176586, -0.1075385, -0.1510161, -0.1342401, -0.1572234],
+        "moved": [0.01387259, 2.773764],
     },
-    "grpo ecpo": {"losses": [-7.450581e-08, 0.0158115, -1.490116e-08, 0.002877496], "moved": [-0.0118809, 2.95049]},
-    "grpo logged": {"losses": [0.5989867, 0.6683185, 0.6339866], "moved": [0.02221508, 2.706036]},
+    "grpo ecpo": {
+        "losses": [-1.490116e-08, 0.006166711, -1.490116e-08, 0.003643639],
+        "moved": [-0.005943471, 2.62408],
+    },
+    "grpo logged": {
+        "losses": [0.6929228, 0.5898628, 0.6925896],
+        "moved": [-0.01043117, 2.462338],
+    },
 }
 
 
@@ -166,7 +178,8 @@ def test_the_numbers_are_the_same(name, tmp_path):
     assert_close(torch.tensor(found["losses"]), torch.tensor(expected["losses"]), terms)
     # a move is the difference of weights of about 1, a thousand times as large
     assert_close(torch.tensor(found["moved"]), torch.tensor(expected["moved"]), 30 * terms)
-    assert expected["moved"][1] > 1 and len(set(expected["losses"])) == len(expected["losses"])
+    own = [loss for loss in expected["losses"] if abs(loss) > 1e-6]  # ECPO's are 0 where the policy has not moved yet
+    assert expected["moved"][1] > 1 and len(set(own)) == len(own) >= 2
 
 
 if __name__ == "__main__":
