@@ -21,6 +21,7 @@ PAGES = {
     "model_cards/README.md": "model_cards/README.md",
     "model_cards/onerec-v2-beauty.md": "model_cards/onerec-v2-beauty.md",
     "model_cards/onerec-v2-quickstart.md": "model_cards/onerec-v2-quickstart.md",
+    "model_cards/simulated-short-videos.md": "model_cards/simulated-short-videos.md",
 }
 SOURCES = {uri: source for source, uri in PAGES.items()}
 LINK = re.compile(r"(!?)\[((?:[^\[\]]|\[[^\]]*\])*)\]\(([^)#\s]+)((?:#[^)]*)?)\)")

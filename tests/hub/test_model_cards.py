@@ -4,12 +4,14 @@ import contextlib
 import importlib
 import io
 import math
+import re
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
-from huggingface_hub import ModelCard
+from huggingface_hub import DatasetCard, ModelCard
 from transformers import AutoConfig
 
 from onerec_hf import SemanticIdTokenizer
@@ -254,3 +256,15 @@ def test_the_committed_cards_are_what_the_command_writes(tmp_path, monkeypatch):
             f"{committed.name} is out of date: run `python results/render.py`"
         )
     assert {path.stem for path in (ROOT / "model_cards").glob("onerec*.md")} == set(cards.CARDS)
+
+
+def test_the_card_of_the_data_set_says_what_its_code_writes(tmp_path, monkeypatch):
+    card = DatasetCard.load(ROOT / "model_cards" / "simulated-short-videos.md")
+    assert card.data.license == "apache-2.0" and card.data.task_categories == ["other"]
+    (code,) = re.findall(r"^```python\n(.*?)^```", card.text, re.M | re.S)
+    monkeypatch.chdir(tmp_path)
+    exec(code.replace("num_users=2000, num_items=2000", "num_users=50, num_items=60"), {})
+    for config in card.data.configs:
+        table = pd.read_parquet(f"outputs/simulated-short-videos/{config['data_files']}")
+        (row,) = [line for line in card.text.splitlines() if line.startswith(f"| `{config['data_files']}`")]
+        assert re.findall(r"`(\w+)`", row.split("|")[3]) == list(table.columns)
