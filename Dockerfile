@@ -1,19 +1,20 @@
 # `onerec serve` in a container. Written without a machine to build it on: it was not built.
 #
 #   docker build -t onerec .
-#   docker build -t onerec-cuda --build-arg BASE=nvidia/cuda:12.8.1-runtime-ubuntu24.04 --build-arg TORCH=https://pypi.org/simple .
+#   docker build -t onerec-cuda --build-arg BASE=nvidia/cuda:12.8.1-runtime-ubuntu24.04 .
 #   docker run -p 8000:8000 -e ONEREC_SERVE_TOKEN -v $PWD/outputs/mymodel:/model:ro onerec --repo /model
 ARG BASE=python:3.12-slim
 FROM ${BASE}
-# where torch comes from: this one has no CUDA, that of PyPI has
-ARG TORCH=https://download.pytorch.org/whl/cpu
+# pip reads these: an index with CPU builds of torch makes the image several GB smaller
+ARG PIP_INDEX_URL
+ARG PIP_EXTRA_INDEX_URL
 RUN command -v python3 && python3 -m venv --help > /dev/null \
     || (apt-get update && apt-get install -y --no-install-recommends python3 python3-venv && rm -rf /var/lib/apt/lists/*)
-RUN python3 -m venv /opt/onerec
-ENV PATH=/opt/onerec/bin:$PATH HF_HUB_DISABLE_TELEMETRY=1
+RUN python3 -m venv /home/venv
+ENV PATH=/home/venv/bin:$PATH HF_HUB_DISABLE_TELEMETRY=1
 WORKDIR /src
 COPY constraints.txt ./
-RUN pip install --no-cache-dir -c constraints.txt --index-url ${TORCH} --extra-index-url https://pypi.org/simple torch
+RUN pip install --no-cache-dir -c constraints.txt torch
 COPY setup.cfg pyproject.toml README.md LICENSE ./
 COPY onerec_hf onerec_hf
 RUN pip install --no-cache-dir -c constraints.txt '.[serve]'

@@ -40,7 +40,8 @@ class ItemRanker:
     @property
     def width(self) -> int:
         """How many items a search finds."""
-        return self.num_beams if isinstance(self.num_beams, int) else self.num_beams[-1]
+        widths = at_least(self.num_beams, 1)
+        return widths[-1] if isinstance(widths, list) else widths
 
     def recommend(self, examples: dict[str, list], k: int, exclude_seen: bool = False) -> np.ndarray:
         """

@@ -201,7 +201,7 @@ class Recommender:
         allowed = allowed_items(catalogue, [row["history"] for row in rows], exclude_seen, allow, deny)
         k = k if session else min(k, catalogue.num_items)
         widths = at_least(self.ranker.num_beams, max(num_candidates or 1, k))
-        width = widths if isinstance(widths, int) else widths[-1]
+        width = widths[-1] if isinstance(widths, list) else widths
         length = self.model.num_session_items if session else None
         reranker = None if session or item_scorer is not None or not rerank else self.ranker.reranker
         judge = None

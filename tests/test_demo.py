@@ -11,6 +11,7 @@ from onerec_hf.collators import OneRecCollator
 from onerec_hf.demo import ExampleUser, answer, beam_tree, make_demo, reasons, results_table, search_titles
 from onerec_hf.item_ranker import ItemRanker
 from onerec_hf.recommender import Recommender
+from onerec_hf.scripts.demo import DemoArguments, build, world_of
 
 from .tiny import tiny_catalogue, tiny_model
 
@@ -76,6 +77,14 @@ def test_wrong_recommenders_are_named():
         make_demo({})
     with pytest.raises(ValueError, match="recommend different items"):
         make_demo({"a": recommender(), "b": recommender(num_items=60)})
+
+
+@pytest.mark.parametrize("text", ["{num_users: 5}", '{"users": 5}', "[1]"])
+def test_a_wrong_world_is_named(text):
+    with pytest.raises(ValueError, match="It is JSON of ShortVideoWorld's arguments"):
+        world_of(text)
+    with pytest.raises(ValueError, match="--world without --data"):
+        build(DemoArguments("nowhere", world="{}"))
 
 
 @pytest.mark.slow

@@ -6,7 +6,8 @@ T context items, L levels.
 """
 
 from collections.abc import Collection, Mapping, Sequence
-from typing import Any
+from numbers import Integral
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -215,18 +216,21 @@ def checked_labels(labels: Tensor | None, shift_labels: Tensor | None, rows: Ten
 
 def widths_of(num_beams: int | Sequence[int], num_levels: int) -> list[int]:
     """The width of every level, from one for all or one for each; `ValueError` where it is neither."""
-    widths = [num_beams] * num_levels if isinstance(num_beams, int) else list(num_beams)
-    if len(widths) != num_levels or not all(isinstance(width, int) and width >= 1 for width in widths):
+    widths: list[Any] = [num_beams] * num_levels if isinstance(num_beams, Integral) else list(cast(Any, num_beams))
+    if len(widths) != num_levels or not all(isinstance(width, Integral) and int(width) >= 1 for width in widths):
         raise ValueError(
             f"num_beams (or samples)={num_beams}: a number of at least 1, or a list of {num_levels} of them, one for "
             "each level."
         )
-    return widths
+    return [int(width) for width in widths]
 
 
 def at_least(num_beams: int | Sequence[int], k: int) -> int | list[int]:
     """`num_beams`, wide enough in the end for `k` results."""
-    return max(k, num_beams) if isinstance(num_beams, int) else [*num_beams[:-1], max(k, num_beams[-1])]
+    if isinstance(num_beams, Integral):
+        return max(int(k), int(num_beams))
+    *early, last = cast(Sequence[int], num_beams)
+    return [*early, max(k, last)]
 
 
 def check_rows_allowed(allowed_items: Any, batch: int, num_nodes: list[int]) -> None:

@@ -26,7 +26,8 @@ class ContextKV(ModelOutput):
 
     Args:
         key_states (`tuple[torch.FloatTensor]`): One (B, H_kv, T, head_dim) tensor per key/value set.
-        value_states (`tuple[torch.FloatTensor]`): As `key_states`; the same tensors where keys and values are shared.
+        value_states (`tuple[torch.FloatTensor]`): As `key_states`; the same tensors where keys and values are shared,
+            unless keys are turned by a rotary position.
         mask (`torch.BoolTensor` of shape (B, T)): True for real positions, which include the leading static slot.
     """
 

@@ -17,10 +17,9 @@ from ..data import DataFolder
 from ..demo import STYLE, ExampleUser, Truth, make_demo
 from ..recommender import Recommender
 from ..simulator import ShortVideoWorld
+from ..simulator.population import DAY_MS
 from .checks import check_columns
 from .parser import ScriptParser
-
-DAY_MS = 86_400_000
 
 
 @dataclass
@@ -65,6 +64,17 @@ def truth_of(world: ShortVideoWorld, data: DataFolder) -> Truth:
     return seconds
 
 
+def world_of(text: str) -> ShortVideoWorld:
+    """The world of `--world`; `ValueError` where it is no JSON of arguments."""
+    try:
+        return ShortVideoWorld(**json.loads(text))
+    except (json.JSONDecodeError, TypeError) as error:
+        raise ValueError(
+            f"--world {text}: {error}. It is JSON of ShortVideoWorld's arguments, such as "
+            '\'{"num_users": 2000, "num_items": 2000, "seed": 0}\'.'
+        ) from error
+
+
 def build(args: DemoArguments) -> Any:
     """The page; all that can be said of the arguments is said before a model is loaded."""
     if args.world is not None and args.data is None:
@@ -72,11 +82,14 @@ def build(args: DemoArguments) -> Any:
     data = None if args.data is None else DataFolder(args.data)
     truth = None
     if args.world is not None and data is not None:
-        truth = truth_of(ShortVideoWorld(**json.loads(args.world)), data)
+        truth = truth_of(world_of(args.world), data)
     repos = [args.repo] if args.compare is None else [args.repo, args.compare]
     names = [Path(repo).name for repo in repos]
     names = names if len(set(names)) == len(names) else repos
     recommenders = {name: Recommender.from_pretrained(repo, args.num_beams) for name, repo in zip(names, repos)}
+    if data is not None:
+        for repo, one in zip(repos, recommenders.values()):
+            data.check_model(repo, one.model.catalogue)
     return make_demo(recommenders, [] if data is None else example_users(data, args.num_users), truth)
 
 

@@ -1,5 +1,6 @@
 """One beam width for each level: exact where the early ones leave nothing out, and a beam search by hand elsewhere."""
 
+import numpy as np
 import pytest
 import torch
 
@@ -57,6 +58,15 @@ def test_widths_reach_the_search_from_every_call():
     wide = Recommender(ItemRanker(model, ranker.collator, 20)).recommend([history], 20)[0]
     assert [item.score for item in served] != [item.score for item in wide]
     assert len(Recommender(ranker).recommend([history], 21)[0]) == 21  # the last level grows with k
+
+
+def test_numbers_of_numpy_are_numbers():
+    catalogue = tiny_catalogue()
+    model = tiny_model(catalogue)
+    context = tiny_context(catalogue, model)
+    expected = model.recommend_items(60, num_beams=60, **context).items
+    for k, widths in ((np.int64(60), None), (60, np.int64(60)), (60, np.array([60, 60, 60]))):
+        assert torch.equal(model.recommend_items(k, num_beams=widths, **context).items, expected)
 
 
 @pytest.mark.parametrize("widths", [[2, 5], [2, 0, 5], 0, [2, 5, 5, 5]])

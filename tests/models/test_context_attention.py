@@ -63,18 +63,6 @@ def test_causal_targets_in_other_types(dtype, difference):
     assert (own_loss - loss).abs() <= difference * loss.abs()
 
 
-def test_a_causal_target_does_not_see_itself_or_the_future():
-    catalogue = tiny_catalogue()
-    model = tiny_model(catalogue)
-    batch = all_targets(catalogue, model) | {"causal_targets": True}
-    before = model(**batch).target_log_probs
-    changed = dict(batch, context_ids=batch["context_ids"].clone())
-    changed["context_ids"][0, 4] = batch["context_ids"][2, 0]
-    after = model(**changed).target_log_probs
-    assert_close(after[0, :4], before[0, :4])
-    assert (after[0, 4:] != before[0, 4:]).any()
-
-
 def test_no_mask_reaches_the_attention_of_causal_targets():
     """What lets every fused kernel serve it; a bias over ages has one, and so have positions that are a tensor."""
     masks = []

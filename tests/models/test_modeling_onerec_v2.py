@@ -70,10 +70,11 @@ def test_gradients_of_both_ways_agree():
     assert_gradients_close({name: p.grad for name, p in model.named_parameters()}, together)
 
 
-def test_a_target_does_not_see_itself_or_the_future():
+@pytest.mark.parametrize("causal", [False, True])
+def test_a_target_does_not_see_itself_or_the_future(causal):
     catalogue = tiny_catalogue()
     model = tiny_model(catalogue)
-    batch = all_targets(catalogue, model)
+    batch = all_targets(catalogue, model) | {"causal_targets": causal}
     before = model(**batch).target_log_probs
     changed = dict(batch, context_ids=batch["context_ids"].clone())
     changed["context_ids"][0, 4] = batch["context_ids"][2, 0]
