@@ -5,7 +5,7 @@
 #   docker run -p 8000:8000 -e ONEREC_SERVE_TOKEN -v $PWD/outputs/mymodel:/model:ro onerec --repo /model
 ARG BASE=python:3.12-slim
 FROM ${BASE}
-# pip reads these: an index with CPU builds of torch makes the image several GB smaller
+# pip reads these: an index with CPU builds of torch makes a smaller image
 ARG PIP_INDEX_URL
 ARG PIP_EXTRA_INDEX_URL
 RUN command -v python3 && python3 -m venv --help > /dev/null \
