@@ -61,6 +61,13 @@ class PrepareArguments:
         default=None,
         metadata={"help": "Causal model that must tell text_fields from what align makes; new: a small one."},
     )
+    semantic_ids_from: str | None = field(
+        default=None,
+        metadata={
+            "help": "Folder or Hub repository of a model: its items keep their semantic IDs, new ones get codes of "
+            "its codebooks. For onerec sft --continue_from."
+        },
+    )
     num_levels: int = 3
     codebook_size: int = 256
     balanced: str = field(
@@ -139,6 +146,7 @@ def check_arguments(args: PrepareArguments) -> None:
             "out)."
         )
     balance(args)
+    _check_frozen_codebooks(args)
     session_config(args)
     lifelong_settings(args)
     _check_embedding_arguments(args)
@@ -148,6 +156,21 @@ def check_arguments(args: PrepareArguments) -> None:
     output.mkdir(parents=True, exist_ok=True)
     if not os.access(output, os.W_OK):
         raise PermissionError(f"output={args.output!r} cannot be written: name another folder.")
+
+
+def _check_frozen_codebooks(args: PrepareArguments) -> None:
+    if args.semantic_ids_from is None:
+        return
+    defaults = {field.name: field.default for field in fields(PrepareArguments)}
+    own = ("quantizer", "num_levels", "codebook_size", "balanced")
+    if given := [name for name in own if getattr(args, name) != defaults[name]]:
+        raise ValueError(f"semantic_ids_from={args.semantic_ids_from!r} brings its codebooks: leave out {given}.")
+    if args.collaborative_dim or args.align:
+        raise ValueError(
+            "semantic_ids_from needs embeddings that are the same on every day: those of the co-occurrences "
+            f"(collaborative_dim={args.collaborative_dim}) and of align={args.align} are made anew from every log. "
+            "Set --collaborative_dim 0, and give --embeddings or --text_model, now and where the codebooks are fitted."
+        )
 
 
 def _check_embedding_arguments(args: PrepareArguments) -> None:
@@ -178,6 +201,8 @@ def check_items(args: PrepareArguments, log: EventShards) -> None:
         raise ValueError(f"text_fields={absent}: the items have only {list(log.items)}.")
     if args.collaborative_dim > count:
         raise ValueError(f"collaborative_dim={args.collaborative_dim}: at most the number of items, {count}.")
+    if args.semantic_ids_from is not None:
+        return
     if size > count:
         raise ValueError(f"codebook_size={size}: {count} items cannot fill so many codes; at most {count}.")
     if args.collisions == "next_free" and size**args.num_levels < count:

@@ -1,6 +1,7 @@
 """Trains a OneRec model on a prepared folder and scores it on the test split.
 
     onerec sft --config small_sft.yaml --data outputs/beauty --output_dir outputs/beauty_v2
+    onerec sft --continue_from outputs/day_6 --data outputs/day_7_data --start 1704672000000 --output_dir outputs/day_7
 
 `--model '{"model_type": "onerec_v2", ...}'` names the system: `onerec` (sessions), `onerec_v1` (pathways) or
 `onerec_v2`; `--model_config models/onerec_v2_1b.yaml` is a size of the papers. Every `TrainingArguments` field works
@@ -9,12 +10,16 @@ choice is on the validation split. Writes the model, tokenizer and catalogue (on
 `AutoModel.from_pretrained` loads), `metrics.json` and the predictions of every test user.
 """
 
+from functools import partial
+
 from transformers import AutoModelForCausalLM, set_seed
 
 from ..data import DataFolder, load_splits
-from ..recommender import ItemRanker
+from ..recommender import ItemRanker, Recommender
 from ..trainers import OneRecSFTConfig, OneRecSFTTrainer
+from ..trainers.optimizer_state import KeepOptimizer
 from .checks import check_beams, check_training, train_checked
+from .continued import Drift, continued
 from .ending import VALIDATION_METRICS, finish_policy, generation_metrics, make_recommender
 from .model_arguments import (
     ITEM_VECTORS,
@@ -29,49 +34,56 @@ from .model_arguments import (
 from .parser import ScriptParser
 
 
-def check(args: ModelArguments, training: OneRecSFTConfig) -> tuple:
-    """All that can be said of the arguments before there is a model; returns data folder, collator and config."""
-    check_training(training, VALIDATION_METRICS if args.score else ())
-    check_beams(args.num_beams)
-    data = DataFolder(args.data)
+def new_model(args: ModelArguments, data: DataFolder) -> Recommender:
+    """The model that the arguments describe, with the items of the data; raises where they cannot be used."""
     collator = make_collator(args, data)
     config = make_config(args, data, collator)
-    check_newest_impressions(args, training, config.model_type)
-    return data, collator, config
+    model = AutoModelForCausalLM.from_config(config)
+    model.catalogue = data.tokenizer.catalogue
+    if args.item_vectors:
+        model.model.context_processor.embed_features.fill(ITEM_VECTORS, item_vectors(data))
+    return make_recommender(ItemRanker(model, collator, args.num_beams), data, args.metadata)
 
 
 def main(args: ModelArguments, training: OneRecSFTConfig) -> dict:
     """Runs the recipe; returns what it writes to `metrics.json`."""
-    data, collator, config = check(args, training)
-    tokenizer = data.tokenizer
+    check_training(training, VALIDATION_METRICS if args.score else ())
+    check_beams(args.num_beams)
+    data = DataFolder(args.data)
+    set_seed(training.seed)
+    recommender = continued(args, data) if args.continue_from else new_model(args, data)
+    model, collator = recommender.model, recommender.ranker.collator
+    check_newest_impressions(args, training, model.config.model_type)
     if args.streaming:
         splits = load_splits(args.data, ["validation", "test"])
-        train, sample = streamed_rows(args, config, training)
+        train, sample = streamed_rows(args, model.config, training)
     else:
         splits = data.splits
-        train = training_rows(splits["train"], config, args.max_history, args.newest_impressions).with_format("numpy")
-        sample = train
-    set_seed(training.seed)
-    model = AutoModelForCausalLM.from_config(config)
-    model.catalogue = tokenizer.catalogue
-    if args.item_vectors:
-        model.model.context_processor.embed_features.fill(ITEM_VECTORS, item_vectors(data))
-    recommender = make_recommender(ItemRanker(model, collator, args.num_beams), data, args.metadata)
+        rows = training_rows(splits["train"], model.config, args.max_history, args.newest_impressions, args.start)
+        train = sample = rows.with_format("numpy")
     trainer = OneRecSFTTrainer(
         model,
         training,
         data_collator=collator,
         train_dataset=train,
         eval_dataset=splits["validation"].with_format("numpy"),
-        processing_class=tokenizer,
+        processing_class=data.tokenizer,
         generation_metrics=generation_metrics(recommender.ranker, splits["validation"], args.eval_users)
         if args.score
         else None,
     )
+    if args.keep_optimizer:
+        trainer.add_callback(KeepOptimizer(trainer, args.continue_from))
+    drift = Drift(args, recommender, data) if args.continue_from else None
+    if drift is not None and args.score:
+        drift.measure("before")
     report = train_checked(trainer, recommender, sample, splits, args.score) | {
         "best_metric": trainer.state.best_metric
     }
-    return finish_policy(trainer, recommender, data, splits["test"] if args.score else None, report)
+    if drift is not None:
+        report["drift"] = drift.report
+    after = partial(drift.measure, "after") if drift is not None and args.score else None
+    return finish_policy(trainer, recommender, data, splits["test"] if args.score else None, report, after)
 
 
 def run(argv: list[str] | None = None) -> None:
