@@ -25,13 +25,15 @@ COMMANDS = {
     "demo": "a page to try a model in the browser",
     "serve": "serve a model over HTTP, and swap model and catalogue under traffic",
     "ab_test": "let two models serve the same simulated users",
+    "loop": "simulated days of serving, logging and training, each in a process of its own",
     "quickstart": "the whole path on a simulated log, in minutes",
 }
 LAUNCHED = ("sft", "reward", "dpo", "grpo", "recommend")  # by `accelerate launch`: on as many processes as it is told
 # what the scripts import; `pip install 'onerec_hf[train]'` brings it
 TRAIN = ("accelerate", "datasets", "duckdb", "jinja2", "matplotlib", "peft", "scipy", "tensorboard", "trl", "yaml")
-# what some commands import beside them: by the extra that brings it
+# what an extra brings beside them, and the commands that need it
 BESIDE = {"serve": ("fastapi", "prometheus_client", "pydantic", "uvicorn"), "demo": ("gradio",)}
+EXTRAS = {"serve": "serve", "loop": "serve", "demo": "demo"}
 
 
 def names(folder: str) -> list[str]:
@@ -110,7 +112,8 @@ def main(argv: list[str] | None = None) -> None:
         return
     if command not in COMMANDS:
         raise SystemExit(f"onerec: there is no command {command!r}; allowed are {', '.join(COMMANDS)}.")
-    extra, needed = command if command in BESIDE else "train", (*TRAIN, *BESIDE.get(command, ()))
+    extra = EXTRAS.get(command, "train")
+    needed = (*TRAIN, *BESIDE.get(extra, ()))
     if absent := [name for name in needed if importlib.util.find_spec(name) is None]:
         raise SystemExit(
             f"onerec {command} needs packages that are not installed, {', '.join(absent)}: pip install "

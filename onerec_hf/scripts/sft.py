@@ -34,26 +34,39 @@ from .model_arguments import (
 from .parser import ScriptParser
 
 
-def new_model(args: ModelArguments, data: DataFolder) -> Recommender:
-    """The model that the arguments describe, with the items of the data; raises where they cannot be used."""
+def check(args: ModelArguments, training: OneRecSFTConfig) -> tuple:
+    """All that can be said of the arguments before there is a model; returns data folder, collator and config."""
+    check_training(training, VALIDATION_METRICS if args.score else ())
+    check_beams(args.num_beams)
+    data = DataFolder(args.data)
     collator = make_collator(args, data)
     config = make_config(args, data, collator)
+    check_newest_impressions(args, training, config.model_type)
+    return data, collator, config
+
+
+def start_of(args: ModelArguments, training: OneRecSFTConfig) -> tuple[DataFolder, Recommender]:
+    """The data, and what is trained on it: a new model, or that of `--continue_from`."""
+    set_seed(training.seed)
+    if args.continue_from:
+        check_training(training, VALIDATION_METRICS if args.score else ())
+        check_beams(args.num_beams)
+        data = DataFolder(args.data)
+        recommender = continued(args, data)
+        check_newest_impressions(args, training, recommender.model.config.model_type)
+        return data, recommender
+    data, collator, config = check(args, training)
     model = AutoModelForCausalLM.from_config(config)
     model.catalogue = data.tokenizer.catalogue
     if args.item_vectors:
         model.model.context_processor.embed_features.fill(ITEM_VECTORS, item_vectors(data))
-    return make_recommender(ItemRanker(model, collator, args.num_beams), data, args.metadata)
+    return data, make_recommender(ItemRanker(model, collator, args.num_beams), data, args.metadata)
 
 
 def main(args: ModelArguments, training: OneRecSFTConfig) -> dict:
     """Runs the recipe; returns what it writes to `metrics.json`."""
-    check_training(training, VALIDATION_METRICS if args.score else ())
-    check_beams(args.num_beams)
-    data = DataFolder(args.data)
-    set_seed(training.seed)
-    recommender = continued(args, data) if args.continue_from else new_model(args, data)
+    data, recommender = start_of(args, training)
     model, collator = recommender.model, recommender.ranker.collator
-    check_newest_impressions(args, training, model.config.model_type)
     if args.streaming:
         splits = load_splits(args.data, ["validation", "test"])
         train, sample = streamed_rows(args, model.config, training)
