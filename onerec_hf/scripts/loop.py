@@ -23,6 +23,7 @@ from pathlib import Path
 from .checks import check_output
 from .loop_report import Dashboard
 from .loop_state import Loop, LoopArguments, read_json, write_json
+from .model_arguments import mapping
 from .parser import ScriptParser
 
 PARTS = ("logger", "trainer", "publisher", "service", "users")
@@ -33,6 +34,7 @@ MAY_CHANGE = ("output", "port")
 def open_folder(args: LoopArguments) -> Loop:
     """The folder of a loop, new or as it was left; raises where it is that of another one."""
     check_output(args.output, replaces=False)
+    mapping(args.model)  # the trainer's process would say it much later
     place, now = Path(args.output) / "settings.json", asdict(args)
     if place.exists():
         before = read_json(place)

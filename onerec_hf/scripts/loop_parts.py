@@ -18,7 +18,6 @@ import numpy as np
 import pandas as pd
 import torch
 
-from ..data.log_shards import shard_of
 from ..simulator import Visitors
 from .loop_state import Loop, read_json, read_tables, wait_for, write_json, write_table
 
@@ -102,6 +101,8 @@ def visit(
 
 def logger(loop: Loop) -> None:
     """Turns the events of a day into its shards: all of them or none."""
+    from ..data.log_shards import shard_of  # each part imports what it needs itself: there are five of them
+
     for day in range(loop.args.num_days + 1):
         target = loop.place("impressions", day)
         if target.exists():
@@ -127,7 +128,7 @@ def logger(loop: Loop) -> None:
 
 def trainer(loop: Loop) -> None:
     """The model of each day from that of the day before."""
-    from .loop_training import train_day  # the other parts need none of it
+    from .loop_training import train_day
 
     for day in range(loop.args.num_days):  # what the last day teaches, nobody is served with
         target = loop.place("trained", day)

@@ -17,7 +17,6 @@ import pandas as pd
 
 from ..simulator import ShortVideoWorld
 from ..simulator.population import DAY_MS
-from .model_arguments import mapping
 
 POLICIES = ("frozen", "sft", "ipa", "gbpo")
 
@@ -45,9 +44,9 @@ class LoopArguments:
     )
     model: str = field(default="{}", metadata={"help": "Arguments of the model's config, as of onerec sft."})
     codebook_size: int = 32
-    first_epochs: float = field(default=12, metadata={"help": "Of day 0, on the log."})
+    first_epochs: float = field(default=30, metadata={"help": "Of day 0, on the log."})
     epochs: float = field(default=2, metadata={"help": "Of each other day, on its new events."})
-    learning_rate: float = field(default=1e-3, metadata={"help": "Of each other day."})
+    learning_rate: float = field(default=3e-4, metadata={"help": "Of each other day."})
     align_every: int = field(default=3, metadata={"help": "Days between preference alignments."})
     align_steps: int = field(default=20, metadata={"help": "Steps of an alignment, or of a day's GBPO."})
     num_beams: int = 50
@@ -61,7 +60,6 @@ class LoopArguments:
             raise ValueError(f"policy={self.policy!r}: allowed are {', '.join(POLICIES)}.")
         if not 0 < self.held_out < 1:
             raise ValueError(f"held_out={self.held_out}: a share of a day, between 0 and 1.")
-        mapping(self.model)
 
 
 class Loop:
