@@ -13,6 +13,7 @@ day brought. A simulated world says nothing about real users.
 """
 
 import json
+import os
 import subprocess
 import sys
 import time
@@ -56,7 +57,7 @@ class Parts:
         (loop.root / "logs").mkdir(parents=True, exist_ok=True)
 
     def start(self, part: str) -> None:
-        command = [sys.executable, "-m", "onerec_hf.scripts.loop_parts", part, str(self.loop.root)]
+        command = [sys.executable, "-m", "onerec_hf.scripts.loop_parts", part, str(self.loop.root), str(os.getpid())]
         with open(self._log(part), "ab") as log:
             self.running[part] = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT)
 

@@ -1,4 +1,4 @@
-"""The parts of `onerec loop`, each a process of its own: `python -m onerec_hf.scripts.loop_parts PART FOLDER`.
+"""The parts of `onerec loop`, each a process of its own: `python -m onerec_hf.scripts.loop_parts PART FOLDER PARENT`.
 
 Each reads from the folder what is done already, so one that was killed does the rest when it is started again.
 """
@@ -203,6 +203,6 @@ def leave_with(parent: int) -> None:
 
 
 if __name__ == "__main__":
-    leave_with(os.getppid())
+    leave_with(int(sys.argv[3]))  # told, and not asked for: it may be gone already
     torch.set_num_threads(1)
     PARTS[sys.argv[1]](Loop(Path(sys.argv[2])))
