@@ -43,7 +43,6 @@ def continued(args: ModelArguments, data: DataFolder) -> Recommender:
         name: new_features(name, values, places, data) for name, values in collator.item_features.items()
     }
     set_user_features(collator, data)
-    args.max_history = collator.max_history  # of the rows, too
     model = grown(old.model, places, data)
     names = args.metadata or [
         name for name in next(iter(old.metadata.values()), {}) if name in data.items.column_names

@@ -220,7 +220,9 @@ def training_rows(
     return train.select(np.flatnonzero(np.asarray(train.with_format("numpy")["length"][:]) >= least))
 
 
-def streamed_rows(args: ModelArguments, config: PreTrainedConfig, training: OneRecSFTConfig) -> tuple:
+def streamed_rows(
+    args: ModelArguments, config: PreTrainedConfig, training: OneRecSFTConfig, max_history: int
+) -> tuple:
     """
     What [`training_rows`] makes, as a stream without end, and a few of its rows. Sets `max_steps`, which a stream
     needs, to what `num_train_epochs` says.
@@ -244,7 +246,7 @@ def streamed_rows(args: ModelArguments, config: PreTrainedConfig, training: OneR
     step = training.train_batch_size * training.gradient_accumulation_steps
     if training.max_steps <= 0:
         training.max_steps = math.ceil(training.num_train_epochs * count / (step * training.world_size))
-    rows = partial(training_rows, config=config, max_history=args.max_history)
+    rows = partial(training_rows, config=config, max_history=max_history)
     grouped = training.train_sampling_strategy == "group_by_length"
     seed = training.seed if training.data_seed is None else training.data_seed
     stream = stream_split(

@@ -69,10 +69,10 @@ def main(args: ModelArguments, training: OneRecSFTConfig) -> dict:
     model, collator = recommender.model, recommender.ranker.collator
     if args.streaming:
         splits = load_splits(args.data, ["validation", "test"])
-        train, sample = streamed_rows(args, model.config, training)
+        train, sample = streamed_rows(args, model.config, training, collator.max_history)
     else:
         splits = data.splits
-        rows = training_rows(splits["train"], model.config, args.max_history, args.newest_impressions, args.start)
+        rows = training_rows(splits["train"], model.config, collator.max_history, args.newest_impressions, args.start)
         train = sample = rows.with_format("numpy")
     trainer = OneRecSFTTrainer(
         model,

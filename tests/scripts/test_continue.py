@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 
 import numpy as np
 import pytest
@@ -18,6 +19,7 @@ from onerec_hf.trainers import OneRecSFTConfig
 from onerec_hf.trainers.optimizer_state import OPTIMIZER_NAME
 
 from ..numeric import assert_close
+from ..recipe_desk import RECIPES, ROOT, run
 
 COLUMNS = {"user_id": "user_id", "item_id": "video_id", "timestamp": "time_ms"}
 MODEL = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "context_embed_dim": 8, "dropout": 0.0}
@@ -184,3 +186,26 @@ def test_what_belongs_to_the_model_is_refused(days):
         days.prepare(8, name="sized", semantic_ids_from=str(days.model), codebook_size=8)
     with pytest.raises(ValueError, match="--collaborative_dim 0"):
         days.prepare(8, name="dim", semantic_ids_from=str(days.model), collaborative_dim=8)
+
+
+def test_the_page_runs(days, tmp_path, monkeypatch):
+    """Two days as docs/loop.md has them, from the tables that it names."""
+    page = (ROOT / "docs" / "loop.md").read_text(encoding="utf-8")
+    block = re.findall(r"```bash\n(.*?)```", page, re.S)[0]
+    (tmp_path / "recipes").symlink_to(RECIPES)
+    monkeypatch.chdir(tmp_path)
+    for day in (1, 2):
+        videos = days.world.items[days.world.items.upload_day < 4 + day].rename(columns={"video_id": "item_id"})
+        log = days.log.rename(columns={"video_id": "item_id", "time_ms": "timestamp"})
+        log = log[(log.timestamp < days.start(5 + day, -0.5)) & log.item_id.isin(videos.item_id)]
+        log.to_parquet(f"day_{day}.parquet")
+        videos.to_parquet(f"day_{day}_items.parquet")
+        np.save(f"day_{day}.npy", days.world.content_embeddings[videos.item_id])
+    for line in block.replace("\\\n", "").strip().split("\n"):
+        run(line, monkeypatch)
+    catalogues = [Recommender.from_pretrained(f"outputs/day_{day}").model.catalogue for day in (1, 2)]
+    assert set(catalogues[0].item_ids) < set(catalogues[1].item_ids)
+    drift = json.loads((tmp_path / "outputs" / "day_2" / "metrics.json").read_text())["drift"]
+    assert drift["start"] == days.start(5) and set(drift["next_day"]) == {"before", "after"}
+    fields = re.findall(r"^\| `(\w+)` \|", page.partition("## The production loop")[0], re.M)
+    assert fields == [name for name in drift if name not in ("continued_from", "start")]

@@ -38,25 +38,36 @@ def arguments(folder: Path, **settings) -> LoopArguments:
     return LoopArguments(output=str(folder), model=json.dumps(MODEL), port=free_port(), **SMALL | settings)
 
 
-def kill(part: str, folder: Path) -> bool:
-    """SIGKILL to a part of the loop in `folder`, found by its command line."""
-    for place in Path("/proc").glob("[0-9]*/cmdline"):
+def process_of(part: str, desk: Path) -> int | None:
+    """The part of a loop that was started in a folder, by its command line."""
+    for place in Path("/proc").glob("[0-9]*"):
         try:
-            words = place.read_bytes().decode().split("\0")
-        except OSError:
+            words = (place / "cmdline").read_bytes().decode().split("\0")
+            own = words[2:5] == ["onerec_hf.scripts.loop_parts", part, "outputs/loop"]
+            if own and (place / "cwd").readlink() == desk:
+                return int(place.name)
+        except OSError:  # it has ended meanwhile
             continue
-        if words[1:5] == ["-m", "onerec_hf.scripts.loop_parts", part, str(folder)]:
-            os.kill(int(place.parent.name), signal.SIGKILL)
-            return True
-    return False
+    return None
 
 
-def start(args: LoopArguments) -> subprocess.Popen:
-    words = [sys.executable, "-m", "onerec_hf.cli", "loop"]
-    words += [word for name, value in vars(args).items() for word in (f"--{name}", str(value))]
+def kill(part: str, desk: Path) -> bool:
+    """SIGKILL, where it runs."""
+    number = process_of(part, desk)
+    if number is not None:
+        os.kill(number, signal.SIGKILL)
+    return number is not None
+
+
+def start(desk: Path) -> subprocess.Popen:
+    """The command of docs/loop.md, with a model that is small enough for a test."""
+    page = (ROOT / "docs" / "loop.md").read_text(encoding="utf-8")
+    (line,) = re.findall(r"^python (recipes/loop.py --output outputs/loop .*)$", page, re.M)
+    words = [sys.executable, *line.split(), "--model", json.dumps(MODEL), "--port", str(free_port())]
+    words += ["--warm_days", "5", "--list_size", "8", "--align_steps", "2", "--epochs", "1"]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT)}
     return subprocess.Popen(
-        words, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        words, cwd=desk, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
     )
 
 
@@ -69,23 +80,24 @@ def wait(ready, process: subprocess.Popen) -> None:
 @pytest.mark.skipif(sys.platform != "linux", reason="processes are found in /proc")
 def test_nothing_is_lost_where_parts_are_killed(tmp_path):
     """The trainer in the middle of a day, the logger before one, the service, and at last all of it at once."""
-    folder = tmp_path / "loop"
-    args = arguments(folder, policy="gbpo", align_steps=2)
-    process = start(args)
+    (tmp_path / "recipes").symlink_to(ROOT / "recipes")
+    folder = tmp_path / "outputs" / "loop"
+    process = start(tmp_path)
     try:
-        wait((folder / "work" / "data" / "splits.partial").exists, process)  # in the middle of day 0
-        wait(lambda: kill("trainer", folder), process)
+        wait((folder / "work" / "data").exists, process)  # in the middle of day 0
+        wait(lambda: kill("trainer", tmp_path), process)
         wait((folder / "served" / "day-001.json").exists, process)
-        wait(lambda: kill("logger", folder), process)
-        wait(lambda: kill("service", folder), process)
+        wait(lambda: kill("logger", tmp_path), process)
+        wait(lambda: kill("service", tmp_path), process)
         wait((folder / "impressions" / "day-001").exists, process)
         wait((folder / "work" / "data").exists, process)  # of day 1
         process.kill()
         process.wait()
-        for part in loop.PARTS:
-            while kill(part, folder):
-                time.sleep(0.05)
-        process = start(args)  # goes on
+        end = time.monotonic() + 60
+        while any(process_of(part, tmp_path) for part in loop.PARTS):  # they see that it is gone
+            assert time.monotonic() < end
+            time.sleep(0.1)
+        process = start(tmp_path)  # goes on
         printed = process.communicate()[0]
         assert process.returncode == 0, printed[-3000:]
     finally:

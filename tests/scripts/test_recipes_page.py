@@ -42,7 +42,13 @@ def desk(tmp_path, monkeypatch):
 
 def test_the_page_names_every_recipe():
     recipes = {path.stem for path in RECIPES.glob("*.py") if "__main__" in path.read_text()}
-    assert recipes - set(scripts()) == {"quickstart", "ab_test", "serve", "demo"}  # of simulated worlds; services
+    assert recipes - set(scripts()) == {
+        "quickstart",
+        "ab_test",
+        "loop",
+        "serve",
+        "demo",
+    }  # of simulated worlds; services
     assert scripts()[0] == "prepare" and scripts()[-1] == "recommend"
 
 
