@@ -79,8 +79,9 @@ def lines(args: argparse.Namespace) -> dict[str, tuple[str, dict]]:
 
 def draw(rows: list[dict], path: Path) -> None:
     names = list(dict.fromkeys(row["line"] for row in rows))
-    figure, axes = plt.subplots(1, len(names), figsize=(3.1 * len(names), 3.2), layout="constrained")
-    for axis, name in zip(axes, names):
+    figure, axes = plt.subplots(2, 3, figsize=(9, 6), layout="constrained")
+    axes[1, 2].set_axis_off()
+    for axis, name in zip(axes.flat, names):
         own = [row for row in rows if row["line"] == name]
         sizes = [row["size"] for row in own]
         axis.loglog(sizes, [row["expected"] for row in own], "--", color="#8a949c", label="expected")
@@ -95,8 +96,9 @@ def draw(rows: list[dict], path: Path) -> None:
         axis.set_yticks([], minor=True)
         axis.set_ylim(0.7, max(2.2, 1.3 * top))
         axis.spines[["top", "right"]].set_visible(False)
-    axes[0].set_ylabel("processor seconds over those\nof the smallest size; lower is better", fontsize=8)
-    axes[0].legend(frameon=False, fontsize=8)
+    for axis in axes[:, 0]:
+        axis.set_ylabel("processor seconds over those\nof the smallest size; lower is better", fontsize=8)
+    axes[0, 0].legend(frameon=False, fontsize=8)
     figure.savefig(path, dpi=110)
 
 
