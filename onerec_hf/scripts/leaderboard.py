@@ -104,6 +104,8 @@ def command(args: LeaderboardArguments, entries: dict[str, dict], name: str, see
         settings |= {"model": model, "scorers": scorers}
     argv = ["--seed", str(seed)]
     for name, value in settings.items():
+        if value == []:
+            continue  # a command line has no word for it
         values = value if isinstance(value, list) else [json.dumps(value) if isinstance(value, dict) else value]
         argv += [f"--{name}", *map(str, values)]
     return [entry["recipe"], *argv]

@@ -186,12 +186,20 @@ def test_every_default_entry_is_an_argument_of_its_recipe():
         fit = inspect.signature(classes[name].fit)
         return {*fit.parameters, *inspect.signature(train_baseline).parameters}
 
-    for name, entry in load_entries("leaderboard.yaml").items():
+    for name, entry in {**load_entries("leaderboard.yaml"), **load_entries("small_leaderboard.yaml")}.items():
         assert Path(config_path(entry.get("config", "leaderboard.yaml"))).is_relative_to(CONFIGS), name
         if entry["recipe"] == "baseline":
             known = set(baseline.BaselineArguments.__dataclass_fields__)
             assert set(entry) - {"recipe", "seeds", "config"} <= known, name
             assert "fit" not in entry or set(entry["fit"]) <= parameters(entry["name"]), name
+
+
+def test_the_small_leaderboard_trains_the_small_model_with_an_item_head():
+    from onerec_hf.scripts.leaderboard import load_entries
+    from onerec_hf.scripts.parser import config_path
+
+    small = yaml.safe_load(Path(config_path("small_sft.yaml")).read_text(encoding="utf-8"))["model"]
+    assert load_entries("small_leaderboard.yaml")["onerec_v2"]["model"] == small | {"item_head_dim": 64}
 
 
 def test_one_command_from_a_log_to_the_table(tmp_path, capsys):
@@ -210,7 +218,9 @@ def test_one_command_from_a_log_to_the_table(tmp_path, capsys):
     )
     (tmp_path / "entries.yaml").write_text(
         "counter: {recipe: baseline, name: cooccurrence, seeds: [0]}\n"
+        f"head: {{recipe: sft, model: {model[:-1]}, item_head_dim: 4}}, max_steps: 2, report_to: none, seeds: [0]}}\n"
         f"model: {{recipe: sft, model: {model}, max_steps: 4, report_to: none, num_beams: 20}}\n"
+        "both: {recipe: rerank, model: head, num_beams: 20, seeds: [0]}\n"
         "reranked: {recipe: rerank, model: model, scorers: [counter], num_beams: 20}\n",
         encoding="utf-8",
     )
@@ -226,6 +236,8 @@ def test_one_command_from_a_log_to_the_table(tmp_path, capsys):
     assert "texts: none of the items' columns (none)" in printed and "codebooks of 4 codes for 12 items" in printed
     assert {name: result["seeds"] for name, result in report["results"].items()} == {
         "counter": 1,
+        "head": 1,
+        "both": 1,
         "model": 2,
         "reranked": 2,
     }
