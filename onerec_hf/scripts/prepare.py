@@ -39,10 +39,10 @@ from .prepare_arguments import (
     PrepareArguments,
     balance,
     check_arguments,
-    check_items,
     check_lifelong,
     lifelong_settings,
     session_config,
+    settle,
 )
 
 
@@ -120,6 +120,18 @@ def table_of(shards: logs.EventShards, name: str) -> datasets.Dataset:
     return datasets.Dataset.from_dict({f"{name}_id": getattr(shards, f"{name}_ids"), **features})
 
 
+def embed_texts(texts: list[str], model: str, optional: bool) -> np.ndarray:
+    """Text embeddings (N, D); where texts are `optional`, an item without one stands at the mean of the others."""
+    there = np.array([bool(text.strip()) for text in texts])
+    if there.all() or not there.any() or not optional:
+        return item_embeddings.text_embeddings(texts, model_path(model))
+    print(f"{len(texts) - there.sum():,} of {len(texts):,} items have no text: they get the mean of the others")
+    known = item_embeddings.text_embeddings([texts[i] for i in np.flatnonzero(there)], model_path(model))
+    found = np.tile(known.mean(0), (len(texts), 1))
+    found[there] = known
+    return found
+
+
 def embed(args: PrepareArguments, shards: logs.EventShards, histories: Histories) -> list[np.ndarray]:
     """Every embedding that was asked for, (N, D) each."""
     parts = []
@@ -128,7 +140,7 @@ def embed(args: PrepareArguments, shards: logs.EventShards, histories: Histories
     features: dict[str, Any] = shards.items
     texts = item_embeddings.item_texts(features, args.text_fields if args.text_model or args.caption_model else [])
     if args.text_model:
-        parts.append(item_embeddings.text_embeddings(texts, model_path(args.text_model)))
+        parts.append(embed_texts(texts, args.text_model, optional=bool(args.optional_text_fields)))
     if args.align:
         content = item_embeddings.concat_embeddings(*parts)
         alignment, captions = item_embeddings.ItemAlignment(content.shape[1], seed=args.seed), None
@@ -160,14 +172,14 @@ def model_with_codebooks(repo: str) -> Recommender:
     return trained
 
 
-def new_semantic_ids(args: PrepareArguments, embeddings: torch.Tensor) -> tuple:
+def new_semantic_ids(args: PrepareArguments, codebook_size: int, embeddings: torch.Tensor) -> tuple:
     """Codebooks fitted on all items, their semantic IDs, the sizes of the levels, and what is to be said of them."""
     quantizer_class = RQVAE if args.quantizer == "rqvae" else partial(ResidualKMeans, balanced=balance(args))
-    quantizer = quantizer_class(args.num_levels, args.codebook_size, seed=args.seed)
+    quantizer = quantizer_class(args.num_levels, codebook_size, seed=args.seed)
     codes = quantizer.fit(embeddings).train_codes
     report = {"before collisions": quality_report(codes, embeddings, quantizer)}
     codes = resolve_collisions(codes, quantizer, embeddings, policy=args.collisions)
-    sizes = [args.codebook_size] * args.num_levels
+    sizes = [codebook_size] * args.num_levels
     if codes.shape[1] > args.num_levels:
         sizes.append(int(codes[:, -1].max()) + 1)
     return quantizer, codes, sizes, report
@@ -205,7 +217,7 @@ def main(args: PrepareArguments) -> dict:
 def prepare(args: PrepareArguments, output: Path, work: Path) -> dict:
     """Checked arguments -> the data folder `output`; returns the quality report of the semantic IDs."""
     shards = load(args, work)
-    check_items(args, shards)
+    args, codebook_size = settle(args, shards)
     writer, histories = logs.SplitWriter(output, work), Histories(work, shards.num_items)
     columns = write_splits(args, shards, writer, histories)
     if lifelong := lifelong_settings(args):
@@ -218,7 +230,7 @@ def prepare(args: PrepareArguments, output: Path, work: Path) -> dict:
         writer.transform(lambda rows: logs.compress_lifelong(rows, embeddings, **lifelong))
     vectors = torch.from_numpy(embeddings)
     if trained is None:
-        quantizer, codes, sizes, report = new_semantic_ids(args, vectors)
+        quantizer, codes, sizes, report = new_semantic_ids(args, codebook_size, vectors)
         quantizer.embedding_mean = torch.from_numpy(means)
     else:
         quantizer, codes, sizes, report = frozen_semantic_ids(args, trained, shards.item_ids, vectors)
