@@ -208,7 +208,7 @@ def settle(args: PrepareArguments, log: EventShards) -> tuple[PrepareArguments, 
         print(f"texts: {', '.join(texts) or 'none'} of the items' columns {', '.join(log.items) or '(none)'}")
     if not texts:
         model = captions = None
-    if args.codebook_size is None:
+    if args.codebook_size is None and args.semantic_ids_from is None:
         print(f"codebooks of {size} codes for {log.num_items:,} items")
     settled = replace(args, text_fields=texts, text_model=model, caption_model=captions)
     check_items(settled, size, log)
