@@ -88,7 +88,7 @@ def columns(num_days: int) -> list[dict[str, str]]:
         {"name": "95% over worlds", "picture": "+0.0"},
         {"name": "watch time per user and day, s", "picture": "0.0"},
         {"name": "likes per 100 users and day", "picture": "0.0"},
-        {"name": "views on new videos, %", "picture": "0.0"},
+        {"name": "views on new videos, %", "picture": "0.00"},
         {"name": f"coverage {last}, %", "picture": "0"},
         {"name": f"views on the top tenth {last}, %", "picture": "0"},
         {"name": f"diversity {last}", "picture": "0.00"},
