@@ -36,6 +36,10 @@ RULES = {
         {"collators", "item_ranker", "models", "recommendation_files", "recommender", "semantic_ids", "_version"},
         {"fastapi", "numpy", "prometheus_client", "pydantic", "safetensors", "starlette", "torch", "uvicorn"},
     ),
+    "export": (
+        {"collators", "models", "recommender", "_version"},
+        {"numpy", "onnxruntime", "safetensors", "torch"},
+    ),
     "scripts": (
         {
             "",
@@ -44,6 +48,7 @@ RULES = {
             "data",
             "demo",
             "evaluation",
+            "export",
             "hub",
             "item_embeddings",
             "item_ranker",
