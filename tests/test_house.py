@@ -34,7 +34,7 @@ RULES = {
     ),
     "serving": (
         {"collators", "item_ranker", "models", "recommendation_files", "recommender", "semantic_ids", "_version"},
-        {"fastapi", "numpy", "prometheus_client", "pydantic", "safetensors", "starlette", "torch", "uvicorn"},
+        {"fastapi", "numpy", "prometheus_client", "pydantic", "ray", "safetensors", "starlette", "torch", "uvicorn"},
     ),
     "export": (
         {"collators", "models", "recommender", "_version"},
@@ -64,6 +64,7 @@ RULES = {
         },
         {
             "datasets",
+            "fastapi",
             "huggingface_hub",
             "matplotlib",
             "numpy",

@@ -29,6 +29,7 @@ def create_app(
     bundles: str | os.PathLike | None = None,
     catalogue: str | None = None,
     token: str | None = None,
+    swaps: bool = True,
 ) -> FastAPI:
     """
     The application that serves a recommender; `app.state.service` is the [`Service`] behind it.
@@ -41,15 +42,18 @@ def create_app(
         catalogue (`str`, *optional*): Bundle whose items are served from the start, in place of the repository's.
         token (`str`, *optional*): Every path but `/health`, `/ready` and the OpenAPI page asks for it.
 
+        swaps (`bool`, defaults to `True`): Whether `POST /catalogue` and `POST /model` change this process; off for
+            one of several replicas, which would then answer from different versions.
+
     Raises:
         ValueError, OSError: Where the start bundle, or a search with the recommender, fails.
     """
     limits = limits or Limits()
     version = Version(name, recommender, recommender, name, name)
-    service = Service(version, limits, bundles)
+    service = Service(version, limits, bundles, swaps)
     if catalogue is not None:
         own = load_catalogue(recommender, service._folder(catalogue))
-        service = Service(Version(name, own, recommender, name, catalogue), limits, bundles)
+        service = Service(Version(name, own, recommender, name, catalogue), limits, bundles, swaps)
     rehearse(service.versions.current.recommender)
 
     @asynccontextmanager
