@@ -42,6 +42,10 @@ class ServeArguments:
         default=None, metadata={"help": "Folder whose subfolders POST /catalogue and POST /model may name."}
     )
     catalogue: str | None = field(default=None, metadata={"help": "Bundle whose items are served from the start."})
+    watch_s: float | None = field(
+        default=None,
+        metadata={"help": "Seconds between looks at the file CURRENT of --bundles: the name of the bundle to serve."},
+    )
     name: str = field(default="v1", metadata={"help": "Name of the version that it starts with."})
     num_beams: int = 50
     device: str | None = None
@@ -73,7 +77,7 @@ def application(args: ServeArguments, limits: Limits, token: str | None) -> Fast
         logger.addHandler(logging.StreamHandler(sys.stdout))
     recommender = Recommender.from_pretrained(args.repo, args.num_beams, args.device)
     named: dict[str, Any] = {"name": args.name, "bundles": args.bundles, "catalogue": args.catalogue}
-    return create_app(recommender, limits, **named, token=token, swaps=not args.ray)
+    return create_app(recommender, limits, **named, token=token, swaps=not args.ray, watch_s=args.watch_s)
 
 
 def main(args: ServeArguments, limits: Limits, replicas: Replicas) -> None:

@@ -93,6 +93,12 @@ class Service:
         self.metrics.batch_rows.observe(found.batch_rows)
         return version, found
 
+    def check_swaps(self) -> None:
+        """Refused, 409, where a request may not change the version."""
+        if not self.swaps:
+            what = "this is one of several replicas, which must answer from the same version"
+            raise Refused(409, "replicas", f"{what}: roll out with `onerec serve --ray true --ray_address ...`.")
+
     async def change_catalogue(self, body: CatalogueBody) -> Version:
         """
         Other items under the current weights.
@@ -164,9 +170,6 @@ class Service:
         build: Callable[[Version, str], Version],
     ) -> Version:
         """Builds the next version in a thread of its own, beside the traffic, and then makes it the current one."""
-        if not self.swaps:
-            what = "this is one of several replicas, which must answer from the same version"
-            raise Refused(409, "replicas", f"{what}: roll out with `onerec serve --ray true --ray_address ...`.")
         if self._swapping.locked():
             raise Refused(409, "swap_running", "another version is being loaded: wait for it.", retry_after=1)
         async with self._swapping:
