@@ -219,13 +219,30 @@ async def until_closed(reader: asyncio.StreamReader, writer: asyncio.StreamWrite
     writer.close()
 
 
+async def held(port: int, pid: int) -> float:
+    """MiB of the service while 300 clients have sent a part of their bodies."""
+    head = b"POST /recommend HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\ncontent-length: 19000\r\n\r\n"
+    writers = [(await asyncio.open_connection("127.0.0.1", port))[1] for _ in range(300)]
+    for writer in writers:
+        writer.write(head + b"x" * 18_000)
+    await asyncio.sleep(1)
+    memory = resident(pid)
+    for writer in writers:
+        writer.close()
+    return memory
+
+
 def bad_requests(args: argparse.Namespace, folder: Path) -> list[list]:
-    """Rows of memory after every tenth of `args.bad` bad requests; the first tenth warms up."""
+    """
+    Rows of memory: before, after every tenth of `args.bad` bad requests, and, as a control that the number moves,
+    while 300 bodies are held open.
+    """
     recommender().save_pretrained(folder / "tiny")
     kinds = [json.dumps(OK | change).encode() for change, _, _ in BODIES.values()] + list(CONTENTS.values())
     limits = [word for name, value in LIMITS.items() for word in (f"--{name}", str(value))]
     rows: list[list] = []
     with service(str(folder / "tiny"), [*limits, "--log", "false", "--body_timeout_s", "2"]) as (port, pid):
+        rows.append(["0", resident(pid), None, "0"])
         for tenth in range(10):
             before = time.perf_counter()
             counts = asyncio.run(send_bad(port, kinds, args.bad // 10, 8))
@@ -234,6 +251,8 @@ def bad_requests(args: argparse.Namespace, folder: Path) -> list[list]:
             assert all(400 <= status < 500 for status in counts), counts
             rows.append([f"{done:,}", resident(pid), rate, str(counts[408])])
             print("bad", *rows[-1], counts, flush=True)
+        rows.append(["control: 300 bodies of 18 kB held open", asyncio.run(held(port, pid)), None, "0"])
+        print(*rows[-1], flush=True)
     return rows
 
 

@@ -70,6 +70,7 @@ RULES = {
             "numpy",
             "pandas",
             "peft",
+            "ray",
             "safetensors",
             "torch",
             "tqdm",

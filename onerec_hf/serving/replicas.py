@@ -65,11 +65,9 @@ def start(replicas: Replicas, host: str, port: int) -> None:
     serve.start(http_options={"host": host, "port": port})
 
 
-def deploy(build: Callable[[], Any], limits: Limits, replicas: Replicas) -> None:
+def deployment(build: Callable[[], Any], limits: Limits, replicas: Replicas) -> Any:
     """
-    Deploys the application, or rolls it out over one that is running; returns when all replicas are ready.
-
-    In a roll-out, a new replica starts before an old one leaves, and the old one answers what it has begun.
+    The application as Ray Serve takes it.
 
     Args:
         build: Makes the application; called in each replica, so it must be picklable.
@@ -85,7 +83,7 @@ def deploy(build: Callable[[], Any], limits: Limits, replicas: Replicas) -> None
     if replicas.max_replicas is not None:
         own = {"min_replicas": replicas.replicas, "max_replicas": replicas.max_replicas}
         many = {"autoscaling_config": own | {"target_ongoing_requests": replicas.target_requests}}
-    deployment = serve.deployment(
+    return serve.deployment(
         serve.ingress(build_app)(),
         name=APP,
         max_ongoing_requests=limits.max_queue,
@@ -96,7 +94,18 @@ def deploy(build: Callable[[], Any], limits: Limits, replicas: Replicas) -> None
         max_surge_percent=50,
         **many,
     )
-    serve.run(deployment.bind(), name=APP)
+
+
+def deploy(build: Callable[[], Any], limits: Limits, replicas: Replicas) -> None:
+    """
+    Deploys the application, or rolls it out over one that is running; returns when all replicas are ready. Arguments
+    as of [`deployment`].
+
+    In a roll-out, a new replica starts before an old one leaves, and the old one answers what it has begun.
+    """
+    from ray import serve
+
+    serve.run(deployment(build, limits, replicas).bind(), name=APP)
 
 
 def run(build: Callable[[], Any], limits: Limits, replicas: Replicas, host: str, port: int) -> None:
@@ -116,4 +125,4 @@ def run(build: Callable[[], Any], limits: Limits, replicas: Replicas, host: str,
     ray.shutdown()
 
 
-__all__ = ["Replicas", "deploy", "run", "start"]
+__all__ = ["Replicas", "deploy", "deployment", "run", "start"]

@@ -5,13 +5,15 @@ import socket
 import time
 from functools import partial
 
+import datasets
 import numpy as np
 import pytest
 import torch
 
+from onerec_hf.scripts import recommend
 from onerec_hf.scripts.serve import ServeArguments, application
 from onerec_hf.serving import Limits
-from onerec_hf.serving.replicas import APP, Replicas, deploy, start
+from onerec_hf.serving.replicas import APP, Replicas, deploy, deployment, start
 
 from .served import recommender
 from .test_server import post
@@ -23,7 +25,7 @@ LIMITS = Limits()
 HISTORY = [1000, 1001]
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def replicas():
     """Ray on this machine, and the port of the service."""
     with socket.socket() as free:
@@ -69,6 +71,33 @@ async def ask(port):
         if status == 200:
             return answer
     return None
+
+
+def test_the_deployment_scales_with_the_requests():
+    fixed = deployment(lambda: None, LIMITS, Replicas(replicas=3))
+    assert fixed.num_replicas == 3 and fixed.max_ongoing_requests == LIMITS.max_queue
+    scaled = deployment(lambda: None, LIMITS, Replicas(replicas=1, max_replicas=4, target_requests=8))
+    config = scaled._deployment_config.autoscaling_config
+    assert (config.min_replicas, config.max_replicas, config.target_ongoing_requests) == (1, 4, 8)
+
+
+@pytest.mark.slow
+def test_files_by_actors_of_ray_data(tmp_path, replicas, monkeypatch):
+    """Each file once, by actors that run elsewhere; the same command again finds nothing left."""
+    own = recommender()
+    own.save_pretrained(tmp_path / "model")
+    (tmp_path / "shards").mkdir()
+    for i in range(3):
+        rows = datasets.Dataset.from_dict({"history": [[1000 + i], [1001, 1002]]})
+        rows.to_parquet(str(tmp_path / "shards" / f"{i}.parquet"))
+    monkeypatch.chdir(tmp_path)
+    args = recommend.RecommendArguments("model", "shards", "out", k=3, num_beams=20, by_file=True, ray_actors=2)
+    assert {path.name for path in recommend.main_by_file(args)} == {"0.parquet", "1.parquet", "2.parquet"}
+    assert recommend.main_by_file(args) == []
+    for i in range(3):
+        found = datasets.Dataset.from_parquet(str(tmp_path / "out" / f"{i}.parquet"))["item_ids"][:]
+        expected = own.recommend([[1000 + i], [1001, 1002]], 3)
+        assert found == [[one.item_id for one in row] for row in expected]
 
 
 @pytest.mark.slow
