@@ -31,10 +31,10 @@ from .prepare_arguments import (
     PrepareArguments,
     balance,
     check_arguments,
-    check_items,
     check_lifelong,
     lifelong_settings,
     session_config,
+    settle,
 )
 
 
@@ -112,6 +112,18 @@ def table_of(shards: logs.EventShards, name: str) -> datasets.Dataset:
     return datasets.Dataset.from_dict({f"{name}_id": getattr(shards, f"{name}_ids"), **features})
 
 
+def embed_texts(texts: list[str], model: str, optional: bool) -> np.ndarray:
+    """Text embeddings (N, D); where texts are `optional`, an item without one stands at the mean of the others."""
+    there = np.array([bool(text.strip()) for text in texts])
+    if there.all() or not there.any() or not optional:
+        return item_embeddings.text_embeddings(texts, model_path(model))
+    print(f"{len(texts) - there.sum():,} of {len(texts):,} items have no text: they get the mean of the others")
+    known = item_embeddings.text_embeddings([texts[i] for i in np.flatnonzero(there)], model_path(model))
+    found = np.tile(known.mean(0), (len(texts), 1))
+    found[there] = known
+    return found
+
+
 def embed(args: PrepareArguments, shards: logs.EventShards, histories: Histories) -> np.ndarray:
     """Every embedding that was asked for, normalised and concatenated, (N, D)."""
     parts = []
@@ -120,7 +132,7 @@ def embed(args: PrepareArguments, shards: logs.EventShards, histories: Histories
     features: dict[str, Any] = shards.items
     texts = item_embeddings.item_texts(features, args.text_fields if args.text_model or args.caption_model else [])
     if args.text_model:
-        parts.append(item_embeddings.text_embeddings(texts, model_path(args.text_model)))
+        parts.append(embed_texts(texts, args.text_model, optional=bool(args.optional_text_fields)))
     if args.align:
         content = item_embeddings.concat_embeddings(*parts)
         alignment, captions = item_embeddings.ItemAlignment(content.shape[1], seed=args.seed), None
@@ -151,7 +163,7 @@ def main(args: PrepareArguments) -> dict:
 def prepare(args: PrepareArguments, output: Path, work: Path) -> dict:
     """Checked arguments -> the data folder `output`; returns the quality report of the semantic IDs."""
     shards = load(args, work)
-    check_items(args, shards)
+    args, codebook_size = settle(args, shards)
     writer, histories = logs.SplitWriter(output, work), Histories(work, shards.num_items)
     columns = write_splits(args, shards, writer, histories)
     if lifelong := lifelong_settings(args):
@@ -160,11 +172,11 @@ def prepare(args: PrepareArguments, output: Path, work: Path) -> dict:
     if lifelong:
         writer.transform(lambda rows: logs.compress_lifelong(rows, embeddings, **lifelong))
     quantizer_class = RQVAE if args.quantizer == "rqvae" else partial(ResidualKMeans, balanced=balance(args))
-    quantizer = quantizer_class(args.num_levels, args.codebook_size, seed=args.seed)
+    quantizer = quantizer_class(args.num_levels, codebook_size, seed=args.seed)
     codes = quantizer.fit(torch.from_numpy(embeddings)).train_codes
     report = {"before collisions": quality_report(codes, torch.from_numpy(embeddings), quantizer)}
     codes = resolve_collisions(codes, quantizer, torch.from_numpy(embeddings), policy=args.collisions)
-    sizes = [args.codebook_size] * args.num_levels
+    sizes = [codebook_size] * args.num_levels
     if codes.shape[1] > args.num_levels:
         sizes.append(int(codes[:, -1].max()) + 1)
     catalogue = Catalogue(codes, sizes, shards.item_ids, histories.popularity)
@@ -178,7 +190,7 @@ def prepare(args: PrepareArguments, output: Path, work: Path) -> dict:
         item_embeddings=embeddings,
         report=report,
     )
-    plot_codebook_usage(codes[:, : args.num_levels], args.codebook_size, output / "codebook_usage.png")
+    plot_codebook_usage(codes[:, : args.num_levels], codebook_size, output / "codebook_usage.png")
     counts = ", ".join(f"{count} {name} rows" for name, count in writer.rows.items())
     print(f"{catalogue}, {shards.num_events} events of {shards.num_users} users, {counts} -> {output}")
     return report
