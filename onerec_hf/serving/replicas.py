@@ -59,7 +59,7 @@ def start(replicas: Replicas, host: str, port: int) -> None:
 
     if not ray.is_initialized():
         if replicas.ray_address is None:
-            ray.init(include_dashboard=False)
+            ray.init("local", include_dashboard=False)  # also where another cluster runs, or ran, here
         else:
             ray.init(replicas.ray_address)
     serve.start(http_options={"host": host, "port": port})
@@ -114,12 +114,14 @@ def run(build: Callable[[], Any], limits: Limits, replicas: Replicas, host: str,
     from ray import serve
 
     start(replicas, host, port)
-    deploy(build, limits, replicas)
     if replicas.ray_address is not None:
+        deploy(build, limits, replicas)
         return
     stop = threading.Event()
+    # in place of Ray's own, which ends in an abort, and before the first replica answers
     for sign in (signal.SIGTERM, signal.SIGINT):
         signal.signal(sign, lambda *_: stop.set())
+    deploy(build, limits, replicas)
     stop.wait()
     serve.shutdown()
     ray.shutdown()

@@ -1,6 +1,8 @@
 """Two replicas of Ray Serve on loopback: one is killed under load, and another model is rolled out under load."""
 
 import asyncio
+import os
+import signal
 import socket
 import time
 from functools import partial
@@ -13,6 +15,7 @@ import torch
 from onerec_hf.scripts import recommend
 from onerec_hf.scripts.serve import ServeArguments, application
 from onerec_hf.serving import Limits
+from onerec_hf.serving import replicas as replicas_module
 from onerec_hf.serving.replicas import APP, Replicas, deploy, deployment, start
 
 from .served import recommender
@@ -79,6 +82,23 @@ def test_the_deployment_scales_with_the_requests():
     scaled = deployment(lambda: None, LIMITS, Replicas(replicas=1, max_replicas=4, target_requests=8))
     config = scaled._deployment_config.autoscaling_config
     assert (config.min_replicas, config.max_replicas, config.target_ongoing_requests) == (1, 4, 8)
+
+
+@pytest.mark.parametrize("address", [None, "auto"])
+def test_a_stop_while_replicas_start_is_a_stop(address, monkeypatch):
+    """SIGTERM in the middle of `deploy`; a cluster that runs already is left alone."""
+    done, before = [], signal.getsignal(signal.SIGTERM)
+    monkeypatch.setattr(replicas_module, "start", lambda *_: done.append("start"))
+    stop = [] if address else [signal.SIGTERM]
+    monkeypatch.setattr(replicas_module, "deploy", lambda *_: [os.kill(os.getpid(), sign) for sign in stop])
+    monkeypatch.setattr(serve, "shutdown", lambda: done.append("serve"))
+    monkeypatch.setattr(ray, "shutdown", lambda: done.append("ray"))
+    try:
+        replicas_module.run(lambda: None, LIMITS, Replicas(ray_address=address), "127.0.0.1", 0)
+    finally:
+        signal.signal(signal.SIGTERM, before)
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+    assert done == (["start"] if address else ["start", "serve", "ray"])
 
 
 @pytest.mark.slow
