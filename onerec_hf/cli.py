@@ -22,6 +22,7 @@ COMMANDS = {
     "rerank": "fit a re-ranker of a model and baselines on the validation split",
     "publish": "write the card of a model, and push it to the Hub",
     "recommend": "recommend items for every row of a data set",
+    "export": "write a model as graphs (torch.export, ONNX) with a search in NumPy",
     "demo": "a page to try a model in the browser",
     "serve": "serve a model over HTTP, and swap model and catalogue under traffic",
     "ab_test": "let two models serve the same simulated users",
@@ -32,8 +33,12 @@ LAUNCHED = ("sft", "reward", "dpo", "grpo", "recommend")  # by `accelerate launc
 # what the scripts import; `pip install 'onerec_hf[train]'` brings it
 TRAIN = ("accelerate", "datasets", "duckdb", "jinja2", "matplotlib", "peft", "scipy", "tensorboard", "trl", "yaml")
 # what an extra brings beside them, and the commands that need it
-BESIDE = {"serve": ("fastapi", "prometheus_client", "pydantic", "uvicorn"), "demo": ("gradio",)}
-EXTRAS = {"serve": "serve", "loop": "serve", "demo": "demo"}
+BESIDE = {
+    "serve": ("fastapi", "prometheus_client", "pydantic", "uvicorn"),
+    "demo": ("gradio",),
+    "export": ("onnx", "onnxruntime", "onnxscript"),
+}
+EXTRAS = {"serve": "serve", "loop": "serve", "demo": "demo", "export": "export"}
 
 
 def names(folder: str) -> list[str]:
