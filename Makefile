@@ -4,7 +4,7 @@ BIN = .venv/bin
 export HF_HUB_DISABLE_TELEMETRY = 1
 export NO_MKDOCS_2_WARNING = 1
 
-.PHONY: help quickstart test test-fast test-matrix check results docs format clean
+.PHONY: help quickstart test test-fast test-ray test-matrix check results docs format clean
 
 help:  ## what each target does
 	@sed -n 's/^\([a-z-]*\):.*##/\1:/p' $(MAKEFILE_LIST) | awk -F': *' '{printf "make %-12s %s\n", $$1, $$2}'
@@ -24,6 +24,10 @@ test: $(BIN)/.installed  ## the whole suite, offline
 
 test-fast: $(BIN)/.installed  ## under a minute on 2 cores, without runs of recipes and trainers, other processes, real data
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow and not shared_data" tests
+
+test-ray: $(BIN)/.installed  ## replicas of Ray Serve; Ray, which nothing else needs, is installed for it
+	$(BIN)/pip install --quiet -c constraints.txt -e '.[ray]'
+	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest tests/serving/test_ray.py
 
 test-matrix: $(BIN)/.installed  ## the numeric tests on other kernels, threads, addresses and versions of transformers
 	$(BIN)/python tests/matrix.py

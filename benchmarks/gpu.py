@@ -35,6 +35,7 @@ from transformers import CompileConfig
 
 from onerec_hf import Catalogue, OneRecV2Config, OneRecV2ForCausalLM
 from onerec_hf.models.beam_search import BeamSearch, beam_search, search
+from onerec_hf.models.captured_search import record
 
 
 def synchronize(device: str) -> None:
@@ -68,21 +69,13 @@ def ceilings(device: str) -> dict[str, float]:
 
 def captured(way):
     """`way` as a CUDA graph: a function that replays it; what `way` returned is filled anew each time."""
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for _ in range(3):
-            way()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        result = way()
+    replay, result = record(way)
 
-    def replay():
-        graph.replay()
+    def again():
+        replay()
         return result
 
-    return replay
+    return again
 
 
 def selection_alone(catalogue, batch: int, beams: int, device: str):

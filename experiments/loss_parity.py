@@ -45,6 +45,7 @@ from transformers import AutoTokenizer
 from onerec_hf import Catalogue
 from onerec_hf.collators import OneRecCollator
 from onerec_hf.data import load_splits
+from onerec_hf.hub.pictures import COLOURS
 from onerec_hf.models import balance_experts
 
 matplotlib.use("Agg")
@@ -221,6 +222,7 @@ def table(report: dict, data: dict[str, Task]) -> None:
 def plot(report: dict, data: dict[str, Task], path: Path) -> None:
     figure, axes = plt.subplots(1, len(data), figsize=(5.5 * len(data), 4), squeeze=False)
     for axis, (name, task) in zip(axes[0], data.items()):
+        axis.set_prop_cycle(color=COLOURS)
         for variant in NAMES:
             if not (cells := chosen(report, name, task, variant)):
                 continue
@@ -228,7 +230,8 @@ def plot(report: dict, data: dict[str, Task], path: Path) -> None:
             _, seconds, loss = curves.mean(0).T
             line = axis.plot(seconds, loss, "o-", markersize=3, label=variant)[0]
             axis.fill_between(seconds, curves[..., 2].min(0), curves[..., 2].max(0), alpha=0.2, color=line.get_color())
-        axis.set(xlim=(0, None), xlabel="CPU seconds of training", ylabel="nats per item, validation", title=name)
+        axis.set(xlim=(0, None), xlabel="CPU seconds of training", ylabel="nats per item, validation; lower is better")
+        axis.set_title(name)
         axis.grid(alpha=0.3)
         axis.legend(fontsize=8)
     figure.tight_layout()

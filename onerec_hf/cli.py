@@ -22,16 +22,23 @@ COMMANDS = {
     "rerank": "fit a re-ranker of a model and baselines on the validation split",
     "publish": "write the card of a model, and push it to the Hub",
     "recommend": "recommend items for every row of a data set",
+    "export": "write a model as graphs (torch.export, ONNX) with a search in NumPy",
     "demo": "a page to try a model in the browser",
     "serve": "serve a model over HTTP, and swap model and catalogue under traffic",
     "ab_test": "let two models serve the same simulated users",
+    "loop": "simulated days of serving, logging and training, each in a process of its own",
     "quickstart": "the whole path on a simulated log, in minutes",
 }
 LAUNCHED = ("sft", "reward", "dpo", "grpo", "recommend")  # by `accelerate launch`: on as many processes as it is told
 # what the scripts import; `pip install 'onerec_hf[train]'` brings it
 TRAIN = ("accelerate", "datasets", "duckdb", "jinja2", "matplotlib", "peft", "scipy", "tensorboard", "trl", "yaml")
-# what some commands import beside them: by the extra that brings it
-BESIDE = {"serve": ("fastapi", "prometheus_client", "pydantic", "uvicorn"), "demo": ("gradio",)}
+# what an extra brings beside them, and the commands that need it
+BESIDE = {
+    "serve": ("fastapi", "prometheus_client", "pydantic", "uvicorn"),
+    "demo": ("gradio",),
+    "export": ("onnx", "onnxruntime", "onnxscript"),
+}
+EXTRAS = {"serve": "serve", "loop": "serve", "demo": "demo", "export": "export"}
 
 
 def names(folder: str) -> list[str]:
@@ -110,7 +117,8 @@ def main(argv: list[str] | None = None) -> None:
         return
     if command not in COMMANDS:
         raise SystemExit(f"onerec: there is no command {command!r}; allowed are {', '.join(COMMANDS)}.")
-    extra, needed = command if command in BESIDE else "train", (*TRAIN, *BESIDE.get(command, ()))
+    extra = EXTRAS.get(command, "train")
+    needed = (*TRAIN, *BESIDE.get(extra, ()))
     if absent := [name for name in needed if importlib.util.find_spec(name) is None]:
         raise SystemExit(
             f"onerec {command} needs packages that are not installed, {', '.join(absent)}: pip install "

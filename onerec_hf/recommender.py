@@ -63,6 +63,7 @@ class Recommender:
         repo: str | os.PathLike,
         num_beams: int | Sequence[int] = 50,
         device: str | torch.device | None = None,
+        cuda_graphs: bool | Mapping[str, Any] = False,
         **hub_kwargs,
     ) -> "Recommender":
         """
@@ -71,6 +72,7 @@ class Recommender:
         Args:
             num_beams: Width of the search, or one for each level of the codes: `[20, 50, 50]`.
             device: Where the model runs.
+            cuda_graphs: Whether `model.capture()` is called, for searches as CUDA graphs; or its arguments.
             hub_kwargs: `revision`, `token`, `cache_dir`, ... as `from_pretrained` takes them.
 
         Raises:
@@ -78,6 +80,8 @@ class Recommender:
                 collator.
         """
         model = AutoModel.from_pretrained(repo, **hub_kwargs).eval().to(device)
+        if cuda_graphs:
+            model.capture(**({} if cuda_graphs is True else cuda_graphs))
         return cls.of_model(model, repo, num_beams, **hub_kwargs)
 
     @classmethod
@@ -93,9 +97,8 @@ class Recommender:
         path = cached_file(str(repo), METADATA_NAME, _raise_exceptions_for_missing_entries=False, **hub_kwargs)
         if path is not None:
             metadata = load_metadata(path)
-        path = cached_file(
-            str(repo), "quantizer_config.json", _raise_exceptions_for_missing_entries=False, **hub_kwargs
-        )
+        settings = "quantizer_config.json"
+        path = cached_file(str(repo), settings, _raise_exceptions_for_missing_entries=False, **hub_kwargs)
         if path is not None:
             cached_file(str(repo), "quantizer.safetensors", **hub_kwargs)
             quantizer = load_quantizer(Path(path).parent)
@@ -190,8 +193,7 @@ class Recommender:
         if session and not self.model.config.session_wise:
             raise ValueError(
                 f"session=True: {type(self.model).__name__} writes single items. Sessions come from a OneRec model, "
-                "trained with "
-                '`--model \'{"model_type": "onerec", ...}\'`.'
+                'trained with `--model \'{"model_type": "onerec", ...}\'`.'
             )
         check_per_user(n, events=events, users=users, allow=allow, deny=deny)
         if not n:
@@ -266,10 +268,8 @@ class Recommender:
             codes = append_collision_level(codes, old, self.model.config.codebook_sizes[-1])
         new_ids = id_array(item_ids)
         if len(new_ids) != len(codes) or len(metadata or codes) != len(codes):
-            raise ValueError(
-                f"{len(new_ids)} item ids, {len(codes)} embeddings, {len(metadata or codes)} metadata: one each per "
-                "item."
-            )
+            given = f"{len(new_ids)} item ids, {len(codes)} embeddings, {len(metadata or codes)} metadata"
+            raise ValueError(f"{given}: one each per item.")
         added = item_metadata(dict(zip(new_ids.tolist(), metadata or [{}] * len(codes))))
         counts = None
         if catalogue.popularity is not None:

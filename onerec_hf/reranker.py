@@ -86,10 +86,9 @@ class Reranker:
         """
         beam, log_probs = found.items.cpu(), found.scores.float().cpu()
         scores = self._scores(histories, head_scores)
-        columns = [beam]
+        columns, forbidden = [beam], None if allowed_items is None else ~allowed_items.cpu()
         for own in scores.values():
-            if allowed_items is not None:
-                own = own.masked_fill(~allowed_items.cpu(), -torch.inf)
+            own = own if forbidden is None else own.masked_fill(forbidden, -torch.inf)
             best = own.topk(min(self.num_candidates, own.shape[1]))
             columns.append(best.indices.masked_fill(best.values == -torch.inf, -1))
         items = _once(torch.cat(columns, dim=1))

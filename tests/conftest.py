@@ -28,8 +28,21 @@ if os.environ.get("ONEREC_TEST_UNALIGNED") == "1":  # what is loaded lies at oth
 
 # What takes more than a few seconds: runs of recipes and trainers, other processes. `make test-fast` leaves these out.
 SLOW = {
-    *("auto_classes", "baselines", "captions", "docs", "grpo", "hub", "ipa", "leaderboard", "modeling_common"),
     *(
+        "auto_classes",
+        "baselines",
+        "captions",
+        "continue",
+        "docs",
+        "export",
+        "grpo",
+        "hub",
+        "ipa",
+        "leaderboard",
+        "loop",
+    ),
+    *(
+        "modeling_common",
         "modeling_platform",
         "modeling_reward",
         "more_baselines",

@@ -34,7 +34,11 @@ RULES = {
     ),
     "serving": (
         {"collators", "item_ranker", "models", "recommendation_files", "recommender", "semantic_ids", "_version"},
-        {"fastapi", "numpy", "prometheus_client", "pydantic", "safetensors", "starlette", "torch", "uvicorn"},
+        {"fastapi", "numpy", "prometheus_client", "pydantic", "ray", "safetensors", "starlette", "torch", "uvicorn"},
+    ),
+    "export": (
+        {"collators", "models", "recommender", "_version"},
+        {"numpy", "onnxruntime", "safetensors", "torch"},
     ),
     "scripts": (
         {
@@ -44,6 +48,7 @@ RULES = {
             "data",
             "demo",
             "evaluation",
+            "export",
             "hub",
             "item_embeddings",
             "item_ranker",
@@ -59,11 +64,13 @@ RULES = {
         },
         {
             "datasets",
+            "fastapi",
             "huggingface_hub",
             "matplotlib",
             "numpy",
             "pandas",
             "peft",
+            "ray",
             "safetensors",
             "torch",
             "tqdm",

@@ -27,10 +27,9 @@ def test_constraints_pin_every_dependency():
     config = configparser.ConfigParser()
     config.read(ROOT / "setup.cfg")
     extras = config["options.extras_require"]
+    installed = ("train", "serve", "demo", "docs", "export", "ray")
     wanted = [
-        name
-        for line in (config["options"]["install_requires"], *map(extras.get, ("train", "serve", "demo", "docs")))
-        for name in line.split()
+        name for line in (config["options"]["install_requires"], *map(extras.get, installed)) for name in line.split()
     ]
     names = {re.split(r"[<>=!\[]", line)[0].lower().replace("-", "_") for line in wanted} - {"onerec_hf"}
     pinned = {

@@ -30,13 +30,15 @@ def tokens_of(catalogue, model):
     return catalogue.semantic_ids.numpy() + np.array(model.config.level_offsets)
 
 
-def recommender_of(architecture="v2", catalogue=None, num_beams=20, quantizer=None, metadata=None, **features):
+def recommender_of(
+    architecture="v2", catalogue=None, num_beams=20, quantizer=None, metadata=None, settings=None, **features
+):
     catalogue = catalogue or tiny_catalogue()
     sizes = {"context_features": {}, "user_features": {}}
     if features:
         probe = OneRecCollator(np.zeros((catalogue.num_items, 3)), **features)
         sizes = {"context_features": probe.context_feature_sizes, "user_features": probe.user_feature_sizes}
-    model = tiny_model(catalogue, architecture=architecture, **sizes)
+    model = tiny_model(catalogue, architecture=architecture, **sizes, **(settings or {}))
     tokens = tokens_of(catalogue, model)
     if architecture == "v1":
         lengths = {f"{name}_length": length for name, length in model.config.pathway_lengths.items()}

@@ -267,6 +267,13 @@ def test_the_command_fits_on_validation_and_saves_with_the_model(trained, tmp_pa
     assert scored["test"] == pytest.approx(report["test"])  # of what is served
     few = rerank.main(rerank.RerankArguments(**settings, test_users=5))  # both are of the same users
     assert few["search_alone"]["test"]["num_users"] == few["test"]["num_users"] == 5
+    model_files = {path.name for path in (trained / "model").iterdir()}
+    settings |= {"model": str(trained / "model"), "output": str(tmp_path / "copy")}
+    assert rerank.main(rerank.RerankArguments(**settings))["test"] == pytest.approx(report["test"])
+    assert (tmp_path / "copy" / "reranker.json").is_file()  # and the model's folder is as it was
+    assert {path.name for path in (trained / "model").iterdir()} == model_files
+    with pytest.raises(ValueError, match=r"nothing to re-rank with: .* has no item head"):
+        rerank.main(rerank.RerankArguments(**settings | {"scorers": []}))
     with pytest.raises(ValueError, match=r"popularity holds no baseline that can score items"):
         rerank.main(rerank.RerankArguments(**settings | {"scorers": [str(trained / "popularity")]}))
 

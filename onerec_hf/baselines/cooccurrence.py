@@ -94,7 +94,10 @@ class CoOccurrence:
     def score_items(self, examples: dict[str, list]) -> torch.Tensor:
         """Log of each item's share of a history's counts, (B, N); `-inf` where there are none."""
         scores = self._scores(examples["history"])
-        return (scores / scores.sum(1, keepdim=True)).nan_to_num().log()
+        shares = torch.full_like(scores, -torch.inf)
+        some = scores.nonzero(as_tuple=True)  # few: the logarithm of 0 is slow
+        shares[some] = (scores[some] / scores.sum(1)[some[0]]).log()
+        return shares
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Writes `config.json` and `model.safetensors`: the counts."""

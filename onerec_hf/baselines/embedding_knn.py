@@ -65,9 +65,9 @@ class EmbeddingKNN:
         """Softmax of ten times the similarities, as log-probabilities (B, N), without the counter; `-inf` for a
         history without items.
         """
-        scores = (_SHARPNESS * self._similarities(examples["history"])).log_softmax(1)
+        scores = self._similarities(examples["history"], _SHARPNESS).log_softmax(1)
         empty = torch.tensor([not len(history) for history in examples["history"]], dtype=torch.bool)
-        return scores.masked_fill(empty[:, None], -torch.inf)
+        return scores.masked_fill_(empty[:, None], -torch.inf) if empty.any() else scores
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Writes `config.json` and `model.safetensors`: the vectors, and the counts where they have a weight."""
@@ -95,9 +95,9 @@ class EmbeddingKNN:
             scores += self.counter_weight * counts / largest
         return scores
 
-    def _similarities(self, histories: Sequence[Sequence[int]]) -> torch.Tensor:
+    def _similarities(self, histories: Sequence[Sequence[int]], factor: float = 1.0) -> torch.Tensor:
         users = torch.zeros(len(histories), self.embeddings.shape[1])  # (B, D)
         for user, history in enumerate(histories):
             for age, item in enumerate(reversed(history[-self.num_recent :])):
-                users[user] += self.decay**age * self.embeddings[item]
+                users[user] += factor * self.decay**age * self.embeddings[item]
         return users @ self.embeddings.T

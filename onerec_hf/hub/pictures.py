@@ -6,6 +6,8 @@ from pathlib import Path
 
 import numpy as np
 
+COLOURS = ("#0072b2", "#e69f00", "#009e73", "#d55e00", "#cc79a7")  # Okabe and Ito's, which everybody can tell apart
+
 
 def _figure(width: float = 6.0, height: float = 3.4):
     try:
@@ -15,6 +17,7 @@ def _figure(width: float = 6.0, height: float = 3.4):
 
     figure = Figure(figsize=(width, height), layout="constrained", dpi=150)
     axes = figure.add_subplot()
+    axes.set_prop_cycle(color=COLOURS)
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(axis="y", alpha=0.3)
     axes.set_axisbelow(True)
@@ -44,7 +47,7 @@ def plot_training_curve(
     if points:
         twin = axes.twinx()
         twin.spines["top"].set_visible(False)
-        twin.plot(*zip(*points), "s--", color="tab:green", label=metric.removeprefix("eval_"), markersize=3)
+        twin.plot(*zip(*points), "s--", color="#009e73", label=metric.removeprefix("eval_"), markersize=3)
         twin.set_ylabel(metric.removeprefix("eval_") + " on validation")
         twin.set_ylim(bottom=0)
         more, names = twin.get_legend_handles_labels()
@@ -113,7 +116,7 @@ def plot_prediction_entropy(
             showfliers=False,
             patch_artist=True,
             medianprops={"color": "#333333"},
-            boxprops={"facecolor": f"C{i}", "alpha": 0.7},
+            boxprops={"facecolor": COLOURS[i % len(COLOURS)], "alpha": 0.7},
         )
         parts["boxes"][0].set_label(plot_label(name))
         axes.plot(place, values.mean(0), "x", color="#333333", markersize=5)

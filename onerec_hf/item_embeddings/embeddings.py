@@ -171,7 +171,9 @@ def _flatten(
         yield np.concatenate(own), np.array([len(history) for history in own])
 
 
-def concat_embeddings(*parts: np.ndarray, weights: Sequence[float] | None = None) -> np.ndarray:
+def concat_embeddings(
+    *parts: np.ndarray, weights: Sequence[float] | None = None, means: np.ndarray | None = None
+) -> np.ndarray:
     """Joins several embeddings of the same items so that each has the same say, whatever its scale and width.
 
     Each part is centred, its rows are divided by their length and multiplied by its weight (default 1). A row equal
@@ -179,21 +181,25 @@ def concat_embeddings(*parts: np.ndarray, weights: Sequence[float] | None = None
 
     Args:
         parts: `np.ndarray` of shape (N, D_p) each.
+        means (`np.ndarray` of shape (sum of D_p,), *optional*): What is subtracted; default the mean of these items.
+            For items that join others: the mean of those, side by side for all parts.
 
     Returns:
         `np.ndarray` of shape (N, sum of D_p), float32.
 
     Raises:
-        ValueError: parts of different N, or weights that are not one per part.
+        ValueError: parts of different N, weights that are not one per part, or means of another width.
     """
     if weights is None:
         weights = [1.0] * len(parts)
     if not parts or len(weights) != len(parts):
         raise ValueError(f"need at least one part and one weight per part, got {len(parts)} and {len(weights)}")
-    scaled = []
-    for part, weight in zip(parts, weights):
+    scaled, ends = [], np.cumsum([part.shape[1] for part in parts])
+    if means is not None and len(means) != ends[-1]:
+        raise ValueError(f"the embeddings have {ends[-1]} columns, the means {len(means)}: take the same embeddings.")
+    for part, weight, end in zip(parts, weights, ends):
         centred = check_item_embeddings(part, len(parts[0]))
-        centred = centred - centred.mean(0)
+        centred = centred - (centred.mean(0) if means is None else means[end - part.shape[1] : end])
         length = np.linalg.norm(centred, axis=1, keepdims=True)
         scaled.append(weight * centred / np.where(length > 0, length, 1))
     return np.concatenate(scaled, axis=1, dtype=np.float32)

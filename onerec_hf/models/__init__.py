@@ -5,6 +5,7 @@ alone.
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer
 
 from .beam_search import BeamSearchOutput, beam_search, sample_items
+from .captured_search import CapturedSearch
 from .catalogue import Catalogue
 from .catalogue_generate import CatalogueLogitsProcessor, catalogue_generate
 from .configuration_onerec import OneRecConfig, OneRecV1Config
@@ -45,6 +46,7 @@ SemanticIdTokenizer.register_for_auto_class()
 
 __all__ = [
     "BeamSearchOutput",
+    "CapturedSearch",
     "Catalogue",
     "CatalogueLogitsProcessor",
     "ContextKV",

@@ -24,6 +24,7 @@ from transformers.utils import logging
 from transformers.utils.hub import cached_file
 
 from .beam_search import beam_search, sample_items
+from .captured_search import CapturedSearch
 from .catalogue import CATALOGUE_NAME, Catalogue
 from .catalogue_generate import CatalogueLogitsProcessor, NotFinite, catalogue_generate
 from .input_checks import check_finite, check_generate, check_rows_allowed
@@ -84,6 +85,25 @@ class CatalogueGenerationMixin(_Model):
     catalogue: Catalogue | None = None
     num_session_items: int = 1  # per row of `generate`; a model of sessions sets it
     context_input_names = ("context_ids", "context_mask", "context_features", "user_features")
+    captured_search: CapturedSearch | None = None
+
+    def capture(self, **sizes: Any) -> None:
+        """
+        From now on `recommend_items` records its searches as CUDA graphs and replays them; nothing else changes.
+
+        Each shape is recorded at its first use, which takes as long as a few searches. On another device than a GPU
+        there are no such graphs: a warning says so, and searches stay as they are.
+
+        Args:
+            sizes: `batch_sizes`, `context_lengths` and `max_graphs` of [`CapturedSearch`].
+        """
+        search = CapturedSearch(self, **sizes)
+        if self.device.type == "cuda":
+            self.captured_search = search
+        else:
+            logger.warning(
+                f"capture: the model is on {self.device}, CUDA graphs are for GPUs. Searches stay as they are."
+            )
 
     # ---- catalogue
 

@@ -388,10 +388,14 @@ class SemanticIdForCausalLM(CatalogueGenerationMixin, SemanticIdPreTrainedModel)
         batch = check_generate(self.config, None, None, context, length)
         catalogue = self._require_catalogue(catalogue)
         allowed = None if allowed_items is None else allowed_mask(catalogue, allowed_items)
-        context_kv = context.pop("context_kv", None)
-        if context_kv is None:
-            context_kv = self.encode_context(**context)
-        found = beam_search(self, catalogue, context_kv, widths, allowed, length)
+        found = None
+        if self.captured_search is not None and "context_kv" not in context:
+            found = self.captured_search(catalogue, widths, context, allowed, length)
+        if found is None:
+            context_kv = context.pop("context_kv", None)
+            if context_kv is None:
+                context_kv = self.encode_context(**context)
+            found = beam_search(self, catalogue, context_kv, widths, allowed, length)
         check_finite(found.scores, f"{type(self).__name__}.recommend_items")
         wanted = k if item_scorer is None else width
         if num_session_items is not None:

@@ -158,7 +158,12 @@ def push_folder(training: TrainingArguments, repo: str) -> None:
 
 
 def finish_policy(
-    trainer: Trainer, recommender: Recommender, data: DataFolder, test: datasets.Dataset | None, report: dict
+    trainer: Trainer,
+    recommender: Recommender,
+    data: DataFolder,
+    test: datasets.Dataset | None,
+    report: dict,
+    also: Callable[[], object] | None = None,
 ) -> dict:
     """
     Saves the model, writes its card, scores it on the test split, pushes it: the ending of `sft`, `dpo` and `grpo`.
@@ -167,6 +172,7 @@ def finish_policy(
         data: For the advice where something fails.
         test: Rows to score the model on; None: it is not scored.
         report: What is known of the training; becomes `metrics.json` together with the test metrics.
+        also: Called with the saved model, before `metrics.json` is written.
     """
     training, ranker = trainer.args, recommender.ranker
     output = Path(training.output_dir)
@@ -178,6 +184,8 @@ def finish_policy(
 
     def metrics() -> None:
         report.update(score_model(ranker, test, output, training.seed) if test is not None else {})
+        if also is not None:
+            also()
         report["log"] = trainer.state.log_history
         write_metrics(output, report)
 

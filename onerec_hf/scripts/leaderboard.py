@@ -1,9 +1,12 @@
 """One table of everything: runs or resumes each entry with each seed, then compares them on the same test users.
 
-    onerec leaderboard --dataset outputs/beauty --entries leaderboard.yaml --output outputs/leaderboard
+    onerec leaderboard --source logs.parquet --output outputs/leaderboard
+    onerec leaderboard --dataset outputs/mydata --entries leaderboard.yaml --output outputs/leaderboard
 
-`--dataset` is a folder that `onerec prepare` wrote. An entry of the YAML file names a command, `recipe: baseline` or
-`sft`, its arguments, and `seeds` where one is enough. One's own model is `{predictions: FILE}`, a table of `user_id`
+`--dataset` is a folder that `onerec prepare` wrote. Without one, `--source` is the log: it is prepared into
+`OUTPUT/data` first, with the arguments of `--prepare`. An entry of the YAML file names a command, `recipe: baseline`
+or `sft`, its arguments, and `seeds` where one is enough. `recipe: rerank` names entries above it as `model` and
+`scorers`, and takes their runs of the same seed. One's own model is `{predictions: FILE}`, a table of `user_id`
 and `item_ids` (a list, best first), or `{python: module:function}`, a function of histories of item ids and `k`; it
 is scored anew every time. A run lies in `OUTPUT/<entry>/seed<n>`; it is taken as it is if it ended with the same
 arguments, resumed if it left a checkpoint, and made anew otherwise. Writes `leaderboard.md` (means ± standard
@@ -15,7 +18,7 @@ import contextlib
 import io
 import json
 import shutil
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +28,7 @@ import yaml
 from ..data import DataFolder
 from ..evaluation import frequency_strata, paired_bootstrap
 from ..trainers.resume import checkpoints_of, why_incomplete
-from . import baseline, own_entry, sft
+from . import baseline, own_entry, prepare, rerank, sft
 from .checks import check_output
 from .ending import PREDICTIONS
 from .leaderboard_results import check_runs, collect, picture, tables
@@ -34,20 +37,31 @@ from .parser import ScriptParser, config_path
 RECIPES: dict[str, tuple[Any, list, str]] = {  # the script, its arguments, and the one that names the folder it writes
     "baseline": (baseline, [baseline.BaselineArguments], "--output"),
     "sft": (sft, [sft.ModelArguments, sft.OneRecSFTConfig], "--output_dir"),
+    "rerank": (rerank, [rerank.RerankArguments], "--output"),
 }
 OWN = {"own": (own_entry, [own_entry.OwnEntryArguments], "--output")}
 
 
 @dataclass
 class LeaderboardArguments:
-    data: str = field(metadata={"help": "Folder that `onerec prepare` wrote.", "aliases": ["--dataset"]})
-    output: str = field(metadata={"help": "Folder to write."})
+    data: str | None = field(
+        default=None, metadata={"help": "Folder that `onerec prepare` wrote.", "aliases": ["--dataset"]}
+    )
+    output: str = field(default="outputs/leaderboard", metadata={"help": "Folder to write."})
     entries: str = field(
-        default="leaderboard.yaml", metadata={"help": "YAML file of entries, or the name of one of the package."}
+        default="small_leaderboard.yaml", metadata={"help": "YAML file of entries, or the name of one of the package."}
     )
     only: list[str] = field(default_factory=list, metadata={"help": "Names of entries; default all."})
     seeds: list[int] = field(default_factory=lambda: [0, 1, 2])
     run: bool = True
+    source: str | None = field(default=None, metadata={"help": "A log in place of data, as in `onerec prepare`."})
+    layout: str | None = field(default=None, metadata={"help": "Of the source: logs (the default), amazon, kuairand."})
+    columns: str | None = field(default=None, metadata={"help": "Of the source: our names to yours."})
+    items: str | None = field(default=None, metadata={"help": "Item table that belongs to the source."})
+    prepare: str = field(
+        default="small_prepare.yaml",
+        metadata={"help": "YAML file of `onerec prepare`, for the source."},
+    )
 
 
 def load_entries(path: str) -> dict[str, dict]:
@@ -67,20 +81,66 @@ def load_entries(path: str) -> dict[str, dict]:
                 "`predictions: FILE` and `python: module:function`."
             )
         recipe = str(entry.get("recipe")).removesuffix(".py")  # as it was written before there were commands
+        above = [each for each in entries if each in list(entries)[: list(entries).index(name)]]
+        if recipe == "rerank" and (absent := [each for each in parts(entry) if each not in above]):
+            raise ValueError(f"{path}: {name} re-ranks {absent}, which are no entries above it; those are {above}.")
         if kinds == ["recipe"] and recipe not in RECIPES:
             raise ValueError(f"{path}: {name} has recipe={entry['recipe']!r}; allowed are {sorted(RECIPES)}.")
         entries[name] = entry | {"recipe": recipe} if kinds == ["recipe"] else {"recipe": "own", "seeds": [0]} | entry
     return entries
 
 
-def command(args: LeaderboardArguments, entry: dict, seed: int) -> list[str]:
+def parts(entry: dict) -> list[str]:
+    """The entries that an entry re-ranks."""
+    return [entry.get("model", "no model"), *entry.get("scorers", [])]
+
+
+def command(args: LeaderboardArguments, entries: dict[str, dict], name: str, seed: int) -> list[str]:
     """The recipe of an entry and its arguments, as one would type them."""
-    settings = {"data": args.data} | {name: value for name, value in entry.items() if name not in ("recipe", "seeds")}
+    entry = entries[name]
+    settings = {"data": args.data} | {key: value for key, value in entry.items() if key not in ("recipe", "seeds")}
+    if entry["recipe"] == "rerank":
+        model, *scorers = (run_of(args, entries, each, seed) for each in parts(entry))
+        settings |= {"model": model, "scorers": scorers}
     argv = ["--seed", str(seed)]
     for name, value in settings.items():
+        if value == []:
+            continue  # a command line has no word for it
         values = value if isinstance(value, list) else [json.dumps(value) if isinstance(value, dict) else value]
         argv += [f"--{name}", *map(str, values)]
     return [entry["recipe"], *argv]
+
+
+def seeds_of(args: LeaderboardArguments, entry: dict) -> list[int]:
+    """The seeds of an entry, each once."""
+    return list(dict.fromkeys(entry.get("seeds", args.seeds)))
+
+
+def run_of(args: LeaderboardArguments, entries: dict[str, dict], name: str, seed: int) -> str:
+    """The folder of an entry's run with that seed, or with its only one.
+
+    Raises:
+        ValueError: It has several seeds, and not this one.
+    """
+    seeds = seeds_of(args, entries[name])
+    if seed not in seeds and len(seeds) > 1:
+        raise ValueError(f"{args.entries}: seed {seed} re-ranks {name}, which has the seeds {seeds}.")
+    return str(Path(args.output) / name / f"seed{seed if seed in seeds else seeds[0]}")
+
+
+def prepare_source(args: LeaderboardArguments) -> str:
+    """`OUTPUT/data`, made of the source; taken as it is if the same arguments made it."""
+    folder, made = Path(args.output) / "data", Path(args.output) / "prepare.json"
+    given = {name: getattr(args, name) for name in ("source", "layout", "columns", "items")}
+    argv = [word for name, value in given.items() if value is not None for word in (f"--{name}", str(value))]
+    argv = ["--config", args.prepare, *argv, "--output", str(folder)]
+    (arguments,) = ScriptParser("prepare", None, [prepare.PrepareArguments]).parse(argv)
+    asked = json.loads(json.dumps(asdict(arguments)))
+    if not (made.is_file() and json.loads(made.read_text(encoding="utf-8")) == asked):
+        made.unlink(missing_ok=True)
+        prepare.main(arguments)
+        made.write_text(json.dumps(asked, indent=2), encoding="utf-8")
+    return str(folder)
 
 
 def check_entry(name: str, argv: list[str], folder: Path) -> None:
@@ -111,6 +171,17 @@ def same_run(argv: list[str], folder: Path) -> bool:
     return [recipe.removesuffix(".py"), *rest] == argv
 
 
+def unfinished(runs: list[tuple[str, list[str], Path]]) -> list[tuple[str, list[str], Path]]:
+    """The runs that have not ended with the same arguments, and those that re-rank one of them."""
+    left: list[tuple[str, list[str], Path]] = []
+    for each in runs:
+        _, argv, folder = each
+        again = {str(other) for *_, other in left}
+        if again & set(argv) or not (same_run(argv, folder) and (folder / "metrics.json").is_file()):
+            left.append(each)
+    return left
+
+
 def run_entry(entry_command: list[str], folder: Path) -> None:
     """Runs one recipe in this process; goes on with a checkpoint of the same command."""
     recipe, *argv = entry_command
@@ -130,18 +201,23 @@ def run_entry(entry_command: list[str], folder: Path) -> None:
 def main(args: LeaderboardArguments) -> dict:
     """Runs the recipe; returns what it writes to `leaderboard.json`."""
     output, entries = Path(args.output), load_entries(args.entries)
+    if (args.data is None) == (args.source is None):
+        raise ValueError(
+            f"data={args.data!r} and source={args.source!r}: give one, a data folder or a log to prepare."
+        )
     check_output(args.output, replaces=False)
     if unknown := set(args.only) - set(entries):
         raise ValueError(f"{args.entries} has no entries {sorted(unknown)}; it has {sorted(entries)}.")
-    data = DataFolder(args.data)
+    args = args if args.source is None else replace(args, data=prepare_source(args))
+    data = DataFolder(str(args.data))
     splits, num_items = data.splits, data.num_items
     train = np.concatenate(splits["train"].with_format("numpy")["history"])
     counts, targets = np.bincount(train, minlength=num_items), splits["test"]["targets"]
     strata, results = frequency_strata(counts, targets), {}
-    seeds = {name: list(dict.fromkeys(entries[name].get("seeds", args.seeds))) for name in args.only or entries}
-    runs = [(name, command(args, entries[name], n), output / name / f"seed{n}") for name in seeds for n in seeds[name]]
+    seeds = {name: seeds_of(args, entries[name]) for name in args.only or entries}
+    runs = [(name, command(args, entries, name, n), output / name / f"seed{n}") for name in seeds for n in seeds[name]]
     if args.run:
-        left = [each for each in runs if not (same_run(*each[1:]) and (each[2] / "metrics.json").is_file())]
+        left = unfinished(runs)
         for name, argv, folder in {each[0]: each for each in left}.values():
             check_entry(name, argv, folder)
         for _, argv, folder in left:

@@ -49,6 +49,21 @@ class ModelArguments:
         default=False,
         metadata={"help": "Read training rows while training, a part of the split in memory at a time."},
     )
+    continue_from: str | None = field(
+        default=None,
+        metadata={
+            "help": "Folder or Hub repository of a trained model that goes on with this data, prepared with "
+            "--semantic_ids_from of the same model."
+        },
+    )
+    start: float | None = field(
+        default=None,
+        metadata={"help": "Train on targets from this time on (unit of the timestamps); older events are context."},
+    )
+    keep_optimizer: bool = field(
+        default=False,
+        metadata={"help": "Save the state of the optimizer with the model, and start from that of --continue_from."},
+    )
     newest_impressions: bool = field(
         default=False,
         metadata={"help": "onerec_v2: a row per event, by time, each seen once, in place of all targets in one pass."},
@@ -175,25 +190,39 @@ def make_collator(args: ModelArguments, data: DataFolder) -> OneRecCollator:
 
 
 def training_rows(
-    train: datasets.Dataset, config: PreTrainedConfig, max_history: int, newest_impressions: bool = False
+    train: datasets.Dataset,
+    config: PreTrainedConfig,
+    max_history: int,
+    newest_impressions: bool = False,
+    start: float | None = None,
 ) -> datasets.Dataset:
     """OneRec-V2 takes every target of a user in one pass; an encoder needs one row per target, unless the rows are
     sessions.
 
     `newest_impressions` is what OneRec-V2's section 2.1 trains on: a row per event, whose loss is that of the event
-    alone, of all users by time, so that no step knows what comes after it.
+    alone, of all users by time, so that no step knows what comes after it. With `start`, a row per event from then on.
     """
-    if "targets" not in train.column_names and (config.model_type != "onerec_v2" or newest_impressions):
+    by_target = newest_impressions or start is not None or config.model_type != "onerec_v2"
+    if "targets" not in train.column_names and by_target:
         if config.model_type == "onerec_v1":
             max_history = max(config.pathway_lengths.values())
         train = target_rows(train, max_history)
     if newest_impressions:
         train = train.sort("session_start")
+    if start is not None:
+        if "session_start" not in train.column_names:
+            raise ValueError(f"start={start}: the rows have no times, only {train.column_names}. Leave it out.")
+        times = np.asarray(train.with_format("numpy")["session_start"][:])
+        if not (times >= start).any():
+            raise ValueError(f"start={start}: no target is so late; they reach from {times.min()} to {times.max()}.")
+        train = train.select(np.flatnonzero(times >= start))
     least = 1 if "targets" in train.column_names else 2
     return train.select(np.flatnonzero(np.asarray(train.with_format("numpy")["length"][:]) >= least))
 
 
-def streamed_rows(args: ModelArguments, config: PreTrainedConfig, training: OneRecSFTConfig) -> tuple:
+def streamed_rows(
+    args: ModelArguments, config: PreTrainedConfig, training: OneRecSFTConfig, max_history: int
+) -> tuple:
     """
     What [`training_rows`] makes, as a stream without end, and a few of its rows. Sets `max_steps`, which a stream
     needs, to what `num_train_epochs` says.
@@ -201,6 +230,10 @@ def streamed_rows(args: ModelArguments, config: PreTrainedConfig, training: OneR
     if args.newest_impressions:
         raise ValueError(
             "streaming reads users in random order, newest_impressions all events by time: leave one out."
+        )
+    if args.start is not None:
+        raise ValueError(
+            "streaming reads users in random order and whole; start needs the rows of events: leave one out."
         )
     sample = first_rows(args.data, "train")
     per_target = "targets" not in sample.column_names and config.model_type != "onerec_v2"
@@ -213,7 +246,7 @@ def streamed_rows(args: ModelArguments, config: PreTrainedConfig, training: OneR
     step = training.train_batch_size * training.gradient_accumulation_steps
     if training.max_steps <= 0:
         training.max_steps = math.ceil(training.num_train_epochs * count / (step * training.world_size))
-    rows = partial(training_rows, config=config, max_history=args.max_history)
+    rows = partial(training_rows, config=config, max_history=max_history)
     grouped = training.train_sampling_strategy == "group_by_length"
     seed = training.seed if training.data_seed is None else training.data_seed
     stream = stream_split(
@@ -252,9 +285,13 @@ def load_policy(folder: str, data: DataFolder, num_beams: int, rerank: bool = Fa
     if not rerank:  # its weights were fitted to this model: they say nothing of one that is trained on from it
         recommender.ranker.reranker = None
     data.check_model(folder, recommender.model.catalogue)
-    collator = recommender.ranker.collator
+    set_user_features(recommender.ranker.collator, data)
+    return recommender
+
+
+def set_user_features(collator: OneRecCollator, data: DataFolder) -> None:
+    """The categories of the data folder's users, numbered as they were when the collator was made."""
     if sizes := collator.user_feature_sizes:
         users = data.columns("users", list(sizes))
         known = {name: category_map(users[name], size) for name, size in sizes.items()} | collator.user_categories
         collator.user_features = {name: category_codes(users[name], known[name]) for name in sizes}
-    return recommender

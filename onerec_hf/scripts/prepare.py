@@ -24,17 +24,25 @@ from transformers.utils import logging
 
 from .. import Catalogue, SemanticIdTokenizer, item_embeddings
 from .. import data as logs
-from ..semantic_ids import RQVAE, ResidualKMeans, plot_codebook_usage, quality_report, resolve_collisions
+from ..recommender import Recommender
+from ..semantic_ids import (
+    RQVAE,
+    ResidualKMeans,
+    append_codes,
+    plot_codebook_usage,
+    quality_report,
+    resolve_collisions,
+)
 from .model_arguments import mapping, model_path
 from .parser import ScriptParser
 from .prepare_arguments import (
     PrepareArguments,
     balance,
     check_arguments,
-    check_items,
     check_lifelong,
     lifelong_settings,
     session_config,
+    settle,
 )
 
 
@@ -112,15 +120,27 @@ def table_of(shards: logs.EventShards, name: str) -> datasets.Dataset:
     return datasets.Dataset.from_dict({f"{name}_id": getattr(shards, f"{name}_ids"), **features})
 
 
-def embed(args: PrepareArguments, shards: logs.EventShards, histories: Histories) -> np.ndarray:
-    """Every embedding that was asked for, normalised and concatenated, (N, D)."""
+def embed_texts(texts: list[str], model: str, optional: bool) -> np.ndarray:
+    """Text embeddings (N, D); where texts are `optional`, an item without one stands at the mean of the others."""
+    there = np.array([bool(text.strip()) for text in texts])
+    if there.all() or not there.any() or not optional:
+        return item_embeddings.text_embeddings(texts, model_path(model))
+    print(f"{len(texts) - there.sum():,} of {len(texts):,} items have no text: they get the mean of the others")
+    known = item_embeddings.text_embeddings([texts[i] for i in np.flatnonzero(there)], model_path(model))
+    found = np.tile(known.mean(0), (len(texts), 1))
+    found[there] = known
+    return found
+
+
+def embed(args: PrepareArguments, shards: logs.EventShards, histories: Histories) -> list[np.ndarray]:
+    """Every embedding that was asked for, (N, D) each."""
     parts = []
     if args.embeddings:
         parts.append(item_embeddings.load_embeddings(args.embeddings, shards.num_items))
     features: dict[str, Any] = shards.items
     texts = item_embeddings.item_texts(features, args.text_fields if args.text_model or args.caption_model else [])
     if args.text_model:
-        parts.append(item_embeddings.text_embeddings(texts, model_path(args.text_model)))
+        parts.append(embed_texts(texts, args.text_model, optional=bool(args.optional_text_fields)))
     if args.align:
         content = item_embeddings.concat_embeddings(*parts)
         alignment, captions = item_embeddings.ItemAlignment(content.shape[1], seed=args.seed), None
@@ -137,7 +157,53 @@ def embed(args: PrepareArguments, shards: logs.EventShards, histories: Histories
                 histories, shards.num_items, args.collaborative_dim, seed=args.seed, folder=histories.work
             )
         )
-    return item_embeddings.concat_embeddings(*parts)
+    return parts
+
+
+def model_with_codebooks(repo: str) -> Recommender:
+    """A trained model that new items can join."""
+    trained = Recommender.from_pretrained(repo)
+    if trained.quantizer is None or trained.quantizer.embedding_mean is None:
+        lacking = "codebooks" if trained.quantizer is None else "mean of its embeddings beside its codebooks"
+        raise ValueError(
+            f"semantic_ids_from: {repo} has no {lacking}: name a model that `onerec sft` trained on data of this "
+            "version's `onerec prepare`."
+        )
+    return trained
+
+
+def new_semantic_ids(args: PrepareArguments, codebook_size: int, embeddings: torch.Tensor) -> tuple:
+    """Codebooks fitted on all items, their semantic IDs, the sizes of the levels, and what is to be said of them."""
+    quantizer_class = RQVAE if args.quantizer == "rqvae" else partial(ResidualKMeans, balanced=balance(args))
+    quantizer = quantizer_class(args.num_levels, codebook_size, seed=args.seed)
+    codes = quantizer.fit(embeddings).train_codes
+    report = {"before collisions": quality_report(codes, embeddings, quantizer)}
+    codes = resolve_collisions(codes, quantizer, embeddings, policy=args.collisions)
+    sizes = [codebook_size] * args.num_levels
+    if codes.shape[1] > args.num_levels:
+        sizes.append(int(codes[:, -1].max()) + 1)
+    return quantizer, codes, sizes, report
+
+
+def frozen_semantic_ids(
+    args: PrepareArguments, trained: Recommender, item_ids: np.ndarray, embeddings: torch.Tensor
+) -> tuple:
+    """The same of the codebooks of a trained model, whose items keep their semantic IDs; others are appended."""
+    quantizer, known = trained.quantizer, trained.model.catalogue
+    places = torch.from_numpy(known.index_of(item_ids, "ignore"))
+    old, new = places >= 0, places < 0
+    if not old.any():
+        raise ValueError(
+            f"{args.source} and {args.semantic_ids_from} have no item in common: name a model of this log."
+        )
+    policy = "extra_level" if known.num_levels > quantizer.num_levels else args.collisions
+    taken, sizes = known.semantic_ids.long(), known.codebook_sizes
+    codes = torch.empty(len(item_ids), known.num_levels, dtype=torch.long)
+    codes[old] = taken[places[old]]
+    codes[new] = append_codes(taken, sizes, quantizer, embeddings[new], policy=policy)
+    report: dict[str, Any] = {"appended items": int(new.sum()), "items that left": len(known) - int(old.sum())}
+    report["after collisions"] = quality_report(codes, embeddings, quantizer)
+    return quantizer, codes, sizes, report
 
 
 def main(args: PrepareArguments) -> dict:
@@ -151,22 +217,23 @@ def main(args: PrepareArguments) -> dict:
 def prepare(args: PrepareArguments, output: Path, work: Path) -> dict:
     """Checked arguments -> the data folder `output`; returns the quality report of the semantic IDs."""
     shards = load(args, work)
-    check_items(args, shards)
+    args, codebook_size = settle(args, shards)
     writer, histories = logs.SplitWriter(output, work), Histories(work, shards.num_items)
     columns = write_splits(args, shards, writer, histories)
     if lifelong := lifelong_settings(args):
         check_lifelong(lifelong, columns)
-    embeddings = embed(args, shards, histories)
+    parts = embed(args, shards, histories)
+    trained = None if args.semantic_ids_from is None else model_with_codebooks(args.semantic_ids_from)
+    means = np.concatenate([part.mean(0) for part in parts]) if trained is None else trained.quantizer.embedding_mean
+    embeddings = item_embeddings.concat_embeddings(*parts, means=np.asarray(means))
     if lifelong:
         writer.transform(lambda rows: logs.compress_lifelong(rows, embeddings, **lifelong))
-    quantizer_class = RQVAE if args.quantizer == "rqvae" else partial(ResidualKMeans, balanced=balance(args))
-    quantizer = quantizer_class(args.num_levels, args.codebook_size, seed=args.seed)
-    codes = quantizer.fit(torch.from_numpy(embeddings)).train_codes
-    report = {"before collisions": quality_report(codes, torch.from_numpy(embeddings), quantizer)}
-    codes = resolve_collisions(codes, quantizer, torch.from_numpy(embeddings), policy=args.collisions)
-    sizes = [args.codebook_size] * args.num_levels
-    if codes.shape[1] > args.num_levels:
-        sizes.append(int(codes[:, -1].max()) + 1)
+    vectors = torch.from_numpy(embeddings)
+    if trained is None:
+        quantizer, codes, sizes, report = new_semantic_ids(args, codebook_size, vectors)
+        quantizer.embedding_mean = torch.from_numpy(means)
+    else:
+        quantizer, codes, sizes, report = frozen_semantic_ids(args, trained, shards.item_ids, vectors)
     catalogue = Catalogue(codes, sizes, shards.item_ids, histories.popularity)
     logs.DataFolder.save(
         output,
@@ -178,7 +245,7 @@ def prepare(args: PrepareArguments, output: Path, work: Path) -> dict:
         item_embeddings=embeddings,
         report=report,
     )
-    plot_codebook_usage(codes[:, : args.num_levels], args.codebook_size, output / "codebook_usage.png")
+    plot_codebook_usage(codes[:, : quantizer.num_levels], quantizer.codebook_size, output / "codebook_usage.png")
     counts = ", ".join(f"{count} {name} rows" for name, count in writer.rows.items())
     print(f"{catalogue}, {shards.num_events} events of {shards.num_users} users, {counts} -> {output}")
     return report

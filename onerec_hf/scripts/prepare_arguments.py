@@ -1,7 +1,8 @@
 """The arguments of `onerec prepare`, and what can be said against them before the long work starts."""
 
+import math
 import os
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from inspect import signature
 from pathlib import Path
 from typing import Literal
@@ -53,7 +54,10 @@ class PrepareArguments:
     )
     embeddings: str | None = field(default=None, metadata={"help": ".npy or .safetensors with one row per item."})
     text_model: str | None = field(default=None, metadata={"help": "Encoder: Hub name, folder, package:NAME/FOLDER."})
-    text_fields: list[str] = field(default_factory=list)
+    text_fields: list[str] = field(default_factory=list, metadata={"help": "Columns of the items for text_model."})
+    optional_text_fields: list[str] = field(
+        default_factory=list, metadata={"help": "More of them: those that the items have are read, if any."}
+    )
     collaborative_dim: int = field(default=128, metadata={"help": "Width of the co-occurrence embedding; 0 for none."})
     quantizer: Literal["residual_kmeans", "rqvae"] = "residual_kmeans"
     align: bool = field(default=False, metadata={"help": "Adapt text embeddings to Swing and co-click pairs."})
@@ -61,8 +65,17 @@ class PrepareArguments:
         default=None,
         metadata={"help": "Causal model that must tell text_fields from what align makes; new: a small one."},
     )
+    semantic_ids_from: str | None = field(
+        default=None,
+        metadata={
+            "help": "Folder or Hub repository of a model: its items keep their semantic IDs, new ones get codes of "
+            "its codebooks. For onerec sft --continue_from."
+        },
+    )
     num_levels: int = 3
-    codebook_size: int = 256
+    codebook_size: int | None = field(
+        default=256, metadata={"help": "null in a YAML file: the power of two nearest to an eighth of the items."}
+    )
     balanced: str = field(
         default="true",
         metadata={
@@ -139,6 +152,7 @@ def check_arguments(args: PrepareArguments) -> None:
             "out)."
         )
     balance(args)
+    _check_frozen_codebooks(args)
     session_config(args)
     lifelong_settings(args)
     _check_embedding_arguments(args)
@@ -150,13 +164,28 @@ def check_arguments(args: PrepareArguments) -> None:
         raise PermissionError(f"output={args.output!r} cannot be written: name another folder.")
 
 
+def _check_frozen_codebooks(args: PrepareArguments) -> None:
+    if args.semantic_ids_from is None:
+        return
+    defaults = {field.name: field.default for field in fields(PrepareArguments)}
+    own = ("quantizer", "num_levels", "codebook_size", "balanced")
+    if given := [name for name in own if getattr(args, name) != defaults[name]]:
+        raise ValueError(f"semantic_ids_from={args.semantic_ids_from!r} brings its codebooks: leave out {given}.")
+    if args.collaborative_dim or args.align:
+        raise ValueError(
+            "semantic_ids_from needs embeddings that are the same on every day: those of the co-occurrences "
+            f"(collaborative_dim={args.collaborative_dim}) and of align={args.align} are made anew from every log. "
+            "Set --collaborative_dim 0, and give --embeddings or --text_model, now and where the codebooks are fitted."
+        )
+
+
 def _check_embedding_arguments(args: PrepareArguments) -> None:
     for name in (args.text_model, args.caption_model):
         if name and name != "new":
             model_path(name)  # raises for a package that is not installed
     if args.caption_model and not args.align:
         raise ValueError(f"caption_model {args.caption_model!r} is part of the alignment: set align, too.")
-    if (args.text_model or args.caption_model) and not args.text_fields:
+    if (args.text_model or args.caption_model) and not (args.text_fields or args.optional_text_fields):
         raise ValueError("text_model and caption_model read texts: name columns of the items in text_fields.")
     if args.align and not (args.embeddings or args.text_model):
         raise ValueError("align adapts embeddings: give embeddings, or text_model with text_fields.")
@@ -165,19 +194,43 @@ def _check_embedding_arguments(args: PrepareArguments) -> None:
     if args.embeddings and not Path(args.embeddings).is_file():
         raise FileNotFoundError(f"embeddings={args.embeddings!r} is not there: name a .npy or .safetensors file.")
     for name, least in (("num_levels", 1), ("codebook_size", 2), ("collaborative_dim", 0)):
-        if getattr(args, name) < least:
+        if getattr(args, name) is not None and getattr(args, name) < least:
             raise ValueError(f"{name}={getattr(args, name)}: at least {least}.")
 
 
-def check_items(args: PrepareArguments, log: EventShards) -> None:
+def settle(args: PrepareArguments, log: EventShards) -> tuple[PrepareArguments, int]:
+    """The arguments with what they leave to the log, which texts there are, and the size of a codebook."""
+    room = math.ceil(math.log2(max(log.num_items, 2)) / args.num_levels)  # or the items would not all get one
+    size = args.codebook_size or 2 ** max(room, round(math.log2(max(log.num_items / 8, 1))))
+    optional = [name for name in args.optional_text_fields if name in log.items and name not in args.text_fields]
+    texts, model, captions = [*args.text_fields, *optional], args.text_model, args.caption_model
+    if args.optional_text_fields:
+        print(f"texts: {', '.join(texts) or 'none'} of the items' columns {', '.join(log.items) or '(none)'}")
+    if not texts:
+        model = captions = None
+    if args.codebook_size is None and args.semantic_ids_from is None:
+        print(f"codebooks of {size} codes for {log.num_items:,} items")
+    settled = replace(args, text_fields=texts, text_model=model, caption_model=captions)
+    check_items(settled, size, log)
+    return settled, size
+
+
+def check_items(args: PrepareArguments, size: int, log: EventShards) -> None:
     """Before embeddings and semantic IDs are made: text fields that are not there, levels without room for the
     items.
     """
-    count, size = log.num_items, args.codebook_size
+    count = log.num_items
+    if not (args.embeddings or args.text_model or args.collaborative_dim):
+        raise ValueError(
+            f"no embedding: the items have none of optional_text_fields={args.optional_text_fields}, only "
+            f"{list(log.items)}. Give collaborative_dim, or the names of your texts."
+        )
     if absent := [name for name in args.text_fields if name not in log.items]:
         raise ValueError(f"text_fields={absent}: the items have only {list(log.items)}.")
     if args.collaborative_dim > count:
         raise ValueError(f"collaborative_dim={args.collaborative_dim}: at most the number of items, {count}.")
+    if args.semantic_ids_from is not None:
+        return
     if size > count:
         raise ValueError(f"codebook_size={size}: {count} items cannot fill so many codes; at most {count}.")
     if args.collisions == "next_free" and size**args.num_levels < count:

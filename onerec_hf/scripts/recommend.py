@@ -9,13 +9,16 @@ writes `part-<r>-of-<processes>.parquet` with the columns of the data set, `item
 
 For a folder of many parquet files: each becomes a file of the same name in the output, whole or not at all. Files that
 are there are left out, so the same command goes on where a run was stopped, also with another number of processes.
+`--ray_actors 4` hands the files to four actors of Ray Data, on a cluster where there is one (needs `onerec_hf[ray]`).
 """
 
+import importlib.util
 import json
 import os
 import time
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import datasets
 
@@ -57,6 +60,10 @@ class RecommendArguments:
         default=False, metadata={"help": "Of a folder of parquet files: a file for each of them; resumes."}
     )
     device: str | None = None
+    ray_actors: int | None = field(
+        default=None, metadata={"help": "With --by_file: processes that Ray Data hands the files to."}
+    )
+    actor_gpus: float = field(default=0.0, metadata={"help": "GPUs, or a share of one, of each of --ray_actors."})
 
 
 def load(args: RecommendArguments) -> datasets.Dataset:
@@ -65,6 +72,7 @@ def load(args: RecommendArguments) -> datasets.Dataset:
 
 
 RUN_NAME = "run.json"
+HOW = ("batch_size", "device", "overwrite", "ray_actors", "actor_gpus")  # what changes no result
 
 
 def shards(args: RecommendArguments, recommender: Recommender) -> list[tuple[Path, Path]]:
@@ -79,9 +87,7 @@ def shards(args: RecommendArguments, recommender: Recommender) -> list[tuple[Pat
     files = sorted(source.rglob("*.parquet")) if source.is_dir() else []
     if not files:
         raise ValueError(f"--dataset {source} with --by_file: a folder of parquet files is needed.")
-    settings = {
-        name: value for name, value in asdict(args).items() if name not in ("batch_size", "device", "overwrite")
-    }
+    settings = {name: value for name, value in asdict(args).items() if name not in HOW}
     settings["catalogue"] = recommender.model.catalogue.fingerprint()
     output.mkdir(parents=True, exist_ok=True)
     try:
@@ -108,26 +114,58 @@ def check_same_run(output: Path, settings: dict) -> None:
         )
 
 
+class FileRecommender:
+    """A loaded model that does file after file; an actor of Ray Data is one."""
+
+    def __init__(self, args: RecommendArguments):
+        self.args = args
+        self.recommender = Recommender.from_pretrained(args.repo, args.num_beams, args.device)
+        reward = None if args.reward is None else RewardModel.from_pretrained(args.reward, device=args.device)
+        self.options = {"session": args.session, "item_scorer": reward, "num_candidates": args.num_candidates}
+        self.options |= {"rerank": args.rerank, "exclude_seen": args.exclude_seen, "unknown_items": args.unknown_items}
+
+    def __call__(self, places: dict[str, str]) -> dict[str, str]:
+        """Reads `places["file"]`, writes `places["place"]`: whole, or not at all."""
+        args, place = self.args, Path(places["place"])
+        rows = read_rows(Path(places["file"]))
+        check_rows(rows, args.column)
+        found = recommend_rows(self.recommender, rows, args.k, args.column, args.batch_size, **self.options)
+        place.parent.mkdir(parents=True, exist_ok=True)
+        write_part(place, rows, *found, is_text(self.recommender.model.catalogue.item_ids), args.session)
+        return places
+
+
 def main_by_file(args: RecommendArguments) -> list[Path]:
     """Recommends for the files that are this process's turn; returns what it wrote."""
-    recommender = Recommender.from_pretrained(args.repo, args.num_beams, args.device)
-    reward = None if args.reward is None else RewardModel.from_pretrained(args.reward, device=args.device)
-    options = {"session": args.session, "item_scorer": reward, "num_candidates": args.num_candidates}
-    options |= {"rerank": args.rerank, "exclude_seen": args.exclude_seen, "unknown_items": args.unknown_items}
+    own = FileRecommender(args)
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     every = sorted(Path(args.dataset).rglob("*.parquet"))  # whose turn it is does not depend on what is done already
-    own, written = set(every[rank::world]), []
-    for file, place in shards(args, recommender):
-        if file not in own:
-            continue
-        rows = read_rows(file)
-        check_rows(rows, args.column)
-        found = recommend_rows(recommender, rows, args.k, args.column, args.batch_size, **options)
-        place.parent.mkdir(parents=True, exist_ok=True)
-        write_part(place, rows, *found, is_text(recommender.model.catalogue.item_ids), args.session)
-        written.append(place)
+    turn, left = set(every[rank::world]), shards(args, own.recommender)
+    todo = [{"file": str(file), "place": str(place)} for file, place in left if file in turn]
+    written = [own(places) for places in todo] if args.ray_actors is None else on_ray(args, todo)
     print(f"-> {args.output}: {len(written)} files by process {rank}")
-    return written
+    return [Path(places["place"]) for places in written]
+
+
+def on_ray(args: RecommendArguments, todo: list[dict[str, str]]) -> list[dict[str, str]]:
+    """The files by actors of Ray Data, which does again what a dead actor had begun."""
+    if importlib.util.find_spec("ray") is None:
+        raise ImportError("--ray_actors needs Ray: pip install 'onerec_hf[ray]'")
+    if not todo:
+        return []
+    import ray.data
+
+    models = {name: value for name, value in (("repo", args.repo), ("reward", args.reward)) if value is not None}
+    here: dict[str, Any] = {name: os.path.abspath(v) for name, v in models.items() if os.path.isdir(v)}
+    files = [{name: str(Path(path).absolute()) for name, path in places.items()} for places in todo]
+    actors = ray.data.from_items(files, override_num_blocks=len(files)).map(
+        FileRecommender,
+        fn_constructor_args=(replace(args, **here),),  # an actor runs in another folder
+        compute=ray.data.ActorPoolStrategy(size=args.ray_actors),
+        num_cpus=1,
+        num_gpus=args.actor_gpus,
+    )
+    return actors.take_all()
 
 
 def main(args: RecommendArguments) -> Path:

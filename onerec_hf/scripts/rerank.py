@@ -1,15 +1,18 @@
 """Fits a re-ranker of a trained model and baselines on the validation split, and saves it with the model.
 
-    onerec rerank --model outputs/mymodel --data outputs/mydata --scorers outputs/cooccurrence outputs/sasrec
+    onerec rerank --model outputs/mymodel --data outputs/mydata --scorers outputs/cooccurrence outputs/sasrec \\
+        --output outputs/reranked
 
 The search and each scorer propose items; a weighted sum of what all of them say orders these. The weights are fitted
-on validation users, once for lists where seen items may come back and once for lists without them.
-`Recommender.from_pretrained` uses what is saved; `recommend(..., rerank=False)` is the search alone. The test metrics
-of the whole replace those of the search alone, which stay in `metrics.json` under `search_alone`; `reranker` there
-holds weights, the share of targets among the candidates and what each scorer adds.
+on validation users, once for lists where seen items may come back and once for lists without them. Without
+`--output` they are saved in the model's own folder. `Recommender.from_pretrained` uses what is saved;
+`recommend(..., rerank=False)` is the search alone. The test metrics of the whole replace those of the search alone,
+which stay in `metrics.json` under `search_alone`; `reranker` there holds weights, the share of targets among the
+candidates and what each scorer adds.
 """
 
 import json
+import shutil
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -26,7 +29,7 @@ from ..item_ranker import ItemRanker
 from ..reranker import KINDS, Reranker
 from .baseline import BASELINES
 from .checks import check_beams, check_output, check_splits, unique_names
-from .ending import score_model, some, write_metrics
+from .ending import remove_earlier_results, score_model, some, write_metrics
 from .model_arguments import load_policy
 from .parser import ScriptParser
 
@@ -37,7 +40,12 @@ SCORER_NAMES = [name for name, kind in BASELINES.items() if kind.__name__ in SCO
 class RerankArguments:
     model: str = field(metadata={"help": "Folder that `onerec sft`, `dpo` or `grpo` wrote."})
     data: str = field(metadata={"help": "Folder that `onerec prepare` wrote, of the same log."})
-    scorers: list[str] = field(metadata={"help": f"Folders of `onerec baseline` ({', '.join(SCORER_NAMES)})."})
+    scorers: list[str] = field(
+        default_factory=list, metadata={"help": f"Folders of `onerec baseline` ({', '.join(SCORER_NAMES)})."}
+    )
+    output: str | None = field(
+        default=None, metadata={"help": "Folder for a copy of the model with its re-ranker; default the model's own."}
+    )
     num_beams: int = 50
     num_candidates: int = field(default=50, metadata={"help": "What each scorer adds to the candidates."})
     fit_users: int | None = field(default=8000, metadata={"help": "Validation users whose choices fit the weights."})
@@ -94,18 +102,34 @@ def ablation(reranker: Reranker, items: torch.Tensor, features: torch.Tensor, ta
     return found
 
 
+def check(args: RerankArguments) -> None:
+    """What can be said before the model and its scorers are there."""
+    check_beams(args.num_beams)
+    check_output(args.output or args.model, replaces=args.output is not None)
+    if args.num_candidates < 1:
+        raise ValueError(f"num_candidates={args.num_candidates}: at least 1.")
+
+
 def main(args: RerankArguments) -> dict:
     """Runs the recipe; returns what it writes to `metrics.json`."""
-    output = Path(args.model)
-    check_beams(args.num_beams)
-    check_output(args.model, replaces=False)
+    check(args)
+    output = Path(args.output or args.model)
     data = DataFolder(args.data)
     check_splits(data.splits)
     recommender = load_policy(args.model, data, args.num_beams)
     recommender.model.to(args.device)
     scorers, head = load_scorers(args.scorers, data.num_items), bool(getattr(recommender.model, "item_head", None))
+    if not (scorers or head):
+        raise ValueError(
+            f"nothing to re-rank with: {args.model} has no item head. Give scorers, folders of `onerec baseline` "
+            f"({', '.join(SCORER_NAMES)})."
+        )
     reranker = Reranker(scorers, num_candidates=args.num_candidates, item_head=head)
-    path = output / "metrics.json"
+    if args.output is not None and not (output.exists() and output.samefile(args.model)):
+        remove_earlier_results(output)
+        of_the_run = shutil.ignore_patterns("checkpoint-*", "command.json", "metrics.json")  # not of the model
+        shutil.copytree(args.model, output, ignore=of_the_run, dirs_exist_ok=True)
+    path = Path(args.model) / "metrics.json"
     report = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
     test = some(data.splits["test"], args.test_users, "test_users")
     alone = report.get("search_alone", {}) if "reranker" in report else report

@@ -6,18 +6,28 @@
 It listens on this machine alone unless `--host` says otherwise, and then asks for a token, which the environment
 variable ONEREC_SERVE_TOKEN holds. http://localhost:8000/docs lists the paths. The log is one line of JSON per request,
 on standard output, without histories.
+
+    onerec serve --repo org/onerec-1b --ray true --replicas 4
+
+serves from four processes behind one address, with Ray Serve (`pip install 'onerec_hf[ray]'`).
 """
 
+import importlib.util
 import ipaddress
 import logging
 import os
 import sys
 from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
 
 import torch
+from fastapi import FastAPI
 
 from ..recommender import Recommender
 from ..serving import Limits, create_app, server
+from ..serving.replicas import Replicas
+from ..serving.replicas import run as run_replicas
 from .parser import ScriptParser
 
 TOKEN = "ONEREC_SERVE_TOKEN"
@@ -32,11 +42,16 @@ class ServeArguments:
         default=None, metadata={"help": "Folder whose subfolders POST /catalogue and POST /model may name."}
     )
     catalogue: str | None = field(default=None, metadata={"help": "Bundle whose items are served from the start."})
+    watch_s: float | None = field(
+        default=None,
+        metadata={"help": "Seconds between looks at the file CURRENT of --bundles: the name of the bundle to serve."},
+    )
     name: str = field(default="v1", metadata={"help": "Name of the version that it starts with."})
     num_beams: int = 50
     device: str | None = None
     threads: int | None = field(default=None, metadata={"help": "Of torch; default torch's own choice."})
     log: bool = field(default=True, metadata={"help": "Whether requests are logged."})
+    ray: bool = field(default=False, metadata={"help": "Replicas by Ray Serve; the options of `Replicas` are its."})
 
 
 def check_host(host: str, token: str | None) -> None:
@@ -52,12 +67,8 @@ def check_host(host: str, token: str | None) -> None:
         )
 
 
-def main(args: ServeArguments, limits: Limits) -> None:
-    """Serves until SIGTERM or SIGINT."""
-    token = os.environ.get(TOKEN) or None
-    check_host(args.host, token)
-    if args.bundles is not None and not os.path.isdir(args.bundles):
-        raise ValueError(f"--bundles {args.bundles} is no folder: make it, or leave it out.")
+def application(args: ServeArguments, limits: Limits, token: str | None) -> FastAPI:
+    """Loads the repository, and makes the application; in the process that serves, which may be a replica."""
     if args.threads is not None:
         torch.set_num_threads(args.threads)
     logger = logging.getLogger("onerec_hf.serving")
@@ -65,14 +76,31 @@ def main(args: ServeArguments, limits: Limits) -> None:
     if not logger.handlers:
         logger.addHandler(logging.StreamHandler(sys.stdout))
     recommender = Recommender.from_pretrained(args.repo, args.num_beams, args.device)
-    app = create_app(recommender, limits, name=args.name, bundles=args.bundles, catalogue=args.catalogue, token=token)
-    print(f"serving {args.repo} on http://{args.host}:{args.port} (paths: /docs)", flush=True)
+    named: dict[str, Any] = {"name": args.name, "bundles": args.bundles, "catalogue": args.catalogue}
+    return create_app(recommender, limits, **named, token=token, swaps=not args.ray, watch_s=args.watch_s)
+
+
+def main(args: ServeArguments, limits: Limits, replicas: Replicas) -> None:
+    """Serves until SIGTERM or SIGINT."""
+    token = os.environ.get(TOKEN) or None
+    check_host(args.host, token)
+    if args.bundles is not None and not os.path.isdir(args.bundles):
+        raise ValueError(f"--bundles {args.bundles} is no folder: make it, or leave it out.")
+    where = f"http://{args.host}:{args.port} (paths: /docs)"
+    if args.ray:
+        if importlib.util.find_spec("ray") is None:
+            raise ImportError("--ray true needs Ray Serve: pip install 'onerec_hf[ray]'")
+        print(f"{replicas.replicas} replicas of {args.repo} start on {where}", flush=True)
+        run_replicas(partial(application, args, limits, token), limits, replicas, args.host, args.port)
+        return
+    app = application(args, limits, token)
+    print(f"serving {args.repo} on {where}", flush=True)
     server(app, args.host, args.port, limits).run()
 
 
 def run(argv: list[str] | None = None) -> None:
     """`onerec serve`; `argv`: its arguments, by default those of the command line."""
-    main(*ScriptParser("serve", __doc__, [ServeArguments, Limits]).parse(argv))
+    main(*ScriptParser("serve", __doc__, [ServeArguments, Limits, Replicas]).parse(argv))
 
 
 if __name__ == "__main__":

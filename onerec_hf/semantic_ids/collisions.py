@@ -76,7 +76,50 @@ def _ranks(groups: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
     return ranks
 
 
-def _next_free(codes: torch.Tensor, quantizer: ResidualKMeans, item_embeddings: torch.Tensor) -> torch.Tensor:
+def append_codes(
+    known: torch.Tensor,
+    codebook_sizes: list[int],
+    quantizer: ResidualKMeans | RQVAE,
+    item_embeddings: torch.Tensor,
+    *,
+    policy: str,
+) -> torch.Tensor:
+    """
+    Semantic IDs of items that come after the codebooks were fitted: the nearest codes, under the policy of the
+    catalogue. The items that are there keep theirs.
+
+    Args:
+        known (`torch.LongTensor` of shape `(num_items, num_levels)`): Semantic IDs of the items that are there.
+        codebook_sizes (`list[int]`): Of every level.
+        quantizer (`ResidualKMeans` or `RQVAE`): Fitted; it is not changed.
+        item_embeddings (`torch.FloatTensor` of shape `(num_new, embedding_dim)`): Of the new items, from the model
+            whose embeddings the codebooks were fitted on.
+        policy (`str`): As of [`resolve_collisions`]. `"next_free"`: a new item whose semantic ID is taken moves to
+            the nearest code of the last level that is free under its prefix.
+
+    Returns:
+        `torch.LongTensor` of shape `(num_new, num_levels)`.
+
+    Raises:
+        ValueError: Where there is no place left: of `"next_free"` under a prefix, of `"extra_level"` in a group.
+    """
+    codes = quantizer.encode(item_embeddings)
+    if policy == "extra_level":
+        return torch.from_numpy(append_collision_level(codes.numpy(), known.numpy(), codebook_sizes[-1]))
+    if policy == "keep" or not len(codes):
+        return codes
+    latent = quantizer.latent if isinstance(quantizer, RQVAE) else quantizer
+    if isinstance(quantizer, RQVAE):
+        item_embeddings = quantizer.encoder_outputs(item_embeddings)
+    no_embeddings = item_embeddings.new_zeros(len(known), item_embeddings.shape[1])  # they stay where they are
+    everything = torch.cat([no_embeddings, item_embeddings])
+    return _next_free(torch.cat([known, codes]), latent, everything, num_fixed=len(known))[len(known) :]
+
+
+def _next_free(
+    codes: torch.Tensor, quantizer: ResidualKMeans, item_embeddings: torch.Tensor, num_fixed: int = 0
+) -> torch.Tensor:
+    """`num_fixed`: so many of the first items keep their codes, whatever their distances."""
     if item_embeddings.shape[0] != codes.shape[0]:
         raise ValueError(f"{len(codes)} rows of codes, but {len(item_embeddings)} rows of `item_embeddings`.")
     prefixes = row_ids(codes[:, :-1])
@@ -85,7 +128,9 @@ def _next_free(codes: torch.Tensor, quantizer: ResidualKMeans, item_embeddings: 
     for block in row_blocks(len(item_embeddings), item_embeddings.shape[1], codes.device):
         errors = item_embeddings[block].float() - quantizer.decode(codes[block])
         distances[block] = errors.square().sum(dim=1)
+    distances[:num_fixed] = -1.0  # nearer than any other
     movers = _ranks(row_ids(codes), distances).nonzero().squeeze(1)  # rank 0 keeps its codes
+    movers = movers[movers >= num_fixed]
     resolved = codes.clone()
     if len(movers) == 0:
         return resolved
@@ -133,7 +178,8 @@ def _check_room(codes: torch.Tensor, prefixes: torch.Tensor, codebook_size: int)
         prefix = codes[(prefixes == counts.argmax()).nonzero()[0, 0], :-1].tolist()
         raise ValueError(
             f"{int(counts.max())} items have a semantic ID that starts with {prefix}, but the last level has only "
-            f'{codebook_size} codes: use `policy="extra_level"`, a larger `codebook_size` or one level more.'
+            f'{codebook_size} codes: use `policy="extra_level"`, a larger `codebook_size` or one level more. '
+            "Codebooks that are full for new items must be fitted anew, and the model with them."
         )
 
 

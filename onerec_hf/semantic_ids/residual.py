@@ -55,6 +55,8 @@ class ResidualKMeans:
         train_codes (`torch.LongTensor` of shape `(num_items, num_levels)`): codes of the training items, on their
             device; `None` before `fit` and after `from_pretrained` (they belong to the catalogue, not to the
             quantizer).
+        embedding_mean (`torch.FloatTensor` of shape `(embedding_dim,)`, *optional*): What whoever made the embeddings
+            subtracted from them (`concat_embeddings`), for new items. Kept here, and not read.
 
     Example:
         >>> quantizer = ResidualKMeans(num_levels=3, codebook_size=256).fit(item_embeddings)
@@ -89,6 +91,7 @@ class ResidualKMeans:
         self.seed = seed
         self.codebooks: torch.Tensor | None = None
         self.train_codes: torch.Tensor | None = None
+        self.embedding_mean: torch.Tensor | None = None
 
     def fit(self, item_embeddings: torch.Tensor | np.ndarray | EmbeddingFiles) -> "ResidualKMeans":
         """Trains the codebooks on all rows, on the device of `item_embeddings`.
@@ -215,7 +218,8 @@ class ResidualKMeans:
             "seed": self.seed,
         }
         (folder / CONFIG_NAME).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-        save_file({"codebooks": codebooks.cpu().contiguous()}, folder / WEIGHTS_NAME)
+        mean = {} if self.embedding_mean is None else {"embedding_mean": self.embedding_mean}
+        save_file({"codebooks": codebooks.cpu().contiguous(), **mean}, folder / WEIGHTS_NAME)
 
     @classmethod
     def from_pretrained(cls, folder: str | os.PathLike) -> "ResidualKMeans":
@@ -231,7 +235,8 @@ class ResidualKMeans:
             raise ValueError(f"{path} describes another quantizer than residual k-means.")
         embedding_dim = config.pop("embedding_dim")
         quantizer = cls(**config)
-        quantizer.codebooks = load_file(Path(folder) / WEIGHTS_NAME)["codebooks"]
+        tensors = load_file(Path(folder) / WEIGHTS_NAME)
+        quantizer.codebooks, quantizer.embedding_mean = tensors["codebooks"], tensors.get("embedding_mean")
         expected = (quantizer.num_levels, quantizer.codebook_size, embedding_dim)
         if tuple(quantizer.codebooks.shape) != expected:
             raise ValueError(

@@ -4,10 +4,12 @@ The baseline of the OneRec Technical Report (arXiv:2506.13695, Table 11). N item
 size, Z latent width.
 """
 
+import hashlib
 import itertools
 import json
 import logging
 import os
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -77,6 +79,7 @@ class RQVAE:
         self.num_epochs, self.batch_size, self.learning_rate = num_epochs, batch_size, learning_rate
         self.reset_dead_codes, self.seed = reset_dead_codes, seed
         self.network: _Network | None = None
+        self.embedding_mean: torch.Tensor | None = None  # as of `ResidualKMeans`
         self.train_codes: torch.Tensor | None = None
 
     @property
@@ -200,6 +203,7 @@ class RQVAE:
         }
         (folder / CONFIG_NAME).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
         tensors = {name: value.cpu().contiguous() for name, value in network.state_dict().items()}
+        tensors |= {} if self.embedding_mean is None else {"embedding_mean": self.embedding_mean}
         save_file(tensors | {"codebooks": self.latent._fitted().cpu().contiguous()}, folder / WEIGHTS_NAME)
 
     @classmethod
@@ -214,6 +218,7 @@ class RQVAE:
         quantizer = cls(**config)
         tensors = load_file(Path(folder) / WEIGHTS_NAME)
         quantizer.latent.codebooks = tensors.pop("codebooks")
+        quantizer.embedding_mean = tensors.pop("embedding_mean", None)
         quantizer.network = _Network(width, quantizer.hidden_sizes, quantizer.latent_dim)
         quantizer.network.load_state_dict(tensors)
         return quantizer
@@ -260,3 +265,15 @@ def load_quantizer(folder: str | os.PathLike) -> ResidualKMeans | RQVAE:
             "again."
         ) from error
     raise ValueError(f"{path} names the quantizer {kind!r}, known are {sorted(kinds)}. Update onerec_hf.")
+
+
+def codebook_fingerprint(quantizer: ResidualKMeans | RQVAE) -> str:
+    """What tells codebooks apart: 16 hexadecimal digits of all that turns an embedding into codes."""
+    with tempfile.TemporaryDirectory() as folder:
+        quantizer.save_pretrained(folder)
+        tensors = load_file(Path(folder) / WEIGHTS_NAME)
+    digest = hashlib.sha256()
+    for name, tensor in sorted(tensors.items()):
+        digest.update(f"{name} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.float().numpy().tobytes())
+    return digest.hexdigest()[:16]

@@ -1,5 +1,6 @@
 """The HTTP application: `create_app` is what `onerec serve`, tests and other servers start from."""
 
+import asyncio
 import os
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -17,6 +18,7 @@ from .limits import Limits
 from .schemas import CatalogueBody, ModelBody, RecommendBody
 from .service import Service
 from .versions import Version
+from .watch import follow
 
 router = APIRouter()
 
@@ -29,6 +31,8 @@ def create_app(
     bundles: str | os.PathLike | None = None,
     catalogue: str | None = None,
     token: str | None = None,
+    swaps: bool = True,
+    watch_s: float | None = None,
 ) -> FastAPI:
     """
     The application that serves a recommender; `app.state.service` is the [`Service`] behind it.
@@ -41,20 +45,31 @@ def create_app(
         catalogue (`str`, *optional*): Bundle whose items are served from the start, in place of the repository's.
         token (`str`, *optional*): Every path but `/health`, `/ready` and the OpenAPI page asks for it.
 
+        swaps (`bool`, defaults to `True`): Whether `POST /catalogue` and `POST /model` change this process; off for
+            one of several replicas, which would then answer from different versions.
+        watch_s (`float`, *optional*): Seconds between looks at the file CURRENT in `bundles`, which names the
+            catalogue bundle to serve.
+
     Raises:
-        ValueError, OSError: Where the start bundle, or a search with the recommender, fails.
+        ValueError, OSError: Where the start bundle, or a search with the recommender, fails; for `watch_s` without
+            `bundles`.
     """
+    if watch_s is not None and (bundles is None or not watch_s > 0):
+        raise ValueError(f"watch_s={watch_s} with bundles={bundles}: seconds above 0, and a folder to watch.")
     limits = limits or Limits()
     version = Version(name, recommender, recommender, name, name)
-    service = Service(version, limits, bundles)
+    service = Service(version, limits, bundles, swaps)
     if catalogue is not None:
         own = load_catalogue(recommender, service._folder(catalogue))
-        service = Service(Version(name, own, recommender, name, catalogue), limits, bundles)
+        service = Service(Version(name, own, recommender, name, catalogue), limits, bundles, swaps)
     rehearse(service.versions.current.recommender)
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        watching = None if watch_s is None else asyncio.create_task(follow(service, watch_s))
         yield
+        if watching is not None:
+            watching.cancel()
         await service.close()
 
     app = FastAPI(title="onerec", version=__version__, lifespan=lifespan, redoc_url=None)
@@ -113,12 +128,14 @@ def _shown(found: Any) -> dict[str, Any]:
 @router.post("/catalogue", summary="Other items: a bundle, changes, or a roll back")
 async def catalogue(body: CatalogueBody, request: Request) -> Response:
     """Running requests end on the version they began with; a bundle that is refused changes nothing."""
+    request.app.state.service.check_swaps()
     return json_response((await request.app.state.service.change_catalogue(body)).summary())
 
 
 @router.post("/model", summary="Other weights: a repository, or a roll back")
 async def model(body: ModelBody, request: Request) -> Response:
     """Running requests end on the version they began with; a repository that is refused changes nothing."""
+    request.app.state.service.check_swaps()
     return json_response((await request.app.state.service.change_model(body)).summary())
 
 

@@ -6,7 +6,6 @@ nothing with others. A model bundle is a repository as `onerec sft` writes it.
 """
 
 import copy
-import hashlib
 import json
 import os
 import shutil
@@ -17,12 +16,12 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors.torch import load_file
 
 from ..item_ranker import ItemRanker
 from ..models.catalogue import Catalogue
 from ..recommendation_files import METADATA_NAME, item_metadata, load_metadata, save_metadata
 from ..recommender import Recommender
+from ..semantic_ids import codebook_fingerprint as fingerprint_of
 from ..semantic_ids import load_quantizer
 from .schemas import Item
 
@@ -105,16 +104,7 @@ def changed(origin: Recommender, recommender: Recommender, items: Sequence[Item]
 
 def codebook_fingerprint(recommender: Recommender) -> str | None:
     """What tells codebooks apart: 16 hexadecimal digits; None without codebooks."""
-    if recommender.quantizer is None:
-        return None
-    with tempfile.TemporaryDirectory() as folder:
-        recommender.quantizer.save_pretrained(folder)
-        tensors = load_file(Path(folder) / "quantizer.safetensors")
-    digest = hashlib.sha256()
-    for name, tensor in sorted(tensors.items()):
-        digest.update(f"{name} {tuple(tensor.shape)}".encode())
-        digest.update(tensor.float().numpy().tobytes())
-    return digest.hexdigest()[:16]
+    return None if recommender.quantizer is None else fingerprint_of(recommender.quantizer)
 
 
 def save_bundle(recommender: Recommender, folder: str | os.PathLike) -> Path:

@@ -26,10 +26,11 @@ class Service:
         limits ([`Limits`]): What it takes.
         bundles (`str`, *optional*): Folder of bundles. Names in requests are folders in it; without it nothing is read
             from disk, and changes of the catalogue live in memory alone.
+        swaps (`bool`, defaults to `True`): Whether requests may change the version.
     """
 
-    def __init__(self, version: Version, limits: Limits, bundles: str | os.PathLike | None = None):
-        self.limits, self.metrics = limits, Metrics()
+    def __init__(self, version: Version, limits: Limits, bundles: str | os.PathLike | None = None, swaps: bool = True):
+        self.limits, self.metrics, self.swaps = limits, Metrics(), swaps
         self.bundles = None if bundles is None else Path(bundles)
         self.versions = Versions(version, limits.keep_versions)
         self.batcher = MicroBatcher(self._search, limits)
@@ -91,6 +92,12 @@ class Service:
         self.metrics.searched.observe(found.searched)
         self.metrics.batch_rows.observe(found.batch_rows)
         return version, found
+
+    def check_swaps(self) -> None:
+        """Refused, 409, where a request may not change the version."""
+        if not self.swaps:
+            what = "this is one of several replicas, which must answer from the same version"
+            raise Refused(409, "replicas", f"{what}: roll out with `onerec serve --ray true --ray_address ...`.")
 
     async def change_catalogue(self, body: CatalogueBody) -> Version:
         """

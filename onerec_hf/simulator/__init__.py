@@ -3,7 +3,7 @@
 Simulated metrics are never results on real data.
 """
 
-from .serving import simulate_visits, user_totals
+from .serving import Visitors, simulate_visits, user_totals
 from .world import ShortVideoWorld
 
-__all__ = ["ShortVideoWorld", "simulate_visits", "user_totals"]
+__all__ = ["ShortVideoWorld", "Visitors", "simulate_visits", "user_totals"]

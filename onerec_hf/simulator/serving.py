@@ -56,33 +56,90 @@ def simulate_visits(
         `pandas.DataFrame` as `world.logs()`, and columns `day` (0 is the first of the test), `position` in the day's
         list and, where the recommender gives them, `log_prob_1` to `log_prob_L`. `request_id` is one list.
     """
-    users = np.unique(history.user_id.to_numpy())
-    events: dict[int, dict[str, list]] = {user: {name: [] for name in EVENT_COLUMNS} for user in users.tolist()}
-    seen: dict[int, set] = {user: set() for user in users.tolist()}
-    _append(events, seen, history)
-    days, usual = [], float(history.long_view.mean())
-    liked = np.full(len(users), usual)  # share of long views of each user's last visit
+    visitors = Visitors(
+        world,
+        history,
+        visit_probability=visit_probability,
+        return_slope=return_slope,
+        max_views=max_views,
+        seed=seed,
+    )
+    days = []
     for day in range(num_days):
-        midnight = world.start_time_ms + (world.num_days + day) * DAY_MS
-        state = hash_keys(world.seed, seed, users, midnight)
-        odds = visit_probability * np.exp(return_slope * (liked - usual))
-        comes = odds / (odds + 1 - visit_probability)
-        visitors = np.flatnonzero(hash_uniform(state, _VISIT_STREAM) < comes)
-        start = midnight + (hash_uniform(state, _START_STREAM) * (DAY_MS - max_views * SLOT_MS)).astype(np.int64)
-        here = users[visitors]
-        rows = [{"user_id": user, **events[user]} for user in here.tolist()]
-        found = recommend(rows, [np.fromiter(seen[user], dtype=np.int64) for user in here.tolist()], max_views)
+        users, rows, seen = visitors.come(day)
+        found = recommend(rows, seen, max_views)
         videos, log_probs = found if isinstance(found, tuple) else (found, None)
-        shown = _watch(world, here, np.asarray(videos), start[visitors], seed)
+        shown = visitors.watch(day, users, np.asarray(videos))
         if log_probs is not None:
             for level in range(log_probs.shape[2]):
                 shown[f"log_prob_{level + 1}"] = log_probs[shown["row"], shown["position"], level]
         shown = shown.drop(columns="row").assign(day=day, request_id=shown.user_id * num_days + day)
-        _append(events, seen, shown)
-        share = shown.groupby("user_id").long_view.mean()
-        liked[np.searchsorted(users, share.index)] = share
+        visitors.remember(shown)
         days.append(shown)
     return pd.concat(days, ignore_index=True)
+
+
+class Visitors:
+    """
+    The users of [`simulate_visits`], a day at a time.
+
+    Args:
+        world, history, visit_probability, return_slope, max_views, seed: As there.
+        first_day: Of the world, the one that `day` 0 is; default the first one after its log.
+    """
+
+    def __init__(
+        self,
+        world: ShortVideoWorld,
+        history: pd.DataFrame,
+        *,
+        first_day: int | None = None,
+        visit_probability: float = 0.7,
+        return_slope: float = 0.0,
+        max_views: int = 30,
+        seed: int = 0,
+    ):
+        self.world, self.seed, self.max_views = world, seed, max_views
+        self.first_day = world.num_days if first_day is None else first_day
+        self.visit_probability, self.return_slope = visit_probability, return_slope
+        self.users = np.unique(history.user_id.to_numpy())
+        self.events: dict[int, dict[str, list]] = {
+            u: {name: [] for name in EVENT_COLUMNS} for u in self.users.tolist()
+        }
+        self.seen: dict[int, set] = {user: set() for user in self.users.tolist()}
+        _append(self.events, self.seen, history)
+        self.usual = float(history.long_view.mean())
+        self.liked = np.full(len(self.users), self.usual)  # share of long views of each user's last visit
+
+    def _state(self, day: int, users: np.ndarray) -> tuple[np.ndarray, int]:
+        midnight = self.world.start_time_ms + (self.first_day + day) * DAY_MS
+        return hash_keys(self.world.seed, self.seed, users, midnight), midnight
+
+    def come(self, day: int) -> tuple[np.ndarray, list[dict], list[np.ndarray]]:
+        """Who opens the app on a day, (B,) user ids; per user the row of what they watched, and the videos they have
+        seen.
+        """
+        state, _ = self._state(day, self.users)
+        odds = self.visit_probability * np.exp(self.return_slope * (self.liked - self.usual))
+        comes = odds / (odds + 1 - self.visit_probability)
+        here = self.users[hash_uniform(state, _VISIT_STREAM) < comes]
+        rows = [{"user_id": user, **self.events[user]} for user in here.tolist()]
+        return here, rows, [np.fromiter(self.seen[user], dtype=np.int64) for user in here.tolist()]
+
+    def watch(self, day: int, users: np.ndarray, videos: np.ndarray) -> pd.DataFrame:
+        """What users (B,) make of their lists (B, max_views) on a day: a row per impression; `row` is the place of the
+        user among `users`.
+        """
+        state, midnight = self._state(day, users)
+        span = DAY_MS - self.max_views * SLOT_MS
+        start = midnight + (hash_uniform(state, _START_STREAM) * span).astype(np.int64)
+        return _watch(self.world, users, videos, start, self.seed)
+
+    def remember(self, shown: pd.DataFrame) -> None:
+        """The impressions of a day are what users know from then on."""
+        _append(self.events, self.seen, shown)
+        share = shown.groupby("user_id").long_view.mean()
+        self.liked[np.searchsorted(self.users, share.index)] = share
 
 
 def _watch(world, users: np.ndarray, videos: np.ndarray, start: np.ndarray, seed: int) -> pd.DataFrame:

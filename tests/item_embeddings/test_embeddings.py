@@ -148,6 +148,11 @@ def test_concat_centres_normalises_and_weighs():
     assert concat_embeddings(np.ones((3, 2))).tolist() == [[0, 0]] * 3  # every row is the mean: no division by 0
     with pytest.raises(ValueError, match=r"num_items = 4, D\), got \(3, 1\)"):
         concat_embeddings(first, second[:3])
+    means = np.concatenate([first.mean(0), second.mean(0)])  # of items that others join
+    later = concat_embeddings(first[:1], second[:1], weights=[1, 2], means=means)
+    np.testing.assert_allclose(later, joined[:1], atol=1e-6)
+    with pytest.raises(ValueError, match="have 3 columns, the means 2"):
+        concat_embeddings(first, second, means=means[:2])
     with pytest.raises(ValueError, match="one weight per part, got 2 and 1"):
         concat_embeddings(first, second, weights=[1])
 

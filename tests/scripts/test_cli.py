@@ -62,7 +62,9 @@ def test_some_commands_need_packages_of_their_own(command, monkeypatch):
     wanted = {re.split("[<>=]", line)[0] for line in config["options.extras_require"][command].split()}
     assert {name.replace("_", "-") for name in cli.BESIDE[command]} | {"onerec_hf[train]"} == wanted
     monkeypatch.setitem(cli.BESIDE, command, (*cli.BESIDE[command], "no_such_package"))
-    with pytest.raises(SystemExit, match=rf"not installed, no_such_package: pip install 'onerec_hf\[{command}\]'"):
+    with pytest.raises(
+        SystemExit, match=rf"not installed, (.*, )?no_such_package: pip install 'onerec_hf\[{command}\]'"
+    ):
         cli.main([command, "--help"])
     with pytest.raises(SystemExit) as ended:
         cli.main(["prepare", "--help"])

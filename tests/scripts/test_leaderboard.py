@@ -186,9 +186,99 @@ def test_every_default_entry_is_an_argument_of_its_recipe():
         fit = inspect.signature(classes[name].fit)
         return {*fit.parameters, *inspect.signature(train_baseline).parameters}
 
-    for name, entry in load_entries("leaderboard.yaml").items():
+    for name, entry in {**load_entries("leaderboard.yaml"), **load_entries("small_leaderboard.yaml")}.items():
         assert Path(config_path(entry.get("config", "leaderboard.yaml"))).is_relative_to(CONFIGS), name
         if entry["recipe"] == "baseline":
             known = set(baseline.BaselineArguments.__dataclass_fields__)
             assert set(entry) - {"recipe", "seeds", "config"} <= known, name
             assert "fit" not in entry or set(entry["fit"]) <= parameters(entry["name"]), name
+
+
+def test_the_small_leaderboard_trains_the_small_model_with_an_item_head():
+    from onerec_hf.scripts.leaderboard import load_entries
+    from onerec_hf.scripts.parser import config_path
+
+    small = yaml.safe_load(Path(config_path("small_sft.yaml")).read_text(encoding="utf-8"))["model"]
+    assert load_entries("small_leaderboard.yaml")["onerec_v2"]["model"] == small | {"item_head_dim": 64}
+
+
+def test_one_command_from_a_log_to_the_table(tmp_path, capsys):
+    """It prepares, trains, re-ranks; a second time it takes what is there, and makes anew what hangs on a lost run."""
+    from onerec_hf.scripts import leaderboard
+
+    rows = [(user, item, step) for user, items in enumerate(cycles(60)) for step, item in enumerate(items)]
+    log = "user_id,item_id,timestamp\n" + "".join(f"u{user},i{item},{step}\n" for user, item, step in rows)
+    (tmp_path / "log.csv").write_text(log, encoding="utf-8")
+    sizes = "collaborative_dim: 4\nnum_levels: 2\ncodebook_size: null\noptional_text_fields: [title]\n"
+    (tmp_path / "prepare.yaml").write_text(
+        sizes + "text_model: nobody/loads-this\nbalanced: false\n", encoding="utf-8"
+    )
+    model = (
+        "{hidden_size: 16, intermediate_size: 24, num_hidden_layers: 1, num_attention_heads: 2, context_embed_dim: 4}"
+    )
+    (tmp_path / "entries.yaml").write_text(
+        "counter: {recipe: baseline, name: cooccurrence, seeds: [0]}\n"
+        f"head: {{recipe: sft, model: {model[:-1]}, item_head_dim: 4}}, max_steps: 2, report_to: none, seeds: [0]}}\n"
+        f"model: {{recipe: sft, model: {model}, max_steps: 4, report_to: none, num_beams: 20}}\n"
+        "both: {recipe: rerank, model: head, num_beams: 20, seeds: [0]}\n"
+        "reranked: {recipe: rerank, model: model, scorers: [counter], num_beams: 20}\n",
+        encoding="utf-8",
+    )
+    arguments = leaderboard.LeaderboardArguments(
+        source=str(tmp_path / "log.csv"),
+        output=str(tmp_path / "board"),
+        entries=str(tmp_path / "entries.yaml"),
+        prepare=str(tmp_path / "prepare.yaml"),
+        seeds=[0, 1],
+    )
+    report = leaderboard.main(arguments)
+    printed = capsys.readouterr().out
+    assert "texts: none of the items' columns (none)" in printed and "codebooks of 4 codes for 12 items" in printed
+    assert {name: result["seeds"] for name, result in report["results"].items()} == {
+        "counter": 1,
+        "head": 1,
+        "both": 1,
+        "model": 2,
+        "reranked": 2,
+    }
+    board = tmp_path / "board"
+    runs = {seed: json.loads((board / "reranked" / f"seed{seed}" / "metrics.json").read_text()) for seed in (0, 1)}
+    for seed, run in runs.items():
+        alone = json.loads((board / "model" / f"seed{seed}" / "metrics.json").read_text())
+        assert run["search_alone"]["test"] == alone["test"]
+        assert run["reranker"]["scorers"] == [str(board / "counter" / "seed0")]
+    assert (
+        not list(board.glob("reranked/*/checkpoint-*")) and not (board / "model" / "seed0" / "reranker.json").exists()
+    )
+
+    stamps = {path: path.stat().st_mtime_ns for path in [*board.glob("*/*/metrics.json"), board / "prepare.json"]}
+    (board / "model" / "seed1" / "metrics.json").unlink()
+    leaderboard.main(arguments)
+    anew = {path.parent.relative_to(board) for path, stamp in stamps.items() if path.stat().st_mtime_ns != stamp}
+    assert anew == {Path("model/seed1"), Path("reranked/seed1")}
+
+
+@pytest.mark.parametrize(
+    "given, message",
+    [
+        ({}, "data=None and source=None: give one"),
+        ({"data": "here", "source": "there"}, "data='here' and source='there': give one"),
+    ],
+)
+def test_the_leaderboard_wants_a_folder_or_a_log(tmp_path, given, message):
+    from onerec_hf.scripts import leaderboard
+
+    with pytest.raises(ValueError, match=message):
+        leaderboard.main(leaderboard.LeaderboardArguments(output=str(tmp_path / "out"), **given))
+    assert not (tmp_path / "out").exists()
+
+
+def test_items_without_text_stand_at_the_mean(monkeypatch):
+    from onerec_hf.scripts import prepare
+
+    def lengths(texts, model):
+        return np.array([[len(text), 1.0] for text in texts], dtype=np.float32)
+
+    monkeypatch.setattr(prepare.item_embeddings, "text_embeddings", lengths)
+    found = prepare.embed_texts(["ab", " ", "abcd", ""], "model", optional=True)
+    assert found.tolist() == [[2, 1], [3, 1], [4, 1], [3, 1]]

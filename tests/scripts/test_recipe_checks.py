@@ -411,6 +411,11 @@ def test_baselines_say_it_before_they_train(data, tmp_path, no_training, setting
         ("a: {name: popularity}", r"a has \['name'\]: give one of `recipe: baseline | sft`, `predictions: FILE`"),
         ("a: {recipe: own, python: 'm:f'}", r"a has \['recipe', 'python'\]: give one of"),
         ("a/b: {recipe: baseline}", "'a/b' is no name of a folder"),
+        ("a: {recipe: rerank, model: b, scorers: []}", r"a re-ranks \['b'\], which are no entries above it"),
+        (
+            "b: {recipe: sft, seeds: [0, 3]}\na: {recipe: rerank, model: b}",
+            r"seed 1 re-ranks b, which has the seeds \[0, 3\]",
+        ),
     ],
 )
 def test_the_leaderboard_checks_every_entry_before_the_first(data, tmp_path, entries, message):

@@ -42,7 +42,15 @@ def desk(tmp_path, monkeypatch):
 
 def test_the_page_names_every_recipe():
     recipes = {path.stem for path in RECIPES.glob("*.py") if "__main__" in path.read_text()}
-    assert recipes - set(scripts()) == {"quickstart", "ab_test", "serve", "demo"}  # of simulated worlds; services
+    others = {
+        "quickstart",
+        "ab_test",
+        "loop",
+        "serve",
+        "demo",
+        "export",
+    }  # of simulated worlds; services, other runtimes
+    assert recipes - set(scripts()) == others
     assert scripts()[0] == "prepare" and scripts()[-1] == "recommend"
 
 

@@ -5,7 +5,13 @@ import math
 import pytest
 import torch
 
-from onerec_hf.semantic_ids import ResidualKMeans, plot_codebook_usage, quality_report, resolve_collisions
+from onerec_hf.semantic_ids import (
+    ResidualKMeans,
+    append_codes,
+    plot_codebook_usage,
+    quality_report,
+    resolve_collisions,
+)
 
 
 def literal_quantizer() -> ResidualKMeans:
@@ -74,3 +80,33 @@ def test_quality_report_by_hand():
 def test_the_picture_is_a_png(tmp_path):
     plot_codebook_usage(CODES, 4, tmp_path / "usage.png")
     assert (tmp_path / "usage.png").read_bytes()[:4] == b"\x89PNG"
+
+
+def line_quantizer() -> ResidualKMeans:
+    """Codes of numbers: the first is the ten, the second the digit 0 to 3."""
+    quantizer = ResidualKMeans(num_levels=2, codebook_size=4)
+    quantizer.codebooks = torch.tensor([[[0.0], [10.0], [20.0], [30.0]], [[0.0], [1.0], [2.0], [3.0]]])
+    return quantizer
+
+
+def test_appended_items_take_the_nearest_code_that_is_free():
+    """By hand: 11 is taken, so 11.1 goes to 12 and 10.8 to 10; 2 is free under its own ten."""
+    known = torch.tensor([[1, 1], [3, 0]])
+    new = torch.tensor([[11.1], [10.8], [2.0]])
+    codes = append_codes(known, [4, 4], line_quantizer(), new, policy="next_free")
+    assert codes.tolist() == [[1, 2], [1, 0], [0, 2]]
+    assert append_codes(known, [4, 4], line_quantizer(), new, policy="keep").tolist() == [[1, 1], [1, 1], [0, 2]]
+    numbered = torch.tensor([[1, 1, 0], [3, 0, 0]])
+    found = append_codes(numbered, [4, 4, 4], line_quantizer(), new, policy="extra_level")
+    assert found.tolist() == [[1, 1, 1], [1, 1, 2], [0, 2, 0]]
+    assert append_codes(known, [4, 4], line_quantizer(), new[:0], policy="next_free").shape == (0, 2)
+
+
+def test_items_that_are_there_never_move_and_a_full_prefix_is_an_error():
+    """Known items that share a code, as under `keep`, stay where they are."""
+    known = torch.tensor([[2, 0], [2, 0], [2, 1]])
+    codes = append_codes(known, [4, 4], line_quantizer(), torch.tensor([[20.0]]), policy="next_free")
+    assert codes.tolist() == [[2, 2]]
+    full = torch.tensor([[2, code] for code in range(4)])
+    with pytest.raises(ValueError, match=r"start.* with \[2\].*full for new items must be fitted anew"):
+        append_codes(full, [4, 4], line_quantizer(), torch.tensor([[20.0]]), policy="next_free")

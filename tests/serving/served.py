@@ -51,7 +51,7 @@ def recommender(architecture="v2", with_reranker=True, popularity=True, **kwargs
 
 def application(own=None, **kwargs):
     """The application over a recommender, with limits from `kwargs`."""
-    names = ("name", "bundles", "catalogue", "token")
+    names = ("name", "bundles", "catalogue", "token", "swaps", "watch_s")
     options = {name: kwargs.pop(name) for name in names if name in kwargs}
     return create_app(own or recommender(), Limits(**kwargs), **options)
 

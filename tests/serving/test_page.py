@@ -10,6 +10,7 @@ import pytest
 from onerec_hf.scripts.parser import ScriptParser
 from onerec_hf.scripts.serve import ServeArguments
 from onerec_hf.serving import Limits
+from onerec_hf.serving.replicas import Replicas
 from onerec_hf.serving.schemas import CatalogueBody, ModelBody, RecommendBody
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -32,10 +33,11 @@ def test_every_command_has_arguments_that_exist():
     commands = re.findall(r"^(?:onerec serve|docker run .* onerec) (.*)$", "\n".join(blocks("bash")), re.M)
     assert len(commands) >= 2
     for command in commands:
-        args, _ = ScriptParser("serve", None, [ServeArguments, Limits]).parse(shlex.split(command))
+        args, _, _ = ScriptParser("serve", None, [ServeArguments, Limits, Replicas]).parse(shlex.split(command))
         assert args.repo
     named = set(re.findall(r"`--(\w+)", PAGE))
     known = set(ServeArguments.__dataclass_fields__) | set(Limits.__dataclass_fields__)
+    known |= set(Replicas.__dataclass_fields__)
     assert named - known <= {"help"}
 
 

@@ -12,10 +12,12 @@ import time
 from pathlib import Path
 
 import pytest
+from fastapi.testclient import TestClient
 
 from onerec_hf.scripts import serve
-from onerec_hf.serving import save_bundle
+from onerec_hf.serving import create_app, save_bundle
 from onerec_hf.serving.bundles import with_catalogue
+from onerec_hf.serving.replicas import Replicas
 
 from .served import recommender
 
@@ -149,3 +151,23 @@ def test_other_machines_need_a_token(host):
 def test_a_folder_of_bundles_must_be_there(tmp_path):
     with pytest.raises(ValueError, match="nowhere is no folder: make it"):
         serve.run(["--repo", "x", "--bundles", str(tmp_path / "nowhere")])
+
+
+@pytest.mark.parametrize("numbers", [{"replicas": 0}, {"replicas": 3, "max_replicas": 2}, {"target_requests": 0}])
+def test_numbers_of_replicas_are_checked(numbers):
+    with pytest.raises(ValueError, match="at least 1"):
+        Replicas(**numbers)
+
+
+def test_replicas_need_ray(monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(ImportError, match=r"--ray true needs Ray Serve: pip install 'onerec_hf\[ray\]'"):
+        serve.run(["--repo", "x", "--ray", "true"])
+
+
+def test_one_of_several_replicas_keeps_its_version(tmp_path):
+    with TestClient(create_app(recommender(), bundles=tmp_path, swaps=False)) as client:
+        for path, body in (("/model", {"bundle": "x"}), ("/catalogue", {"remove": [1000]})):
+            answer = client.post(path, json=body)
+            assert answer.status_code == 409 and answer.json()["error"]["code"] == "replicas"
+        assert client.post("/recommend", json={"histories": [[1000]]}).json()["version"] == "v1"
