@@ -30,7 +30,7 @@ import torch
 from safetensors.torch import load_file
 
 from onerec_hf.semantic_ids import ResidualKMeans, quality_report
-from onerec_hf.semantic_ids.balance import Prices, balanced_sizes, cheapest_two, enforce_sizes
+from onerec_hf.semantic_ids.balance import Prices, balanced_sizes, cheapest, enforce_sizes
 from onerec_hf.semantic_ids.exchange import exchange_items
 from onerec_hf.semantic_ids.kmeans import cluster_means, train_codebook
 
@@ -93,7 +93,8 @@ def exactness(args: argparse.Namespace) -> list[dict]:
                 order = torch.randperm(num_items, generator=torch.Generator().manual_seed(seed))
                 start, prices = items[order[:size]], Prices(balanced_sizes(num_items, size))
                 prices.solve(items, start)
-                codes, margins = cheapest_two(items, start, prices.values)
+                costs, clusters = cheapest(items, start, prices.values)
+                codes, margins = clusters[0].long(), costs[1] - costs[0]
                 codes = enforce_sizes(items, start, prices.values, codes, margins, balanced_sizes(num_items, size))
                 exact = inertia_of(items, start, exact_codes(items, start))
                 found["prices"].append(inertia_of(items, start, codes) / exact - 1)

@@ -52,7 +52,16 @@ SLOW = {
         "recipe_checks",
         "recipe_dpo",
     ),
-    *("recipe_reward", "recipe_tables", "recipes", "recipes_page", "recommender", "resume", "training_step"),
+    *(
+        "recipe_reward",
+        "recipe_tables",
+        "recipes",
+        "recipes_page",
+        "recommender",
+        "resume",
+        "training_step",
+        "two_processes",
+    ),
     *("beam_search::test_decoding_is_one_graph", "moe::test_two_processes_count_together"),
 }
 

@@ -9,7 +9,7 @@ the default.
 
 import torch
 
-from .distances import row_blocks, squared_distances
+from .distances import Rows, row_blocks, squared_distances
 
 # The prices are solved on a sample: 16 items per code, fewer where a (sample, K) matrix, of which two exist at a time,
 # would have more than 2^25 elements, but at least 4 per code (K = 8192: 1 GiB) and at least 4096 in all.
@@ -21,6 +21,12 @@ _ELEMENTS = 2**25
 # clusters, and the steps at each.
 _TEMPERATURES = (0.3, 0.1)
 _STEPS_PER_TEMPERATURE = 16
+# What the sample got wrong is mended over all items, where only this many clusters per item count: the cheapest ones.
+# The unit is the median margin then: far clumps make a mean that is large for most items.
+_CANDIDATES = 16
+_REFINED_TEMPERATURES = (0.3, 0.1, 0.03)
+# Items of one block of such a step: its few arrays stay in the cache.
+_BLOCK_ITEMS = 2**16
 # `enforce_sizes` stops asking when a round seats less than this share of those who wait.
 _SLOWEST_ROUND = 1 / 64
 
@@ -32,16 +38,22 @@ def balanced_sizes(num_items: int, codebook_size: int) -> torch.Tensor:
     return sizes
 
 
-def cheapest_two(
-    items: torch.Tensor, centroids: torch.Tensor, prices: torch.Tensor
+def cheapest(
+    items: Rows, centroids: torch.Tensor, prices: torch.Tensor, count: int = _CANDIDATES
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Cheapest cluster at these prices (N,), and how much dearer the second cheapest one is (N,)."""
-    codes = torch.empty(len(items), dtype=torch.long, device=items.device)
-    margins = torch.empty(len(items), device=items.device)
+    """The cheapest clusters of every item, the cheapest one first.
+
+    Returns:
+        `(costs (count, N) float32, clusters (count, N) int32)`: costs are `||x - c_k||^2 - ||x||^2 + p_k`.
+        `count` is K at most.
+    """
+    count = min(count, len(centroids))
+    costs = torch.empty(count, len(items), device=items.device)
+    clusters = torch.empty(count, len(items), dtype=torch.int32, device=items.device)
     for block in row_blocks(len(items), len(centroids), items.device):
-        costs, clusters = _two_smallest(squared_distances(items[block], centroids, prices))
-        codes[block], margins[block] = clusters[:, 0], costs[:, -1] - costs[:, 0]
-    return codes, margins
+        found = squared_distances(items[block], centroids, prices).topk(count, dim=1, largest=False)
+        costs[:, block], clusters[:, block] = found.values.T, found.indices.T
+    return costs, clusters
 
 
 def _two_smallest(costs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -81,6 +93,39 @@ class Prices:
         self.values = self.values - self.values.mean()
         return distances.add_(self.values).argmin(dim=1)
 
+    def refine(self, costs: torch.Tensor, clusters: torch.Tensor) -> None:
+        """Updates `values` from `costs` and `clusters` (count, N), which are those of `cheapest` at the values so far.
+
+        The same ascent as `solve`, over all items and few clusters of each. What these leave out shows when the
+        cheapest ones are looked for again.
+        """
+        count, num_items = costs.shape
+        margin = (costs[min(1, count - 1)] - costs[0]).median().item()
+        before, reach = self.values, (costs[-1] - costs[0]).median()  # beyond it other clusters could be cheaper
+        starts = range(0, num_items, _BLOCK_ITEMS)
+        blocks = [
+            (costs[:, rows] - before[clusters[:, rows]], clusters[:, rows].flatten())
+            for rows in (slice(start, start + _BLOCK_ITEMS) for start in starts)
+        ]
+        for softness in _REFINED_TEMPERATURES:
+            temperature = max(softness * margin, 1e-30)
+            for _ in range(_STEPS_PER_TEMPERATURE):
+                step = self._step(blocks, temperature).clamp(-temperature, temperature)
+                self.values = torch.minimum(torch.maximum(self.values + step, before - reach), before + reach)
+        self.values = self.values - self.values.mean()
+
+    def _step(self, blocks: list[tuple[torch.Tensor, torch.Tensor]], temperature: float) -> torch.Tensor:
+        load, squares, num_items = torch.zeros_like(self.values), torch.zeros_like(self.values), 0
+        for distances, clusters in blocks:
+            weights = self.values.index_select(0, clusters).view_as(distances).add_(distances)
+            weights = weights.sub_(weights.amin(dim=0)).div_(-temperature).exp_()
+            weights.div_(weights.sum(dim=0))
+            load.index_add_(0, clusters, weights.flatten())
+            squares.index_add_(0, clusters, weights.square_().flatten())
+            num_items += weights.shape[1]
+        curvature = (load - squares) / num_items + 1e-3 * self.shares
+        return 0.5 * temperature * (load / num_items - self.shares) / curvature
+
     def correct(self, codes: torch.Tensor, sample_codes: torch.Tensor) -> None:
         """Sets the shares to aim at on the sample, given the codes that items and sample got at the same prices."""
         error = self._histogram(codes) - self._histogram(sample_codes)
@@ -116,7 +161,7 @@ class Prices:
 
 
 def enforce_sizes(
-    items: torch.Tensor,
+    items: Rows,
     centroids: torch.Tensor,
     prices: torch.Tensor,
     codes: torch.Tensor,
@@ -155,5 +200,5 @@ def enforce_sizes(
         margins = torch.empty(len(waiting), device=items.device)
         for block in row_blocks(len(waiting), max(len(open_clusters), items.shape[1]), items.device):
             rows = items[waiting[block]]
-            nearest, margins[block] = cheapest_two(rows, centroids[open_clusters], prices[open_clusters])
-            codes[block] = open_clusters[nearest]
+            costs, nearest = cheapest(rows, centroids[open_clusters], prices[open_clusters], count=2)
+            codes[block], margins[block] = open_clusters[nearest[0]], costs[-1] - costs[0]

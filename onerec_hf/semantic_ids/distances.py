@@ -1,12 +1,27 @@
 """Blocks of rows and the distances inside one block: what keeps memory independent of N x K."""
 
 from collections.abc import Iterator
+from typing import Protocol
 
 import torch
 
 # Float32 elements of one block: 16 MB stay near the CPU's cache; a GPU wants larger kernels (256 MB).
 _CPU_ELEMENTS = 2**22
 _GPU_ELEMENTS = 2**26
+
+
+class Rows(Protocol):
+    """Vectors (N, D) that are read a few rows at a time: a tensor, or files."""
+
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+
+    @property
+    def device(self) -> torch.device: ...
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: slice | torch.Tensor, /) -> torch.Tensor: ...
 
 
 def row_blocks(num_rows: int, num_columns: int, device: torch.device) -> Iterator[slice]:

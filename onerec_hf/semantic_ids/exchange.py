@@ -2,10 +2,10 @@
 
 import torch
 
-from .distances import row_blocks, squared_distances
+from .distances import Rows, row_blocks, squared_distances
 
 
-def exchange_items(items: torch.Tensor, centroids: torch.Tensor, codes: torch.Tensor) -> torch.Tensor:
+def exchange_items(items: Rows, centroids: torch.Tensor, codes: torch.Tensor) -> torch.Tensor:
     """
     Passes items around between clusters while that lowers the sum of squared distances; every size stays.
 

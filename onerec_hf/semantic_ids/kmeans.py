@@ -4,30 +4,35 @@ N items, K codebook size, D embedding width. All arithmetic is float32, in block
 ever held.
 """
 
+import logging
 import math
 from typing import Literal
 
 import torch
 
-from .balance import Prices, balanced_sizes, cheapest_two, enforce_sizes
-from .distances import row_blocks, squared_distances
+from .balance import Prices, balanced_sizes, cheapest, enforce_sizes
+from .distances import Rows, row_blocks, squared_distances
 from .exchange import exchange_items
+
+logger = logging.getLogger(__name__)
 
 # Most Lloyd iterations see a random sample: this many items per code (at least _MIN_SAMPLE_ITEMS in all). Plain
 # clusters differ in size, so that their sample must be larger: 256 is what faiss takes.
 _BALANCED_SAMPLE_PER_CODE = 64
 _PLAIN_SAMPLE_PER_CODE = 256
 _MIN_SAMPLE_ITEMS = 16384
-# Balanced clusters of at most so many items times codes: every assignment is the cheapest there is. Beyond it items
-# are exchanged where an assignment may be dearer than the cheapest one by more than this share.
+# Balanced clusters of at most so many items times codes: every assignment is the cheapest there is. Beyond it prices
+# are made better until an assignment is at most `_SMALL_GAP` dearer than the cheapest one, in at most so many rounds.
+# Where more than `_LARGEST_GAP` is left, items are exchanged, unless they are many: that cost grows with N squared.
 _FEW_DISTANCES = 2**18
+_SMALL_GAP = 0.003
+_MOST_ROUNDS = 4
 _LARGEST_GAP = 0.01
+_MOST_EXCHANGES = 2**24
 _SEED_ITEMS_PER_CODE = 16  # of these (at least _MIN_SAMPLE_ITEMS in all) k-means++ chooses
 
 
-def nearest_centroids(
-    items: torch.Tensor, centroids: torch.Tensor, prices: torch.Tensor | None = None
-) -> torch.Tensor:
+def nearest_centroids(items: Rows, centroids: torch.Tensor, prices: torch.Tensor | None = None) -> torch.Tensor:
     """`argmin_k ||x - c_k||^2 + p_k` of every item, the lower index on ties.
 
     Args:
@@ -44,9 +49,7 @@ def nearest_centroids(
     return codes
 
 
-def cluster_means(
-    items: torch.Tensor, codes: torch.Tensor, previous: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
+def cluster_means(items: Rows, codes: torch.Tensor, previous: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Means (K, D) and sizes (K,) of the clusters; an empty cluster keeps its `previous` centroid."""
     sums = torch.zeros_like(previous, dtype=torch.float64)
     for block in row_blocks(len(items), items.shape[1], items.device):
@@ -57,7 +60,7 @@ def cluster_means(
 
 
 def train_codebook(
-    items: torch.Tensor,
+    items: Rows,
     codebook_size: int,
     *,
     balanced: bool | Literal["greedy"],
@@ -148,8 +151,7 @@ def _balanced(items, order, codebook_size, num_iterations, num_full_iterations) 
     centroids = sample[:codebook_size].clone()
     sizes = balanced_sizes(len(items), codebook_size).to(items.device)
     prices = Prices(sizes)
-    few = len(items) * codebook_size <= _FEW_DISTANCES
-    if few:  # exact assignments are cheap: no sample
+    if len(items) * codebook_size <= _FEW_DISTANCES:  # exact assignments are cheap: no sample
         num_iterations, num_full_iterations = 0, num_iterations + num_full_iterations
     for iteration in range(num_iterations):
         first_half = 2 * iteration < num_iterations  # coarse centroids need few items
@@ -161,19 +163,41 @@ def _balanced(items, order, codebook_size, num_iterations, num_full_iterations) 
     lowest = float("inf")
     best: tuple[torch.Tensor, torch.Tensor]
     for _ in range(num_full_iterations):
-        own = prices.solve(sample, centroids)
-        codes, margins = cheapest_two(items, centroids, prices.values)
-        prices.correct(codes, own)
-        seated = enforce_sizes(items, centroids, prices.values, codes, margins, sizes)
-        if few or _largest_gap(items, centroids, prices.values, codes, seated) > _LARGEST_GAP:
-            seated = exchange_items(items, centroids, seated)
-        codes = seated
+        codes, gap = _assign(items, sample, centroids, prices, sizes)
         centroids, _ = cluster_means(items, codes, centroids)
         # Squared error of a partition: sum_i ||x_i||^2, the same for all, minus sum_k |V_k| ||c_k||^2.
         error = -(sizes * centroids.double().square().sum(dim=1)).sum().item()
         if error < lowest:
-            lowest, best = error, (centroids, codes)
+            lowest, best, best_gap = error, (centroids, codes), gap
+    if best_gap > _LARGEST_GAP:
+        logger.warning("Clusters of equal size: another assignment may cost up to %.1f%% less.", 100 * best_gap)
     return best
+
+
+def _assign(items, sample, centroids, prices, sizes) -> tuple[torch.Tensor, float]:
+    """Codes (N,) with exactly these sizes, and by what share of their cost others may be cheaper.
+
+    Prices are made for the sample first. A round reads all items once, and more rounds follow while prices that are
+    made for all items help.
+    """
+    lowest, few = math.inf, len(items) * len(centroids) <= _FEW_DISTANCES
+    own = prices.solve(sample, centroids)
+    for rounds in range(_MOST_ROUNDS):
+        costs, clusters = cheapest(items, centroids, prices.values)
+        codes, margins = clusters[0].long(), costs[min(1, len(costs) - 1)] - costs[0]
+        if rounds == 0:
+            prices.correct(codes, own)
+        seated = enforce_sizes(items, centroids, prices.values, codes, margins, sizes)
+        gap = _largest_gap(items, centroids, prices.values, codes, seated)
+        before, lowest = lowest, min(lowest, gap)
+        if gap == lowest:
+            best = seated
+        if few or gap <= _SMALL_GAP or gap > 0.9 * before:
+            break
+        prices.refine(costs, clusters)
+    if few or (lowest > _LARGEST_GAP and len(items) * len(centroids) <= _MOST_EXCHANGES):
+        return exchange_items(items, centroids, best), 0.0
+    return best, lowest
 
 
 def _largest_gap(items, centroids, prices, cheapest, codes) -> float:

@@ -8,17 +8,21 @@ import torch
 
 from .collisions import row_ids
 from .distances import row_blocks
+from .embedding_files import EmbeddingFiles
 from .residual import ResidualKMeans
 from .rqvae import RQVAE
 
 
-def quality_report(codes: torch.Tensor, item_embeddings: torch.Tensor, quantizer: ResidualKMeans | RQVAE) -> dict:
+def quality_report(
+    codes: torch.Tensor, item_embeddings: torch.Tensor | EmbeddingFiles, quantizer: ResidualKMeans | RQVAE
+) -> dict:
     """Numbers that say how good a catalogue's semantic IDs are. Lists have one entry per level of the quantizer.
 
     Args:
         codes (`torch.LongTensor` of shape `(num_items, num_levels)`): or one level more, appended by the collision
             policy `"extra_level"`, which then counts in the three numbers about collisions and in no other.
-        item_embeddings (`torch.FloatTensor` of shape `(num_items, embedding_dim)`): the same rows on the same device.
+        item_embeddings (`torch.FloatTensor` or `EmbeddingFiles` of shape `(num_items, embedding_dim)`): the same rows
+            on the same device.
         quantizer (`ResidualKMeans` or `RQVAE`): fitted.
 
     Returns:
@@ -35,7 +39,8 @@ def quality_report(codes: torch.Tensor, item_embeddings: torch.Tensor, quantizer
         - `distinct_share`: number of distinct semantic IDs over number of items.
         - `largest_group`: most items with one semantic ID.
     """
-    item_embeddings = torch.as_tensor(item_embeddings)
+    if not isinstance(item_embeddings, EmbeddingFiles):
+        item_embeddings = torch.as_tensor(item_embeddings)
     levels, size = quantizer.num_levels, quantizer.codebook_size
     if codes.ndim != 2 or codes.shape[1] not in (levels, levels + 1) or len(codes) != len(item_embeddings):
         raise ValueError(
@@ -44,7 +49,10 @@ def quality_report(codes: torch.Tensor, item_embeddings: torch.Tensor, quantizer
             'the collision policy "extra_level".'
         )
     squared_error, deviation = 0.0, 0.0
-    mean = item_embeddings.mean(dim=0, dtype=torch.float64).float()
+    if isinstance(item_embeddings, EmbeddingFiles):
+        mean = item_embeddings.mean()
+    else:
+        mean = item_embeddings.mean(dim=0, dtype=torch.float64).float()
     for block in row_blocks(len(item_embeddings), item_embeddings.shape[1], item_embeddings.device):
         items = item_embeddings[block].float()
         decoded = quantizer.decode(codes[block, :levels])
@@ -56,7 +64,7 @@ def quality_report(codes: torch.Tensor, item_embeddings: torch.Tensor, quantizer
     return {
         "num_items": len(codes),
         "codebook_size": size,
-        "reconstruction_mse": squared_error / item_embeddings.numel(),
+        "reconstruction_mse": squared_error / (len(codes) * item_embeddings.shape[1]),
         "reconstruction_relative": squared_error / deviation if deviation > 0 else 0.0,
         "utilisation": [(histogram > 0).double().mean().item() for histogram in histograms],
         "entropy": entropies,

@@ -14,6 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from .distances import row_blocks
+from .embedding_files import EmbeddingFiles, FileResiduals
 from .kmeans import nearest_centroids, train_codebook
 
 logger = logging.getLogger(__name__)
@@ -92,29 +93,39 @@ class ResidualKMeans:
         self.train_codes: torch.Tensor | None = None
         self.embedding_mean: torch.Tensor | None = None
 
-    def fit(self, item_embeddings: torch.Tensor | np.ndarray) -> "ResidualKMeans":
+    def fit(self, item_embeddings: torch.Tensor | np.ndarray | EmbeddingFiles) -> "ResidualKMeans":
         """Trains the codebooks on all rows, on the device of `item_embeddings`.
 
-        Memory: one float32 copy of the embeddings (the residuals), about 100 bytes per item and less than 3 GiB of
-            work space.
+        Memory: one float32 copy of the embeddings (the residuals), about 300 bytes per item and less than 3 GiB of
+            work space. `EmbeddingFiles` are not copied: they are read again, twice or more in each iteration over all
+            items, of which one is often enough (`num_full_iterations=1`).
 
         Args:
-            item_embeddings (`torch.FloatTensor` or `numpy.ndarray` of shape `(num_items, embedding_dim)`): any float
-                type, every value finite, `num_items >= codebook_size`. Not changed, not normalised.
+            item_embeddings (`torch.FloatTensor`, `numpy.ndarray` or `EmbeddingFiles` of shape `(num_items,
+                embedding_dim)`): any float type, every value finite, `num_items >= codebook_size`. Not changed, not
+                normalised.
 
         Returns:
             The quantizer itself.
         """
         item_embeddings = self.checked(item_embeddings)
+        if isinstance(item_embeddings, EmbeddingFiles) and self.balanced == "greedy":
+            raise ValueError("balanced='greedy' needs all items in memory: give a tensor, or balanced=True.")
         if len(item_embeddings) < self.codebook_size:
             raise ValueError(
                 f"{len(item_embeddings)} items cannot fill {self.codebook_size} codes per level; "
                 f"set `codebook_size` to at most {len(item_embeddings)} or fit on more items."
             )
         generator = torch.Generator().manual_seed(self.seed)
-        residuals = item_embeddings.to(torch.float32, copy=True)
-        center = residuals.mean(dim=0)  # distances lose their last digits where all items are far from the origin
-        residuals -= center
+        # distances lose their last digits where all items are far from the origin
+        residuals: torch.Tensor | FileResiduals
+        if isinstance(item_embeddings, EmbeddingFiles):
+            residuals = FileResiduals(item_embeddings)
+            center = residuals.center
+        else:
+            residuals = item_embeddings.to(torch.float32, copy=True)
+            center = residuals.mean(dim=0)
+            residuals -= center
         codebooks, codes = [], torch.empty(len(residuals), self.num_levels, dtype=torch.long, device=residuals.device)
         for level in range(self.num_levels):
             start = time.perf_counter()
@@ -126,25 +137,28 @@ class ResidualKMeans:
                 num_full_iterations=self.num_full_iterations,
                 generator=generator,
             )
-            for block in row_blocks(len(residuals), residuals.shape[1], residuals.device):
-                residuals[block] -= centroids[codes[block, level]]
+            if isinstance(residuals, FileResiduals):
+                residuals.levels.append((centroids, codes[:, level]))
+            else:
+                for block in row_blocks(len(residuals), residuals.shape[1], residuals.device):
+                    residuals[block] -= centroids[codes[block, level]]
             codebooks.append(centroids + center if level == 0 else centroids)
             logger.info("level %d of %d: %.1f s", level + 1, self.num_levels, time.perf_counter() - start)
         self.codebooks, self.train_codes = torch.stack(codebooks), codes
         return self
 
-    def fit_encode(self, item_embeddings: torch.Tensor | np.ndarray) -> torch.Tensor:
+    def fit_encode(self, item_embeddings: torch.Tensor | np.ndarray | EmbeddingFiles) -> torch.Tensor:
         """`fit`, then `train_codes` (num_items, num_levels): the balanced codes where `balanced=True`."""
         self.fit(item_embeddings)
         assert self.train_codes is not None
         return self.train_codes
 
-    def encode(self, item_embeddings: torch.Tensor | np.ndarray) -> torch.Tensor:
+    def encode(self, item_embeddings: torch.Tensor | np.ndarray | EmbeddingFiles) -> torch.Tensor:
         """Codes of any items by the nearest centroid of each level (the papers' rule).
 
         Args:
-            item_embeddings (`torch.FloatTensor` or `numpy.ndarray` of shape `(num_items, embedding_dim)`): any float
-                type.
+            item_embeddings (`torch.FloatTensor`, `numpy.ndarray` or `EmbeddingFiles` of shape `(num_items,
+                embedding_dim)`): any float type.
 
         Returns:
             `torch.LongTensor` of shape `(num_items, num_levels)`, values in `[0, codebook_size)`, on the items'
@@ -238,13 +252,16 @@ class ResidualKMeans:
             )
         return self.codebooks
 
-    def checked(self, item_embeddings: torch.Tensor | np.ndarray, width: int | None = None) -> torch.Tensor:
-        item_embeddings = torch.as_tensor(item_embeddings).detach()
-        if item_embeddings.ndim != 2 or not item_embeddings.is_floating_point():
-            raise ValueError(
-                f"`item_embeddings` has shape {tuple(item_embeddings.shape)} and type {item_embeddings.dtype}; "
-                "it must be a float matrix (num_items, embedding_dim)."
-            )
+    def checked(
+        self, item_embeddings: torch.Tensor | np.ndarray | EmbeddingFiles, width: int | None = None
+    ) -> torch.Tensor | EmbeddingFiles:
+        if not isinstance(item_embeddings, EmbeddingFiles):
+            item_embeddings = torch.as_tensor(item_embeddings).detach()
+            if item_embeddings.ndim != 2 or not item_embeddings.is_floating_point():
+                raise ValueError(
+                    f"`item_embeddings` has shape {tuple(item_embeddings.shape)} and type {item_embeddings.dtype}; "
+                    "it must be a float matrix (num_items, embedding_dim)."
+                )
         if width is not None and item_embeddings.shape[1] != width:
             raise ValueError(
                 f"`item_embeddings` has width {item_embeddings.shape[1]}, but the codebooks were trained on width "

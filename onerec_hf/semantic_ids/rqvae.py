@@ -92,7 +92,7 @@ class RQVAE:
 
     def fit(self, item_embeddings: torch.Tensor | np.ndarray, progress: bool = True) -> "RQVAE":
         """Trains on all rows, on the device of `item_embeddings`: (N, D), any float type, finite, N at least K."""
-        items = self.latent.checked(item_embeddings).float()
+        items = torch.as_tensor(self.latent.checked(item_embeddings)).float()
         generator = torch.Generator().manual_seed(self.seed)
         with torch.random.fork_rng():
             torch.manual_seed(self.seed)
