@@ -50,13 +50,15 @@ BASELINES: dict[str, Any] = COUNTERS | TRAINED
 class BaselineArguments:
     name: Literal[
         "popularity", "cooccurrence", "itemknn", "embeddingknn", "sasrec", "hstu", "bert4rec", "fdsa", "tiger"
-    ]
+    ] = field(metadata={"help": "Which one."})
     data: str = field(
         metadata={"help": "Folder that `onerec prepare` wrote, or of a public layout.", "aliases": ["--dataset"]}
     )
     output: str = field(metadata={"help": "Folder to write."})
-    layout: Literal["prepared", "amazon", "kuairand"] = "prepared"
-    seed: int = 0
+    layout: Literal["prepared", "amazon", "kuairand"] = field(
+        default="prepared", metadata={"help": "prepared: a data folder; amazon, kuairand: the public files."}
+    )
+    seed: int = field(default=0, metadata={"help": "Of all that is drawn at random."})
     model: str = field(default="{}", metadata={"help": "Arguments of the baseline's class, YAML mapping or JSON."})
     fit: str = field(default="{}", metadata={"help": "Arguments of its fit, YAML mapping or JSON."})
     attributes: list[str] = field(default_factory=list, metadata={"help": "fdsa: columns of the item table."})

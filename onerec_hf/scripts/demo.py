@@ -30,10 +30,10 @@ class DemoArguments:
     world: str | None = field(
         default=None, metadata={"help": "JSON of ShortVideoWorld's arguments: the world that the log came from."}
     )
-    num_beams: int = 50
+    num_beams: int = field(default=50, metadata={"help": "Width of the search."})
     num_users: int = field(default=50, metadata={"help": "Users of --data that can be picked."})
-    host: str = "127.0.0.1"
-    port: int = 7860
+    host: str = field(default="127.0.0.1", metadata={"help": "Address of the page."})
+    port: int = field(default=7860, metadata={"help": "Port of the page."})
     share: bool = field(default=False, metadata={"help": "A public address for 72 hours, through gradio's servers."})
 
 

@@ -37,7 +37,7 @@ class DPOArguments:
         default=True,
         metadata={"help": "Recommend for validation and test users and score it; false: `onerec score` later."},
     )
-    num_beams: int = 50
+    num_beams: int = field(default=50, metadata={"help": "Width of the search that scores the model."})
     eval_users: int | None = field(
         default=None, metadata={"help": "Validation users that are generated for; default all."}
     )

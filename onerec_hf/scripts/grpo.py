@@ -74,7 +74,7 @@ class RLArguments:
         default=True,
         metadata={"help": "Recommend for validation and test users and score it; false: `onerec score` later."},
     )
-    num_beams: int = 50
+    num_beams: int = field(default=50, metadata={"help": "Width of the search that scores the model."})
     test_users: int | None = field(default=None, metadata={"help": "Users of the test split to score; default all."})
 
 

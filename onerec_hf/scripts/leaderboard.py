@@ -52,8 +52,8 @@ class LeaderboardArguments:
         default="small_leaderboard.yaml", metadata={"help": "YAML file of entries, or the name of one of the package."}
     )
     only: list[str] = field(default_factory=list, metadata={"help": "Names of entries; default all."})
-    seeds: list[int] = field(default_factory=lambda: [0, 1, 2])
-    run: bool = True
+    seeds: list[int] = field(default_factory=lambda: [0, 1, 2], metadata={"help": "Of entries that name none."})
+    run: bool = field(default=True, metadata={"help": "false: compare what has ended, start nothing."})
     source: str | None = field(default=None, metadata={"help": "A log in place of data, as in `onerec prepare`."})
     layout: str | None = field(default=None, metadata={"help": "Of the source: logs (the default), amazon, kuairand."})
     columns: str | None = field(default=None, metadata={"help": "Of the source: our names to yours."})

@@ -33,8 +33,8 @@ class LoopArguments:
     )
     num_days: int = field(default=10, metadata={"help": "Days that are served."})
     warm_days: int = field(default=8, metadata={"help": "Days of another recommender's log, of which day 0 learns."})
-    num_users: int = 400
-    num_videos: int = 800
+    num_users: int = field(default=400, metadata={"help": "Of the simulated world."})
+    num_videos: int = field(default=800, metadata={"help": "Of the simulated world, new ones included."})
     mean_events: float = field(default=80, metadata={"help": "Of a user in the world's whole log."})
     seed: int = field(default=0, metadata={"help": "Of the world and of the training."})
     return_slope: float = field(default=1.0, metadata={"help": "As of onerec ab_test: who liked it comes back."})
@@ -43,13 +43,13 @@ class LoopArguments:
         default=0.1, metadata={"help": "Share of a day, its end, that is scored before it is trained on the next day."}
     )
     model: str = field(default="{}", metadata={"help": "Arguments of the model's config, as of onerec sft."})
-    codebook_size: int = 32
+    codebook_size: int = field(default=32, metadata={"help": "Codes of a level."})
     first_epochs: float = field(default=30, metadata={"help": "Of day 0, on the log."})
     epochs: float = field(default=2, metadata={"help": "Of each other day, on its new events."})
     learning_rate: float = field(default=3e-4, metadata={"help": "Of each other day."})
     align_every: int = field(default=3, metadata={"help": "Days between preference alignments."})
     align_steps: int = field(default=20, metadata={"help": "Steps of an alignment, or of a day's GBPO."})
-    num_beams: int = 50
+    num_beams: int = field(default=50, metadata={"help": "Width of the search."})
     port: int = field(default=8017, metadata={"help": "Of the service, on this machine alone."})
 
     def __post_init__(self) -> None:

@@ -94,7 +94,7 @@ class ModelArguments:
         default=True,
         metadata={"help": "Recommend for validation and test users and score it; false: `onerec score` later."},
     )
-    num_beams: int = 50
+    num_beams: int = field(default=50, metadata={"help": "Width of the search."})
     eval_users: int | None = field(
         default=None, metadata={"help": "Validation users that are generated for; default all."}
     )

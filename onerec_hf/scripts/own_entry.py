@@ -21,7 +21,7 @@ from .ending import remove_earlier_results, score, write_metrics
 class OwnEntryArguments:
     data: str = field(metadata={"help": "Folder that `onerec prepare` wrote."})
     output: str = field(metadata={"help": "Folder to write."})
-    seed: int = 0
+    seed: int = field(default=0, metadata={"help": "Not used by an entry of your own."})
     predictions: str | None = field(
         default=None,
         metadata={"help": "Table with a row per test user: user_id, and item_ids, a list of item ids, best first."},

@@ -20,7 +20,9 @@ class PrepareArguments:
         metadata={"help": "parquet, CSV or JSONL file, folder of datasets or of a public layout, or Hub data set."}
     )
     output: str = field(metadata={"help": "Folder to write."})
-    layout: Literal["logs", "amazon", "kuairand"] = "logs"
+    layout: Literal["logs", "amazon", "kuairand"] = field(
+        default="logs", metadata={"help": "logs: a table of events; amazon, kuairand: the public files."}
+    )
     shown_before: bool = field(
         default=False, metadata={"help": "kuairand: put what users were shown before the log into their histories."}
     )
@@ -36,14 +38,18 @@ class PrepareArguments:
     num_shards: int | None = field(
         default=None, metadata={"help": "Files per split; default one per 2 million events of the log."}
     )
-    k_core: int = 0
+    k_core: int = field(
+        default=0, metadata={"help": "Leave out users and items of fewer events, until there are none; 0 keeps all."}
+    )
     watched: str = field(
         default="{}", metadata={"help": 'What makes histories and targets, columns and thresholds: {"long_view": 1}.'}
     )
     validation_start: float | None = field(
         default=None, metadata={"help": "Split by time from here on; otherwise leave last out."}
     )
-    test_start: float | None = None
+    test_start: float | None = field(
+        default=None, metadata={"help": "End of the validation and start of the test, with validation_start."}
+    )
     sessions: str | None = field(
         default=None,
         metadata={"help": "Rows of high-quality sessions: arguments of SessionConfig, YAML mapping or JSON."},
@@ -59,7 +65,9 @@ class PrepareArguments:
         default_factory=list, metadata={"help": "More of them: those that the items have are read, if any."}
     )
     collaborative_dim: int = field(default=128, metadata={"help": "Width of the co-occurrence embedding; 0 for none."})
-    quantizer: Literal["residual_kmeans", "rqvae"] = "residual_kmeans"
+    quantizer: Literal["residual_kmeans", "rqvae"] = field(
+        default="residual_kmeans", metadata={"help": "What makes the codes."}
+    )
     align: bool = field(default=False, metadata={"help": "Adapt text embeddings to Swing and co-click pairs."})
     caption_model: str | None = field(
         default=None,
@@ -72,7 +80,7 @@ class PrepareArguments:
             "its codebooks. For onerec sft --continue_from."
         },
     )
-    num_levels: int = 3
+    num_levels: int = field(default=3, metadata={"help": "Codes of a semantic ID."})
     codebook_size: int | None = field(
         default=256, metadata={"help": "null in a YAML file: the power of two nearest to an eighth of the items."}
     )
@@ -82,8 +90,11 @@ class PrepareArguments:
             "help": "residual_kmeans: true, equal sizes; greedy, OneRec's Algorithm 1 as printed; false, plain."
         },
     )
-    collisions: Literal["extra_level", "next_free", "keep"] = "next_free"
-    seed: int = 0
+    collisions: Literal["extra_level", "next_free", "keep"] = field(
+        default="next_free",
+        metadata={"help": "Items of equal codes: a number more, the nearest free code, or shared codes."},
+    )
+    seed: int = field(default=0, metadata={"help": "Of all that is drawn at random."})
 
 
 def balance(args: PrepareArguments) -> bool | Literal["greedy"]:

@@ -53,14 +53,16 @@ class PublishArguments:
     )
     dataset: str | None = field(default=None, metadata={"help": "Id of the data set on the Hub, if it is there."})
     simulated: bool = field(default=False, metadata={"help": "The log is simulated; the card says so."})
-    license: str = "apache-2.0"
+    license: str = field(default="apache-2.0", metadata={"help": "Of the weights, as the Hub writes it."})
     base_model: str | None = field(default=None, metadata={"help": "Repository this model was trained on from."})
     num_beams: int = field(default=50, metadata={"help": "Width of the search that the results were measured with."})
     repo: str | None = field(default=None, metadata={"help": "Where to push, org/name; default: nowhere."})
     private: bool | None = field(default=None, metadata={"help": "Whether a new repository is private."})
     revision: str | None = field(default=None, metadata={"help": "Branch to push to."})
-    create_pr: bool = False
-    commit_message: str = "Upload model"
+    create_pr: bool = field(
+        default=False, metadata={"help": "Open a pull request in place of a commit to the branch."}
+    )
+    commit_message: str = field(default="Upload model", metadata={"help": "Of the push."})
 
 
 CAPTIONS = {

@@ -38,10 +38,12 @@ class RecommendArguments:
         metadata={"help": "parquet or JSONL file, folder of parquet or of datasets.save_to_disk, or Hub data set."}
     )
     output: str = field(metadata={"help": "Folder to write."})
-    column: str = "history"
+    column: str = field(
+        default="history", metadata={"help": "Column of the histories, lists of item ids, oldest first."}
+    )
     split: str = field(default="train", metadata={"help": "Of a Hub data set or a saved DatasetDict."})
-    k: int = 10
-    num_beams: int = 50
+    k: int = field(default=10, metadata={"help": "Items of a row."})
+    num_beams: int = field(default=50, metadata={"help": "Width of the search."})
     session: bool = field(
         default=False, metadata={"help": "Whole sessions of a OneRec model, k per row, in place of single items."}
     )
@@ -52,14 +54,14 @@ class RecommendArguments:
         default=None, metadata={"help": "Items, or sessions, that --reward judges for each row; default all it finds."}
     )
     rerank: bool = field(default=True, metadata={"help": "Whether the repository's re-ranker orders the items."})
-    exclude_seen: bool = False
+    exclude_seen: bool = field(default=False, metadata={"help": "Leave out the items of the history."})
     unknown_items: str = field(default="error", metadata={"help": "error, or ignore: drop unknown ids of a history."})
-    batch_size: int = 256
+    batch_size: int = field(default=256, metadata={"help": "Rows that are searched together."})
     overwrite: bool = field(default=False, metadata={"help": "Replace the parts of an earlier run in the folder."})
     by_file: bool = field(
         default=False, metadata={"help": "Of a folder of parquet files: a file for each of them; resumes."}
     )
-    device: str | None = None
+    device: str | None = field(default=None, metadata={"help": "cuda, cuda:1, cpu; default the processor."})
     ray_actors: int | None = field(
         default=None, metadata={"help": "With --by_file: processes that Ray Data hands the files to."}
     )

@@ -46,13 +46,13 @@ class RerankArguments:
     output: str | None = field(
         default=None, metadata={"help": "Folder for a copy of the model with its re-ranker; default the model's own."}
     )
-    num_beams: int = 50
+    num_beams: int = field(default=50, metadata={"help": "Width of the search."})
     num_candidates: int = field(default=50, metadata={"help": "What each scorer adds to the candidates."})
     fit_users: int | None = field(default=8000, metadata={"help": "Validation users whose choices fit the weights."})
     test_users: int | None = field(default=None, metadata={"help": "Users of the test split to score; default all."})
-    batch_size: int = 64
-    seed: int = 0
-    device: str | None = None
+    batch_size: int = field(default=64, metadata={"help": "Users that are scored together."})
+    seed: int = field(default=0, metadata={"help": "Of the order of equal scores."})
+    device: str | None = field(default=None, metadata={"help": "cuda, cuda:1, cpu; default the processor."})
 
 
 def load_scorers(folders: list[str], num_items: int) -> dict[str, Any]:

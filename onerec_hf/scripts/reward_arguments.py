@@ -31,8 +31,10 @@ class RewardArguments:
     item_quantiles: list[str] = field(default_factory=list, metadata={"help": "Numeric columns, put into buckets."})
     user_categories: list[str] = field(default_factory=list, metadata={"help": "Columns of users.parquet."})
     user_quantiles: list[str] = field(default_factory=list, metadata={"help": "Numeric columns, put into buckets."})
-    num_buckets: int = 32
-    max_categories: int | None = None
+    num_buckets: int = field(default=32, metadata={"help": "Buckets of each numeric column."})
+    max_categories: int | None = field(
+        default=None, metadata={"help": "Values kept per category, the rarer ones share 0; default all."}
+    )
     rates: list[str] = field(default_factory=list, metadata={"help": "Past rates by item, user, or an item category."})
     period: float = field(default=86_400_000, metadata={"help": "Length of a period in the unit of the timestamps."})
     warm_up: int = field(default=2, metadata={"help": "First periods that only give rates, and are not trained on."})

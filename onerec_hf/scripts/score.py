@@ -21,10 +21,10 @@ from .parser import ScriptParser
 class ScoreArguments:
     model: str = field(metadata={"help": "Folder that `onerec sft`, `dpo` or `grpo` wrote."})
     data: str = field(metadata={"help": "Folder that `onerec prepare` wrote, of the same log."})
-    num_beams: int = 50
+    num_beams: int = field(default=50, metadata={"help": "Width of the search."})
     test_users: int | None = field(default=None, metadata={"help": "Users of the test split to score; default all."})
-    seed: int = 0
-    device: str | None = None
+    seed: int = field(default=0, metadata={"help": "Of the order of equal scores."})
+    device: str | None = field(default=None, metadata={"help": "cuda, cuda:1, cpu; default the processor."})
 
 
 def main(args: ScoreArguments) -> dict:

@@ -37,7 +37,7 @@ TOKEN = "ONEREC_SERVE_TOKEN"
 class ServeArguments:
     repo: str = field(metadata={"help": "Folder or Hub repository of a trained model."})
     host: str = field(default="127.0.0.1", metadata={"help": f"Address; beyond this machine, {TOKEN} must be set."})
-    port: int = 8000
+    port: int = field(default=8000, metadata={"help": "Of this machine."})
     bundles: str | None = field(
         default=None, metadata={"help": "Folder whose subfolders POST /catalogue and POST /model may name."}
     )
@@ -47,8 +47,8 @@ class ServeArguments:
         metadata={"help": "Seconds between looks at the file CURRENT of --bundles: the name of the bundle to serve."},
     )
     name: str = field(default="v1", metadata={"help": "Name of the version that it starts with."})
-    num_beams: int = 50
-    device: str | None = None
+    num_beams: int = field(default=50, metadata={"help": "Width of the search."})
+    device: str | None = field(default=None, metadata={"help": "cuda, cuda:1, cpu; default the processor."})
     cuda_graphs: bool = field(default=False, metadata={"help": "On a GPU: searches are recorded and replayed."})
     threads: int | None = field(default=None, metadata={"help": "Of torch; default torch's own choice."})
     log: bool = field(default=True, metadata={"help": "Whether requests are logged."})

@@ -1,6 +1,8 @@
 """The command `onerec`: its list, its errors, and how it starts what accelerate starts."""
 
 import configparser
+import dataclasses
+import importlib
 import re
 import subprocess
 import sys
@@ -52,6 +54,16 @@ def test_the_packages_of_training_are_those_of_the_extra():
     config.read(ROOT / "setup.cfg")
     wanted = {re.split("[<>=]", line)[0] for line in config["options.extras_require"]["train"].split()}
     assert {"pyyaml" if name == "yaml" else name for name in cli.TRAIN} == wanted
+
+
+@pytest.mark.parametrize("command", sorted(cli.COMMANDS))
+def test_every_argument_says_what_it_is(command):
+    """Those of our own dataclasses; transformers and TRL document theirs."""
+    module = importlib.import_module(f"onerec_hf.scripts.{command}")
+    own = [each for each in vars(module).values() if dataclasses.is_dataclass(each) and isinstance(each, type)]
+    own = [each for each in own if each.__module__.startswith("onerec_hf.scripts")]
+    silent = [(each.__name__, f.name) for each in own for f in dataclasses.fields(each) if not f.metadata.get("help")]
+    assert not silent
 
 
 @pytest.mark.parametrize("command", cli.BESIDE)
