@@ -173,6 +173,7 @@ def publisher(loop: Loop) -> None:
 def service(loop: Loop) -> None:
     """`onerec serve` of the newest version."""
     from ..serving import Limits
+    from ..serving.replicas import Replicas
     from .serve import ServeArguments
     from .serve import main as serve
 
@@ -183,7 +184,7 @@ def service(loop: Loop) -> None:
     arguments = ServeArguments(
         str(newest), port=loop.args.port, bundles=str(folder), name=newest.name, num_beams=loop.args.num_beams
     )
-    serve(arguments, Limits(timeout_s=120, max_wait_ms=0, max_histories=USERS_PER_REQUEST))
+    serve(arguments, Limits(timeout_s=120, max_wait_ms=0, max_histories=USERS_PER_REQUEST), Replicas())
 
 
 PARTS = {each.__name__: each for each in (users, logger, trainer, publisher, service)}

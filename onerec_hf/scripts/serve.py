@@ -49,6 +49,7 @@ class ServeArguments:
     name: str = field(default="v1", metadata={"help": "Name of the version that it starts with."})
     num_beams: int = 50
     device: str | None = None
+    cuda_graphs: bool = field(default=False, metadata={"help": "On a GPU: searches are recorded and replayed."})
     threads: int | None = field(default=None, metadata={"help": "Of torch; default torch's own choice."})
     log: bool = field(default=True, metadata={"help": "Whether requests are logged."})
     ray: bool = field(default=False, metadata={"help": "Replicas by Ray Serve; the options of `Replicas` are its."})
@@ -75,7 +76,7 @@ def application(args: ServeArguments, limits: Limits, token: str | None) -> Fast
     logger.setLevel(logging.INFO if args.log else logging.WARNING)
     if not logger.handlers:
         logger.addHandler(logging.StreamHandler(sys.stdout))
-    recommender = Recommender.from_pretrained(args.repo, args.num_beams, args.device)
+    recommender = Recommender.from_pretrained(args.repo, args.num_beams, args.device, args.cuda_graphs)
     named: dict[str, Any] = {"name": args.name, "bundles": args.bundles, "catalogue": args.catalogue}
     return create_app(recommender, limits, **named, token=token, swaps=not args.ray, watch_s=args.watch_s)
 

@@ -177,7 +177,10 @@ def load_model(folder: Path, current: Recommender, keep_catalogue: bool) -> tupl
         OSError, ValueError: As `Recommender.from_pretrained`; and for other codebooks where the catalogue is kept.
     """
     device = current.model.device
+    graphs = current.model.captured_search
     found = Recommender.from_pretrained(folder, current.ranker.num_beams, device, local_files_only=True)
+    if graphs is not None:
+        found.model.capture(batch_sizes=graphs.batch_sizes, context_lengths=graphs.context_lengths)
     if not keep_catalogue:
         return found, found
     theirs, ours = codebook_fingerprint(found), codebook_fingerprint(current)
