@@ -47,8 +47,8 @@ class EmbeddingFiles:
         return self.shape[0]
 
     def __getitem__(self, index: slice | torch.Tensor) -> torch.Tensor:
-        """Rows (n, D) of a slice or of indices (n,), float32."""
-        rows = np.arange(*index.indices(len(self))) if isinstance(index, slice) else index.numpy()
+        """Rows (n, D) of a slice or of indices (n,), float32; index -1 is the last row."""
+        rows = np.arange(*index.indices(len(self))) if isinstance(index, slice) else index.numpy() % len(self)
         found = np.empty((len(rows), self.shape[1]), dtype=np.float32)
         file = np.searchsorted(self.starts, rows, side="right") - 1
         for number in np.unique(file):

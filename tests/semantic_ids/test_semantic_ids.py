@@ -412,7 +412,7 @@ def test_files_are_fitted_as_the_same_items_in_memory(balanced, tmp_path, monkey
         np.save(tmp_path / f"{number}.npy", items[start:stop].numpy())
     files = EmbeddingFiles(sorted(tmp_path.glob("*.npy")))
     assert files.shape == (3000, 6)
-    picked = torch.tensor([2999, 1000, 0, 1000, 1001])
+    picked = torch.tensor([2999, 1000, 0, -1, 1000, 1001])
     assert torch.equal(files[picked], items[picked]) and torch.equal(files[998:1003], items[998:1003])
     streamed, whole = (
         ResidualKMeans(2, 16, balanced=balanced, num_iterations=5, num_full_iterations=1).fit(each)
