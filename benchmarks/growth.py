@@ -15,7 +15,7 @@ from pathlib import Path
 import matplotlib
 import torch
 from other_ways import alternate, count_flops, zipf_catalogue
-from train import inputs_of, model_flops
+from train import EVERY, inputs_of, model_flops
 
 from onerec_hf import Catalogue, OneRecV2Config, OneRecV2ForCausalLM
 from onerec_hf.models.beam_search import beam_search
@@ -23,7 +23,6 @@ from onerec_hf.models.beam_search import beam_search
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
-EVERY = "lazy, every item a target"
 BASE = {"hidden_size": 128, "intermediate_size": 512, "num_hidden_layers": 2, "num_attention_heads": 4}
 EXPERTS = {"num_experts_per_tok": 2, "num_shared_experts": 1, "moe_intermediate_size": 128, "first_dense_layers": 0}
 SEARCH = BASE | {"num_hidden_layers": 4}

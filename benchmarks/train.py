@@ -34,8 +34,9 @@ from torch.profiler import ProfilerActivity, profile
 from onerec_hf import OneRecV1Config, OneRecV1ForCausalLM, OneRecV2Config, OneRecV2ForCausalLM
 
 LEVELS = 3
+EVERY = "lazy, every item a target"
 NAMES = {
-    "lazy, every item a target": {},
+    EVERY: {},
     "lazy, bias over ages": {"context_position": "bias"},
     "lazy, one request": {},
     "lazy with experts, every item a target": {"num_experts": 8, "num_experts_per_tok": 3, "num_shared_experts": 1},
