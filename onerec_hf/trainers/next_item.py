@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers.trainer_pt_utils import find_batch_size
 from transformers.trainer_utils import EvalLoopOutput, TrainOutput
 
 from .base import OneRecTrainer
@@ -137,11 +138,26 @@ class NextItemTrainer(OneRecTrainer):
     def prediction_step(
         self, model: Any, inputs: Any, prediction_loss_only: bool, ignore_keys: list[str] | None = None
     ) -> tuple:
+        inputs, real = self._counted_here(inputs)
         loss, *rest = Trainer.prediction_step(self, model, inputs, prediction_loss_only, ignore_keys)
-        if loss is not None:
+        if loss is not None and real:
             count = self.loss_items(inputs).to(loss.device)
             self._eval_loss += torch.stack([loss.double() * count, count.double()])
         return loss, *rest
+
+    def _counted_here(self, inputs: dict[str, Any]) -> tuple[dict[str, Any], int]:
+        """The rows of a batch that no other process counts, and how many those are: accelerate fills the last batches
+        of several processes up with the first rows. At least one row stays, since all processes call the model alike.
+        """
+        state, batch = self.accelerator.gradient_state, find_batch_size(inputs)
+        if not state.end_of_dataloader or state.remainder < 1 or self.accelerator.num_processes == 1:
+            return inputs, batch
+        real = min(max(state.remainder - self.accelerator.process_index * self.args.eval_batch_size, 0), batch)
+        rows = {
+            name: values[: max(real, 1)] if isinstance(values, torch.Tensor) and values.dim() else values
+            for name, values in inputs.items()
+        }
+        return rows, real
 
     def evaluation_loop(
         self,
