@@ -5,7 +5,8 @@
 The Technical Report and OneRec-V2 fit the loss of models of .015B to 8B on their own data. Here every size sees the
 same rows in the same order, `--epochs` times; the learning rate falls with the root of the width. N is the weights of
 the blocks, of a mixture those of the chosen experts; compute is the FLOPs of the matrix products of all steps
-(benchmarks/train.py). The loss is that of the validation split, in nats per item: one row per user, the next item.
+(benchmarks/train.py). The loss is that of the validation split, in nats per item: one row per user, the next item; the softmax is
+over codes that lead to an item, since catalogues are small here.
 `--mixtures` have eight experts, two of them chosen and one shared.
 """
 
@@ -44,10 +45,13 @@ def build(data: DataFolder, width: int, mixture: bool, seed: int) -> OneRecV2For
         num_attention_heads=HEADS,
         context_embed_dim=32,
         dropout=0.1,
+        score_normalization="valid",
         **sizes,
         **experts,
     )
-    return OneRecV2ForCausalLM(config)
+    model = OneRecV2ForCausalLM(config)
+    model.catalogue = data.tokenizer.catalogue
+    return model
 
 
 def active_weights(model: OneRecV2ForCausalLM) -> int:
