@@ -6,8 +6,8 @@ The Technical Report and OneRec-V2 fit the loss of models of .015B to 8B on thei
 same rows in the same order, `--epochs` times; the learning rate falls with the root of the width. N is the weights of
 the blocks, of a mixture those of the chosen experts; compute is the FLOPs of the matrix products of all steps
 (benchmarks/train.py). The loss is that of the validation split, in nats per item: one row per user, the next item, by
-a softmax over codes that lead to an item, since catalogues are small here. `--mixtures` have eight experts, two of them
-chosen and one shared.
+a softmax over codes that lead to an item, since catalogues are small here. `--mixtures` have eight experts, two of
+them chosen and one shared.
 """
 
 import argparse
