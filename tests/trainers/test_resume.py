@@ -133,7 +133,7 @@ def test_patience_survives(name, step, tmp_path):
     assert run(tmp_path / "one", "true").global_step == 15  # killed after the last evaluation
 
 
-@pytest.mark.parametrize(("name", "processes"), [("SFT, averaged weights", 1), ("IPA", 1), ("GRPO", 2)])
+@pytest.mark.parametrize(("name", "processes"), [("SFT, averaged weights", 1), ("IPA", 1), ("SFT", 2)])
 def test_killed_runs_survive(name, processes, tmp_path):
     found = survive(name, processes, 2, tmp_path)
     assert found["kills"] == 2 and found["different"] == 0
