@@ -63,8 +63,8 @@ def test_one_commit_with_everything_and_nothing_else(hub, folder):
     repository = hub.repos["org/onerec-1b"]
     assert repository.private and [message for _, message, _ in repository.commits] == ["First"]
     code = "configuration_onerec configuration_onerec_v2 modeling_onerec_v2 modeling_semantic_id "
-    code += "generation_semantic_id beam_search captured_search catalogue prefix_index modeling_attention modeling_layers moe "
-    code += "catalogue_generate tokenization_semantic_id item_ids input_checks parallel"
+    code += "generation_semantic_id beam_search catalogue prefix_index modeling_attention modeling_layers moe "
+    code += "catalogue_generate captured_search tokenization_semantic_id item_ids input_checks parallel"
     assert set(repository.branches["main"]) == {
         *(f"{name}.py" for name in code.split()),
         *("config.json", "model.safetensors", "generation_config.json", "catalogue.safetensors"),
