@@ -139,7 +139,7 @@ def test_a_killed_replica_and_a_roll_out_lose_no_request(tmp_path, replicas):
             answers.append(await ask(port))
 
     async def until(condition):
-        end = time.monotonic() + 60
+        end = time.monotonic() + 240
         while not await asyncio.to_thread(condition):
             assert time.monotonic() < end
             await asyncio.sleep(0.2)
