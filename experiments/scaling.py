@@ -159,7 +159,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", required=True, help="folder that `onerec prepare` wrote")
     parser.add_argument("--widths", type=int, nargs="+", default=[16, 32, 64, 96, 128, 192])
-    parser.add_argument("--mixtures", type=int, nargs="+", default=[32, 64])
+    parser.add_argument("--mixtures", type=int, nargs="*", default=[32, 64])
     parser.add_argument("--epochs", type=int, default=4)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--validation_users", type=int, default=4000)
