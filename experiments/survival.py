@@ -12,6 +12,7 @@ seconds.
 """
 
 import argparse
+import contextlib
 import multiprocessing
 import os
 import random
@@ -191,12 +192,13 @@ class Run:
 
     def kill(self) -> None:
         for process in self.processes:
-            os.kill(process.pid, signal.SIGKILL)
+            with contextlib.suppress(ProcessLookupError):  # it may end first
+                os.kill(process.pid, signal.SIGKILL)
         self.wait()
 
     def wait(self) -> None:
         for process in self.processes:
-            process.join(timeout=120)
+            process.join(timeout=300)
         if self.running:
             self.kill()
             raise RuntimeError("a run did not come to its end")

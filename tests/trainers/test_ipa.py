@@ -464,7 +464,7 @@ def test_two_processes_equal_one(tmp_path):
     for process in processes:
         process.start()
     for process in processes:
-        process.join(timeout=120)
+        process.join(timeout=300)
     for process in processes:
         if process.is_alive():
             process.kill()
