@@ -81,9 +81,8 @@ def load_entries(path: str) -> dict[str, dict]:
                 "`predictions: FILE` and `python: module:function`."
             )
         recipe = str(entry.get("recipe")).removesuffix(".py")  # as it was written before there were commands
-        above = [each for each in entries if each in list(entries)[: list(entries).index(name)]]
-        if recipe == "rerank" and (absent := [each for each in parts(entry) if each not in above]):
-            raise ValueError(f"{path}: {name} re-ranks {absent}, which are no entries above it; those are {above}.")
+        if recipe == "rerank":
+            check_parts(path, name, entry, {each: entries[each] for each in names[: names.index(name)]})
         if kinds == ["recipe"] and recipe not in RECIPES:
             raise ValueError(f"{path}: {name} has recipe={entry['recipe']!r}; allowed are {sorted(RECIPES)}.")
         entries[name] = entry | {"recipe": recipe} if kinds == ["recipe"] else {"recipe": "own", "seeds": [0]} | entry
@@ -93,6 +92,22 @@ def load_entries(path: str) -> dict[str, dict]:
 def parts(entry: dict) -> list[str]:
     """The entries that an entry re-ranks."""
     return [entry.get("model", "no model"), *entry.get("scorers", [])]
+
+
+def check_parts(path: str, name: str, entry: dict, above: dict[str, dict]) -> None:
+    """Refuses an entry that re-ranks what is not above it, or what does not score items."""
+    if absent := [each for each in parts(entry) if each not in above]:
+        raise ValueError(f"{path}: {name} re-ranks {absent}, which are no entries above it; those are {[*above]}.")
+    model, *scorers = parts(entry)
+    if above[model]["recipe"] != "sft":
+        raise ValueError(
+            f"{path}: {name} has model={model!r}, an entry that trains no OneRec: name one of recipe sft."
+        )
+    if silent := [each for each in scorers if above[each].get("name") not in rerank.SCORER_NAMES]:
+        raise ValueError(
+            f"{path}: {name} has the scorers {silent}, which do not score items: name baselines among "
+            f"{', '.join(rerank.SCORER_NAMES)}."
+        )
 
 
 def command(args: LeaderboardArguments, entries: dict[str, dict], name: str, seed: int) -> list[str]:

@@ -413,6 +413,14 @@ def test_baselines_say_it_before_they_train(data, tmp_path, no_training, setting
         ("a/b: {recipe: baseline}", "'a/b' is no name of a folder"),
         ("a: {recipe: rerank, model: b, scorers: []}", r"a re-ranks \['b'\], which are no entries above it"),
         (
+            "p: {recipe: baseline, name: popularity}\nb: {recipe: sft}\na: {recipe: rerank, model: b, scorers: [p]}",
+            r"a has the scorers \['p'\], which do not score items: name baselines among cooccurrence",
+        ),
+        (
+            "p: {recipe: baseline, name: sasrec}\na: {recipe: rerank, model: p}",
+            "a has model='p', an entry that trains no OneRec",
+        ),
+        (
             "b: {recipe: sft, seeds: [0, 3]}\na: {recipe: rerank, model: b}",
             r"seed 1 re-ranks b, which has the seeds \[0, 3\]",
         ),
