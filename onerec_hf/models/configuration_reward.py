@@ -41,6 +41,8 @@ class RewardConfig(PreTrainedConfig):
         dropout (`float`, defaults to 0.0): On embeddings and tower inputs.
     """
 
+    keys_to_ignore_at_inference = ["loss_sums"]  # of `Trainer.predict`
+
     codebook_sizes: list[int] | None = None
     targets: list[str] | None = None
     target_weights: list[float | int] | None = None

@@ -40,11 +40,14 @@ class RewardModelOutput(ModelOutput):
             in nats.
         logits (`torch.FloatTensor` of shape (R, X), P-Score: (R, m, X)): Log-odds of every objective.
         rewards (`torch.FloatTensor` of shape (R,), P-Score: (R, m)): The one number that ranks sessions or items.
+        loss_sums (`torch.FloatTensor` of shape (X,)): The losses of every objective, summed over its known labels and
+            not weighted.
     """
 
     loss: torch.Tensor | None = None
     logits: torch.Tensor | None = None
     rewards: torch.Tensor | None = None
+    loss_sums: torch.Tensor | None = None
 
 
 def _check_item_mask(item_mask: torch.Tensor, item_ids: torch.Tensor) -> None:
@@ -168,6 +171,11 @@ class RewardPreTrainedModel(PreTrainedModel):
     _supports_sdpa = True
     _supports_attention_backend = True
     _no_split_modules = ["TargetAwareItems"]
+    items: TargetAwareItems
+
+    def get_input_embeddings(self) -> nn.Module:
+        """Embeddings of the codes of behaviours and candidates."""
+        return self.items.embed_codes
 
     def save_pretrained(self, save_directory: str | os.PathLike, *args: Any, **kwargs: Any) -> None:
         """As `PreTrainedModel.save_pretrained`; of a model that FSDP2 has sharded, give the gathered `state_dict`."""
@@ -180,16 +188,22 @@ class RewardPreTrainedModel(PreTrainedModel):
         if isinstance(module, AgeBias):
             init.zeros_(module.weight)
 
-    def weighted_loss(self, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-        """sum over objectives of w^xtr BCE(y^xtr, sigmoid(logits^xtr)), mean over the rows (N, X) whose label is
-        known.
-        """
+    def loss_sums(self, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        """BCE(y^xtr, sigmoid(logits^xtr)) of each objective (X,), summed over the rows (N, X) whose label is known."""
         known = ~labels.isnan()
         losses = F.binary_cross_entropy_with_logits(
             logits.float(), labels.float().masked_fill(~known, 0.0), reduction="none"
         )
-        mean = (losses * known).sum(0) / known.sum(0).clamp(min=1)
-        return mean @ torch.tensor(self.config.target_weights, device=mean.device)
+        return (losses * known).sum(0)
+
+    def weighted_loss(
+        self, sums: torch.Tensor, labels: torch.Tensor, num_items: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """sum over objectives of w^xtr times the mean of its losses, whose sums (X,) are given, over `num_items` (X,),
+        by default the known labels (N, X).
+        """
+        counts = (~labels.isnan()).sum(0) if num_items is None else num_items
+        return (sums / counts.clamp(min=1)) @ torch.tensor(self.config.target_weights, device=sums.device)
 
     def _checked_labels(self, labels, shape) -> torch.Tensor:
         if tuple(labels.shape) != tuple(shape):
@@ -229,6 +243,7 @@ class OneRecSessionRewardModel(RewardPreTrainedModel):
         context_features: torch.Tensor | None = None,
         user_features: torch.Tensor | None = None,
         labels: torch.Tensor | None = None,
+        num_items_in_batch: torch.Tensor | None = None,
     ) -> RewardModelOutput:
         r"""
         Args:
@@ -242,6 +257,8 @@ class OneRecSessionRewardModel(RewardPreTrainedModel):
             context_features (`torch.LongTensor` of shape (B, T, F), *optional*): As `config.context_features`.
             user_features (`torch.LongTensor` of shape (B, F_u), *optional*): As `config.user_features`.
             labels (`torch.FloatTensor` of shape (R, X), *optional*): In [0, 1], NaN where unknown.
+            num_items_in_batch (`torch.Tensor` of shape (X,), *optional*): What the losses of each objective are
+                divided by, instead of its known labels here: those of all batches of an optimizer step.
 
         Returns:
             [`RewardModelOutput`]; `rewards` is the sum of `config.reward_weights` times the towers' probabilities.
@@ -256,11 +273,13 @@ class OneRecSessionRewardModel(RewardPreTrainedModel):
         mixed, _ = self.session_attention(items, item_mask[:, None, None])
         session = (mixed * item_mask.unsqueeze(2)).sum(1)  # eq. 6: Sum(h_f)
         logits = torch.stack([tower(session)[1] for tower in self.towers], dim=-1)  # (R, X)
-        loss = None
+        loss = sums = None
         if labels is not None:
-            loss = self.weighted_loss(logits, self._checked_labels(labels, logits.shape))
+            labels = self._checked_labels(labels, logits.shape)
+            sums = self.loss_sums(logits, labels)
+            loss = self.weighted_loss(sums, labels, num_items_in_batch)
         weights = torch.tensor(self.config.reward_weights, device=logits.device)
-        return RewardModelOutput(loss=loss, logits=logits, rewards=logits.float().sigmoid() @ weights)
+        return RewardModelOutput(loss=loss, logits=logits, rewards=logits.float().sigmoid() @ weights, loss_sums=sums)
 
 
 class OneRecPScoreModel(RewardPreTrainedModel):
@@ -297,6 +316,7 @@ class OneRecPScoreModel(RewardPreTrainedModel):
         user_features: torch.Tensor | None = None,
         target_positions: torch.Tensor | None = None,
         labels: torch.Tensor | None = None,
+        num_items_in_batch: torch.Tensor | None = None,
     ) -> RewardModelOutput:
         r"""
         Args:
@@ -306,8 +326,8 @@ class OneRecPScoreModel(RewardPreTrainedModel):
             target_positions (`torch.LongTensor` of shape (R, m), *optional*): How many behaviours each candidate
                 may see; default all. So one context serves all of a user's logged exposures in one pass.
             labels (`torch.FloatTensor` of shape (R, m, X), *optional*): In [0, 1], NaN where unknown.
-            item_features, item_numbers, context_ids, context_mask, context_features, user_features: As
-                [`OneRecSessionRewardModel`].
+            item_features, item_numbers, context_ids, context_mask, context_features, user_features,
+                num_items_in_batch: As [`OneRecSessionRewardModel`].
 
         Returns:
             [`RewardModelOutput`]; `rewards` is the P-Score, in (0, 1). The loss is the towers' auxiliary loss plus
@@ -323,15 +343,16 @@ class OneRecPScoreModel(RewardPreTrainedModel):
         if item_mask is not None:
             _check_item_mask(item_mask, item_ids)
             rewards = rewards * item_mask
-        loss = None
+        loss = sums = None
         if labels is not None:
             if item_mask is not None:
                 labels = labels.masked_fill(~item_mask.unsqueeze(-1), torch.nan)
             labels = self._checked_labels(labels, logits.shape)
-            loss = self.weighted_loss(logits.flatten(0, 1), labels)
             repeated = fused.flatten().unsqueeze(1).expand(-1, logits.shape[2])
-            loss = loss + self.config.fused_weight * self.weighted_loss(repeated, labels)
-        return RewardModelOutput(loss=loss, logits=logits, rewards=rewards)
+            sums = self.loss_sums(logits.flatten(0, 1), labels)
+            sums = sums + self.config.fused_weight * self.loss_sums(repeated, labels)
+            loss = self.weighted_loss(sums, labels, num_items_in_batch)
+        return RewardModelOutput(loss=loss, logits=logits, rewards=rewards, loss_sums=sums)
 
 
 __all__ = [

@@ -28,16 +28,12 @@ from ..collators import RewardCollator
 from ..data import DataFolder
 from ..evaluation import feedback_report
 from ..hub import model_card
-from ..trainers import ResumableTrainer, StopAtNonFinite
+from ..trainers.reward import RewardTrainer
 from .checks import check_splits, check_training, refuse_unknown
 from .ending import finish, save, some, write_metrics
 from .model_arguments import mapping
 from .parser import ScriptParser
 from .reward_arguments import ARGUMENTS_NAME, RewardArguments, make_collator
-
-
-class RewardTrainer(StopAtNonFinite, ResumableTrainer):
-    """`Trainer` that stops at the first NaN and whose killed runs go on."""
 
 
 def report(

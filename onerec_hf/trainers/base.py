@@ -14,6 +14,21 @@ from ..models import balance_experts
 from .hub_mixin import HubMixin
 
 
+def rows_counted_here(trainer: Any, num_rows: int, total: int | None = None) -> int:
+    """How many of the first rows of an evaluation's batch no other process counts: accelerate fills the last batches
+    of several processes up with rows of the first ones.
+
+    Args:
+        total (`int`, *optional*): Rows of the evaluation, where the loader repeats those of its data set.
+    """
+    state, processes = trainer.accelerator.gradient_state, trainer.accelerator.num_processes
+    size = trainer.args.eval_batch_size
+    remainder = state.remainder if total is None else total % (size * processes)
+    if not state.end_of_dataloader or remainder < 1 or processes == 1:
+        return num_rows
+    return min(max(remainder - trainer.accelerator.process_index * size, 0), num_rows)
+
+
 class ExpertBalanceCallback(TrainerCallback):
     r"""
     Updates the router biases after every optimizer step, and keeps the loads for the log: loss-free balancing
@@ -137,4 +152,4 @@ class OneRecTrainer(HubMixin):
             self.expert_balance.since_last_log = progress["expert_loads"]
 
 
-__all__ = ["ExpertBalanceCallback", "OneRecTrainer"]
+__all__ = ["ExpertBalanceCallback", "OneRecTrainer", "rows_counted_here"]

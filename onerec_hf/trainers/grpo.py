@@ -17,7 +17,7 @@ from trl import GRPOTrainer
 
 from ..rewards import finite_or_none
 from ..rewards.spelled import ITEM_IDS, check_columns, spelled_items
-from .base import OneRecTrainer
+from .base import OneRecTrainer, rows_counted_here
 from .given import complete
 from .grpo_config import OneRecGRPOConfig, check_policy, check_reference
 from .grpo_rollouts import (
@@ -27,6 +27,7 @@ from .grpo_rollouts import (
     no_reward,
     pad_logged,
     places,
+    record_rewards,
     rollout,
     rollout_metrics,
     save_rollouts,
@@ -168,6 +169,8 @@ class OneRecGRPOTrainer(OneRecTrainer, GRPOTrainer):
         own = {"num_generations": group}
         inputs = [user | row | own for user, repeats in zip(users, chunks(inputs, group)) for row in repeats]
         found = super()._generate_and_score_completions(inputs)
+        for name in [name for name in self._metrics["eval"] if "reward" in name]:
+            del self._metrics["eval"][name]  # see `record_rewards`
         found["advantages"] = self._advantages  # TRL's are normalised in another way
         found["rows"] = torch.cat([found["prompt_ids"], found["completion_ids"]], dim=1)
         kept = ("rows", "tool_mask", "advantages", "old_per_token_logps", "ref_per_token_logps")
@@ -187,9 +190,24 @@ class OneRecGRPOTrainer(OneRecTrainer, GRPOTrainer):
         advantages = reward_advantages(weighted, self.group_size, torch.tensor(raw, device=rewards.device))
         first = self.accelerator.process_index * len(prompts)
         self._advantages = advantages[first : first + len(prompts)]
-        found = rollout_metrics(completion_ids_list, inputs, self.policy.catalogue, self.group_size)
-        self.record(found | {"zero_advantage": (advantages == 0).float().mean()})
+        if counted := self._rows_counted(len(prompts)):
+            own = slice(first, first + counted)
+            ids, users = completion_ids_list[:counted], inputs[:counted]
+            found = rollout_metrics(ids, users, self.policy.catalogue, self.group_size)
+            self.record(found | {"zero_advantage": (advantages[own] == 0).float().mean()}, counted)
+            if not self.model.training:
+                record_rewards(self, rewards[own], weighted[own])
         return rewards
+
+    def _rows_counted(self, num_rows: int) -> int:
+        """See [`rows_counted_here`]; all of a training step."""
+        if self.model.training:
+            return num_rows
+        return rows_counted_here(self, num_rows, len(self.rows["eval"] or ()) * self.group_size)
+
+    def record(self, means, count=1.0) -> None:
+        if self._rows_counted(1):  # else another process records the same rows
+            super().record(means, count)
 
     # ---- log-probabilities
 
@@ -284,6 +302,8 @@ class OneRecGRPOTrainer(OneRecTrainer, GRPOTrainer):
 
     def _on_policy_loss(self, model, inputs):
         """Loss (R,) and advantage (R,) of the candidates, and what the sum of the losses is divided by."""
+        counted = self._rows_counted(inputs["rows"].flatten(0, 1).shape[0])
+        inputs = {name: tensor[: max(1, counted // self.group_size)] for name, tensor in inputs.items()}
         context = {n.removeprefix(_CONTEXT): tensor for n, tensor in inputs.items() if n.startswith(_CONTEXT)}
         rows = inputs["rows"].flatten(0, 1)
         mask, advantages = inputs["tool_mask"].flatten(0, 1), inputs["advantages"].flatten()

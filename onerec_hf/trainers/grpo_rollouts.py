@@ -72,6 +72,16 @@ def rollout_metrics(
     return metrics
 
 
+def record_rewards(trainer: Any, rewards: torch.Tensor, weighted: torch.Tensor) -> None:
+    """Records the rewards of an evaluation's candidates (R, functions), and their weighted sum: means over candidates,
+    where TRL has means of the batches' means, which depend on the number of processes.
+    """
+    known = weighted[~rewards.isnan().all(1)].nansum(1)
+    means = {f"rewards/{name}/mean": own for name, own in zip(trainer.reward_func_names, rewards.T)}
+    for name, values in (means | {"reward": known}).items():
+        trainer.record({name: values.nanmean()}, (~values.isnan()).sum())
+
+
 def save_rollouts(trainer: Any, folder: Path) -> None:
     """
     Writes the rollouts of this process that are still to be trained on into a checkpoint.
@@ -217,6 +227,7 @@ __all__ = [
     "no_reward",
     "pad_logged",
     "places",
+    "record_rewards",
     "rollout",
     "rollout_metrics",
     "save_rollouts",

@@ -278,10 +278,12 @@ class IPATrainer(NextItemTrainer, DPOTrainer):
             if self._seed_samples is None and self.state.global_step:
                 self._seed_samples = self.files.read_seed_samples()
             elif self._seed_samples is None:
-                drawn = self._draw_rows(min(args.kl_users, len(self.rows)), stream=-1)[mine]
-                generator = torch.Generator(args.device).manual_seed(args.seed + args.process_index)
-                samples = draw_samples(policy, self.rows, drawn, self.collator, generator, args.mining_batch_size)
-                self._seed_samples = sorted(gather_object(samples), key=lambda sample: sample["row"])
+                drawn = self._draw_rows(min(args.kl_users, len(self.rows)), stream=-1)
+                generator = torch.Generator(args.device).manual_seed(args.seed)
+                # all by every process: shares of them would be other samples for every number of processes
+                self._seed_samples = draw_samples(
+                    policy, self.rows, drawn, self.collator, generator, args.mining_batch_size
+                )
                 self.files.write_seed_samples(self._seed_samples)
             samples = self._seed_samples[mine]
             ratios = seed_log_ratios(policy, self.rows, samples, self.collator, args.mining_batch_size)

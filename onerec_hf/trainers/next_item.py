@@ -19,7 +19,7 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_pt_utils import find_batch_size
 from transformers.trainer_utils import EvalLoopOutput, TrainOutput
 
-from .base import OneRecTrainer
+from .base import OneRecTrainer, rows_counted_here
 
 RAW_WEIGHTS_NAME = "raw_weights.safetensors"
 
@@ -146,13 +146,13 @@ class NextItemTrainer(OneRecTrainer):
         return loss, *rest
 
     def _counted_here(self, inputs: dict[str, Any]) -> tuple[dict[str, Any], int]:
-        """The rows of a batch that no other process counts, and how many those are: accelerate fills the last batches
-        of several processes up with the first rows. At least one row stays, since all processes call the model alike.
+        """The rows of a batch that no other process counts, and how many those are. At least one row stays, since all
+        processes call the model alike.
         """
-        state, batch = self.accelerator.gradient_state, find_batch_size(inputs)
-        if not state.end_of_dataloader or state.remainder < 1 or self.accelerator.num_processes == 1:
+        batch = find_batch_size(inputs)
+        real = rows_counted_here(self, batch)
+        if real == batch:
             return inputs, batch
-        real = min(max(state.remainder - self.accelerator.process_index * self.args.eval_batch_size, 0), batch)
         rows = {
             name: values[: max(real, 1)] if isinstance(values, torch.Tensor) and values.dim() else values
             for name, values in inputs.items()

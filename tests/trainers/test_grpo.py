@@ -4,16 +4,12 @@ exposures, resume.
 
 import logging
 import math
-import os
-import subprocess
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 
 import datasets
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
 from trl.trainer import grpo_trainer
 
 from onerec_hf.collators import OneRecCollator
@@ -686,42 +682,6 @@ def test_a_killed_run_goes_on_as_if_unbroken(accumulate, tmp_path):
         assert torch.equal(left, right)
 
 
-def test_two_processes_train_as_one(tmp_path):
-    """Beam rollouts need no luck: the weights after two steps are those of one process with all the users."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "0"]
-    command = [
-        *command,
-        "--rdzv_backend",
-        "c10d",
-        "--rdzv_endpoint",
-        "localhost:0",
-        "-m",
-        "tests.trainers.test_grpo",
-        str(tmp_path),
-    ]
-    environment = os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
-    result = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment, timeout=300)
-    assert result.returncode == 0, result.stderr[-3000:]
-    alone = two_steps(tmp_path / "alone", 2 * G)
-    for process in (0, 1):
-        other = load_file(tmp_path / f"weights-{process}.safetensors")
-        for name, parameter in alone.policy.named_parameters():
-            torch.testing.assert_close(other[name], parameter.data, rtol=1e-4, atol=1e-5, msg=name)
-    before = dict(tiny_model(tiny_catalogue()).named_parameters())
-    assert max((other[name] - before[name]).abs().max() for name in before) > 1e-2
-
-
-def two_steps(folder, batch_size):
-    """Two users per step, over all processes, one of them logged."""
-    logged = users().map(lambda row: {"advantage": [1.0 - 2 * (row["user"] % 2)]})
-    settings = {"logged_weight": 0.5, "logged_batch_size": batch_size // G, "ddp_timeout": 240}
-    trainer = make(
-        folder, trainer={"logged_dataset": logged}, per_device_train_batch_size=batch_size, max_steps=2, **settings
-    )
-    trainer.train()
-    return trainer
-
-
 def test_lora_trains_adapters_alone_with_the_base_as_reference(tmp_path):
     from peft import LoraConfig
 
@@ -803,11 +763,3 @@ def test_unconstrained_samples_need_a_policy_that_has_probabilities_for_them(tmp
     model = tiny_model(tiny_catalogue(), score_normalization="valid")
     with pytest.raises(ValueError, match="score_normalization='level'"):
         make(tmp_path, model=model, rollout="unconstrained")
-
-
-if __name__ == "__main__":  # one of the processes of `test_two_processes_train_as_one`
-    torch.set_num_threads(1)
-    trained = two_steps(Path(sys.argv[1]) / "two", G)
-    rank = trained.accelerator.process_index
-    assert trained.accelerator.num_processes == 2
-    save_file(dict(trained.policy.named_parameters()), Path(sys.argv[1]) / f"weights-{rank}.safetensors")

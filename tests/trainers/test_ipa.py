@@ -5,10 +5,7 @@ input.
 import itertools
 import json
 import math
-import multiprocessing
-import os
 import re
-import socket
 from dataclasses import fields, replace
 from functools import partial
 
@@ -17,7 +14,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 from peft import LoraConfig, get_peft_model
-from safetensors.torch import load_file, save_file
 from trl import DPOTrainer
 
 from onerec_hf import Catalogue, OneRecV2ForCausalLM
@@ -417,68 +413,6 @@ def test_pairs_are_spread_over_an_epoch(seed, tmp_path):
     drawn = set(datasets.load_from_disk(str(tmp_path / "pairs" / "iteration_000"))["row"])
     assert len(drawn) == 16 and sorted(seen[-64:]) == list(range(64))
     assert len(drawn.intersection(seen[-64:-48])) <= 9
-
-
-def train_and_save(folder, batch_size):
-    """Few pairs, so that in some steps one process has a pair and the other has none."""
-    model, collator, rows = world("v2_moe", num_rows=16)
-    settings = {
-        "per_device_train_batch_size": batch_size,
-        "dpo_ratio": 0.25,
-        "num_candidates": 8,
-        "mining_batch_size": 1,
-        "optim": "sgd",  # Adam would make whole steps of the rounding of gradients that are zero
-    }
-    trainer = IPATrainer(
-        model,
-        config(folder, num_train_epochs=2, **settings),
-        data_collator=collator,
-        train_dataset=rows,
-        reward=token_reward,
-    )
-    trainer.train()
-    if trainer.is_world_process_zero():
-        log = [record for record in trainer.state.log_history if "loss" in record]
-        (folder / "log.json").write_text(
-            json.dumps([[r.get("preference_loss"), r.get("rewards/margins")] for r in log])
-        )
-        save_file(weights(model), folder / "model.safetensors")
-
-
-def one_of_two_processes(rank, folder, port):
-    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "ACCELERATE_USE_CPU": "true"}
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    train_and_save(folder, batch_size=2)
-    torch.distributed.barrier()
-    os._exit(0)  # gloo's threads can wait for each other forever when the groups are taken down
-
-
-def test_two_processes_equal_one(tmp_path):
-    for name in ("one", "two"):
-        (tmp_path / name).mkdir()
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    context = multiprocessing.get_context("spawn")  # a fork would wait forever for the parent's threads, if it has any
-    processes = [context.Process(target=one_of_two_processes, args=(rank, tmp_path / "two", port)) for rank in (0, 1)]
-    for process in processes:
-        process.start()
-    for process in processes:
-        process.join(timeout=300)
-    for process in processes:
-        if process.is_alive():
-            process.kill()
-    assert [process.exitcode for process in processes] == [0, 0]
-    train_and_save(tmp_path / "one", batch_size=4)
-    for iteration in ("iteration_000", "iteration_001"):
-        one, two = (datasets.load_from_disk(str(tmp_path / name / "pairs" / iteration)) for name in ("one", "two"))
-        assert one["row"][:] == two["row"][:] and one["chosen"][:] == two["chosen"][:]
-    one, two = (load_file(tmp_path / name / "model.safetensors") for name in ("one", "two"))
-    for name, tensor in one.items():
-        torch.testing.assert_close(two[name], tensor, atol=1e-4, rtol=1e-3, msg=name)
-    one, two = (json.loads((tmp_path / name / "log.json").read_text()) for name in ("one", "two"))
-    assert two == [[value if value is None else pytest.approx(value, abs=1e-4) for value in step] for step in one]
-    assert sum(step[0] is not None for step in one) > 2
 
 
 # ---- given pairs

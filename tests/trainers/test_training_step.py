@@ -1,10 +1,6 @@
 """What a training step is: a mean over its targets however they are divided, and nothing that is no number."""
 
-import json
 import math
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import datasets
@@ -12,7 +8,6 @@ import numpy as np
 import pytest
 import torch
 from peft import LoraConfig
-from safetensors.torch import load_file
 from transformers import Trainer, TrainerCallback, TrainingArguments
 from trl import SFTConfig, SFTTrainer
 
@@ -92,50 +87,6 @@ def test_accumulated_batches_make_the_step_of_one(architecture, kind, tmp_path):
     assert whole[1]["loss"] > 1 and max(move.abs().max() for move in whole[0].values()) > 0.01
     for batch, accumulate in ((8, 2), (3, 6)):
         check(trained(tmp_path / f"{batch}", architecture, batch, accumulate, kind), whole)
-
-
-PROCESS = """
-import sys, torch
-from pathlib import Path
-from safetensors.torch import save_file
-torch.set_num_threads(1)
-from tests.trainers.test_training_step import trained
-import json, os
-for kind in ("sft", "ipa"):
-    folder = Path(sys.argv[1]) / kind
-    moved, logs = trained(folder, "v2", 4, 2, kind)
-    if os.environ["RANK"] == "0":
-        save_file(moved, folder / "moved.safetensors")
-        (folder / "logs.json").write_text(json.dumps(logs))
-torch.distributed.barrier()
-os._exit(0)
-"""
-
-
-def test_two_processes_make_the_step_of_one(tmp_path):
-    (tmp_path / "run.py").write_text(PROCESS)
-    command = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--nproc_per_node",
-        "2",
-        "--rdzv_backend",
-        "c10d",
-        "--rdzv_endpoint",
-        "localhost:0",
-    ]
-    env = dict(os.environ, ACCELERATE_USE_CPU="true", PYTHONPATH=str(ROOT))
-    run = subprocess.run(
-        [*command, str(tmp_path / "run.py"), str(tmp_path)], env=env, cwd=ROOT, capture_output=True, text=True
-    )
-    assert run.returncode == 0, run.stderr[-3000:]
-    for kind in ("sft", "ipa"):
-        found = (
-            load_file(tmp_path / kind / "moved.safetensors"),
-            json.loads((tmp_path / kind / "logs.json").read_text()),
-        )
-        check(found, trained(tmp_path / "one", "v2", 16, 1, kind))
 
 
 def test_transformers_trainer_with_labels_accumulates_the_same(tmp_path):
