@@ -22,7 +22,7 @@ from .splits import (
     leave_last_out,
     target_rows,
 )
-from .streams import count_lengths, first_rows, stream_split
+from .streams import change_rows, count_lengths, first_rows, mapped_split, stream_split
 from .tables import match_ids, read_table
 
 __all__ = [
@@ -40,6 +40,7 @@ __all__ = [
     "arrow_dataset",
     "category_codes",
     "category_map",
+    "change_rows",
     "compress_lifelong",
     "count_lengths",
     "event_labels",
@@ -53,6 +54,7 @@ __all__ = [
     "load_kuairand",
     "load_shards",
     "load_splits",
+    "mapped_split",
     "match_ids",
     "past_rates",
     "period_of",

@@ -21,7 +21,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from ..semantic_ids.rqvae import RQVAE, ResidualKMeans, load_quantizer
 from .split_files import CONTRACT, SPLITS, SplitWriter, load_splits, split_parts
 from .splits import arrow_dataset
-from .streams import stream_split
+from .streams import mapped_split, stream_split
 
 TOKENIZER, EMBEDDINGS, REPORT = "tokenizer", "item_embeddings.safetensors", "semantic_ids.json"
 TABLES = {"items": "items.parquet", "users": "users.parquet"}
@@ -122,6 +122,11 @@ class DataFolder:
     def splits(self) -> datasets.DatasetDict:
         """`train`, `validation` and `test`, in memory."""
         return load_splits(self.path)
+
+    def splits_on_disk(self) -> datasets.DatasetDict:
+        """As `splits`, but training rows stay on disk: [`mapped_split`]."""
+        others = load_splits(self.path, ["validation", "test"])
+        return datasets.DatasetDict({"train": mapped_split(self.path), **others})
 
     def stream(self, split: str = "train", **settings: Any) -> datasets.IterableDataset:
         """The rows of a split without end, a part in memory at a time: [`stream_split`]."""

@@ -55,6 +55,32 @@ def stream_split(
     )
 
 
+def mapped_split(folder: str | os.PathLike, split: str = "train") -> datasets.Dataset:
+    """
+    The rows of a split on disk, looked up by number: for trainers that must, as those of preference pairs.
+
+    `datasets` keeps a copy in its cache, in a form that is mapped into memory, and takes it again while the files of
+    the split are the same.
+    """
+    files = list(map(str, split_parts(folder)[split]))
+    rows: Any = datasets.load_dataset("parquet", data_files={split: files}, split=split)
+    return rows
+
+
+def change_rows(rows: datasets.Dataset, change: Callable[[datasets.Dataset], datasets.Dataset]) -> datasets.Dataset:
+    """What `change` makes of rows, such as [`target_rows`]: in memory, or, of rows on disk, `CHUNK` of them at a time
+    and in the cache of `datasets`, too.
+    """
+    if not rows.cache_files:
+        return change(rows)
+    settings = {"batch_size": CHUNK, "remove_columns": rows.column_names, "fn_kwargs": {"change": change}}
+    return rows.with_format("arrow").map(_chunk_rows, batched=True, **settings).with_format(None)
+
+
+def _chunk_rows(rows: pa.Table, change: Callable[[datasets.Dataset], datasets.Dataset]) -> pa.Table:
+    return change(arrow_dataset(rows)).with_format("arrow")[:]
+
+
 def count_lengths(folder: str | os.PathLike, split: str, count: Callable[[np.ndarray], int]) -> int:
     """The sum of `count(lengths)` over the parts of a split; only their column `length` is read."""
     return sum(

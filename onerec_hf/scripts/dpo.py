@@ -19,7 +19,7 @@ from ..data import DataFolder
 from ..trainers import IPAConfig, IPATrainer, load_pairs
 from .checks import check_beams, check_training, train_checked
 from .ending import VALIDATION_METRICS, finish_policy, generation_metrics, some
-from .model_arguments import load_policy, training_rows
+from .model_arguments import ON_DISK, load_policy, training_rows
 from .parser import ScriptParser
 from .reward_arguments import load_reward
 
@@ -32,6 +32,7 @@ class DPOArguments:
     pairs: str | None = field(
         default=None, metadata={"help": "Table of pairs (row, chosen, rejected) instead of a reward model."}
     )
+    streaming: bool = field(default=False, metadata={"help": ON_DISK})
     lora_r: int | None = field(default=None, metadata={"help": "Rank of a LoRA adapter; default trains all weights."})
     score: bool = field(
         default=True,
@@ -50,7 +51,7 @@ def main(args: DPOArguments, training: IPAConfig) -> dict:
     check_beams(args.num_beams)
     set_seed(training.seed)
     data = DataFolder(args.data)
-    splits = data.splits
+    splits = data.splits_on_disk() if args.streaming else data.splits
     tokenizer = AutoTokenizer.from_pretrained(args.policy)
     recommender = load_policy(args.policy, data, args.num_beams)
     model, ranker = recommender.model, recommender.ranker

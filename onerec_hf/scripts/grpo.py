@@ -14,6 +14,7 @@ training, [...])` from Python. Every field of `OneRecGRPOConfig` works on the co
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -25,13 +26,13 @@ from transformers import AutoTokenizer, set_seed
 
 from .. import Catalogue
 from ..collators import OneRecCollator
-from ..data import DataFolder, load_interactions, read_table, target_rows
+from ..data import DataFolder, change_rows, load_interactions, read_table, target_rows
 from ..rewards import FormatReward, HitReward, IndustrialReward
 from ..rewards.functions import RewardFunction
 from ..trainers import OneRecGRPOConfig, OneRecGRPOTrainer, feedback_exposures, rejection_sample
 from .checks import check_beams, check_training, train_checked
 from .ending import finish_policy, some
-from .model_arguments import load_policy, mapping, training_rows
+from .model_arguments import ON_DISK, load_policy, mapping, training_rows
 from .parser import ScriptParser
 from .reward_arguments import load_reward
 
@@ -69,6 +70,7 @@ class RLArguments:
     sft: Literal["train", "rsft"] = field(
         default="train", metadata={"help": "Rows of the supervised loss: the split, or the better half of exposures."}
     )
+    streaming: bool = field(default=False, metadata={"help": ON_DISK})
     lora_r: int | None = field(default=None, metadata={"help": "Rank of a LoRA adapter; default trains all weights."})
     score: bool = field(
         default=True,
@@ -168,7 +170,7 @@ def main(args: RLArguments, training: OneRecGRPOConfig, reward_funcs: list | Non
     data = DataFolder(args.data)
     recommender = load_policy(args.policy, data, args.num_beams)
     model, collator, catalogue = recommender.model, recommender.ranker.collator, recommender.model.catalogue
-    splits = data.splits
+    splits = data.splits_on_disk() if args.streaming else data.splits
     train, test = splits["train"], some(splits["test"], args.test_users, "test_users")
     exposures = load_exposures(args, catalogue, collator) if args.exposures else None
     supervised = None
@@ -178,11 +180,14 @@ def main(args: RLArguments, training: OneRecGRPOConfig, reward_funcs: list | Non
     logged = exposures.filter(lambda row: any(row["advantage"])) if training.logged_weight > 0 and exposures else None
     if reward_funcs is None and training.logged_weight < 1:
         reward_funcs = make_rewards(args, data, model, training.num_generations)
+    users = train
+    if "targets" not in train.column_names:
+        users = change_rows(train, partial(target_rows, max_history=collator.max_history))
     trainer = OneRecGRPOTrainer(
         model,
         reward_funcs,
         training,
-        train if "targets" in train.column_names else target_rows(train, collator.max_history),
+        users,
         processing_class=AutoTokenizer.from_pretrained(args.policy),
         data_collator=collator,
         logged_dataset=logged,

@@ -19,6 +19,7 @@ from ..data import (
     DataFolder,
     category_codes,
     category_map,
+    change_rows,
     count_lengths,
     first_rows,
     stream_split,
@@ -31,6 +32,7 @@ from .parser import config_path
 
 ITEM_VECTORS = "item_vectors"  # name of the context feature
 SMALL = "models/small.yaml"
+ON_DISK = "Training rows stay on disk, in the cache of `datasets`, and are looked up while training."
 
 
 @dataclass
@@ -206,7 +208,7 @@ def training_rows(
     if "targets" not in train.column_names and by_target:
         if config.model_type == "onerec_v1":
             max_history = max(config.pathway_lengths.values())
-        train = target_rows(train, max_history)
+        train = change_rows(train, partial(target_rows, max_history=max_history))
     if newest_impressions:
         train = train.sort("session_start")
     if start is not None:

@@ -64,7 +64,8 @@ def make_trainer(
     used.
     """
     data = DataFolder(args.data)
-    splits, tokenizer, collator = data.splits, data.tokenizer, make_collator(args, data)
+    splits = data.splits_on_disk() if args.streaming else data.splits
+    tokenizer, collator = data.tokenizer, make_collator(args, data, splits)
     config_class = OneRecSessionRewardConfig if args.session_wise else OneRecPScoreConfig
     refuse_unknown(mapping(args.model), config_class)
     config = config_class(

@@ -13,7 +13,7 @@ from ..collators import RewardCollator
 from ..data import DataFolder, category_codes, category_map, event_labels, quantile_codes, rate_numbers
 from ..rewards import RewardModel
 from .checks import event_features
-from .model_arguments import mapping
+from .model_arguments import ON_DISK, mapping
 
 ARGUMENTS_NAME = "arguments.json"
 
@@ -39,6 +39,7 @@ class RewardArguments:
     period: float = field(default=86_400_000, metadata={"help": "Length of a period in the unit of the timestamps."})
     warm_up: int = field(default=2, metadata={"help": "First periods that only give rates, and are not trained on."})
     watch_cap_ms: int | None = field(default=None, metadata={"help": "Play time of an item that is a full swt label."})
+    streaming: bool = field(default=False, metadata={"help": ON_DISK})
     session_wise: bool = field(
         default=False, metadata={"help": "The reward model of whole sessions, not the P-Score."}
     )
@@ -75,9 +76,9 @@ def past_numbers(
     return numbers
 
 
-def make_collator(args: RewardArguments, data: DataFolder) -> RewardCollator:
+def make_collator(args: RewardArguments, data: DataFolder, splits: datasets.DatasetDict) -> RewardCollator:
     """The collator, with features, past rates and the boundaries between periods."""
-    splits, tokenizer = data.splits, data.tokenizer
+    tokenizer = data.tokenizer
     if lacking := [name for name, rows in splits.items() if "session_start" not in rows.column_names]:
         raise ValueError(
             f"the splits {lacking} of {data.path} have no session_start: a reward model reads rows of exposures or "

@@ -6,7 +6,7 @@ public `rollout_func`, and the loss is ours, because its ratio is pi(code | pref
 users, G candidates of a user, R = B * G rows, C tokens of a completion, n exposures of a user, L levels.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import datasets
@@ -205,7 +205,7 @@ class OneRecGRPOTrainer(OneRecTrainer, GRPOTrainer):
             return num_rows
         return rows_counted_here(self, num_rows, len(self.rows["eval"] or ()) * self.group_size)
 
-    def record(self, means, count=1.0) -> None:
+    def record(self, means: Mapping[str, float | torch.Tensor], count: float | torch.Tensor = 1.0) -> None:
         if self._rows_counted(1):  # else another process records the same rows
             super().record(means, count)
 

@@ -3,6 +3,7 @@
 import itertools
 import json
 import shutil
+from functools import partial
 
 import datasets
 import numpy as np
@@ -13,7 +14,18 @@ import torch
 from datasets.distributed import split_dataset_by_node
 from safetensors.torch import load_file
 
-from onerec_hf.data import SplitWriter, count_lengths, first_rows, load_splits, stream_split, target_rows, with_users
+from onerec_hf.data import (
+    SplitWriter,
+    change_rows,
+    count_lengths,
+    first_rows,
+    load_splits,
+    mapped_split,
+    stream_split,
+    streams,
+    target_rows,
+    with_users,
+)
 from onerec_hf.scripts import prepare, sft
 from onerec_hf.scripts.model_arguments import ModelArguments
 from onerec_hf.trainers import OneRecSFTConfig
@@ -84,6 +96,16 @@ def test_rows_of_a_chunk_are_what_training_rows_are_in_one_piece(folder):
         own = found[row["user"], row["targets"][0]]
         assert {name: np.asarray(value).tolist() for name, value in own.items()} == row
     assert len(first_rows(folder, "train", 3)) == 3
+
+
+def test_rows_on_disk_are_looked_up_and_changed_as_in_memory(folder, monkeypatch):
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", folder / "cache")
+    monkeypatch.setattr(streams, "CHUNK", 7)
+    whole, mapped = load_splits(folder)["train"], mapped_split(folder)
+    assert mapped.cache_files and not whole.cache_files
+    assert mapped[:] == whole[:] and mapped.features == whole.features
+    rows = change_rows(mapped, partial(target_rows, max_history=5))
+    assert rows.cache_files and rows[:] == target_rows(whole, 5)[:] and len(rows) > 7 * USERS
 
 
 @pytest.fixture(scope="module")

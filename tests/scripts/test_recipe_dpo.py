@@ -76,6 +76,19 @@ def test_it_mines_with_a_reward_model_and_takes_its_pairs_again(data, trained, p
     assert "| `loss_type` | simpo |" in card.text
 
 
+@pytest.mark.parametrize("recipe", ["dpo", "grpo"])
+def test_rows_on_disk_train_the_same_model(recipe, data, trained, policy, tmp_path, monkeypatch):  # noqa: F811
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    make = {"dpo": align, "grpo": reinforce}[recipe]
+    own = ("--reward", str(trained[0])) if recipe == "dpo" else ()
+    for streaming in ("false", "true"):
+        more = ("--streaming", streaming, "--score", "false", "--max_steps", "2", *own)
+        make(data, policy, tmp_path / streaming, *more)
+    assert list((tmp_path / "cache").rglob("*.arrow"))
+    one, two = (AutoModel.from_pretrained(tmp_path / name).state_dict() for name in ("false", "true"))
+    assert all(torch.equal(one[name], tensor) for name, tensor in two.items())
+
+
 def test_data_folders_of_two_logs_are_refused(data, trained, policy, tmp_path):  # noqa: F811
     other = shutil.copytree(data, tmp_path / "other")
     users = datasets.Dataset.from_parquet(str(data / "users.parquet"))

@@ -205,6 +205,25 @@ def test_an_unknown_column_is_named(data, tmp_path):
         reward.main(arguments, TrainingArguments(str(tmp_path), report_to="none"))
 
 
+def test_rows_on_disk_are_those_in_memory(data, tmp_path, monkeypatch):
+    from transformers import TrainingArguments
+
+    from onerec_hf.scripts import reward
+
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path)
+    training = TrainingArguments(str(tmp_path / "run"), report_to="none", remove_unused_columns=False)
+    arguments = {"targets": ["ctr"], "rates": ["item", "user"], "period": DAY, "model": '{"hidden_size": 16}'}
+    trainers = [
+        reward.make_trainer(RewardArguments(str(data), streaming=streaming, **arguments), training)[0]
+        for streaming in (False, True)
+    ]
+    assert [bool(trainer.train_dataset.cache_files) for trainer in trainers] == [False, True]
+    batches = [next(iter(trainer.get_train_dataloader())) for trainer in trainers]  # in the order of the same seed
+    assert batches[0].keys() == batches[1].keys() and len(trainers[0].train_dataset) == len(trainers[1].train_dataset)
+    for name, tensor in batches[0].items():
+        assert torch.equal(tensor.nan_to_num(-1), batches[1][name].nan_to_num(-1)), name
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
@@ -217,7 +236,7 @@ def test_an_unknown_column_is_named(data, tmp_path):
 def test_what_the_tables_do_not_have_is_named(data, settings, message):
     arguments = RewardArguments(str(data), ["ctr"], period=DAY, **settings)
     with pytest.raises(ValueError, match=message):
-        make_collator(arguments, DataFolder(data))
+        make_collator(arguments, DataFolder(data), load_splits(data))
 
 
 def test_rows_without_sessions_are_refused(data, tmp_path):
@@ -226,4 +245,4 @@ def test_rows_without_sessions_are_refused(data, tmp_path):
     shutil.rmtree(other / "splits")
     splits.remove_columns("session_start").save_to_disk(str(other / "splits"))
     with pytest.raises(ValueError, match=r"have no session_start: .*onerec prepare --sessions"):
-        make_collator(RewardArguments(str(other), ["ctr"]), DataFolder(other))
+        make_collator(RewardArguments(str(other), ["ctr"]), DataFolder(other), load_splits(other))
