@@ -18,6 +18,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import load_file, save_file
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
+from ..semantic_ids.embedding_files import EmbeddingFiles
 from ..semantic_ids.rqvae import RQVAE, ResidualKMeans, load_quantizer
 from .split_files import CONTRACT, SPLITS, SplitWriter, load_splits, split_parts
 from .splits import arrow_dataset
@@ -87,7 +88,7 @@ class DataFolder:
         users: datasets.Dataset,
         tokenizer: PreTrainedTokenizerBase,
         quantizer: ResidualKMeans | RQVAE,
-        item_embeddings: np.ndarray,
+        item_embeddings: np.ndarray | EmbeddingFiles,
         report: dict,
     ) -> "DataFolder":
         """
@@ -112,7 +113,10 @@ class DataFolder:
             split_parts(folder)  # refuses what is not whole
         else:
             splits.finish()
-        save_file({"item_embeddings": item_embeddings}, folder / EMBEDDINGS)
+        if isinstance(item_embeddings, EmbeddingFiles):
+            item_embeddings.save_safetensors(folder / EMBEDDINGS, "item_embeddings")
+        else:
+            save_file({"item_embeddings": item_embeddings}, folder / EMBEDDINGS)
         items.to_parquet(folder / TABLES["items"])
         users.to_parquet(folder / TABLES["users"])
         (folder / REPORT).write_text(json.dumps(report, indent=2), encoding="utf-8")

@@ -11,6 +11,7 @@ from .embeddings import (
 )
 from .item_alignment import ItemAlignment, item_contrastive_loss
 from .item_pairs import behaviour_pairs, item_to_item_pairs, swing_neighbors, user_to_item_pairs
+from .text_files import text_embedding_files
 
 __all__ = [
     "CaptionDecoder",
@@ -25,6 +26,7 @@ __all__ = [
     "load_embeddings",
     "small_caption_model",
     "swing_neighbors",
+    "text_embedding_files",
     "text_embeddings",
     "user_to_item_pairs",
 ]

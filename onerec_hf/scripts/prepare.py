@@ -27,7 +27,9 @@ from .. import data as logs
 from ..recommender import Recommender
 from ..semantic_ids import (
     RQVAE,
+    EmbeddingFiles,
     ResidualKMeans,
+    UnitFiles,
     append_codes,
     plot_codebook_usage,
     quality_report,
@@ -43,7 +45,11 @@ from .prepare_arguments import (
     lifelong_settings,
     session_config,
     settle,
+    text_shard,
 )
+
+TEXT_EMBEDDINGS = "text_embeddings"  # folder beside the splits, of more items than one file takes
+TEXTS_PER_FILE = 100_000
 
 
 def load(args: PrepareArguments, work: Path | None = None) -> logs.EventShards:
@@ -120,27 +126,66 @@ def table_of(shards: logs.EventShards, name: str) -> datasets.Dataset:
     return datasets.Dataset.from_dict({f"{name}_id": getattr(shards, f"{name}_ids"), **features})
 
 
-def embed_texts(texts: list[str], model: str, optional: bool) -> np.ndarray:
-    """Text embeddings (N, D); where texts are `optional`, an item without one stands at the mean of the others."""
+def embed_texts(
+    texts: list[str], model: str, optional: bool, folder: Path | None = None, shard: tuple[int, int] = (0, 1)
+) -> np.ndarray | EmbeddingFiles:
+    """
+    Text embeddings (N, D); where texts are `optional`, an item without one stands at the mean of the others.
+
+    Args:
+        folder: For files of them, which are not made again; where it is given, those of one `shard` may be made alone.
+    """
     there = np.array([bool(text.strip()) for text in texts])
-    if there.all() or not there.any() or not optional:
-        return item_embeddings.text_embeddings(texts, model_path(model))
+    some = optional and there.any() and not there.all()
+    own = [texts[i] for i in np.flatnonzero(there)] if some else texts
+    if folder is None:
+        known = item_embeddings.text_embeddings(own, model_path(model))
+    else:
+        settings: dict[str, Any] = {"rows_per_file": TEXTS_PER_FILE, "shard": shard}
+        paths = item_embeddings.text_embedding_files(own, model_path(model), folder, **settings)
+        if shard[1] > 1:
+            return np.empty((0, 0))
+        if not some:
+            return EmbeddingFiles(paths)
+        known = EmbeddingFiles(paths)[:].numpy()
+    if not some:
+        return known
     print(f"{len(texts) - there.sum():,} of {len(texts):,} items have no text: they get the mean of the others")
-    known = item_embeddings.text_embeddings([texts[i] for i in np.flatnonzero(there)], model_path(model))
     found = np.tile(known.mean(0), (len(texts), 1))
     found[there] = known
     return found
 
 
-def embed(args: PrepareArguments, shards: logs.EventShards, histories: Histories) -> list[np.ndarray]:
-    """Every embedding that was asked for, (N, D) each."""
+def embed_text_shard(args: PrepareArguments, shards: logs.EventShards) -> None:
+    """One share of the files of text embeddings."""
+    if not args.text_model:
+        raise ValueError(f"text_shard={args.text_shard!r}: the items have no texts to embed.")
+    features: dict[str, Any] = shards.items
+    texts = item_embeddings.item_texts(features, args.text_fields)
+    optional, folder = bool(args.optional_text_fields), Path(args.output) / TEXT_EMBEDDINGS
+    embed_texts(texts, args.text_model, optional, folder, text_shard(args))
+    print(f"text embeddings of shard {args.text_shard} -> {folder}; without --text_shard, all that follows")
+
+
+def embed(
+    args: PrepareArguments, shards: logs.EventShards, histories: Histories
+) -> list[np.ndarray] | list[EmbeddingFiles]:
+    """Every embedding that was asked for, (N, D) each; files where that of many texts is the only one."""
     parts = []
     if args.embeddings:
         parts.append(item_embeddings.load_embeddings(args.embeddings, shards.num_items))
     features: dict[str, Any] = shards.items
     texts = item_embeddings.item_texts(features, args.text_fields if args.text_model or args.caption_model else [])
     if args.text_model:
-        parts.append(embed_texts(texts, args.text_model, optional=bool(args.optional_text_fields)))
+        folder = Path(args.output) / TEXT_EMBEDDINGS
+        many = len(texts) > TEXTS_PER_FILE or folder.is_dir()
+        found = embed_texts(texts, args.text_model, bool(args.optional_text_fields), folder if many else None)
+        if isinstance(found, EmbeddingFiles):
+            others = (args.embeddings, args.align, args.collaborative_dim, args.lifelong, args.semantic_ids_from)
+            if not any(others):
+                return [found]
+            found = found[:].numpy()
+        parts.append(found)
     if args.align:
         content = item_embeddings.concat_embeddings(*parts)
         alignment, captions = item_embeddings.ItemAlignment(content.shape[1], seed=args.seed), None
@@ -160,6 +205,17 @@ def embed(args: PrepareArguments, shards: logs.EventShards, histories: Histories
     return parts
 
 
+def join(parts: list, means: np.ndarray | None) -> tuple[np.ndarray | EmbeddingFiles, np.ndarray]:
+    """What `concat_embeddings` makes of the parts, in files if it comes in files, and the means: those that are given,
+    or their own.
+    """
+    if isinstance(parts[0], EmbeddingFiles):
+        files = UnitFiles(parts[0].paths)
+        return files, files.center.numpy()
+    means = np.concatenate([part.mean(0) for part in parts]) if means is None else means
+    return item_embeddings.concat_embeddings(*parts, means=means), means
+
+
 def model_with_codebooks(repo: str) -> Recommender:
     """A trained model that new items can join."""
     trained = Recommender.from_pretrained(repo)
@@ -172,7 +228,7 @@ def model_with_codebooks(repo: str) -> Recommender:
     return trained
 
 
-def new_semantic_ids(args: PrepareArguments, codebook_size: int, embeddings: torch.Tensor) -> tuple:
+def new_semantic_ids(args: PrepareArguments, codebook_size: int, embeddings: torch.Tensor | EmbeddingFiles) -> tuple:
     """Codebooks fitted on all items, their semantic IDs, the sizes of the levels, and what is to be said of them."""
     quantizer_class = RQVAE if args.quantizer == "rqvae" else partial(ResidualKMeans, balanced=balance(args))
     quantizer = quantizer_class(args.num_levels, codebook_size, seed=args.seed)
@@ -218,17 +274,20 @@ def prepare(args: PrepareArguments, output: Path, work: Path) -> dict:
     """Checked arguments -> the data folder `output`; returns the quality report of the semantic IDs."""
     shards = load(args, work)
     args, codebook_size = settle(args, shards)
+    if args.text_shard is not None:
+        embed_text_shard(args, shards)
+        return {}
     writer, histories = logs.SplitWriter(output, work), Histories(work, shards.num_items)
     columns = write_splits(args, shards, writer, histories)
     if lifelong := lifelong_settings(args):
         check_lifelong(lifelong, columns)
     parts = embed(args, shards, histories)
     trained = None if args.semantic_ids_from is None else model_with_codebooks(args.semantic_ids_from)
-    means = np.concatenate([part.mean(0) for part in parts]) if trained is None else trained.quantizer.embedding_mean
-    embeddings = item_embeddings.concat_embeddings(*parts, means=np.asarray(means))
+    embeddings, means = join(parts, None if trained is None else np.asarray(trained.quantizer.embedding_mean))
     if lifelong:
+        assert isinstance(embeddings, np.ndarray)
         writer.transform(lambda rows: logs.compress_lifelong(rows, embeddings, **lifelong))
-    vectors = torch.from_numpy(embeddings)
+    vectors: Any = torch.from_numpy(embeddings) if isinstance(embeddings, np.ndarray) else embeddings
     if trained is None:
         quantizer, codes, sizes, report = new_semantic_ids(args, codebook_size, vectors)
         quantizer.embedding_mean = torch.from_numpy(means)

@@ -64,6 +64,13 @@ class PrepareArguments:
     optional_text_fields: list[str] = field(
         default_factory=list, metadata={"help": "More of them: those that the items have are read, if any."}
     )
+    text_shard: str | None = field(
+        default=None,
+        metadata={
+            "help": "i/n, i from 0: only embed the texts of every n-th file, and stop. n such runs share the work; "
+            "one without it does the rest."
+        },
+    )
     collaborative_dim: int = field(default=128, metadata={"help": "Width of the co-occurrence embedding; 0 for none."})
     quantizer: Literal["residual_kmeans", "rqvae"] = field(
         default="residual_kmeans", metadata={"help": "What makes the codes."}
@@ -103,6 +110,14 @@ def balance(args: PrepareArguments) -> bool | Literal["greedy"]:
     if (word := str(args.balanced).lower()) not in known:
         raise ValueError(f"balanced={args.balanced!r}: allowed are {', '.join(known)}.")
     return known[word]
+
+
+def text_shard(args: PrepareArguments) -> tuple[int, int]:
+    """What `text_shard` says: which of how many, counted from 0."""
+    first, _, count = str(args.text_shard).partition("/")
+    if not (first.isdigit() and count.isdigit() and int(first) < int(count)):
+        raise ValueError(f"text_shard={args.text_shard!r}: write 0/4, 1/4, 2/4 or 3/4 for four processes.")
+    return int(first), int(count)
 
 
 def session_config(args: PrepareArguments) -> SessionConfig | None:
@@ -198,6 +213,10 @@ def _check_embedding_arguments(args: PrepareArguments) -> None:
         raise ValueError(f"caption_model {args.caption_model!r} is part of the alignment: set align, too.")
     if (args.text_model or args.caption_model) and not (args.text_fields or args.optional_text_fields):
         raise ValueError("text_model and caption_model read texts: name columns of the items in text_fields.")
+    if args.text_shard is not None:
+        text_shard(args)
+        if not args.text_model:
+            raise ValueError(f"text_shard={args.text_shard!r} is for text_model: give one, or leave it out.")
     if args.align and not (args.embeddings or args.text_model):
         raise ValueError("align adapts embeddings: give embeddings, or text_model with text_fields.")
     if not (args.embeddings or args.text_model or args.collaborative_dim):

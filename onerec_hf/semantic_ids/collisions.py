@@ -6,6 +6,7 @@ import numpy as np
 import torch
 
 from .distances import row_blocks, squared_distances
+from .embedding_files import EmbeddingFiles
 from .residual import ResidualKMeans
 from .rqvae import RQVAE
 
@@ -15,7 +16,7 @@ COLLISION_POLICIES = ("extra_level", "next_free", "keep")
 def resolve_collisions(
     codes: torch.Tensor,
     quantizer: ResidualKMeans | RQVAE | None = None,
-    item_embeddings: torch.Tensor | None = None,
+    item_embeddings: torch.Tensor | EmbeddingFiles | None = None,
     *,
     policy: str,
 ) -> torch.Tensor:
@@ -32,8 +33,8 @@ def resolve_collisions(
         codes (`torch.LongTensor` of shape `(num_items, num_levels)`): `train_codes`, or what `encode` returned.
         quantizer (`ResidualKMeans` or `RQVAE`, *optional*): for `"next_free"`; distances are those of the space it
             quantises.
-        item_embeddings (`torch.FloatTensor` of shape `(num_items, embedding_dim)`, *optional*): for `"next_free"`; the
-            same rows on the same device.
+        item_embeddings (`torch.FloatTensor` or `EmbeddingFiles` of shape `(num_items, embedding_dim)`, *optional*):
+            for `"next_free"`; the same rows on the same device.
         policy (`str`): one of the three.
 
     Returns:
@@ -51,7 +52,8 @@ def resolve_collisions(
         return torch.cat([codes, _ranks(groups, torch.zeros_like(groups)).unsqueeze(1)], dim=1)
     if quantizer is None or item_embeddings is None:
         raise ValueError('`policy="next_free"` measures distances: pass `quantizer` and `item_embeddings` as well.')
-    item_embeddings = torch.as_tensor(item_embeddings)
+    if not isinstance(item_embeddings, EmbeddingFiles):
+        item_embeddings = torch.as_tensor(item_embeddings)
     if isinstance(quantizer, RQVAE):
         return _next_free(codes, quantizer.latent, quantizer.encoder_outputs(item_embeddings))
     return _next_free(codes, quantizer, item_embeddings)
@@ -117,7 +119,10 @@ def append_codes(
 
 
 def _next_free(
-    codes: torch.Tensor, quantizer: ResidualKMeans, item_embeddings: torch.Tensor, num_fixed: int = 0
+    codes: torch.Tensor,
+    quantizer: ResidualKMeans,
+    item_embeddings: torch.Tensor | EmbeddingFiles,
+    num_fixed: int = 0,
 ) -> torch.Tensor:
     """`num_fixed`: so many of the first items keep their codes, whatever their distances."""
     if item_embeddings.shape[0] != codes.shape[0]:

@@ -1,5 +1,6 @@
 """Item embeddings that stay on disk, and what the levels of a quantizer left of them."""
 
+import json
 import os
 from collections.abc import Sequence
 
@@ -66,6 +67,29 @@ class EmbeddingFiles:
         for block in row_blocks(len(self), self.shape[1], self.device):
             total += self[block].double().sum(dim=0)
         return (total / len(self)).float()
+
+    def save_safetensors(self, path: str | os.PathLike, name: str) -> None:
+        """Writes all rows as one float32 tensor (N, D), a block in memory at a time."""
+        kind = {"dtype": "F32", "shape": list(self.shape), "data_offsets": [0, 4 * self.shape[0] * self.shape[1]]}
+        header = json.dumps({name: kind}).encode()
+        header += b" " * (-len(header) % 8)
+        with open(path, "wb") as file:
+            file.write(len(header).to_bytes(8, "little") + header)
+            for block in row_blocks(len(self), self.shape[1], self.device):
+                file.write(self[block].numpy().astype("<f4", copy=False).tobytes())
+
+
+class UnitFiles(EmbeddingFiles):
+    """Rows of files less the mean of all rows, `center` (D,), and divided by their length: what `concat_embeddings`
+    makes of one embedding. A row equal to the mean is zero.
+    """
+
+    def __init__(self, paths: Sequence[str | os.PathLike]):
+        super().__init__(paths)
+        self.center = EmbeddingFiles(paths).mean()
+
+    def __getitem__(self, index: slice | torch.Tensor) -> torch.Tensor:
+        return torch.nn.functional.normalize(super().__getitem__(index) - self.center, dim=1)
 
 
 class FileResiduals:

@@ -20,7 +20,8 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from tqdm.auto import tqdm
 
-from .distances import row_blocks
+from .distances import Rows, row_blocks
+from .embedding_files import EmbeddingFiles
 from .kmeans import nearest_centroids
 from .residual import CONFIG_NAME, WEIGHTS_NAME, ResidualKMeans
 
@@ -90,16 +91,22 @@ class RQVAE:
     def codebook_size(self) -> int:
         return self.latent.codebook_size
 
-    def fit(self, item_embeddings: torch.Tensor | np.ndarray, progress: bool = True) -> "RQVAE":
-        """Trains on all rows, on the device of `item_embeddings`: (N, D), any float type, finite, N at least K."""
-        items = torch.as_tensor(self.latent.checked(item_embeddings)).float()
+    def fit(self, item_embeddings: torch.Tensor | np.ndarray | EmbeddingFiles, progress: bool = True) -> "RQVAE":
+        """Trains on all rows, on the device of `item_embeddings`: (N, D), any float type, finite, N at least K.
+
+        Of `EmbeddingFiles` a batch is in memory at a time, and the latents (N, Z) of all items, from which the
+        codebooks start.
+        """
+        items = self.latent.checked(item_embeddings)
+        if isinstance(items, torch.Tensor):
+            items = items.float()
         generator = torch.Generator().manual_seed(self.seed)
         with torch.random.fork_rng():
             torch.manual_seed(self.seed)
             network = _Network(items.shape[1], self.hidden_sizes, self.latent_dim).to(items.device)
         self.network = network
-        network.center.copy_(items.mean(0))
-        network.scale.copy_((items - network.center).square().mean().sqrt().clamp_min(1e-12))
+        network.center.copy_(items.mean() if isinstance(items, EmbeddingFiles) else items.mean(0))
+        network.scale.copy_(_deviation(items, network.center).clamp_min(1e-12))
         codebooks = nn.Parameter(self.latent.fit(self.encoder_outputs(items))._fitted())
         optimizer = torch.optim.AdamW([*network.parameters(), codebooks], self.learning_rate, weight_decay=0.0)
         steps = -(-len(items) // self.batch_size)
@@ -156,14 +163,14 @@ class RQVAE:
                     value[level][dead[level]] = 0.0
             residual = residual - chosen
 
-    def fit_encode(self, item_embeddings: torch.Tensor | np.ndarray) -> torch.Tensor:
+    def fit_encode(self, item_embeddings: torch.Tensor | np.ndarray | EmbeddingFiles) -> torch.Tensor:
         """`fit`, then `train_codes` (N, L)."""
         self.fit(item_embeddings)
         assert self.train_codes is not None
         return self.train_codes
 
     @torch.no_grad()
-    def encoder_outputs(self, item_embeddings: torch.Tensor | np.ndarray) -> torch.Tensor:
+    def encoder_outputs(self, item_embeddings: torch.Tensor | np.ndarray | EmbeddingFiles) -> torch.Tensor:
         """Latents (N, Z) of any items (N, D): the space that `latent` quantises."""
         network = self._fitted()
         items = self.latent.checked(item_embeddings, width=len(network.center))
@@ -173,7 +180,7 @@ class RQVAE:
             latents[block] = network.encoder((items[block].float() - network.center) / network.scale)
         return latents
 
-    def encode(self, item_embeddings: torch.Tensor | np.ndarray) -> torch.Tensor:
+    def encode(self, item_embeddings: torch.Tensor | np.ndarray | EmbeddingFiles) -> torch.Tensor:
         """Codes (N, L) of any items (N, D), values in `[0, codebook_size)`."""
         return self.latent.encode(self.encoder_outputs(item_embeddings))
 
@@ -239,6 +246,14 @@ class _Network(nn.Module):
         self.register_buffer("scale", torch.ones(()))
         sizes = [width, *hidden_sizes, latent_dim]
         self.encoder, self.decoder = _mlp(sizes), _mlp(sizes[::-1])
+
+
+def _deviation(items: Rows, center: torch.Tensor) -> torch.Tensor:
+    """Root mean squared deviation of all numbers of items (N, D) from their center (D,)."""
+    total = torch.zeros((), dtype=torch.float64, device=items.device)
+    for block in row_blocks(len(items), items.shape[1], items.device):
+        total += (items[block] - center).square().sum(dtype=torch.float64)
+    return (total / (len(items) * items.shape[1])).sqrt()
 
 
 def _mlp(sizes: list[int]) -> nn.Sequential:

@@ -18,8 +18,11 @@ from onerec_hf.item_embeddings import (
     concat_embeddings,
     item_texts,
     load_embeddings,
+    text_embedding_files,
     text_embeddings,
+    text_files,
 )
+from onerec_hf.semantic_ids import EmbeddingFiles, UnitFiles
 
 from ..conftest import shared_data
 
@@ -66,6 +69,47 @@ def test_text_embeddings_cut_long_texts_and_refuse_empty_ones(tmp_path):
         text_embeddings(["red", " ", None], tmp_path)
     with pytest.raises(ValueError, match="texts is empty"):
         text_embeddings([], tmp_path)
+
+
+def test_files_of_text_embeddings_are_made_once_by_any_process(tmp_path, monkeypatch):
+    """Killed while the second of five files is written; then two processes share what is left."""
+    save_tiny("bert", tmp_path / "model")
+    texts, made = TEXTS * 2, []
+    settings = {"folder": tmp_path / "files", "rows_per_file": 2, "device": "cpu"}
+    save = np.save
+
+    def killed(file, rows):
+        made.append(rows)
+        if len(made) == 2:
+            file.write(b"half a file")
+            raise KeyboardInterrupt
+        save(file, rows)
+
+    monkeypatch.setattr(text_files.np, "save", killed)
+    with pytest.raises(KeyboardInterrupt):
+        text_embedding_files(texts, tmp_path / "model", **settings)
+    assert len(list(settings["folder"].glob("*.npy"))) == 1
+    for shard, count in (((0, 2), 4), ((1, 2), 6)):
+        paths = text_embedding_files(texts, tmp_path / "model", shard=shard, **settings)
+        assert len(paths) == 5 and len(made) == count
+    assert text_embedding_files(texts, tmp_path / "model", **settings) == paths and len(made) == 6
+    found = EmbeddingFiles(paths)[:].numpy()
+    np.testing.assert_allclose(found, text_embeddings(texts, tmp_path / "model", device="cpu"), atol=1e-6)
+    with pytest.raises(ValueError, match=r"holds embeddings of another run: texts '.*' there, '.*' here"):
+        text_embedding_files([*texts[1:], "red"], tmp_path / "model", **settings)
+    with pytest.raises(ValueError, match="shard=2/2: the first number counts from 0 to 1"):
+        text_embedding_files(texts, tmp_path / "model", shard=(2, 2), **settings)
+
+
+def test_one_embedding_in_files_is_joined_as_in_memory(tmp_path):
+    rows = np.random.default_rng(0).normal(2.0, size=(7, 3)).astype(np.float32)
+    np.save(tmp_path / "a.npy", rows[:4])
+    np.save(tmp_path / "b.npy", rows[4:])
+    files, expected = UnitFiles([tmp_path / "a.npy", tmp_path / "b.npy"]), concat_embeddings(rows)
+    np.testing.assert_allclose(files[:].numpy(), expected, atol=1e-6)
+    np.testing.assert_allclose(files[torch.tensor([6, 0])].numpy(), expected[[6, 0]], atol=1e-6)
+    files.save_safetensors(tmp_path / "all.safetensors", "item_embeddings")
+    np.testing.assert_allclose(load_embeddings(tmp_path / "all.safetensors", 7), expected, atol=1e-6)
 
 
 def test_minilm_finds_the_paraphrase():

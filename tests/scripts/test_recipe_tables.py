@@ -9,8 +9,10 @@ import pytest
 
 from onerec_hf import Catalogue
 from onerec_hf.collators import OneRecCollator
-from onerec_hf.data import load_splits
+from onerec_hf.data import DataFolder, load_splits
 from onerec_hf.trainers import load_pairs
+
+from ..item_embeddings.test_embeddings import WORDS, save_tiny
 
 
 def recipe(name):
@@ -175,3 +177,33 @@ def test_prepare_passes_load_options_on_and_keeps_the_spelling_of_ids(tmp_path):
     prepare.main(prepare.PrepareArguments(**arguments, collaborative_dim=2, codebook_size=2))
     assert pd.read_parquet(tmp_path / "out" / "items.parquet")["item_id"].tolist() == ["001", "002", "003", "004"]
     assert len(load_splits(tmp_path / "out")["train"]) == 8
+
+
+@pytest.mark.parametrize("quantizer", ["residual_kmeans", "rqvae"])
+def test_many_texts_are_embedded_in_files_that_processes_share(quantizer, tmp_path, monkeypatch):
+    """Two shards, then the rest: the folder that a run in memory makes, up to rounding."""
+    prepare, draw = recipe("prepare"), np.random.default_rng(0)
+    save_tiny("bert", tmp_path / "encoder")
+    items = pd.DataFrame({"item_id": np.arange(60), "title": [" ".join(draw.choice(WORDS[2:], 4)) for _ in range(60)]})
+    log = pd.DataFrame({"user_id": np.repeat(np.arange(40), 6), "item_id": draw.integers(0, 60, 240), "timestamp": 1})
+    settings = {"source": log, "items": items, "text_model": str(tmp_path / "encoder"), "text_fields": ["title"]}
+    settings |= {"collaborative_dim": 0, "codebook_size": 4, "num_levels": 4, "quantizer": quantizer}
+
+    def run(name, **more):
+        return prepare.main(prepare.PrepareArguments(output=str(tmp_path / name), **settings, **more))
+
+    expected = run("memory")
+    monkeypatch.setattr(prepare, "TEXTS_PER_FILE", 20)
+    assert run("files", text_shard="1/2") == {}
+    files = tmp_path / "files" / "text_embeddings"
+    assert [path.name for path in files.glob("*.npy")] == ["part-00001-of-00003.npy"]
+    found = run("files")
+    assert len(list(files.glob("*.npy"))) == 3
+    one, other = (DataFolder(tmp_path / name) for name in ("memory", "files"))
+    np.testing.assert_allclose(other.item_embeddings, one.item_embeddings, atol=1e-5)
+    np.testing.assert_allclose(other.quantizer.embedding_mean, one.quantizer.embedding_mean, atol=1e-5)
+    # 200 epochs of an autoencoder make of rounding what another seed would
+    key, close = "reconstruction_relative", 0.01 if quantizer == "residual_kmeans" else 0.2
+    assert found["before collisions"][key] == pytest.approx(expected["before collisions"][key], rel=close)
+    with pytest.raises(ValueError, match="text_shard='2/2': write 0/4"):
+        run("files", text_shard="2/2")

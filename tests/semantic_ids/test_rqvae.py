@@ -8,7 +8,14 @@ import numpy as np
 import pytest
 import torch
 
-from onerec_hf.semantic_ids import RQVAE, ResidualKMeans, load_quantizer, quality_report, resolve_collisions
+from onerec_hf.semantic_ids import (
+    RQVAE,
+    EmbeddingFiles,
+    ResidualKMeans,
+    load_quantizer,
+    quality_report,
+    resolve_collisions,
+)
 
 from .test_semantic_ids import clustered_items
 
@@ -115,6 +122,18 @@ def test_repeatable_and_saved(items, quantizer, tmp_path):
     (tmp_path / "quantizer_config.json").write_text(json.dumps({"quantizer_type": "fsq"}))
     with pytest.raises(ValueError, match="'fsq'"):
         load_quantizer(tmp_path)
+
+
+def test_files_are_trained_on_as_the_same_items_in_memory(items, quantizer, tmp_path):
+    for number, part in enumerate(items.split(200)):
+        np.save(tmp_path / f"{number}.npy", part.numpy())
+    files = EmbeddingFiles(sorted(tmp_path.glob("*.npy")))
+    streamed = RQVAE(**SMALL, num_epochs=30).fit(files, progress=False)
+    found, expected = (quality_report(q.train_codes, x, q) for q, x in ((streamed, files), (quantizer, items)))
+    assert found["reconstruction_mse"] == pytest.approx(expected["reconstruction_mse"], rel=0.05)
+    assert torch.equal(streamed.encode(items), streamed.train_codes)
+    free = resolve_collisions(streamed.train_codes[:12], streamed, EmbeddingFiles([files.paths[0]]), policy="keep")
+    assert torch.equal(free, streamed.train_codes[:12])
 
 
 @pytest.mark.parametrize("policy", ["extra_level", "next_free"])
