@@ -10,6 +10,7 @@ steps in a whole level of the fit.
 import argparse
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import faiss
@@ -73,10 +74,10 @@ def main() -> None:
         draw = np.random.default_rng(0)
         items, prices = draw.normal(size=(rows, WIDTH)).astype(np.float32), draw.random(size, np.float32)
         tensors = torch.from_numpy(items), torch.from_numpy(items[:size]), torch.from_numpy(prices)
-        nearest, _ = seconds(lambda: kmeans.nearest_centroids(tensors[0], tensors[1]))
-        faiss_nearest, _ = seconds(lambda: with_faiss(items, items[:size], 0 * prices, 1))
-        sixteen, (_, clusters) = seconds(lambda: cheapest(*tensors))
-        faiss_sixteen, found = seconds(lambda: with_faiss(items, items[:size], prices, 16))
+        nearest, _ = seconds(partial(kmeans.nearest_centroids, *tensors[:2]))
+        faiss_nearest, _ = seconds(partial(with_faiss, items, items[:size], 0 * prices, 1))
+        sixteen, (_, clusters) = seconds(partial(cheapest, *tensors))
+        faiss_sixteen, found = seconds(partial(with_faiss, items, items[:size], prices, 16))
         equal = (clusters.T.numpy() == found).mean()
         share = share_in_fit(tensors[0], size)
         kmeans.nearest_centroids, kmeans.cheapest = own
