@@ -40,6 +40,14 @@ def test_every_record_is_shown_and_every_marker_has_its_end(render):
     assert shown == {path.stem for path in RECORDS}
 
 
+def test_the_plan_on_paper_is_what_the_other_records_say():
+    spec = importlib.util.spec_from_file_location("billion_events", ROOT / "benchmarks" / "billion_events.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    record = json.loads((ROOT / "results" / "billion_events.json").read_text(encoding="utf-8"))
+    assert record["rows"] == [[*row[:-1], pytest.approx(row[-1])] for row in module.steps()]
+
+
 @pytest.mark.parametrize("path", RECORDS, ids=lambda path: path.stem)
 def test_a_record_says_how_it_was_made(path):
     record = json.loads(path.read_text(encoding="utf-8"))
