@@ -53,7 +53,7 @@ def steps() -> list[list]:
     add(
         "co-occurrence embedding",
         f"{pairs:.0f} processor s for 20 million events, 100,000 items (`prepare_large`)",
-        f"{ITEMS / 1e5:.0f} x items, of which there are more than events",
+        f"{ITEMS / 1e5:.0f} x items (events: {more:.0f} x)",
         core,
         pairs * ITEMS / 1e5 / 3600,
     )
@@ -116,7 +116,7 @@ def main() -> None:
         "and `generation_gpu` on one NVIDIA H200",
         "date": datetime.date.today().isoformat(),
         "commit": args.commit,
-        "columns": [{"name": name} for name in columns] + [{"name": "hours", "picture": "0.00"}],
+        "columns": [{"name": name} for name in columns] + [{"name": "hours", "picture": "0.000"}],
         "rows": steps(),
     }
     Path(args.output).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
