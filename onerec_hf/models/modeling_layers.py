@@ -39,10 +39,26 @@ class EncoderLayer(GradientCheckpointingLayer):
         self.mlp_norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.dropout = nn.Dropout(config.dropout)
 
-    def forward(self, hidden_states: Tensor, attention_mask: Tensor | None = None, **kwargs) -> Tensor:
+    def forward(
+        self, hidden_states: Tensor, attention_mask: Tensor | None = None, real: Tensor | None = None, **kwargs
+    ) -> Tensor:
         attended, _ = self.self_attn(self.self_attn_norm(hidden_states), attention_mask, **kwargs)
         hidden_states = hidden_states + self.dropout(attended)
-        return hidden_states + self.dropout(self.mlp(self.mlp_norm(hidden_states)))
+        return hidden_states + self.dropout(feed(self.mlp, self.mlp_norm(hidden_states), real))
+
+
+def feed(mlp: nn.Module, hidden_states: Tensor, real: Tensor | None) -> Tensor:
+    """A dense feed-forward, or a mixture, which counts its `real` tokens."""
+    return mlp(hidden_states, real) if isinstance(mlp, SparseMoE) else mlp(hidden_states)
+
+
+def real_tokens(model: nn.Module, input_ids: Tensor | None) -> Tensor | None:
+    """Which tokens (R, C) of a decoder are neither padding nor the BOS in front of it; None where no expert counts."""
+    config: Any = model.config
+    if input_ids is None or not (model.training and config.num_experts):
+        return None
+    padding = input_ids == config.pad_token_id
+    return ~(padding | F.pad(padding[:, 1:], (0, 1)))
 
 
 class DecoderLayer(GradientCheckpointingLayer):
@@ -76,6 +92,7 @@ class DecoderLayer(GradientCheckpointingLayer):
         cache: Any = None,
         rotation: tuple[Tensor, Tensor] | None = None,
         causal_context: bool = False,
+        real: Tensor | None = None,
         **kwargs,
     ) -> Tensor:
         to_context = (key, value, context_mask, rotation, causal_context)
@@ -85,7 +102,7 @@ class DecoderLayer(GradientCheckpointingLayer):
         hidden_states = hidden_states + self.dropout(attended)
         if not self.context_first:
             hidden_states = self._attend_to_context(hidden_states, *to_context, **kwargs)
-        return hidden_states + self.dropout(self.mlp(self.mlp_norm(hidden_states)))
+        return hidden_states + self.dropout(feed(self.mlp, self.mlp_norm(hidden_states), real))
 
     def _attend_to_context(self, hidden_states, *to_context, **kwargs):
         attended, _ = self.cross_attn(self.cross_attn_norm(hidden_states), *to_context, **kwargs)
@@ -287,7 +304,7 @@ class SemanticIdDecoder(nn.Module):
             context_kv ([`ContextKV`]): Of B users; R is a multiple of B.
             context_mask (`torch.FloatTensor`, *optional*): Added to the scores of the attention to the context,
                 broadcastable to (B, H_kv, groups * m * C, T).
-            attention: `rotation` and `causal_context` of [`ContextAttention`].
+            attention: `rotation` and `causal_context` of [`ContextAttention`], and `real`, as [`real_tokens`] says.
         """
         rows, length, _ = inputs_embeds.shape
         if rows % context_kv.mask.shape[0]:
@@ -340,4 +357,5 @@ __all__ = [
     "PositionRMSNorm",
     "SemanticIdDecoder",
     "given_cache",
+    "real_tokens",
 ]

@@ -18,7 +18,7 @@ from transformers.utils.output_capturing import capture_outputs
 from .configuration_onerec import OneRecConfig
 from .input_checks import check_kwargs, checked_context, given_or_encoded
 from .modeling_attention import ContextKV, KeyValueProjection, item_ages, padding_mask
-from .modeling_layers import ContextEmbedding, EncoderLayer, SemanticIdDecoder, given_cache
+from .modeling_layers import ContextEmbedding, EncoderLayer, SemanticIdDecoder, given_cache, real_tokens
 from .modeling_semantic_id import SemanticIdForCausalLM, SemanticIdPreTrainedModel
 from .moe import FeedForward, SparseMoE
 
@@ -100,7 +100,7 @@ class OneRecContextEncoder(nn.Module):
         hidden_states, mask = self.embedding(context_ids, context_mask, context_features, user_features)
         visible = mask[:, None, None]  # (B, 1, 1, S)
         for layer in self.layers:
-            hidden_states = layer(hidden_states, attention_mask=visible, **kwargs)
+            hidden_states = layer(hidden_states, attention_mask=visible, real=mask, **kwargs)
         hidden_states = self.norm(hidden_states)
         keys, values = zip(*(projection(hidden_states) for projection in self.key_values))
         return ContextKV(key_states=keys, value_states=values, mask=mask)
@@ -153,7 +153,9 @@ class OneRecModel(SemanticIdPreTrainedModel):
         hidden_states = self.decoder.embed(input_ids, inputs_embeds)
         context_kv = given_or_encoded(self, context_kv, context_ids, context_mask, context_features, user_features)
         visible = padding_mask(context_kv)
-        return self.decoder(hidden_states, context_kv, visible, attention_mask, position_ids, cache, use_cache)
+        real = real_tokens(self, input_ids)
+        given = (hidden_states, context_kv, visible, attention_mask, position_ids, cache, use_cache)
+        return self.decoder(*given, real=real)
 
 
 class OneRecForCausalLM(SemanticIdForCausalLM, GenerationMixin):

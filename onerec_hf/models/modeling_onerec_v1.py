@@ -15,7 +15,7 @@ from transformers.utils.output_capturing import capture_outputs
 from .configuration_onerec import OneRecV1Config
 from .input_checks import check_kwargs, checked_context, given_or_encoded
 from .modeling_attention import ContextKV, EncoderAttention, item_ages, padding_mask
-from .modeling_layers import ContextEmbedding, SemanticIdDecoder, given_cache
+from .modeling_layers import ContextEmbedding, SemanticIdDecoder, given_cache, real_tokens
 from .modeling_onerec import OneRecContextEncoder
 from .modeling_semantic_id import SemanticIdForCausalLM, SemanticIdPreTrainedModel
 from .moe import FeedForward
@@ -166,7 +166,9 @@ class OneRecV1Model(SemanticIdPreTrainedModel):
         hidden_states = self.decoder.embed(input_ids, inputs_embeds)
         context_kv = given_or_encoded(self, context_kv, context_ids, context_mask, context_features, user_features)
         visible = padding_mask(context_kv)
-        return self.decoder(hidden_states, context_kv, visible, attention_mask, position_ids, cache, use_cache)
+        real = real_tokens(self, input_ids)
+        given = (hidden_states, context_kv, visible, attention_mask, position_ids, cache, use_cache)
+        return self.decoder(*given, real=real)
 
 
 class OneRecV1ForCausalLM(SemanticIdForCausalLM, GenerationMixin):

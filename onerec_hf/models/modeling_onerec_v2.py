@@ -26,7 +26,14 @@ from .modeling_attention import (
     visible_ages,
     with_padding_channels,
 )
-from .modeling_layers import ContextEmbedding, DecoderLayer, FixedEmbedding, SemanticIdDecoder, given_cache
+from .modeling_layers import (
+    ContextEmbedding,
+    DecoderLayer,
+    FixedEmbedding,
+    SemanticIdDecoder,
+    given_cache,
+    real_tokens,
+)
 from .modeling_semantic_id import SemanticIdForCausalLM, SemanticIdPreTrainedModel
 
 
@@ -158,7 +165,7 @@ class OneRecV2Model(SemanticIdPreTrainedModel):
         causal = asked(causal_targets)
         if causal:
             check_causal(context_kv.mask, len(hidden_states), target_positions)
-        attention: dict[str, Any] = {}
+        attention: dict[str, Any] = {"real": real_tokens(self, input_ids)}
         mask = None
         if self.position_bias is not None or (target_positions is not None and not causal):
             if causal:

@@ -48,8 +48,10 @@ class Router(nn.Module):
         # tokens per expert since the last update; no buffer, which DDP would overwrite with those of the first process
         self.load: torch.Tensor | None = None
 
-    def forward(self, hidden_states: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        """(S, D) -> logits (S, E), gates (S, top_k), experts (S, top_k)."""
+    def forward(self, hidden_states: torch.Tensor, real: torch.Tensor | None = None) -> tuple[torch.Tensor, ...]:
+        """(S, D) -> logits (S, E), gates (S, top_k), experts (S, top_k). Tokens that are not `real` (S,) are not
+        counted.
+        """
         logits = F.linear(hidden_states.float(), self.weight.float())
         scores = logits.softmax(-1) if self.scoring == "softmax" else logits.sigmoid()
         experts = torch.topk(scores + self.e_score_correction_bias, self.top_k, dim=-1, sorted=False).indices
@@ -57,16 +59,18 @@ class Router(nn.Module):
         if self.normalize:
             gates = gates / (gates.sum(-1, keepdim=True) + 1e-20)
         if self.training and torch.is_grad_enabled():
-            self._count(experts)
+            self._count(experts, real)
         return logits, gates.to(hidden_states.dtype), experts
 
     @torch.no_grad()
-    def _count(self, experts):
+    def _count(self, experts, real):
         # With non-reentrant checkpointing the recomputation counts every token again: the shares, which are all that
         # is used, stay.
         if self.load is None or self.load.device != experts.device:
             self.load = torch.zeros(len(self.weight), device=experts.device)
-        self.load.scatter_add_(0, experts.flatten(), torch.ones_like(experts.flatten(), dtype=torch.float32))
+        ones = torch.ones_like(experts, dtype=torch.float32)
+        counted = ones if real is None else ones * real.unsqueeze(1)
+        self.load.scatter_add_(0, experts.flatten(), counted.flatten())
 
 
 @use_experts_implementation
@@ -106,9 +110,9 @@ class SparseMoE(nn.Module):
         width = config.num_shared_experts * config.moe_intermediate_size
         self.shared_experts = FeedForward(config.hidden_size, width, gated=True) if width else None
 
-    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+    def forward(self, hidden_states: torch.Tensor, real: torch.Tensor | None = None) -> torch.Tensor:
         flat = hidden_states.flatten(0, -2)  # (S, D)
-        _, gates, experts = self.gate(flat)
+        _, gates, experts = self.gate(flat, None if real is None else real.flatten())
         output = self.experts(flat, experts, gates).view_as(hidden_states)
         return output if self.shared_experts is None else output + self.shared_experts(hidden_states)
 

@@ -68,6 +68,26 @@ def plain_moe(moe, hidden_states):
     return torch.stack(rows)
 
 
+@pytest.mark.parametrize("architecture", ["onerec", "v1", "v2_moe"])
+def test_padding_does_not_count(architecture):
+    """Three users with two targets, one and one: the decoder's tokens are BOS and the codes but the last."""
+    catalogue = tiny_catalogue()
+    model = tiny_model(catalogue, architecture=architecture).train()
+    context = tiny_context(catalogue, model)
+    items = torch.tensor([[1, 2], [3, 0], [4, 0]])
+    targets = catalogue.semantic_ids[items].long() + torch.tensor(model.config.level_offsets)
+    targets[1:, 1] = model.config.pad_token_id
+    model(target_ids=targets, **context).loss.backward()
+    tokens = 7 + 4 + 4 if architecture == "onerec" else 4 * 3  # inside a session the last code is a token, too
+    load = model.model.decoder.layers[-1].mlp.gate.load
+    assert load.sum() == model.config.num_experts_per_tok * tokens
+    if architecture == "v1":  # encoder_moe: the queries and the static slot are there for everyone
+        seen = model.encode_context(**context).mask.sum()
+        assert (
+            model.model.context_processor.layers[-1].mlp.gate.load.sum() == 2 * model.config.num_experts_per_tok * seen
+        )
+
+
 @pytest.mark.parametrize("shared", [0, 2])
 @pytest.mark.parametrize("implementation", ["eager", "grouped_mm", "batched_mm"])
 def test_experts_equal_a_plain_loop(implementation, shared):
