@@ -41,7 +41,8 @@ class RewardTrainer(StopAtNonFinite, ResumableTrainer):
         known = torch.stack([_known(batch["labels"]) for batch in batches]).sum(0).to(device)
         if self.args.average_tokens_across_devices and self.args.world_size > 1:
             known = self.accelerator.reduce(known, "sum")
-        return batches, known.clamp(min=1)
+        known = known.clamp(min=1)  # of several GPUs in one process (`DataParallel`), a copy for each
+        return batches, known.expand(self.args.n_gpu, -1) if self.args.n_gpu > 1 else known
 
     def compute_loss(
         self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
@@ -49,7 +50,8 @@ class RewardTrainer(StopAtNonFinite, ResumableTrainer):
         """The model's own loss; of an evaluation, its sums are kept, too."""
         loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
         if not model.training and self._eval_sums is not None:
-            counted = torch.stack([outputs.loss_sums.double(), _known(inputs["labels"]).double()])
+            known = _known(inputs["labels"]).double()
+            counted = torch.stack([outputs.loss_sums.view(-1, len(known)).sum(0).double(), known])
             self._eval_sums = self._eval_sums.to(counted.device) + counted
         return (loss, outputs) if return_outputs else loss
 
