@@ -3,6 +3,8 @@ PYTHON ?= python3
 BIN = .venv/bin
 export HF_HUB_DISABLE_TELEMETRY = 1
 export NO_MKDOCS_2_WARNING = 1
+# files stay whole, since their tests share models; they begin in the order of tests/conftest.py, the longest first
+PYTEST = HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 .PHONY: help quickstart test test-fast test-ray test-matrix check results docs format clean
 
@@ -20,10 +22,10 @@ quickstart: $(BIN)/.installed  ## simulated world -> semantic IDs -> OneRec-V2 -
 	HF_HUB_OFFLINE=1 $(BIN)/python recipes/quickstart.py --output outputs/quickstart
 
 test: $(BIN)/.installed  ## the whole suite, offline
-	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n 2 --dist loadfile tests
+	$(PYTEST) tests
 
 test-fast: $(BIN)/.installed  ## under a minute on 2 cores, without runs of recipes and trainers, other processes, real data
-	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow and not shared_data" tests
+	$(PYTEST) -m "not slow and not shared_data" tests
 
 test-ray: $(BIN)/.installed  ## replicas of Ray Serve; Ray, which nothing else needs, is installed for it
 	$(BIN)/pip install --quiet -c constraints.txt -e '.[ray]'

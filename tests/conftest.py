@@ -66,11 +66,20 @@ SLOW = {
 }
 
 
+# Files that take longest: they are begun first, so that no worker ends with one of them while the others are idle.
+LONGEST = (
+    *("resume", "loop", "recipes_page", "packaging", "export", "recipes", "leaderboard", "hub", "docs"),
+    *("recipe_reward", "recipe_features", "recipe_dpo", "recipe_checks", "modeling_platform", "ipa", "grpo"),
+)
+
+
 def pytest_collection_modifyitems(items):
     for item in items:
         module, name = item.module.__name__.rpartition("test_")[2], getattr(item, "originalname", item.name)
         if {module, f"{module}::{name}"} & SLOW:
             item.add_marker(pytest.mark.slow)
+    order = {name: place for place, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: order.get(item.module.__name__.rpartition("test_")[2], len(order)))
 
 
 _SHARED = Path(os.environ.get("ONEREC_SHARED_DATA", Path(__file__).resolve().parents[2] / "shared" / "data"))

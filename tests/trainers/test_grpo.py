@@ -4,9 +4,6 @@ exposures, resume.
 
 import logging
 import math
-import os
-import subprocess
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -22,6 +19,7 @@ from onerec_hf.trainers import OneRecGRPOConfig, OneRecGRPOTrainer
 from onerec_hf.trainers.grpo_rollouts import EndlessBatches, pad_logged, rollout
 
 from ..numeric import TERMS, assert_close
+from ..processes import run_processes
 from ..tiny import ARCHITECTURES, tiny_catalogue, tiny_context, tiny_model
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -686,22 +684,15 @@ def test_a_killed_run_goes_on_as_if_unbroken(accumulate, tmp_path):
         assert torch.equal(left, right)
 
 
+def one_of_two_processes(rank, folder):
+    trained = two_steps(folder / "two", G)
+    assert trained.accelerator.num_processes == 2 and trained.accelerator.process_index == rank
+    save_file(dict(trained.policy.named_parameters()), folder / f"weights-{rank}.safetensors")
+
+
 def test_two_processes_train_as_one(tmp_path):
     """Beam rollouts need no luck: the weights after two steps are those of one process with all the users."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "0"]
-    command = [
-        *command,
-        "--rdzv_backend",
-        "c10d",
-        "--rdzv_endpoint",
-        "localhost:0",
-        "-m",
-        "tests.trainers.test_grpo",
-        str(tmp_path),
-    ]
-    environment = os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
-    result = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment, timeout=300)
-    assert result.returncode == 0, result.stderr[-3000:]
+    run_processes(one_of_two_processes, tmp_path)
     alone = two_steps(tmp_path / "alone", 2 * G)
     for process in (0, 1):
         other = load_file(tmp_path / f"weights-{process}.safetensors")
@@ -803,11 +794,3 @@ def test_unconstrained_samples_need_a_policy_that_has_probabilities_for_them(tmp
     model = tiny_model(tiny_catalogue(), score_normalization="valid")
     with pytest.raises(ValueError, match="score_normalization='level'"):
         make(tmp_path, model=model, rollout="unconstrained")
-
-
-if __name__ == "__main__":  # one of the processes of `test_two_processes_train_as_one`
-    torch.set_num_threads(1)
-    trained = two_steps(Path(sys.argv[1]) / "two", G)
-    rank = trained.accelerator.process_index
-    assert trained.accelerator.num_processes == 2
-    save_file(dict(trained.policy.named_parameters()), Path(sys.argv[1]) / f"weights-{rank}.safetensors")

@@ -5,10 +5,7 @@ input.
 import itertools
 import json
 import math
-import multiprocessing
-import os
 import re
-import socket
 from dataclasses import fields, replace
 from functools import partial
 
@@ -27,6 +24,7 @@ from onerec_hf.trainers.pair_files import load_pairs, load_rows, save_rows
 from onerec_hf.trainers.pair_mining import choose_pairs, completion_log_probs, context_inputs, mine_pairs
 from onerec_hf.trainers.seed_divergence import sample_candidates, seed_log_ratios
 
+from ..processes import run_processes
 from ..tiny import ARCHITECTURES, SIZES, tiny_catalogue, tiny_model
 
 ITEMS = {"onerec": 5, "v1": 30, "v2": 30, "v2_moe": 30}  # of the catalogue; 5 items make 60 ordered sessions of 3
@@ -445,30 +443,14 @@ def train_and_save(folder, batch_size):
         save_file(weights(model), folder / "model.safetensors")
 
 
-def one_of_two_processes(rank, folder, port):
-    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "ACCELERATE_USE_CPU": "true"}
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+def one_of_two_processes(rank, folder):
     train_and_save(folder, batch_size=2)
-    torch.distributed.barrier()
-    os._exit(0)  # gloo's threads can wait for each other forever when the groups are taken down
 
 
 def test_two_processes_equal_one(tmp_path):
     for name in ("one", "two"):
         (tmp_path / name).mkdir()
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    context = multiprocessing.get_context("spawn")  # a fork would wait forever for the parent's threads, if it has any
-    processes = [context.Process(target=one_of_two_processes, args=(rank, tmp_path / "two", port)) for rank in (0, 1)]
-    for process in processes:
-        process.start()
-    for process in processes:
-        process.join(timeout=300)
-    for process in processes:
-        if process.is_alive():
-            process.kill()
-    assert [process.exitcode for process in processes] == [0, 0]
+    run_processes(one_of_two_processes, tmp_path / "two")
     train_and_save(tmp_path / "one", batch_size=4)
     for iteration in ("iteration_000", "iteration_001"):
         one, two = (datasets.load_from_disk(str(tmp_path / name / "pairs" / iteration)) for name in ("one", "two"))

@@ -2,9 +2,6 @@
 
 import json
 import math
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import datasets
@@ -12,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from peft import LoraConfig
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import Trainer, TrainerCallback, TrainingArguments
 from trl import SFTConfig, SFTTrainer
 
@@ -21,6 +18,7 @@ from onerec_hf.collators import OneRecCollator, SessionCollator
 from onerec_hf.trainers import IPAConfig, IPATrainer, OneRecSFTConfig, OneRecSFTTrainer
 
 from ..numeric import assert_close
+from ..processes import run_processes
 from ..tiny import SIZES, tiny_catalogue, tiny_model
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -94,42 +92,16 @@ def test_accumulated_batches_make_the_step_of_one(architecture, kind, tmp_path):
         check(trained(tmp_path / f"{batch}", architecture, batch, accumulate, kind), whole)
 
 
-PROCESS = """
-import sys, torch
-from pathlib import Path
-from safetensors.torch import save_file
-torch.set_num_threads(1)
-from tests.trainers.test_training_step import trained
-import json, os
-for kind in ("sft", "ipa"):
-    folder = Path(sys.argv[1]) / kind
-    moved, logs = trained(folder, "v2", 4, 2, kind)
-    if os.environ["RANK"] == "0":
-        save_file(moved, folder / "moved.safetensors")
-        (folder / "logs.json").write_text(json.dumps(logs))
-torch.distributed.barrier()
-os._exit(0)
-"""
+def one_of_two_processes(rank, folder):
+    for kind in ("sft", "ipa"):
+        moved, logs = trained(folder / kind, "v2", 4, 2, kind)
+        if rank == 0:
+            save_file(moved, folder / kind / "moved.safetensors")
+            (folder / kind / "logs.json").write_text(json.dumps(logs))
 
 
 def test_two_processes_make_the_step_of_one(tmp_path):
-    (tmp_path / "run.py").write_text(PROCESS)
-    command = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--nproc_per_node",
-        "2",
-        "--rdzv_backend",
-        "c10d",
-        "--rdzv_endpoint",
-        "localhost:0",
-    ]
-    env = dict(os.environ, ACCELERATE_USE_CPU="true", PYTHONPATH=str(ROOT))
-    run = subprocess.run(
-        [*command, str(tmp_path / "run.py"), str(tmp_path)], env=env, cwd=ROOT, capture_output=True, text=True
-    )
-    assert run.returncode == 0, run.stderr[-3000:]
+    run_processes(one_of_two_processes, tmp_path)
     for kind in ("sft", "ipa"):
         found = (
             load_file(tmp_path / kind / "moved.safetensors"),
