@@ -1,5 +1,6 @@
 """What every test may ask for: the folder of the real data sets, or a skip where they are absent."""
 
+import gc
 import os
 from pathlib import Path
 
@@ -53,6 +54,7 @@ SLOW = {
         "recipe_dpo",
     ),
     *(
+        "recipe_features",
         "recipe_reward",
         "recipe_tables",
         "recipes",
@@ -80,6 +82,10 @@ def pytest_collection_modifyitems(items):
             item.add_marker(pytest.mark.slow)
     order = {name: place for place, name in enumerate(LONGEST)}
     items.sort(key=lambda item: order.get(item.module.__name__.rpartition("test_")[2], len(order)))
+
+
+def pytest_collection_finish():
+    gc.freeze()  # every training ends with a collection, which would look at all that was imported
 
 
 _SHARED = Path(os.environ.get("ONEREC_SHARED_DATA", Path(__file__).resolve().parents[2] / "shared" / "data"))

@@ -2,6 +2,7 @@
 no thread: an import takes longer than what most of these tests do.
 """
 
+import gc
 import multiprocessing
 import os
 import socket
@@ -18,6 +19,7 @@ def _process(rank, count, port, function, arguments):
     os.environ |= {"WORLD_SIZE": str(count), "LOCAL_WORLD_SIZE": str(count)}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "ACCELERATE_USE_CPU": "true"}
     torch.set_num_threads(1)
+    gc.freeze()  # as in conftest.py
     function(rank, *arguments)
     if torch.distributed.is_initialized():
         torch.distributed.barrier()
