@@ -4,7 +4,8 @@ from .bootstrap import Lift, bootstrap_lift, paired_bootstrap
 from .classification import auc, calibration, feedback_report, gauc
 from .entropy import prediction_entropy
 from .evaluate import EvaluationResult, Recommender, evaluate
-from .strata import frequency_strata, recall_by_frequency
+from .metrics import novelty_at_k
+from .strata import frequency_strata, history_strata, recall_by_frequency, recall_by_history
 
 __all__ = [
     "EvaluationResult",
@@ -17,7 +18,10 @@ __all__ = [
     "feedback_report",
     "frequency_strata",
     "gauc",
+    "history_strata",
+    "novelty_at_k",
     "paired_bootstrap",
     "prediction_entropy",
     "recall_by_frequency",
+    "recall_by_history",
 ]

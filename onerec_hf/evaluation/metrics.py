@@ -1,4 +1,5 @@
-"""Ranking metrics at item level: recall, hit, NDCG (Järvelin and Kekäläinen 2002), coverage, intra-list diversity.
+"""Ranking metrics at item level: recall, hit, NDCG (Järvelin and Kekäläinen 2002), coverage, intra-list diversity,
+novelty.
 
 Shapes: **U** users, **K** slots of a list, **N** items. A slot holds an item index in `0..N-1`, best first, or -1:
 nothing valid was recommended there. A slot of -1 is never a hit, and the slots after it keep their rank.
@@ -79,6 +80,22 @@ def diversity_at_k(predictions: np.ndarray, k: int, item_embeddings: np.ndarray)
             total = vectors.sum(0)
             diversity[user] = 1.0 - (total @ total - (vectors * vectors).sum()) / pairs
     return diversity
+
+
+def novelty_at_k(predictions: np.ndarray, k: int, counts: np.ndarray) -> np.ndarray:
+    """Novelty (Zhou et al. 2010, PNAS 107), `(U,)` in bits: mean self-information -log2 p(item) of the first k slots.
+
+    An item's p is its share of the training events, with one added to every count, so that an item never seen has a
+    finite value. NaN for a user without an item.
+
+    Args:
+        counts (`np.ndarray` of shape `(N,)`): training occurrences of every item.
+    """
+    first = _first(predictions, k)
+    bits = -np.log2((counts + 1) / (counts + 1).sum())
+    filled = first >= 0
+    number = filled.sum(1)
+    return np.where(number > 0, np.where(filled, bits[first], 0).sum(1) / np.maximum(number, 1), np.nan)
 
 
 def _first(array: np.ndarray, k: int) -> np.ndarray:

@@ -1,5 +1,5 @@
-"""Recall by how often the target occurs in training: what a recommender does for rare items, and for items it never
-saw.
+"""Recall by how often the target occurs in training and by the length of the history: what a recommender does for rare
+items, for items it never saw, and for users it hardly knows.
 
 Shapes: **U** users, **K** slots of a list, **N** items.
 """
@@ -22,13 +22,29 @@ def frequency_strata(
     Returns:
         Inclusive ranges `(low, high)`, ascending, that cover every count of a target once.
     """
-    occurrences = np.sort(counts[[item for row in targets for item in row]])
-    strata = [(0, 0)] if len(occurrences) and occurrences[0] == 0 else []
-    seen = occurrences[occurrences > 0]
-    if len(seen):
-        quantiles = np.arange(1, num_strata + 1) / num_strata
+    return _ranges(counts[[item for row in targets for item in row]], num_strata)
+
+
+def history_strata(lengths: Sequence[int], num_strata: int = 4) -> list[tuple[int, int]]:
+    """Ranges of the length of a history that hold about the same number of users each; empty ones by themselves.
+
+    Args:
+        lengths (U integers): items of each user's history.
+        num_strata (`int`, defaults to 4): ranges above 0; fewer come back where lengths tie.
+
+    Returns:
+        Inclusive ranges `(low, high)`, ascending, that cover every length once.
+    """
+    return _ranges(np.asarray(lengths), num_strata)
+
+
+def _ranges(values: np.ndarray, num_ranges: int) -> list[tuple[int, int]]:
+    strata = [(0, 0)] if (values == 0).any() else []
+    positive = values[values > 0]
+    if len(positive):
+        quantiles = np.arange(1, num_ranges + 1) / num_ranges
         low = 1
-        for high in np.unique(np.quantile(seen, quantiles, method="inverted_cdf")).astype(int).tolist():
+        for high in np.unique(np.quantile(positive, quantiles, method="inverted_cdf")).astype(int).tolist():
             strata.append((low, high))
             low = high + 1
     return strata
@@ -62,4 +78,25 @@ def recall_by_frequency(
     for low, high in strata:
         inside = (counts[item] >= low) & (counts[item] <= high)
         result.append((float(hits[inside].mean()) if inside.any() else float("nan"), int(inside.sum())))
+    return result
+
+
+def recall_by_history(
+    recalls: np.ndarray, lengths: Sequence[int], strata: Sequence[tuple[int, int]]
+) -> list[tuple[float, int]]:
+    """Mean recall of the users of each stratum.
+
+    Args:
+        recalls (`np.ndarray` of shape `(U,)`): as `evaluate` gives them, `per_user["recall@10"]`.
+        lengths, strata: see `history_strata`.
+
+    Returns:
+        `(recall, number of users)` per stratum; NaN for a stratum without a user.
+    """
+    sizes, result = np.asarray(lengths), []
+    if len(recalls) != len(sizes):
+        raise ValueError(f"need one recall and one length per user, got {len(recalls)} and {len(sizes)}.")
+    for low, high in strata:
+        inside = (sizes >= low) & (sizes <= high)
+        result.append((float(recalls[inside].mean()) if inside.any() else float("nan"), int(inside.sum())))
     return result

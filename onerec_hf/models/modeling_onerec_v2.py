@@ -225,13 +225,35 @@ class ItemHead(nn.Module):
         self.items = nn.Embedding(config.item_head_size, config.item_head_dim)
         width = None if table is None else table.get_buffer("weight").shape[1]
         self.project = None if width is None else nn.Linear(width, config.item_head_dim, bias=False)
+        self._known: tuple[tuple, torch.Tensor] | None = None
 
     def forward(self, hidden_states: torch.Tensor, table: nn.Module | None) -> torch.Tensor:
         """States of BOS (R, D) to scores of all items (R, N)."""
-        items = self.items.weight
-        if self.project is not None and table is not None:
-            items = items + self.project(table.get_buffer("weight")[1:])  # row 0 is "unknown"
-        return self.query(hidden_states) @ items.T
+        return self.query(hidden_states) @ self._vectors(table).T
+
+    def train(self, mode: bool = True) -> "ItemHead":
+        """Also forgets the items' vectors: sharded training changes weights in ways that no version counts."""
+        self._known = None
+        return super().train(mode)
+
+    def _vectors(self, table: nn.Module | None) -> torch.Tensor:
+        """Of all items (N, E). To project them all takes as long as a search, so they are kept while one serves.
+
+        What changes weights through `weight.data` calls `eval()` afterwards, so that they are made anew.
+        """
+        if self.project is None or table is None:
+            return self.items.weight
+        given = table.get_buffer("weight")
+        sources = [given, *self.items.parameters(), *self.project.parameters()]
+        keeps = not (self.training or torch.is_grad_enabled() or any(own.is_inference() for own in sources))
+        state = tuple((own.data_ptr(), own._version, own.dtype, own.device) for own in sources) if keeps else ()
+        known = self._known
+        if keeps and known is not None and known[0] == state:
+            return known[1]
+        items = self.items.weight + self.project(given[1:])  # row 0 is "unknown"
+        if keeps and not items.is_inference():
+            self._known = (state, items)
+        return items
 
 
 class OneRecV2ForCausalLM(SemanticIdForCausalLM, GenerationMixin):

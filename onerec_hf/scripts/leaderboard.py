@@ -11,27 +11,28 @@ and `item_ids` (a list, best first), or `{python: module:function}`, a function 
 is scored anew every time. A run lies in `OUTPUT/<entry>/seed<n>`; it is taken as it is if it ended with the same
 arguments, resumed if it left a checkpoint, and made anew otherwise. Writes `leaderboard.md` (means ± standard
 deviation over seeds; paired bootstrap intervals against the best baseline, which is chosen on validation; recall by
-how often the target occurs in training), `leaderboard.json` and a picture. `--run false`: of what has ended.
+how often the target occurs in training and by the length of the history; coverage, novelty, diversity),
+`leaderboard.json` and a picture. `--run false`: of what has ended.
 """
 
 import contextlib
 import io
 import json
+import os
 import shutil
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import yaml
 
 from ..data import DataFolder
-from ..evaluation import frequency_strata, paired_bootstrap
+from ..evaluation import paired_bootstrap
 from ..trainers.resume import checkpoints_of, why_incomplete
 from . import baseline, own_entry, prepare, rerank, sft
 from .checks import check_output
 from .ending import PREDICTIONS
-from .leaderboard_results import check_runs, collect, picture, tables
+from .leaderboard_results import BEYOND, TestUsers, check_runs, collect, picture, tables
 from .parser import ScriptParser, config_path
 
 RECIPES: dict[str, tuple[Any, list, str]] = {  # the script, its arguments, and the one that names the folder it writes
@@ -143,18 +144,40 @@ def run_of(args: LeaderboardArguments, entries: dict[str, dict], name: str, seed
     return str(Path(args.output) / name / f"seed{seed if seed in seeds else seeds[0]}")
 
 
+def located(args: LeaderboardArguments) -> LeaderboardArguments:
+    """With paths that do not depend on the working directory: a run's arguments are compared with them later."""
+    paths = {name: getattr(args, name) for name in ("data", "output", "source", "items")}
+    known = {name: path for name, path in paths.items() if path and (name == "output" or Path(path).exists())}
+    return replace(args, **{name: os.path.abspath(path) for name, path in known.items()})
+
+
 def prepare_source(args: LeaderboardArguments) -> str:
-    """`OUTPUT/data`, made of the source; taken as it is if the same arguments made it."""
+    """`OUTPUT/data`, made of the source; taken as it is if the same arguments made it.
+
+    Raises:
+        ValueError: They did not, and nothing shall run.
+    """
     folder, made = Path(args.output) / "data", Path(args.output) / "prepare.json"
     given = {name: getattr(args, name) for name in ("source", "layout", "columns", "items")}
     argv = [word for name, value in given.items() if value is not None for word in (f"--{name}", str(value))]
     argv = ["--config", args.prepare, *argv, "--output", str(folder)]
     (arguments,) = ScriptParser("prepare", None, [prepare.PrepareArguments]).parse(argv)
     asked = json.loads(json.dumps(asdict(arguments)))
-    if not (made.is_file() and json.loads(made.read_text(encoding="utf-8")) == asked):
-        made.unlink(missing_ok=True)
-        prepare.main(arguments)
-        made.write_text(json.dumps(asked, indent=2), encoding="utf-8")
+    known = json.loads(made.read_text(encoding="utf-8")) if made.is_file() else {}
+    if known == asked:
+        return str(folder)
+    others = [
+        f"{name}={known.get(name)!r}, asked is {asked[name]!r}" for name in asked if known.get(name) != asked[name]
+    ]
+    reason = f"{folder} was prepared with {'; '.join(others)}" if known else f"{folder} is not prepared"
+    if not args.run:
+        raise ValueError(
+            f"{reason}. With --run false nothing is made: give the same arguments, or --dataset {folder}."
+        )
+    print(f"{reason}: it is prepared now.", flush=True)
+    made.unlink(missing_ok=True)
+    prepare.main(arguments)
+    made.write_text(json.dumps(asked, indent=2), encoding="utf-8")
     return str(folder)
 
 
@@ -215,6 +238,7 @@ def run_entry(entry_command: list[str], folder: Path) -> None:
 
 def main(args: LeaderboardArguments) -> dict:
     """Runs the recipe; returns what it writes to `leaderboard.json`."""
+    args = located(args)
     output, entries = Path(args.output), load_entries(args.entries)
     if (args.data is None) == (args.source is None):
         raise ValueError(
@@ -225,10 +249,7 @@ def main(args: LeaderboardArguments) -> dict:
         raise ValueError(f"{args.entries} has no entries {sorted(unknown)}; it has {sorted(entries)}.")
     args = args if args.source is None else replace(args, data=prepare_source(args))
     data = DataFolder(str(args.data))
-    splits, num_items = data.splits, data.num_items
-    train = np.concatenate(splits["train"].with_format("numpy")["history"])
-    counts, targets = np.bincount(train, minlength=num_items), splits["test"]["targets"]
-    strata, results = frequency_strata(counts, targets), {}
+    test, results = TestUsers.of(data), {}
     seeds = {name: seeds_of(args, entries[name]) for name in args.only or entries}
     runs = [(name, command(args, entries, name, n), output / name / f"seed{n}") for name in seeds for n in seeds[name]]
     if args.run:
@@ -241,7 +262,7 @@ def main(args: LeaderboardArguments) -> dict:
         folders = [folder for own, _, folder in runs if own == name and (folder / "metrics.json").is_file()]
         if folders:
             check_runs(folders, data)
-            results[name] = collect(folders, splits["test"], counts, strata)
+            results[name] = collect(folders, test)
     baselines = [name for name in results if "validation" in results[name]]
     if not baselines:
         raise ValueError(f"no baseline has ended in {output}: there is nothing to compare with.")
@@ -252,10 +273,16 @@ def main(args: LeaderboardArguments) -> dict:
         result["interval"] = {
             kind: paired_bootstrap(users[kind][name], users[kind][reference]) for kind in PREDICTIONS
         }
-    report = {"reference": reference, "strata": strata, "results": results}
+    report = {
+        "reference": reference,
+        "strata": test.by_frequency,
+        "histories": test.by_history,
+        "beyond": BEYOND,
+        "results": results,
+    }
     (output / "leaderboard.json").write_text(json.dumps(report, indent=2), encoding="utf-8")
-    (output / "leaderboard.md").write_text(tables(results, reference, strata), encoding="utf-8")
-    picture(results, strata, output / "leaderboard.png")
+    (output / "leaderboard.md").write_text(tables(results, reference, test), encoding="utf-8")
+    picture(results, test.by_frequency, output / "leaderboard.png")
     return report
 
 

@@ -1,6 +1,7 @@
 """What `onerec leaderboard` reads from its runs, and how it shows it: a table and a picture."""
 
 import json
+from dataclasses import dataclass
 from pathlib import Path
 
 import datasets
@@ -9,12 +10,56 @@ from matplotlib.figure import Figure
 
 from .. import Catalogue
 from ..data import DataFolder
-from ..evaluation import recall_by_frequency
+from ..evaluation import frequency_strata, history_strata, novelty_at_k, recall_by_frequency, recall_by_history
+from ..evaluation.metrics import coverage_at_k, diversity_at_k
 from ..hub import table_cell
 from ..hub.pictures import plot_label
 from .ending import PREDICTIONS
 
 METRICS = ("recall@5", "recall@10", "recall@20", "ndcg@10")
+BEYOND = ("coverage@10", "novelty@10", "diversity@10")
+
+
+@dataclass(frozen=True)
+class TestUsers:
+    """What every entry is measured on.
+
+    Attributes:
+        rows: the test split.
+        counts (`np.ndarray` of shape `(N,)`): training occurrences of every item.
+        embeddings (`np.ndarray` of shape `(N, D)`): of the items, for diversity.
+        by_frequency, by_history: see `frequency_strata` and `history_strata`.
+    """
+
+    rows: datasets.Dataset
+    counts: np.ndarray
+    embeddings: np.ndarray
+    by_frequency: list[tuple[int, int]]
+    by_history: list[tuple[int, int]]
+
+    @classmethod
+    def of(cls, data: DataFolder) -> "TestUsers":
+        train = np.concatenate(data.splits["train"].with_format("numpy")["history"])
+        rows, counts = data.splits["test"], np.bincount(train, minlength=data.num_items)
+        lengths = [len(history) for history in rows["history"]]
+        return cls(
+            rows, counts, data.item_embeddings, frequency_strata(counts, rows["targets"]), history_strata(lengths)
+        )
+
+    def measure(self, table: datasets.Dataset) -> dict[str, list[float]]:
+        """Recall@10 by frequency and by history, and what is beyond accuracy, of one run's lists."""
+        lists, lengths = np.array(table["predictions"]), [len(history) for history in self.rows["history"]]
+        by_frequency = recall_by_frequency(lists, self.rows["targets"], self.counts, self.by_frequency)
+        by_history = recall_by_history(np.array(table["recall@10"]), lengths, self.by_history)
+        return {
+            "strata": [recall for recall, _ in by_frequency],
+            "histories": [recall for recall, _ in by_history],
+            "beyond": [
+                coverage_at_k(lists, 10, len(self.counts)),
+                float(np.nanmean(novelty_at_k(lists, 10, self.counts))),
+                float(np.nanmean(diversity_at_k(lists, 10, self.embeddings))),
+            ],
+        }
 
 
 def check_runs(folders: list[Path], data: DataFolder) -> None:
@@ -29,7 +74,7 @@ def check_runs(folders: list[Path], data: DataFolder) -> None:
             data.check_model(folder, Catalogue.from_pretrained(folder))
 
 
-def collect(folders: list[Path], test: datasets.Dataset, counts: np.ndarray, strata: list) -> dict:
+def collect(folders: list[Path], test: TestUsers) -> dict:
     """Means and deviations over the seeds of one entry, and each user's recall@10, averaged over them."""
     reports = [json.loads((folder / "metrics.json").read_text(encoding="utf-8")) for folder in folders]
     result = {"seeds": len(folders), "seconds": [r.get("fit_seconds", r.get("train_seconds")) for r in reports]}
@@ -37,7 +82,7 @@ def collect(folders: list[Path], test: datasets.Dataset, counts: np.ndarray, str
         result["validation"] = float(np.mean([report["validation"]["ndcg@10"] for report in reports]))
     for kind, name in PREDICTIONS.items():
         tables = [datasets.Dataset.from_parquet(str(folder / f"{name}.parquet")) for folder in folders]
-        if any(table["user"] != test["user"] for table in tables):
+        if any(table["user"] != test.rows["user"] for table in tables):
             raise ValueError(
                 f"{folders[0].parent} was run on other test users than --dataset has: delete that folder."
             )
@@ -45,15 +90,12 @@ def collect(folders: list[Path], test: datasets.Dataset, counts: np.ndarray, str
         result[kind] = {m: (float(np.mean(v)), float(np.std(v, ddof=1)) if v[1:] else None) for m, v in values.items()}
         result[f"users_{kind}"] = np.mean([table["recall@10"] for table in tables], axis=0)
         if kind == "test":
-            recalls = [
-                recall_by_frequency(np.array(table["predictions"]), test["targets"], counts, strata)
-                for table in tables
-            ]
-            result["strata"] = [float(np.mean([recall[i][0] for recall in recalls])) for i in range(len(strata))]
+            measured = [test.measure(table) for table in tables]
+            result |= {name: np.mean([each[name] for each in measured], axis=0).tolist() for name in measured[0]}
     return result
 
 
-def tables(results: dict, reference: str, strata: list) -> str:
+def tables(results: dict, reference: str, test: TestUsers) -> str:
     """Markdown; kept / masked in every cell, best recall@10 first."""
 
     def number(mean, deviation):
@@ -70,11 +112,25 @@ def tables(results: dict, reference: str, strata: list) -> str:
         seconds = f"{np.mean(result['seconds']):.0f}" if trained else "-"
         against = "-" if name == reference else intervals
         lines.append(f"| {' | '.join([table_cell(name), str(result['seeds']), *cells, against, seconds])} |")
-    heads = ["recall@10, target seen so often in training", *(f"{low}-{high}" for low, high in strata)]
-    lines += ["", f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
-    for name, result in results.items():
-        lines.append(f"| {table_cell(name)} | {' | '.join(f'{recall:.4f}' for recall in result['strata'])} |")
+    for name, title, columns in (
+        ("strata", "recall@10, target seen so often in training", ranges(test.by_frequency)),
+        ("histories", "recall@10, items in the history", ranges(test.by_history)),
+        ("beyond", "beyond accuracy", [*BEYOND]),
+    ):
+        lines += ["", f"| {' | '.join([title, *columns])} |", "|---" * (len(columns) + 1) + "|"]
+        for entry, result in results.items():
+            lines.append(f"| {table_cell(entry)} | {' | '.join(f'{value:.4f}' for value in result[name])} |")
+    lines += [
+        "",
+        "All three with seen items kept. coverage: share of the catalogue in some list. novelty: bits, -log2 of an "
+        "item's share of the training events. diversity: mean cosine distance of the items of a list.",
+    ]
     return "\n".join(lines) + "\n"
+
+
+def ranges(strata: list[tuple[int, int]]) -> list[str]:
+    """What stands above their columns."""
+    return [str(low) if low == high else f"{low}-{high}" for low, high in strata]
 
 
 def picture(results: dict, strata: list, path: Path) -> None:
@@ -93,7 +149,7 @@ def picture(results: dict, strata: list, path: Path) -> None:
     left.legend(frameon=False, fontsize=8)
     for name in results:
         right.plot(results[name]["strata"], marker="o", markersize=3, linewidth=1.2, label=plot_label(name))
-    right.set_xticks(range(len(strata)), [str(low) if low == high else f"{low}-{high}" for low, high in strata])
+    right.set_xticks(range(len(strata)), ranges(strata))
     right.set_xlabel("training occurrences of the target")
     right.legend(frameon=False, fontsize=8, ncols=2)
     for axis in (left, right):

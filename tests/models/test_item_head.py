@@ -1,6 +1,8 @@
 """The item head of OneRec-V2: its loss by hand, its scores, and the ways to serve with it."""
 
+import copy
 import itertools
+import pickle
 
 import numpy as np
 import pytest
@@ -111,6 +113,51 @@ def test_it_is_saved_and_checked(tmp_path):
         match="item_head_dim=8 with item_head_size=0: a head has a width and a number",
     ):
         OneRecV2Config(codebook_sizes=[4, 4], item_head_dim=8)
+
+
+def test_the_vectors_of_the_items_follow_the_weights():
+    """They are kept from one call to the next, and never after a weight has changed."""
+    catalogue = tiny_catalogue()
+    model = model_with(catalogue, vectors=True)
+    context, head = inputs(catalogue, model, vectors=True), model.item_head
+
+    def scores():
+        found = model.score_items(**context)
+        head._known = None
+        assert_close(found, model.score_items(**context))
+        return found
+
+    before = scores()
+    assert model.score_items(**context) is not None and (first := head._known[1]) is not None
+    model.score_items(**context)
+    assert head._known[1] is first
+    weights = {name: weight.clone() for name, weight in model.state_dict().items()}
+    changes = [
+        lambda: head.project.weight.mul_(2),
+        lambda: torch.optim.SGD([head.items.weight], lr=0.5).step(),
+        lambda: model.model.context_processor.embed_features.fill("item_vectors", torch.randn(65, 5)),
+        lambda: setattr(head.project.weight, "data", torch.randn_like(head.project.weight)),
+        lambda: model.load_state_dict(weights),
+    ]
+    last = before
+    head.items.weight.grad = torch.ones_like(head.items.weight).cumsum(0)
+    for change in changes:
+        with torch.no_grad():
+            change()
+        now = scores()
+        assert not torch.allclose(now, last)
+        last = now
+    assert_close(last, before)
+    model.double()
+    assert model.score_items(**context).dtype == torch.float32 and head._known[1].dtype == torch.float64
+    model.train().eval()
+    assert head._known is None
+    loss = model(**context, target_ids=targets(catalogue, model, [[1], [2], [3]])).loss
+    loss.backward()
+    assert head._known is None and head.project.weight.grad.abs().sum() > 0
+    with torch.inference_mode():
+        assert_close(model.score_items(**context), before)
+    copy.deepcopy(model), pickle.dumps(model)
 
 
 def test_a_reranker_reads_it(tmp_path):

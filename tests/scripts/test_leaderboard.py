@@ -2,6 +2,7 @@
 
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import datasets
@@ -11,7 +12,14 @@ import torch
 import yaml
 
 from onerec_hf import Catalogue
-from onerec_hf.evaluation import frequency_strata, paired_bootstrap, recall_by_frequency
+from onerec_hf.evaluation import (
+    frequency_strata,
+    history_strata,
+    novelty_at_k,
+    paired_bootstrap,
+    recall_by_frequency,
+    recall_by_history,
+)
 from onerec_hf.item_embeddings import ItemAlignment
 from onerec_hf.semantic_ids import RQVAE, load_quantizer
 
@@ -30,6 +38,22 @@ def test_recall_by_frequency_by_hand():
     assert np.isnan(recall_by_frequency(predictions, targets, counts, [(5, 8)], k=2)[0][0])
     with pytest.raises(ValueError, match="1 <= k <= 2"):
         recall_by_frequency(predictions, targets, counts, strata, k=3)
+
+
+def test_recall_by_history_and_novelty_by_hand():
+    lengths = [0, 1, 2, 2, 5, 9]
+    strata = history_strata(lengths, num_strata=2)
+    assert strata == [(0, 0), (1, 2), (3, 9)]
+    recalls = np.array([1.0, 0.0, 1.0, 0.5, 0.0, 1.0])
+    assert recall_by_history(recalls, lengths, strata) == [(1.0, 1), (0.5, 3), (0.5, 2)]
+    assert np.isnan(recall_by_history(recalls, lengths, [(10, 12)])[0][0])
+    with pytest.raises(ValueError, match="one recall and one length per user, got 6 and 2"):
+        recall_by_history(recalls, [1, 2], strata)
+
+    counts = np.array([7, 3, 0, 2])  # with one more each: 8, 4, 1, 3 of 16
+    lists = np.array([[0, 1], [2, -1], [-1, -1]])
+    np.testing.assert_allclose(novelty_at_k(lists, 2, counts), [1.5, 4.0, np.nan])
+    np.testing.assert_allclose(novelty_at_k(lists, 1, counts), [1.0, 4.0, np.nan])
 
 
 def test_strata_cover_every_target_once():
@@ -143,6 +167,17 @@ def test_leaderboard_runs_resumes_and_compares(prepared, tmp_path, monkeypatch):
     interval = paired_bootstrap(users["bert4rec"], users[report["reference"]])
     assert results["bert4rec"]["interval"]["test"] == interval
     assert len(results["tiger"]["strata"]) == len(report["strata"])
+
+    # the mean over users of a table by history is the table's recall; every list of the popular items is the same
+    test = leaderboard.DataFolder(str(prepared)).splits["test"]
+    sizes = [
+        size
+        for _, size in recall_by_history(np.zeros(len(test)), list(map(len, test["history"])), report["histories"])
+    ]
+    for result in results.values():
+        assert result["test"]["recall@10"][0] == pytest.approx(np.average(result["histories"], weights=sizes))
+    coverage, novelty, diversity = results["popularity"]["beyond"]
+    assert coverage == pytest.approx(10 / 12) and 0 < novelty < 8 and 0 < diversity < 2
     assert json.loads((tmp_path / "leaderboard.json").read_text())["reference"] == report["reference"]
     assert "| bert4rec | 2 |" in (tmp_path / "leaderboard.md").read_text()
     assert (tmp_path / "leaderboard.png").read_bytes()[:4] == b"\x89PNG"
@@ -202,7 +237,7 @@ def test_the_small_leaderboard_trains_the_small_model_with_an_item_head():
     assert load_entries("small_leaderboard.yaml")["onerec_v2"]["model"] == small | {"item_head_dim": 64}
 
 
-def test_one_command_from_a_log_to_the_table(tmp_path, capsys):
+def test_one_command_from_a_log_to_the_table(tmp_path, capsys, monkeypatch):
     """It prepares, trains, re-ranks; a second time it takes what is there, and makes anew what hangs on a lost run."""
     from onerec_hf.scripts import leaderboard
 
@@ -226,11 +261,12 @@ def test_one_command_from_a_log_to_the_table(tmp_path, capsys):
     )
     arguments = leaderboard.LeaderboardArguments(
         source=str(tmp_path / "log.csv"),
-        output=str(tmp_path / "board"),
+        output="board",
         entries=str(tmp_path / "entries.yaml"),
         prepare=str(tmp_path / "prepare.yaml"),
         seeds=[0, 1],
     )
+    monkeypatch.chdir(tmp_path)
     report = leaderboard.main(arguments)
     printed = capsys.readouterr().out
     assert "texts: none of the items' columns (none)" in printed and "codebooks of 4 codes for 12 items" in printed
@@ -256,6 +292,19 @@ def test_one_command_from_a_log_to_the_table(tmp_path, capsys):
     leaderboard.main(arguments)
     anew = {path.parent.relative_to(board) for path, stamp in stamps.items() if path.stat().st_mtime_ns != stamp}
     assert anew == {Path("model/seed1"), Path("reranked/seed1")}
+
+    # the same folder from another working directory; nothing is prepared where nothing shall run
+    stamps = {path: path.stat().st_mtime_ns for path in stamps}
+    monkeypatch.chdir(board)
+    near = replace(arguments, source="../log.csv", output=".")
+    leaderboard.main(near)
+    leaderboard.main(replace(near, run=False))
+    with pytest.raises(ValueError, match=r"num_levels=2, asked is 3.*--run false nothing is made"):
+        (tmp_path / "prepare.yaml").write_text(sizes.replace("num_levels: 2", "num_levels: 3"), encoding="utf-8")
+        leaderboard.main(replace(near, run=False))
+    with pytest.raises(ValueError, match=r"board2.data is not prepared"):
+        leaderboard.main(replace(near, run=False, output="board2"))
+    assert all(path.stat().st_mtime_ns == stamp for path, stamp in stamps.items())
 
 
 @pytest.mark.parametrize(
