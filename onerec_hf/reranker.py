@@ -41,6 +41,8 @@ class Reranker:
         weights (`dict`, *optional*): By kind (`"kept"`, `"masked"`), a weight per feature; `fit` makes it.
         num_candidates (`int`, defaults to 50): What each scorer adds to the candidates.
         item_head (`bool`, defaults to `False`): The item head of the model is a scorer, too.
+        search (`bool`, defaults to `True`): A model's search proposes and judges. False: the scorers alone, what a
+            re-ranked model must be compared with.
     """
 
     def __init__(
@@ -49,16 +51,20 @@ class Reranker:
         weights: Mapping[str, Mapping[str, float]] | None = None,
         num_candidates: int = 50,
         item_head: bool = False,
+        search: bool = True,
     ):
         if without := [name for name, scorer in scorers.items() if not hasattr(scorer, "score_items")]:
             raise TypeError(f"the scorers {without} have no `score_items(examples)`; `onerec_hf.baselines` have it.")
         if num_candidates < 1:
             raise ValueError(f"num_candidates={num_candidates}: at least 1.")
-        self.scorers, self.num_candidates, self.item_head = dict(scorers), num_candidates, item_head
+        self.scorers, self.num_candidates = dict(scorers), num_candidates
+        self.item_head, self.search = item_head, search
         self.positions: torch.Tensor | None = None  # (N,) the scorers' index of each item; None: the same
-        self.parts = (CODES, *([ITEM_HEAD] if item_head else []), *self.scorers)
+        self.parts = (*([CODES] if search else []), *([ITEM_HEAD] if item_head else []), *self.scorers)
+        if not self.parts:
+            raise ValueError("without a search and an item head there must be scorers.")
         best = (f"{part}, of the best" for part in self.parts)
-        self.features = (*self.parts, *best, "not in the beam", "popularity", "seen")
+        self.features = (*self.parts, *best, *(["not in the beam"] if search else []), "popularity", "seen")
         self.weights = {kind: dict(own) for kind, own in (weights or {}).items()}
         for kind, own in self.weights.items():
             if kind not in KINDS or set(own) != set(self.features):
@@ -66,7 +72,7 @@ class Reranker:
 
     def candidates(
         self,
-        found: RecommendedItems,
+        found: RecommendedItems | None,
         histories: Sequence[Sequence[int]],
         catalogue: Catalogue,
         allowed_items: torch.Tensor | None = None,
@@ -76,7 +82,7 @@ class Reranker:
         What may be recommended, and what speaks for it.
 
         Args:
-            found: The beam's items and scores, (B, K).
+            found: The beam's items and scores, (B, K); None for the scorers alone.
             histories: Item indices of the catalogue, one list per user.
             allowed_items (`torch.BoolTensor` of shape (B or 1, N), *optional*): Items a user may get.
             head_scores (`torch.FloatTensor` of shape (B, N), *optional*): Of the model's item head.
@@ -84,27 +90,32 @@ class Reranker:
         Returns:
             Item indices (B, C), -1 where a row has fewer, each item once; and features (B, C, F).
         """
-        beam, log_probs = found.items.cpu(), found.scores.float().cpu()
+        if (found is not None) != self.search:
+            raise ValueError(f"found={found}, and this re-ranker has search={self.search}: one goes with the other.")
         scores = self._scores(histories, head_scores)
-        columns, forbidden = [beam], None if allowed_items is None else ~allowed_items.cpu()
+        columns = [] if found is None else [found.items.cpu()]
+        forbidden = None if allowed_items is None else ~allowed_items.cpu()
         for own in scores.values():
             own = own if forbidden is None else own.masked_fill(forbidden, -torch.inf)
             best = own.topk(min(self.num_candidates, own.shape[1]))
             columns.append(best.indices.masked_fill(best.values == -torch.inf, -1))
         items = _once(torch.cat(columns, dim=1))
         known = items.clamp(min=0)
-        in_beam = (items[:, :, None] == beam[:, None, :]) & (items >= 0)[:, :, None]  # (B, C, K)
-        worst = log_probs.masked_fill(beam < 0, torch.inf).amin(1, keepdim=True)
-        codes = torch.where(in_beam.any(2), log_probs.gather(1, in_beam.int().argmax(2)), worst)
+        parts, flags = [], []
+        if found is not None:
+            beam, log_probs = columns[0], found.scores.float().cpu()
+            in_beam = (items[:, :, None] == beam[:, None, :]) & (items >= 0)[:, :, None]  # (B, C, K)
+            worst = log_probs.masked_fill(beam < 0, torch.inf).amin(1, keepdim=True)
+            parts = [torch.where(in_beam.any(2), log_probs.gather(1, in_beam.int().argmax(2)), worst)]
+            flags = [(~in_beam.any(2)).float()]
         past = pad_sequence([torch.as_tensor(list(own), dtype=torch.long) for own in histories], True, -2)
         seen = (items[:, :, None] == past[:, None, :]).any(2)
         counts = catalogue.popularity
         popularity = torch.zeros(known.shape) if counts is None else torch.as_tensor(counts)[known].float().log1p()
-        parts = [codes, *(own.gather(1, known).clamp(min=_FLOOR) for own in scores.values())]
+        parts += [own.gather(1, known).clamp(min=_FLOOR) for own in scores.values()]
         parts = [part.nan_to_num(neginf=_FLOOR).masked_fill(items < 0, _FLOOR) for part in parts]
         relative = [(part - part.amax(1, keepdim=True)).exp() for part in parts]
-        flags = [(~in_beam.any(2)).float(), popularity, seen.float()]
-        return items, torch.stack([*parts, *relative, *flags], dim=2)
+        return items, torch.stack([*parts, *relative, *flags, popularity, seen.float()], dim=2)
 
     def __call__(
         self,
@@ -225,7 +236,7 @@ class Reranker:
             (folder / FOLDER / name).mkdir(parents=True, exist_ok=True)
             scorer.save_pretrained(folder / FOLDER / name)
         settings = {"scorers": classes, "weights": self.weights, "num_candidates": self.num_candidates}
-        settings["item_head"] = self.item_head
+        settings |= {"item_head": self.item_head, "search": self.search}
         if self.positions is not None:
             settings["positions"] = self.positions.tolist()
         (folder / CONFIG_NAME).write_text(json.dumps(settings, indent=2), encoding="utf-8")
@@ -238,7 +249,8 @@ class Reranker:
         for name, kind in settings["scorers"].items():
             paths = [cached_file(str(repo), f"{FOLDER}/{name}/{file}", **hub_kwargs) for file in FILES]
             scorers[name] = baselines.SCORERS[kind].from_pretrained(Path(str(paths[0])).parent)
-        reranker = cls(scorers, settings["weights"], settings["num_candidates"], settings["item_head"])
+        names = ("weights", "num_candidates", "item_head", "search")
+        reranker = cls(scorers, **{name: settings[name] for name in names if name in settings})
         if "positions" in settings:
             reranker.positions = torch.tensor(settings["positions"])
         return reranker

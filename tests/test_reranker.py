@@ -11,7 +11,7 @@ import torch
 from transformers import pipeline
 
 from onerec_hf.baselines import CoOccurrence, SASRec
-from onerec_hf.data import load_splits
+from onerec_hf.data import DataFolder, load_splits
 from onerec_hf.models import RecommendedItems
 from onerec_hf.recommender import Recommender
 from onerec_hf.reranker import Reranker
@@ -65,6 +65,28 @@ def test_candidates_and_features_as_plain_loops_make_them(masked):
             absent, popularity, seen = numbers[6:].tolist()
             assert popularity == pytest.approx(np.log1p(item)) and absent == (item not in beam)
             assert seen == (item in histories[row])
+
+
+def test_without_a_search_the_scorers_alone_propose_and_judge():
+    """The same numbers as with one, for the items that they propose."""
+    catalogue, histories = tiny_catalogue(), [[1, 2], [3]]
+    whole, alone = Reranker(scorers(), num_candidates=3), Reranker(scorers(), num_candidates=3, search=False)
+    assert alone.features == tuple(name for name in whole.features if "codes" not in name and "beam" not in name)
+    items, features = alone.candidates(None, histories, catalogue)
+    with_search, its_features = whole.candidates(BEAM, histories, catalogue)
+    columns = [whole.features.index(name) for name in alone.parts]
+    for row in range(2):
+        places = {int(item): place for place, item in enumerate(with_search[row]) if item >= 0}
+        own = [int(item) for item in items[row] if item >= 0]
+        every = [scorer.score_items({"history": histories})[row].topk(3) for scorer in alone.scorers.values()]
+        assert set(own) == {int(i) for best in every for i, s in zip(best.indices, best.values) if s > -torch.inf}
+        assert_close(features[row, : len(own), :2], its_features[row][[places[item] for item in own]][:, columns])
+    with pytest.raises(ValueError, match="this re-ranker has search=False"):
+        alone.candidates(BEAM, histories, catalogue)
+    with pytest.raises(ValueError, match="found=None, and this re-ranker has search=True"):
+        whole.candidates(None, histories, catalogue)
+    with pytest.raises(ValueError, match="there must be scorers"):
+        Reranker({}, search=False)
 
 
 def test_scorers_say_log_probabilities():
@@ -276,6 +298,33 @@ def test_the_command_fits_on_validation_and_saves_with_the_model(trained, tmp_pa
         rerank.main(rerank.RerankArguments(**settings | {"scorers": []}))
     with pytest.raises(ValueError, match=r"popularity holds no baseline that can score items"):
         rerank.main(rerank.RerankArguments(**settings | {"scorers": [str(trained / "popularity")]}))
+
+
+def test_the_command_combines_scorers_without_a_model(trained, tmp_path):
+    from onerec_hf.scripts import rerank
+
+    settings = {"data": str(trained / "data"), "output": str(tmp_path / "ensemble")}
+    names = ["cooccurrence", "sasrec"]
+    report = rerank.main(rerank.RerankArguments(**settings, scorers=[str(trained / name) for name in names]))
+    assert set(report["reranker"]["kept"]["recall@10 of half of the users"]) == {
+        "all",
+        "without cooccurrence",
+        "without sasrec",
+    }
+    # one user by hand: the sum of the weighted features orders the candidates
+    test = load_splits(trained / "data")["test"]
+    kinds = (CoOccurrence, SASRec)
+    known = {name: kind.from_pretrained(trained / name / "model") for name, kind in zip(names, kinds)}
+    weights = {kind: report["reranker"][kind]["weights"] for kind in ("kept", "masked")}
+    reranker, catalogue = Reranker(known, weights, search=False), DataFolder(trained / "data").catalogue
+    lists = datasets.Dataset.from_parquet(str(tmp_path / "ensemble" / "predictions.parquet"))
+    ranked = reranker(None, test["history"][:3], catalogue, 10, "kept").items.tolist()
+    assert [row[:10] for row in lists["predictions"][:3]] == ranked
+    masked = datasets.Dataset.from_parquet(str(tmp_path / "ensemble" / "predictions_exclude_seen.parquet"))
+    for history, row in zip(test["history"], masked["predictions"]):
+        assert not set(history) & set(row)
+    with pytest.raises(ValueError, match="without a model, give scorers and an output"):
+        rerank.main(rerank.RerankArguments(**settings))
 
 
 def test_what_a_reranker_refuses(tmp_path):

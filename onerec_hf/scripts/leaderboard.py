@@ -6,13 +6,13 @@
 `--dataset` is a folder that `onerec prepare` wrote. Without one, `--source` is the log: it is prepared into
 `OUTPUT/data` first, with the arguments of `--prepare`. An entry of the YAML file names a command, `recipe: baseline`
 or `sft`, its arguments, and `seeds` where one is enough. `recipe: rerank` names entries above it as `model` and
-`scorers`, and takes their runs of the same seed. One's own model is `{predictions: FILE}`, a table of `user_id`
-and `item_ids` (a list, best first), or `{python: module:function}`, a function of histories of item ids and `k`; it
-is scored anew every time. A run lies in `OUTPUT/<entry>/seed<n>`; it is taken as it is if it ended with the same
-arguments, resumed if it left a checkpoint, and made anew otherwise. Writes `leaderboard.md` (means ± standard
-deviation over seeds; paired bootstrap intervals against the best baseline, which is chosen on validation; recall by
-how often the target occurs in training and by the length of the history; coverage, novelty, diversity),
-`leaderboard.json` and a picture. `--run false`: of what has ended.
+`scorers`, and takes their runs of the same seed; without a `model` it is the scorers alone. One's own model is
+`{predictions: FILE}`, a table of `user_id` and `item_ids` (a list, best first), or `{python: module:function}`, a
+function of histories of item ids and `k`; it is scored anew every time. A run lies in `OUTPUT/<entry>/seed<n>`; it is
+taken as it is if it ended with the same arguments, resumed if it left a checkpoint, and made anew otherwise. Writes
+`leaderboard.md` (means ± standard deviation over seeds; paired bootstrap intervals against the best baseline, which is
+chosen on validation, or `--reference`; recall by how often the target occurs in training and by the length of the
+history; coverage, novelty, diversity), `leaderboard.json` and a picture. `--run false`: of what has ended.
 """
 
 import contextlib
@@ -59,6 +59,9 @@ class LeaderboardArguments:
     layout: str | None = field(default=None, metadata={"help": "Of the source: logs (the default), amazon, kuairand."})
     columns: str | None = field(default=None, metadata={"help": "Of the source: our names to yours."})
     items: str | None = field(default=None, metadata={"help": "Item table that belongs to the source."})
+    reference: str | None = field(
+        default=None, metadata={"help": "Entry to compare with; default the best baseline on validation."}
+    )
     prepare: str = field(
         default="small_prepare.yaml",
         metadata={"help": "YAML file of `onerec prepare`, for the source."},
@@ -92,18 +95,18 @@ def load_entries(path: str) -> dict[str, dict]:
 
 def parts(entry: dict) -> list[str]:
     """The entries that an entry re-ranks."""
-    return [entry.get("model", "no model"), *entry.get("scorers", [])]
+    return [*([entry["model"]] if "model" in entry else []), *entry.get("scorers", [])]
 
 
 def check_parts(path: str, name: str, entry: dict, above: dict[str, dict]) -> None:
     """Refuses an entry that re-ranks what is not above it, or what does not score items."""
     if absent := [each for each in parts(entry) if each not in above]:
         raise ValueError(f"{path}: {name} re-ranks {absent}, which are no entries above it; those are {[*above]}.")
-    model, *scorers = parts(entry)
-    if above[model]["recipe"] != "sft":
+    if "model" in entry and above[entry["model"]]["recipe"] != "sft":
         raise ValueError(
-            f"{path}: {name} has model={model!r}, an entry that trains no OneRec: name one of recipe sft."
+            f"{path}: {name} has model={entry['model']!r}, an entry that trains no OneRec: name one of recipe sft."
         )
+    scorers = entry.get("scorers", [])
     if silent := [each for each in scorers if above[each].get("name") not in rerank.SCORER_NAMES]:
         raise ValueError(
             f"{path}: {name} has the scorers {silent}, which do not score items: name baselines among "
@@ -116,8 +119,9 @@ def command(args: LeaderboardArguments, entries: dict[str, dict], name: str, see
     entry = entries[name]
     settings = {"data": args.data} | {key: value for key, value in entry.items() if key not in ("recipe", "seeds")}
     if entry["recipe"] == "rerank":
-        model, *scorers = (run_of(args, entries, each, seed) for each in parts(entry))
-        settings |= {"model": model, "scorers": scorers}
+        folders = {each: run_of(args, entries, each, seed) for each in parts(entry)}
+        settings |= {"scorers": [folders[each] for each in entry.get("scorers", [])]}
+        settings |= {"model": folders[entry["model"]]} if "model" in entry else {}
     argv = ["--seed", str(seed)]
     for name, value in settings.items():
         if value == []:
@@ -245,7 +249,7 @@ def main(args: LeaderboardArguments) -> dict:
             f"data={args.data!r} and source={args.source!r}: give one, a data folder or a log to prepare."
         )
     check_output(args.output, replaces=False)
-    if unknown := set(args.only) - set(entries):
+    if unknown := {*args.only, *([args.reference] if args.reference else [])} - set(entries):
         raise ValueError(f"{args.entries} has no entries {sorted(unknown)}; it has {sorted(entries)}.")
     args = args if args.source is None else replace(args, data=prepare_source(args))
     data = DataFolder(str(args.data))
@@ -264,9 +268,9 @@ def main(args: LeaderboardArguments) -> dict:
             check_runs(folders, data)
             results[name] = collect(folders, test)
     baselines = [name for name in results if "validation" in results[name]]
-    if not baselines:
-        raise ValueError(f"no baseline has ended in {output}: there is nothing to compare with.")
-    reference = max(baselines, key=lambda name: results[name]["validation"])
+    if not (args.reference in results if args.reference else baselines):
+        raise ValueError(f"no {args.reference or 'baseline'} has ended in {output}: there is nothing to compare with.")
+    reference = args.reference or max(baselines, key=lambda name: results[name]["validation"])
     results = dict(sorted(results.items(), key=lambda item: -item[1]["test_exclude_seen"]["recall@10"][0]))
     users = {kind: {name: result.pop(f"users_{kind}") for name, result in results.items()} for kind in PREDICTIONS}
     for name, result in results.items():

@@ -8,7 +8,8 @@ on validation users, once for lists where seen items may come back and once for 
 `--output` they are saved in the model's own folder. `Recommender.from_pretrained` uses what is saved;
 `recommend(..., rerank=False)` is the search alone. The test metrics of the whole replace those of the search alone,
 which stay in `metrics.json` under `search_alone`; `reranker` there holds weights, the share of targets among the
-candidates and what each scorer adds.
+candidates and what each scorer adds. Without `--model`, the scorers alone are combined in the same way: what a
+re-ranked model must beat; only `metrics.json` and the predictions are written.
 """
 
 import json
@@ -24,12 +25,15 @@ import torch
 from tqdm.auto import tqdm
 
 from ..baselines import SCORERS
+from ..collators.histories import allowed_items
 from ..data import DataFolder
 from ..item_ranker import ItemRanker
+from ..models.catalogue import Catalogue
+from ..recommender import Recommender
 from ..reranker import KINDS, Reranker
 from .baseline import BASELINES
 from .checks import check_beams, check_output, check_splits, unique_names
-from .ending import remove_earlier_results, score_model, some, write_metrics
+from .ending import remove_earlier_results, score, score_model, some, write_metrics
 from .model_arguments import load_policy
 from .parser import ScriptParser
 
@@ -38,8 +42,10 @@ SCORER_NAMES = [name for name, kind in BASELINES.items() if kind.__name__ in SCO
 
 @dataclass
 class RerankArguments:
-    model: str = field(metadata={"help": "Folder that `onerec sft`, `dpo` or `grpo` wrote."})
     data: str = field(metadata={"help": "Folder that `onerec prepare` wrote, of the same log."})
+    model: str | None = field(
+        default=None, metadata={"help": "Folder that `onerec sft`, `dpo` or `grpo` wrote; none: the scorers alone."}
+    )
     scorers: list[str] = field(
         default_factory=list, metadata={"help": f"Folders of `onerec baseline` ({', '.join(SCORER_NAMES)})."}
     )
@@ -53,6 +59,27 @@ class RerankArguments:
     batch_size: int = field(default=64, metadata={"help": "Users that are scored together."})
     seed: int = field(default=0, metadata={"help": "Of the order of equal scores."})
     device: str | None = field(default=None, metadata={"help": "cuda, cuda:1, cpu; default the processor."})
+
+
+class ScorersAlone:
+    """What ranks without a model: the scorers propose, a [`Reranker`] orders."""
+
+    def __init__(self, reranker: Reranker, catalogue: Catalogue):
+        self.reranker, self.catalogue = reranker, catalogue
+
+    def recommend(self, examples: dict[str, list], k: int, exclude_seen: bool = False) -> np.ndarray:
+        """As `ItemRanker.recommend`."""
+        rows = [dict(zip(examples, values)) for values in zip(*examples.values())]
+        kind = "masked" if exclude_seen else "kept"
+        return self.reranker.rank(*self.candidates(rows, self.reranker, exclude_seen), k, kind).items.numpy()
+
+    def candidates(
+        self, rows: list[dict], reranker: Reranker, exclude_seen: bool = False
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """As `ItemRanker.candidates`."""
+        histories = [row["history"] for row in rows]
+        allowed = allowed_items(self.catalogue, histories, exclude_seen, None, None)
+        return reranker.candidates(None, histories, self.catalogue, allowed)
 
 
 def load_scorers(folders: list[str], num_items: int) -> dict[str, Any]:
@@ -74,7 +101,7 @@ def load_scorers(folders: list[str], num_items: int) -> dict[str, Any]:
 
 
 def collect(
-    ranker: ItemRanker, reranker: Reranker, split: datasets.Dataset, kind: str, batch_size: int
+    ranker: ItemRanker | ScorersAlone, reranker: Reranker, split: datasets.Dataset, kind: str, batch_size: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Candidates (U, C) and features (U, C, F) of every user of a split."""
     parts = []
@@ -91,7 +118,7 @@ def ablation(reranker: Reranker, items: torch.Tensor, features: torch.Tensor, ta
     """recall@10 of half of the users by weights fitted on the other half: all parts, and without each of them."""
     half = torch.arange(len(items)) % 2 == 0
     taught, judged = ([targets[i] for i in rows.nonzero().flatten()] for rows in (half, ~half))
-    trial, found = Reranker(reranker.scorers, item_head=reranker.item_head), {}
+    trial, found = Reranker(reranker.scorers, item_head=reranker.item_head, search=reranker.search), {}
     for part in ("", *reranker.parts):
         own = features.clone()
         own[:, :, [i for i, name in enumerate(reranker.features) if name in (part, f"{part}, of the best")]] = 0.0
@@ -105,48 +132,80 @@ def ablation(reranker: Reranker, items: torch.Tensor, features: torch.Tensor, ta
 def check(args: RerankArguments) -> None:
     """What can be said before the model and its scorers are there."""
     check_beams(args.num_beams)
-    check_output(args.output or args.model, replaces=args.output is not None)
+    if args.model is None and not (args.scorers and args.output):
+        raise ValueError(
+            f"model=None, scorers={args.scorers}, output={args.output!r}: without a model, give scorers and an output."
+        )
+    check_output(str(args.output or args.model), replaces=args.output is not None)
     if args.num_candidates < 1:
         raise ValueError(f"num_candidates={args.num_candidates}: at least 1.")
 
 
-def main(args: RerankArguments) -> dict:
-    """Runs the recipe; returns what it writes to `metrics.json`."""
-    check(args)
-    output = Path(args.output or args.model)
-    data = DataFolder(args.data)
-    check_splits(data.splits)
-    recommender = load_policy(args.model, data, args.num_beams)
-    recommender.model.to(args.device)
-    scorers, head = load_scorers(args.scorers, data.num_items), bool(getattr(recommender.model, "item_head", None))
-    if not (scorers or head):
-        raise ValueError(
-            f"nothing to re-rank with: {args.model} has no item head. Give scorers, folders of `onerec baseline` "
-            f"({', '.join(SCORER_NAMES)})."
-        )
-    reranker = Reranker(scorers, num_candidates=args.num_candidates, item_head=head)
-    if args.output is not None and not (output.exists() and output.samefile(args.model)):
+def copy_model(args: RerankArguments) -> None:
+    """The model to `output`, without what belongs to its run."""
+    output, model = Path(str(args.output)), Path(str(args.model))
+    if not (output.exists() and output.samefile(model)):
         remove_earlier_results(output)
-        of_the_run = shutil.ignore_patterns("checkpoint-*", "command.json", "metrics.json")  # not of the model
-        shutil.copytree(args.model, output, ignore=of_the_run, dirs_exist_ok=True)
-    path = Path(args.model) / "metrics.json"
+        of_the_run = shutil.ignore_patterns("checkpoint-*", "command.json", "metrics.json")
+        shutil.copytree(model, output, ignore=of_the_run, dirs_exist_ok=True)
+
+
+def score_alone(args: RerankArguments, recommender: Recommender, test: datasets.Dataset, output: Path) -> dict:
+    """The report of the model's training, and under `search_alone` the metrics without a re-ranker."""
+    path = Path(str(args.model)) / "metrics.json"
     report = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    test = some(data.splits["test"], args.test_users, "test_users")
     alone = report.get("search_alone", {}) if "reranker" in report else report
     if not {"test", "test_exclude_seen"} <= alone.keys() or alone["test"]["num_users"] != len(test):
         alone = score_model(recommender.ranker, test, output, args.seed)  # of the same users as the whole
-    report["search_alone"] = {name: alone[name] for name in ("test", "test_exclude_seen")}
+    return report | {"search_alone": {name: alone[name] for name in ("test", "test_exclude_seen")}}
+
+
+def fit(args: RerankArguments, ranker: ItemRanker | ScorersAlone, reranker: Reranker, data: DataFolder) -> dict:
+    """Fits the weights of both kinds; returns them with what they were fitted on."""
     users = some(data.splits["validation"].shuffle(seed=0), args.fit_users, "fit_users")
     fitted: dict[str, Any] = {"scorers": args.scorers, "fit_users": len(users)}
     start = time.perf_counter()
     for kind in KINDS:
-        items, features = collect(recommender.ranker, reranker, users, kind, args.batch_size)
+        items, features = collect(ranker, reranker, users, kind, args.batch_size)
         targets = users["targets"][:]
         weights = reranker.fit(items, features, targets, kind)
         among = (items[:, :, None] == torch.tensor([own[0] for own in targets])[:, None, None]).any(2).any(1)
         fitted[kind] = {"weights": weights, "first targets among the candidates": float(among.float().mean())}
         fitted[kind]["recall@10 of half of the users"] = ablation(reranker, items, features, targets, kind)
     fitted["seconds"] = time.perf_counter() - start
+    return fitted
+
+
+def main(args: RerankArguments) -> dict:
+    """Runs the recipe; returns what it writes to `metrics.json`."""
+    check(args)
+    output, data = Path(str(args.output or args.model)), DataFolder(args.data)
+    check_splits(data.splits)
+    test = some(data.splits["test"], args.test_users, "test_users")
+    scorers = load_scorers(args.scorers, data.num_items)
+    if args.model is None:
+        output.mkdir(parents=True, exist_ok=True)
+        remove_earlier_results(output)
+        reranker = Reranker(scorers, num_candidates=args.num_candidates, search=False)
+        alone = ScorersAlone(reranker, data.catalogue)
+        report: dict[str, Any] = {"num_items": data.num_items, "reranker": fit(args, alone, reranker, data)}
+        report["fit_seconds"] = report["reranker"]["seconds"]
+        report |= score(alone, test, data.num_items, output, args.seed)
+        write_metrics(output, report)
+        return report
+    recommender = load_policy(args.model, data, args.num_beams)
+    recommender.model.to(args.device)
+    head = bool(getattr(recommender.model, "item_head", None))
+    if not (scorers or head):
+        raise ValueError(
+            f"nothing to re-rank with: {args.model} has no item head. Give scorers, folders of `onerec baseline` "
+            f"({', '.join(SCORER_NAMES)})."
+        )
+    reranker = Reranker(scorers, num_candidates=args.num_candidates, item_head=head)
+    if args.output is not None:
+        copy_model(args)
+    report = score_alone(args, recommender, test, output)
+    fitted = fit(args, recommender.ranker, reranker, data)
     reranker.save_pretrained(output)
     recommender.ranker.reranker = reranker
     report |= score_model(recommender.ranker, test, output, args.seed) | {"reranker": fitted}
@@ -157,7 +216,7 @@ def main(args: RerankArguments) -> dict:
 def run(argv: list[str] | None = None) -> None:
     """`onerec rerank`; `argv`: its arguments, by default those of the command line."""
     report = main(*ScriptParser("rerank", __doc__, [RerankArguments]).parse(argv))
-    print(json.dumps({name: report[name] for name in ("search_alone", "reranker")}, indent=2))
+    print(json.dumps({name: report[name] for name in ("search_alone", "reranker") if name in report}, indent=2))
     print(json.dumps({name: report[name] for name in ("test", "test_exclude_seen")}, indent=2))
 
 

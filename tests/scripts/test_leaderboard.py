@@ -256,6 +256,7 @@ def test_one_command_from_a_log_to_the_table(tmp_path, capsys, monkeypatch):
         f"head: {{recipe: sft, model: {model[:-1]}, item_head_dim: 4}}, max_steps: 2, report_to: none, seeds: [0]}}\n"
         f"model: {{recipe: sft, model: {model}, max_steps: 4, report_to: none, num_beams: 20}}\n"
         "both: {recipe: rerank, model: head, num_beams: 20, seeds: [0]}\n"
+        "ensemble: {recipe: rerank, scorers: [counter], seeds: [0]}\n"
         "reranked: {recipe: rerank, model: model, scorers: [counter], num_beams: 20}\n",
         encoding="utf-8",
     )
@@ -274,6 +275,7 @@ def test_one_command_from_a_log_to_the_table(tmp_path, capsys, monkeypatch):
         "counter": 1,
         "head": 1,
         "both": 1,
+        "ensemble": 1,
         "model": 2,
         "reranked": 2,
     }
@@ -292,6 +294,12 @@ def test_one_command_from_a_log_to_the_table(tmp_path, capsys, monkeypatch):
     leaderboard.main(arguments)
     anew = {path.parent.relative_to(board) for path, stamp in stamps.items() if path.stat().st_mtime_ns != stamp}
     assert anew == {Path("model/seed1"), Path("reranked/seed1")}
+
+    assert report["reference"] == "counter"
+    against = leaderboard.main(replace(arguments, run=False, reference="ensemble"))
+    assert against["reference"] == "ensemble" and against["results"]["ensemble"]["interval"]["test"] == (0.0, 0.0)
+    with pytest.raises(ValueError, match=r"has no entries \['neither'\]"):
+        leaderboard.main(replace(arguments, reference="neither"))
 
     # the same folder from another working directory; nothing is prepared where nothing shall run
     stamps = {path: path.stat().st_mtime_ns for path in stamps}
