@@ -3,8 +3,10 @@ PYTHON ?= python3
 BIN = .venv/bin
 export HF_HUB_DISABLE_TELEMETRY = 1
 export NO_MKDOCS_2_WARNING = 1
+# files stay whole, since their tests share models; they begin in the order of tests/conftest.py, the longest first
+PYTEST = HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
-.PHONY: help quickstart test test-fast test-ray test-matrix check results docs format clean
+.PHONY: help quickstart test test-fast test-ray test-foreign test-matrix check results docs format clean
 
 help:  ## what each target does
 	@sed -n 's/^\([a-z-]*\):.*##/\1:/p' $(MAKEFILE_LIST) | awk -F': *' '{printf "make %-12s %s\n", $$1, $$2}'
@@ -20,14 +22,20 @@ quickstart: $(BIN)/.installed  ## simulated world -> semantic IDs -> OneRec-V2 -
 	HF_HUB_OFFLINE=1 $(BIN)/python recipes/quickstart.py --output outputs/quickstart
 
 test: $(BIN)/.installed  ## the whole suite, offline
-	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n 2 --dist loadfile tests
+	$(PYTEST) tests
 
 test-fast: $(BIN)/.installed  ## under a minute on 2 cores, without runs of recipes and trainers, other processes, real data
-	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow and not shared_data" tests
+	$(PYTEST) -m "not slow and not shared_data" tests
 
-test-ray: $(BIN)/.installed  ## replicas of Ray Serve; Ray, which nothing else needs, is installed for it
+$(BIN)/.ray: $(BIN)/.installed
 	$(BIN)/pip install --quiet -c constraints.txt -e '.[ray]'
+	touch $@
+
+test-ray: $(BIN)/.ray  ## replicas of Ray Serve; Ray, which nothing else needs, is installed for it
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest tests/serving/test_ray.py
+
+test-foreign: $(BIN)/.installed  ## the core of the numeric tests as on a processor of another make
+	$(BIN)/python tests/matrix.py foreign
 
 test-matrix: $(BIN)/.installed  ## the numeric tests on other kernels, threads, addresses and versions of transformers
 	$(BIN)/python tests/matrix.py

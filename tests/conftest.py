@@ -1,5 +1,6 @@
 """What every test may ask for: the folder of the real data sets, or a skip where they are absent."""
 
+import gc
 import os
 from pathlib import Path
 
@@ -53,6 +54,7 @@ SLOW = {
         "recipe_dpo",
     ),
     *(
+        "recipe_features",
         "recipe_reward",
         "recipe_tables",
         "recipes",
@@ -66,11 +68,24 @@ SLOW = {
 }
 
 
+# Files that take longest: they are begun first, so that no worker ends with one of them while the others are idle.
+LONGEST = (
+    *("resume", "loop", "recipes_page", "packaging", "export", "recipes", "leaderboard", "hub", "docs"),
+    *("recipe_reward", "recipe_features", "recipe_dpo", "recipe_checks", "modeling_platform", "ipa", "grpo"),
+)
+
+
 def pytest_collection_modifyitems(items):
     for item in items:
         module, name = item.module.__name__.rpartition("test_")[2], getattr(item, "originalname", item.name)
         if {module, f"{module}::{name}"} & SLOW:
             item.add_marker(pytest.mark.slow)
+    order = {name: place for place, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: order.get(item.module.__name__.rpartition("test_")[2], len(order)))
+
+
+def pytest_collection_finish():
+    gc.freeze()  # every training ends with a collection, which would look at all that was imported
 
 
 _SHARED = Path(os.environ.get("ONEREC_SHARED_DATA", Path(__file__).resolve().parents[2] / "shared" / "data"))

@@ -19,7 +19,7 @@ TINY = {
     "mydata/reward.yaml": {"num_train_epochs": 1},
     "mydata/grpo.yaml": {"max_steps": 2, "logging_steps": 1},
     "mydata/lifelong_prepare.yaml": {"codebook_size": 16, "collaborative_dim": 16},
-    "mydata/lifelong_sft.yaml": {"num_train_epochs": 1, "eval_users": 20},
+    "mydata/lifelong_sft.yaml": {"num_train_epochs": 1, "eval_users": 20, "model": {"lifelong_length": 100}},
     "small_sft.yaml": {"num_train_epochs": 1},
     "small_dpo.yaml": {"num_train_epochs": 1, "dpo_ratio": 0.3, "num_candidates": 20, "logging_steps": 1},
     "sasrec.yaml": {"fit": {"num_epochs": 1}},
@@ -36,13 +36,19 @@ def make_desk(folder: Path) -> Path:
     (folder / "recipes" / "configs" / "mydata").mkdir(parents=True)
     for path in RECIPES.glob("*.py"):
         (folder / "recipes" / path.name).symlink_to(path)
-    small = {name: config(name) | own for name, own in TINY.items()}
+    small = {name: merged(config(name), own) for name, own in TINY.items()}
     entries = config("leaderboard.yaml")
     small["leaderboard.yaml"] = {name: entries[name] | {"seeds": [0]} for name in BASELINES}
     small["leaderboard.yaml"]["sasrec"]["fit"] = TINY["sasrec.yaml"]["fit"]
     for name, settings in small.items():
         (folder / "recipes" / "configs" / name).write_text(yaml.safe_dump(settings), encoding="utf-8")
     return folder
+
+
+def merged(settings: dict, changes: dict) -> dict:
+    """Settings with changes, those of the model one by one."""
+    model = settings.get("model", {}) | changes.get("model", {})
+    return settings | changes | ({"model": model} if model else {})
 
 
 def config(name: str) -> dict:

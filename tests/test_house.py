@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from .conftest import SLOW
+from .conftest import LONGEST, SLOW
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "onerec_hf"
@@ -214,6 +214,7 @@ def test_ruff_before_a_commit_is_ruff_in_make_check():
 
 
 def test_slow_tests_exist():
+    assert SLOW.issuperset(LONGEST)
     for name in SLOW:
         module, _, function = name.partition("::")
         path = next((ROOT / "tests").rglob(f"test_{module}.py"), None)

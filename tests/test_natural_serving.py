@@ -25,6 +25,7 @@ from onerec_hf.recommender import ItemRanker, Recommender
 
 from .hub.test_hub import save
 from .numeric import assert_close
+from .processes import CONTEXT
 from .test_recommender import HISTORIES, ids, recommender_of, same
 from .tiny import SIZES, tiny_catalogue, tiny_model
 
@@ -440,12 +441,11 @@ def test_an_explanation_beside_other_threads(with_features):
         assert_close(torch.tensor(values), torch.tensor([[part.contribution, part.attention] for part in reasons]))
 
 
-@pytest.mark.parametrize("method", ["fork", "spawn"])
-def test_processes_recommend_the_same(with_features, method):
+@pytest.mark.parametrize("context", [multiprocessing.get_context("fork"), CONTEXT], ids=["fork", "fresh"])
+def test_processes_recommend_the_same(with_features, context):
     """As a server with several workers does: it loads, then forks; or sends the recommender to fresh processes."""
     recommender, _ = with_features
     expected = recommender.recommend(HISTORIES, 5, exclude_seen=True)
-    context = multiprocessing.get_context(method)
     with ProcessPoolExecutor(2, mp_context=context, initializer=torch.set_num_threads, initargs=(1,)) as pool:
         found = [pool.submit(recommender.recommend, HISTORIES, 5, exclude_seen=True) for _ in range(4)]
         for future in found:

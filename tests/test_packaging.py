@@ -148,9 +148,15 @@ def install(distribution, folder):
     return python, site
 
 
+@pytest.fixture(scope="module")
+def installed(distributions, tmp_path_factory):
+    """The interpreter and the packages of an environment with the wheel."""
+    return install(distributions[1], tmp_path_factory.mktemp("wheel"))
+
+
 @pytest.mark.parametrize("kind", ["wheel", "sdist"])
-def test_it_installs_into_an_empty_environment_and_works(distributions, tmp_path, kind):
-    python, site = install(distributions[kind == "wheel"], tmp_path)
+def test_it_installs_into_an_empty_environment_and_works(distributions, installed, tmp_path, kind):
+    python, site = installed if kind == "wheel" else install(distributions[0], tmp_path)
     onerec_hf.SemanticIdTokenizer(codebook_sizes=[4, 4]).save_pretrained(tmp_path / "tokenizer")
     with zipfile.ZipFile(distributions[1]) as archive:
         names = {name for name in archive.namelist() if ".dist-info/" not in name}
@@ -163,9 +169,9 @@ TINY = {"hidden_size": 8, "intermediate_size": 12, "num_hidden_layers": 1, "num_
 
 
 @pytest.mark.slow
-def test_from_a_log_to_recommendations_with_the_wheel_alone(distributions, tmp_path):
-    """What a person without a checkout types, in a folder of their own."""
-    python, site = install(distributions[1], tmp_path)
+def test_from_a_log_to_recommendations_with_the_wheel_alone(installed, tmp_path):
+    """What a person without a checkout types, in a folder of their own; the training on two processes."""
+    python, site = installed
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     environment["OMP_NUM_THREADS"] = "1"  # two processes share the machine
 
@@ -181,10 +187,9 @@ def test_from_a_log_to_recommendations_with_the_wheel_alone(distributions, tmp_p
     assert str(site / "onerec_hf" / "scripts" / "configs") in onerec("--help")
     onerec("prepare --source log.csv --output data --collaborative_dim 8 --codebook_size 8 --num_levels 2")
     small = f"--model '{json.dumps(TINY | {'context_embed_dim': 4})}' --num_beams 20 --use_cpu true"
-    onerec(f"sft --config small_sft.yaml --data data --output_dir model {small} --num_train_epochs 1")
     report = onerec(
-        f"sft --accelerate_config cpu_2 --data data --output_dir two {small} --max_steps 2 --save_strategy no "
-        "--report_to none"
+        "sft --accelerate_config cpu_2 --config small_sft.yaml --data data --output_dir model "
+        f"{small} --num_train_epochs 1"
     )
     assert '"test"' in report
     onerec("recommend --repo model --dataset histories.jsonl --output served --k 3")

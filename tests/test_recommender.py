@@ -1,9 +1,6 @@
 """Histories of item ids in, item ids out: filters, features, new items, files, and what a new user gets wrong."""
 
 import datetime
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import datasets
@@ -20,6 +17,7 @@ from onerec_hf.scripts import recommend
 from onerec_hf.semantic_ids import ResidualKMeans
 
 from .numeric import assert_close
+from .processes import run_processes
 from .tiny import SIZES, tiny_catalogue, tiny_model
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -428,23 +426,17 @@ def test_features_without_a_collator_no_recommender(tmp_path):
         OneRecCollator.from_pretrained(tmp_path / "one", np.zeros((3, 3)))
 
 
+def _recommend_rows(rank, folder):
+    rows = datasets.Dataset.from_parquet(str(folder / "rows.parquet"), cache_dir=str(folder / f"cache{rank}"))
+    Recommender.from_pretrained(folder / "repo", 20).recommend_dataset(rows, folder / "out", 3, batch_size=2)
+
+
 @pytest.mark.parametrize("world", [1, 2])
 def test_every_row_of_a_dataset_once(world, tmp_path):
     recommender_of().save_pretrained(tmp_path / "repo")
     rows = datasets.Dataset.from_dict({"user": list(range(7)), "history": [[1000 + i] for i in range(7)]})
     rows.to_parquet(tmp_path / "rows.parquet")
-    code = (
-        "import sys, datasets\nfrom onerec_hf.recommender import Recommender\n"
-        "rows = datasets.Dataset.from_parquet(sys.argv[1] + '/rows.parquet', cache_dir=sys.argv[1] + '/cache' + "
-        "sys.argv[2])\nRecommender.from_pretrained(sys.argv[1] + '/repo', 20).recommend_dataset(rows, sys.argv[1] + "
-        "'/out', 3, batch_size=2)\n"
-    )
-    for rank in range(world):
-        env = dict(os.environ, RANK=str(rank), WORLD_SIZE=str(world))
-        run = subprocess.run(
-            [sys.executable, "-c", code, str(tmp_path), str(rank)], env=env, cwd=ROOT, capture_output=True, text=True
-        )
-        assert run.returncode == 0, run.stderr
+    run_processes(_recommend_rows, tmp_path, count=world)
     parts = sorted((tmp_path / "out").iterdir())
     assert [part.name for part in parts] == [f"part-{rank:05d}-of-{world:05d}.parquet" for rank in range(world)]
     found = datasets.concatenate_datasets([datasets.Dataset.from_parquet(str(part)) for part in parts])

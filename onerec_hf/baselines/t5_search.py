@@ -10,7 +10,7 @@ from typing import Any, cast
 
 import torch
 from torch.nn import ModuleList
-from torch.nn.functional import scaled_dot_product_attention
+from torch.nn.functional import linear, scaled_dot_product_attention
 from transformers import DynamicCache, T5ForConditionalGeneration
 
 from ..models.catalogue import Catalogue
@@ -24,7 +24,7 @@ class T5Beams:
     Args:
         model (`T5ForConditionalGeneration`): its weights are read, its `generate` is not used.
         catalogue (`Catalogue`): items that may be generated, on the model's device.
-        level_offsets (`list[int]`): token id of code 0 of each level.
+        level_offsets (`list[int]`): token id of code 0 of each level; the tokens of two levels do not overlap.
         states (`torch.Tensor` of shape (B, T, D)): what the encoder says.
         mask (`torch.Tensor` of shape (B, 1 or heads, 1, T)): of the attention to them: true on real tokens, or what is
             added.
@@ -43,6 +43,9 @@ class T5Beams:
         attention = [cross.EncDecAttention for _, cross, _ in self.blocks]
         self.cross = [(_heads(one, one.k(states)), _heads(one, one.v(states))) for one in attention]
         self.cache = DynamicCache()
+        # what stands in front of the codes goes with the first level
+        self.edges = [0, *sorted(set(level_offsets))[1:]]
+        self.parts = model.lm_head.weight.tensor_split(self.edges[1:])
 
     def advance(
         self, level: int, code: torch.Tensor | None = None, parent: torch.Tensor | None = None
@@ -74,10 +77,17 @@ class T5Beams:
     def log_probs(self, hidden: torch.Tensor, level: int, node: torch.Tensor | None = None) -> torch.Tensor:
         """(b * K, V) log-probabilities of the codes of `level` for some of the users."""
         config, start = self.model.config, self.level_offsets[level]
-        scale = config.d_model**-0.5 if config.scale_decoder_outputs else 1.0
-        logits = self.model.lm_head(hidden.flatten(0, 1) * scale)
-        # One pass over the vocabulary: torch's logsumexp takes three times as long on a CPU.
-        return logits.log_softmax(-1)[:, start : start + self.catalogue.codebook_sizes[level]]
+        hidden = hidden.flatten(0, 1)
+        if config.scale_decoder_outputs:
+            hidden = hidden * config.d_model**-0.5
+        # one level's logits at a time: those of a whole vocabulary leave the cache, and get new memory in every call
+        totals, own = [], hidden
+        for first, weight in zip(self.edges, self.parts):
+            logits = linear(hidden, weight)
+            totals.append(logits.logsumexp(-1))
+            if first <= start < first + len(weight):
+                own = logits[:, start - first : start - first + self.catalogue.codebook_sizes[level]]
+        return own - torch.stack(totals).logsumexp(0).unsqueeze(1)
 
 
 def _heads(attention, states: torch.Tensor) -> torch.Tensor:

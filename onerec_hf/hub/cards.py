@@ -3,6 +3,7 @@
 import json
 import re
 from collections.abc import Mapping, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -213,13 +214,18 @@ def _checked(config, license: str, papers, results, metrics, dataset_name: str) 
     return KINDS[config.model_type]
 
 
-def _render(template: str, **values: Any) -> ModelCard:
+@cache
+def _template(name: str) -> Any:
+    """Compiled once: a training writes a card with every checkpoint."""
     import jinja2  # comes with the extra `train`, as everything that writes cards
 
     environment = jinja2.Environment(trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined)
     environment.filters |= {"cell": table_cell, "line": one_line, "code": code, "python": python_string}
-    text = Path(__file__).with_name(template).read_text(encoding="utf-8")
-    return ModelCard(environment.from_string(text).render(values))
+    return environment.from_string(Path(__file__).with_name(name).read_text(encoding="utf-8"))
+
+
+def _render(template: str, **values: Any) -> ModelCard:
+    return ModelCard(_template(template).render(values))
 
 
 def _policy_inputs(config: Any) -> dict[str, Any]:

@@ -16,7 +16,6 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
-import torch
 
 from ..simulator import Visitors
 from .loop_state import Loop, read_json, read_tables, wait_for, write_json, write_table
@@ -128,8 +127,11 @@ def logger(loop: Loop) -> None:
 
 def trainer(loop: Loop) -> None:
     """The model of each day from that of the day before."""
+    import torch
+
     from .loop_training import train_day
 
+    torch.set_num_threads(1)  # the others work beside it
     for day in range(loop.args.num_days):  # what the last day teaches, nobody is served with
         target = loop.place("trained", day)
         if target.exists():
@@ -172,11 +174,14 @@ def publisher(loop: Loop) -> None:
 
 def service(loop: Loop) -> None:
     """`onerec serve` of the newest version."""
+    import torch
+
     from ..serving import Limits
     from ..serving.replicas import Replicas
     from .serve import ServeArguments
     from .serve import main as serve
 
+    torch.set_num_threads(1)
     folder = loop.root / "versions"
     wait_for(lambda: any(folder.glob("day-*")) or any((loop.root / "trained").glob("day-*")))
     newest = max([*folder.glob("day-*")] or [loop.place("trained", 0)], key=lambda path: path.name)
@@ -205,5 +210,4 @@ def leave_with(parent: int) -> None:
 
 if __name__ == "__main__":
     leave_with(int(sys.argv[3]))  # told, and not asked for: it may be gone already
-    torch.set_num_threads(1)
     PARTS[sys.argv[1]](Loop(Path(sys.argv[2])))

@@ -22,12 +22,11 @@ positions;
 import copy
 import os
 import re
-import socket
 
 import peft
 import pytest
 import torch
-from torch import multiprocessing, nn
+from torch import nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
@@ -39,6 +38,7 @@ import onerec_hf.trainers  # noqa: F401  # registers the default target modules 
 from onerec_hf import ContextKV
 
 from ..numeric import assert_close, assert_gradients_close
+from ..processes import run_processes
 from ..tiny import ARCHITECTURES, tiny_catalogue, tiny_context, tiny_model
 from .test_modeling_common import every_architecture, prepared, rows_of, targets_of
 from .test_modeling_reward import SESSION
@@ -325,10 +325,8 @@ def _save_sharded(model, folder, rank):
         model.save_pretrained(folder, state_dict=state)
 
 
-def _shard_on_one_rank(rank, port, folder):
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    torch.set_num_threads(1)
-    torch.distributed.init_process_group("gloo", rank=rank, world_size=2)
+def _shard_on_one_rank(rank, folder):
+    torch.distributed.init_process_group("gloo")
     items, mesh = tiny_catalogue(), init_device_mesh("cpu", (2,))
     for architecture in ("v1", "v2_moe"):
         plain = tiny_model(items, architecture=architecture).train()
@@ -352,8 +350,6 @@ def _shard_on_one_rank(rank, port, folder):
     reward = tiny_reward(*SESSION)
     fully_shard(reward, mesh=mesh)
     _save_sharded(reward, folder / "reward", rank)
-    torch.distributed.barrier()
-    os._exit(0)  # gloo's threads can wait for each other forever when the groups are taken down
 
 
 def test_fsdp2(tmp_path):
@@ -363,10 +359,7 @@ def test_fsdp2(tmp_path):
     What is saved of it is what the whole model would have saved: torch's class around it is no class of the
     repository.
     """
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    multiprocessing.spawn(_shard_on_one_rank, (port, tmp_path), nprocs=2)
+    run_processes(_shard_on_one_rank, tmp_path)
     catalogue = tiny_catalogue()
     for name, plain in (
         ("v1", tiny_model(catalogue, architecture="v1")),
@@ -406,11 +399,8 @@ def test_every_rule_of_a_parallel_plan_names_something(kind):
         assert getattr(model, f"{kind}_plan").items() >= getattr(model.config, f"base_model_{kind}_plan").items()
 
 
-def _split_on_one_rank(rank, port, folder):
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "RANK": str(rank), "LOCAL_RANK": str(rank)}
-    os.environ |= {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
-    torch.set_num_threads(1)
-    torch.distributed.init_process_group("gloo", rank=rank, world_size=2)
+def _split_on_one_rank(rank, folder):
+    torch.distributed.init_process_group("gloo")
     items = tiny_catalogue()
     for architecture in ("onerec", "v1", "v2_moe"):
         plain = tiny_model(items, architecture=architecture)
@@ -424,18 +414,13 @@ def _split_on_one_rank(rank, port, folder):
                 model(target_ids=targets, **context).target_log_probs, expected, atol=1e-4, rtol=1e-4
             )
             assert torch.equal(model.generate(**context, num_beams=4), plain.generate(**context, num_beams=4))
-    torch.distributed.barrier()
-    os._exit(0)
 
 
 def test_tensor_and_expert_parallel(tmp_path):
     """Two processes, each with half of the heads and of the experts, score and generate as the whole model."""
     for architecture in ("onerec", "v1", "v2_moe"):
         tiny_model(tiny_catalogue(), architecture=architecture).save_pretrained(tmp_path / architecture)
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    multiprocessing.spawn(_split_on_one_rank, (port, tmp_path), nprocs=2)
+    run_processes(_split_on_one_rank, tmp_path)
 
 
 # ---- LoRA

@@ -238,29 +238,36 @@ sys.meta_path.insert(0, Hidden())
 import torch
 from safetensors.torch import load_file
 from transformers import AutoModel
-model = AutoModel.from_pretrained(sys.argv[1], trust_remote_code=True)
-assert type(model).__module__.startswith("transformers_modules."), type(model).__module__
-print(json.dumps(model(**load_file(sys.argv[2])).rewards.tolist()))
+found, batch = [], load_file(sys.argv[1])
+for folder in sys.argv[2:]:
+    model = AutoModel.from_pretrained(folder, trust_remote_code=True)
+    assert type(model).__module__.startswith("transformers_modules."), type(model).__module__
+    found.append(model(**batch).rewards.tolist())
+print(json.dumps(found))
 """
 
 
-@pytest.mark.parametrize("pair", MODELS)
-def test_saved_and_loaded_with_and_without_the_package(pair, tmp_path):
-    model, batch = tiny(*pair, target_weights=[1.0, 0.25]), inputs()
-    rewards = model(**batch).rewards
-    model.save_pretrained(tmp_path / "model")
+def test_saved_and_loaded_with_and_without_the_package(tmp_path):
+    batch, expected = inputs(), []
     save_file(batch, tmp_path / "batch.safetensors")
-    config = AutoConfig.from_pretrained(tmp_path / "model")
-    assert config.targets == TARGETS and config.target_weights == [1.0, 0.25]
-    loaded = AutoModel.from_pretrained(tmp_path / "model")
-    assert type(loaded) is pair[1]
-    assert_close(loaded(**batch).rewards, rewards)
+    folders = [tmp_path / pair[1].__name__ for pair in MODELS]
+    for pair, folder in zip(MODELS, folders):
+        model = tiny(*pair, target_weights=[1.0, 0.25])
+        expected.append(model(**batch).rewards)
+        model.save_pretrained(folder)
+        config = AutoConfig.from_pretrained(folder)
+        assert config.targets == TARGETS and config.target_weights == [1.0, 0.25]
+        loaded = AutoModel.from_pretrained(folder)
+        assert type(loaded) is pair[1]
+        assert_close(loaded(**batch).rewards, expected[-1])
     env = dict(os.environ, HF_HUB_OFFLINE="1", HF_MODULES_CACHE=str(tmp_path / "modules"))
     env.pop("PYTHONPATH", None)
-    command = [sys.executable, "-c", WITHOUT_PACKAGE, str(tmp_path / "model"), str(tmp_path / "batch.safetensors")]
+    command = [sys.executable, "-c", WITHOUT_PACKAGE, str(tmp_path / "batch.safetensors"), *map(str, folders)]
     result = subprocess.run(command, env=env, cwd=tmp_path, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
-    assert_close(torch.tensor(json.loads(result.stdout.strip().splitlines()[-1])), rewards)
+    found = json.loads(result.stdout.strip().splitlines()[-1])
+    for rewards, own in zip(found, expected, strict=True):
+        assert_close(torch.tensor(rewards), own)
 
 
 def test_what_does_not_fit_is_named():

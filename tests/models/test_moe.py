@@ -1,19 +1,17 @@
 """Mixture of experts: the router's rules on literal numbers, experts against a plain loop, loss-free balancing."""
 
 import copy
-import os
-import socket
 from types import SimpleNamespace
 
 import pytest
 import torch
-from torch import multiprocessing
 from torch.nn.parallel import DistributedDataParallel
 
 from onerec_hf import balance_experts
 from onerec_hf.models.moe import Experts, Router, SparseMoE
 
 from ..numeric import assert_close
+from ..processes import run_processes
 from ..tiny import tiny_catalogue, tiny_context, tiny_model
 
 
@@ -168,10 +166,8 @@ def test_checkpointing_and_accumulation_count_the_same():
         assert torch.equal(other, expected) and other_report == pytest.approx(report)
 
 
-def _train_on_one_rank(rank, port, path):
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    torch.set_num_threads(1)
-    torch.distributed.init_process_group("gloo", rank=rank, world_size=2)
+def _train_on_one_rank(rank, path):
+    torch.distributed.init_process_group("gloo")
     catalogue = tiny_catalogue()
     model = DistributedDataParallel(tiny_model(catalogue, architecture="v2_moe").train())
     own = model.module
@@ -182,15 +178,10 @@ def _train_on_one_rank(rank, port, path):
     balance_experts(model, 0.5)
     bias = torch.stack([layer.mlp.gate.e_score_correction_bias for layer in own.model.decoder.layers[2:]])
     torch.save(bias, f"{path}/{rank}.pt")
-    torch.distributed.barrier()
-    os._exit(0)  # the threads of gloo can wait for each other forever when the groups are taken down
 
 
 def test_two_processes_count_together(tmp_path):
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    multiprocessing.spawn(_train_on_one_rank, (port, str(tmp_path)), nprocs=2)
+    run_processes(_train_on_one_rank, str(tmp_path))
     expected, _ = loaded()
     for rank in range(2):
         assert torch.equal(torch.load(tmp_path / f"{rank}.pt"), expected)
