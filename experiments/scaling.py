@@ -1,6 +1,7 @@
 """Loss of OneRec-V2 over its size and over compute, at equal data, with the fit L(N) = E + A N^-alpha.
 
     python experiments/scaling.py --data outputs/kuairand --output outputs/scaling.json --plot docs/scaling.png
+    python experiments/scaling.py --simulated_users 20000 --data outputs/world --epochs 1 --output outputs/scaling.json
 
 The Technical Report and OneRec-V2 fit the loss of models of .015B to 8B on their own data. Here every size sees the
 same rows in the same order, `--epochs` times; the learning rate falls with the root of the width. N is the weights of
@@ -25,6 +26,7 @@ from torch import nn
 from onerec_hf import OneRecV2Config, OneRecV2ForCausalLM, balance_experts
 from onerec_hf.collators import OneRecCollator
 from onerec_hf.data import DataFolder
+from onerec_hf.scripts.quickstart import prepare_data, simulate
 
 sys.path.append(str(Path(__file__).resolve().parents[1] / "benchmarks"))
 from train import EVERY, model_flops
@@ -157,7 +159,10 @@ def draw(rows: list[dict], found: dict, path: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", required=True, help="folder that `onerec prepare` wrote")
+    parser.add_argument("--data", required=True, help="folder that `onerec prepare` wrote, or that a world is put in")
+    parser.add_argument(
+        "--simulated_users", type=int, help="makes that folder: the quickstart's world of so many users"
+    )
     parser.add_argument("--widths", type=int, nargs="+", default=[16, 32, 64, 96, 128, 192])
     parser.add_argument("--mixtures", type=int, nargs="*", default=[32, 64])
     parser.add_argument("--epochs", type=int, default=4)
@@ -167,6 +172,10 @@ def main() -> None:
     parser.add_argument("--plot", type=Path)
     args = parser.parse_args()
     torch.set_num_threads(1)
+    if args.simulated_users:
+        folder = Path(args.data)
+        prepare_data(folder, folder / "data", simulate(folder, args.simulated_users, 2000, 0), 0)
+        args.data = folder / "data"
     data, rows = DataFolder(args.data), []
     wanted = [(width, False) for width in args.widths] + [(width, True) for width in args.mixtures]
     for seed in args.seeds:
