@@ -32,7 +32,7 @@ from ..trainers.resume import checkpoints_of, why_incomplete
 from . import baseline, own_entry, prepare, rerank, sft
 from .checks import check_output
 from .ending import PREDICTIONS
-from .leaderboard_results import BEYOND, TestUsers, check_runs, collect, picture, tables
+from .leaderboard_results import BEYOND, HeldOut, check_runs, collect, picture, tables
 from .parser import ScriptParser, config_path
 
 RECIPES: dict[str, tuple[Any, list, str]] = {  # the script, its arguments, and the one that names the folder it writes
@@ -253,7 +253,7 @@ def main(args: LeaderboardArguments) -> dict:
         raise ValueError(f"{args.entries} has no entries {sorted(unknown)}; it has {sorted(entries)}.")
     args = args if args.source is None else replace(args, data=prepare_source(args))
     data = DataFolder(str(args.data))
-    test, results = TestUsers.of(data), {}
+    test, results = HeldOut.of(data), {}
     seeds = {name: seeds_of(args, entries[name]) for name in args.only or entries}
     runs = [(name, command(args, entries, name, n), output / name / f"seed{n}") for name in seeds for n in seeds[name]]
     if args.run:

@@ -1,8 +1,8 @@
 """What `onerec leaderboard` reads from its runs, and how it shows it: a table and a picture."""
 
 import json
-from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import datasets
 import numpy as np
@@ -20,9 +20,8 @@ METRICS = ("recall@5", "recall@10", "recall@20", "ndcg@10")
 BEYOND = ("coverage@10", "novelty@10", "diversity@10")
 
 
-@dataclass(frozen=True)
-class TestUsers:
-    """What every entry is measured on.
+class HeldOut(NamedTuple):
+    """The users that every entry is measured on.
 
     Attributes:
         rows: the test split.
@@ -38,7 +37,7 @@ class TestUsers:
     by_history: list[tuple[int, int]]
 
     @classmethod
-    def of(cls, data: DataFolder) -> "TestUsers":
+    def of(cls, data: DataFolder) -> "HeldOut":
         train = np.concatenate(data.splits["train"].with_format("numpy")["history"])
         rows, counts = data.splits["test"], np.bincount(train, minlength=data.num_items)
         lengths = [len(history) for history in rows["history"]]
@@ -74,7 +73,7 @@ def check_runs(folders: list[Path], data: DataFolder) -> None:
             data.check_model(folder, Catalogue.from_pretrained(folder))
 
 
-def collect(folders: list[Path], test: TestUsers) -> dict:
+def collect(folders: list[Path], test: HeldOut) -> dict:
     """Means and deviations over the seeds of one entry, and each user's recall@10, averaged over them."""
     reports = [json.loads((folder / "metrics.json").read_text(encoding="utf-8")) for folder in folders]
     result = {"seeds": len(folders), "seconds": [r.get("fit_seconds", r.get("train_seconds")) for r in reports]}
@@ -95,7 +94,7 @@ def collect(folders: list[Path], test: TestUsers) -> dict:
     return result
 
 
-def tables(results: dict, reference: str, test: TestUsers) -> str:
+def tables(results: dict, reference: str, test: HeldOut) -> str:
     """Markdown; kept / masked in every cell, best recall@10 first."""
 
     def number(mean, deviation):

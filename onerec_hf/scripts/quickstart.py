@@ -119,7 +119,7 @@ def main(output: Path, num_users: int = 2000, num_items: int = 2000, epochs: flo
             baseline.BaselineArguments(name, str(data), str(output / name), seed=seed, fit=json.dumps(fit))
         )
     scorers = [str(output / name) for name in SCORERS]
-    reranked = rerank.main(rerank.RerankArguments(str(folder), str(data), scorers, seed=seed))
+    reranked = rerank.main(rerank.RerankArguments(str(data), model=str(folder), scorers=scorers, seed=seed))
     reports = {"OneRec-V2, re-ranked": reranked, "OneRec-V2, search alone": reranked["search_alone"]} | reports
     publish.main(
         publish.PublishArguments(
