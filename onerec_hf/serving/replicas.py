@@ -2,6 +2,7 @@
 to another model. Needs `onerec_hf[ray]`.
 """
 
+import os
 import signal
 import threading
 from collections.abc import Callable
@@ -54,6 +55,8 @@ def start(replicas: Replicas, host: str, port: int) -> None:
 
     Ray's own ports are not those of `host`: other machines reach them, and Ray asks them for its token.
     """
+    # Ray Serve kills a proxy that is not ready within 5 seconds, which a busy machine does not always manage.
+    os.environ.setdefault("RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S", "60")
     import ray
     from ray import serve
 
