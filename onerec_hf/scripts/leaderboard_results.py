@@ -25,12 +25,14 @@ class HeldOut(NamedTuple):
 
     Attributes:
         rows: the test split.
+        lengths: items in each user's history.
         counts (`np.ndarray` of shape `(N,)`): training occurrences of every item.
         embeddings (`np.ndarray` of shape `(N, D)`): of the items, for diversity.
         by_frequency, by_history: see `frequency_strata` and `history_strata`.
     """
 
     rows: datasets.Dataset
+    lengths: list[int]
     counts: np.ndarray
     embeddings: np.ndarray
     by_frequency: list[tuple[int, int]]
@@ -41,15 +43,14 @@ class HeldOut(NamedTuple):
         train = np.concatenate(data.splits["train"].with_format("numpy")["history"])
         rows, counts = data.splits["test"], np.bincount(train, minlength=data.num_items)
         lengths = [len(history) for history in rows["history"]]
-        return cls(
-            rows, counts, data.item_embeddings, frequency_strata(counts, rows["targets"]), history_strata(lengths)
-        )
+        by_frequency, by_history = frequency_strata(counts, rows["targets"]), history_strata(lengths)
+        return cls(rows, lengths, counts, data.item_embeddings, by_frequency, by_history)
 
     def measure(self, table: datasets.Dataset) -> dict[str, list[float]]:
         """Recall@10 by frequency and by history, and what is beyond accuracy, of one run's lists."""
-        lists, lengths = np.array(table["predictions"]), [len(history) for history in self.rows["history"]]
+        lists = np.array(table["predictions"])
         by_frequency = recall_by_frequency(lists, self.rows["targets"], self.counts, self.by_frequency)
-        by_history = recall_by_history(np.array(table["recall@10"]), lengths, self.by_history)
+        by_history = recall_by_history(np.array(table["recall@10"]), self.lengths, self.by_history)
         return {
             "strata": [recall for recall, _ in by_frequency],
             "histories": [recall for recall, _ in by_history],
