@@ -160,7 +160,8 @@ def on_ray(args: RecommendArguments, todo: list[dict[str, str]]) -> list[dict[st
     models = {name: value for name, value in (("repo", args.repo), ("reward", args.reward)) if value is not None}
     here: dict[str, Any] = {name: os.path.abspath(v) for name, v in models.items() if os.path.isdir(v)}
     files = [{name: str(Path(path).absolute()) for name, path in places.items()} for places in todo]
-    actors = ray.data.from_items(files, override_num_blocks=len(files)).map(
+    rows: Any = ray.data.from_items(files, override_num_blocks=len(files))  # Ray's types know no class of actors
+    actors = rows.map(
         FileRecommender,
         fn_constructor_args=(replace(args, **here),),  # an actor runs in another folder
         compute=ray.data.ActorPoolStrategy(size=args.ray_actors),
