@@ -2,6 +2,8 @@
 level).
 """
 
+import logging
+
 import numpy as np
 import torch
 
@@ -9,6 +11,8 @@ from .distances import row_blocks, squared_distances
 from .embedding_files import EmbeddingFiles
 from .residual import ResidualKMeans
 from .rqvae import RQVAE
+
+logger = logging.getLogger(__name__)
 
 COLLISION_POLICIES = ("extra_level", "next_free", "keep")
 
@@ -25,8 +29,9 @@ def resolve_collisions(
     - `"extra_level"`: one level more, which numbers the items with the same codes by row, from 0; an item alone has 0.
       The new level has as many codes as the largest group has items. Items added later do not move the others.
     - `"next_free"`: of the items with the same codes the one nearest to its last-level centroid keeps them; the
-      others, nearest first, take the nearest last-level code that is still free under the same prefix. No further
-      level, every ID unique.
+      others, nearest first, take the nearest last-level code that is still free under the same prefix. Where more
+      items share a prefix than the last level has codes, as items do of which nothing is known, those farthest from
+      it move to the nearest code of the level above that has room. No further level, every ID unique.
     - `"keep"`: items share semantic IDs; whoever ranks items must rank them inside one ID.
 
     Args:
@@ -41,7 +46,7 @@ def resolve_collisions(
         `torch.LongTensor` of shape `(num_items, num_levels)`, or `(num_items, num_levels + 1)` for `"extra_level"`.
 
     Raises:
-        ValueError: `"next_free"` where more items share a prefix than the last level has codes.
+        ValueError: `"next_free"` where more items begin alike than the last two levels have pairs of codes.
     """
     if policy not in COLLISION_POLICIES:
         raise ValueError(f"`policy` is {policy!r}; choose one of {', '.join(map(repr, COLLISION_POLICIES))}.")
@@ -97,13 +102,14 @@ def append_codes(
         item_embeddings (`torch.FloatTensor` of shape `(num_new, embedding_dim)`): Of the new items, from the model
             whose embeddings the codebooks were fitted on.
         policy (`str`): As of [`resolve_collisions`]. `"next_free"`: a new item whose semantic ID is taken moves to
-            the nearest code of the last level that is free under its prefix.
+            the nearest code of the last level that is free under its prefix, or, where none is, under the nearest
+            prefix with room.
 
     Returns:
         `torch.LongTensor` of shape `(num_new, num_levels)`.
 
     Raises:
-        ValueError: Where there is no place left: of `"next_free"` under a prefix, of `"extra_level"` in a group.
+        ValueError: Where there is no place left: of `"next_free"` under all prefixes, of `"extra_level"` in a group.
     """
     codes = quantizer.encode(item_embeddings)
     if policy == "extra_level":
@@ -127,13 +133,13 @@ def _next_free(
     """`num_fixed`: so many of the first items keep their codes, whatever their distances."""
     if item_embeddings.shape[0] != codes.shape[0]:
         raise ValueError(f"{len(codes)} rows of codes, but {len(item_embeddings)} rows of `item_embeddings`.")
-    prefixes = row_ids(codes[:, :-1])
-    _check_room(codes, prefixes, quantizer.codebook_size)
     distances = torch.empty(len(codes), device=codes.device)
     for block in row_blocks(len(item_embeddings), item_embeddings.shape[1], codes.device):
         errors = item_embeddings[block].float() - quantizer.decode(codes[block])
         distances[block] = errors.square().sum(dim=1)
     distances[:num_fixed] = -1.0  # nearer than any other
+    codes = _with_room(codes, quantizer, item_embeddings, distances, num_fixed)
+    prefixes = row_ids(codes[:, :-1])
     movers = _ranks(row_ids(codes), distances).nonzero().squeeze(1)  # rank 0 keeps its codes
     movers = movers[movers >= num_fixed]
     resolved = codes.clone()
@@ -177,15 +183,45 @@ def _nearest_free(codes, quantizer, item_embeddings, free) -> torch.Tensor:
     return squared_distances(residuals, last).masked_fill_(~free, float("inf")).argmin(dim=1)
 
 
-def _check_room(codes: torch.Tensor, prefixes: torch.Tensor, codebook_size: int) -> None:
-    counts = torch.bincount(prefixes)
-    if int(counts.max()) > codebook_size:
-        prefix = codes[(prefixes == counts.argmax()).nonzero()[0, 0], :-1].tolist()
+def _with_room(codes, quantizer, item_embeddings, distances, num_fixed: int) -> torch.Tensor:
+    """Codes where no prefix has more items than the last level has codes; `distances` (N,) of what moved are new."""
+    size, prefixes = quantizer.codebook_size, row_ids(codes[:, :-1])
+    leaves = _ranks(prefixes, distances) >= size
+    leaves[:num_fixed] = False
+    if not leaves.any():
+        return codes
+    above = row_ids(codes[:, :-2])
+    counts = torch.bincount(above)
+    if codes.shape[1] < 2 or int(counts.max()) > size**2:
+        start = codes[(above == counts.argmax()).nonzero()[0, 0], :-2].tolist()
         raise ValueError(
-            f"{int(counts.max())} items have a semantic ID that starts with {prefix}, but the last level has only "
-            f'{codebook_size} codes: use `policy="extra_level"`, a larger `codebook_size` or one level more. '
-            "Codebooks that are full for new items must be fitted anew, and the model with them."
+            f"{int(counts.max())} items have a semantic ID that starts with {start}, but the levels behind have only "
+            f'{size ** min(2, codes.shape[1])} codes: use `policy="extra_level"`, a larger `codebook_size` or one '
+            "level more. Codebooks that are full for new items must be fitted anew, and the model with them."
         )
+    codes, books = codes.clone(), quantizer.codebooks.to(codes.device)
+    for group in above[leaves].unique().tolist():
+        movers = (leaves & (above == group)).nonzero().squeeze(1)
+        movers = movers[distances[movers].argsort(stable=True)]
+        room = size - torch.bincount(codes[~leaves & (above == group), -2], minlength=size)
+        for block in row_blocks(len(movers), size, codes.device):
+            rows = movers[block]
+            vectors = item_embeddings[rows].float()
+            left = vectors - quantizer.decode(codes[rows]) + books[-1][codes[rows, -1]] + books[-2][codes[rows, -2]]
+            far = squared_distances(left, books[-2])
+            for place, row in enumerate(rows.tolist()):
+                code = int(far[place].masked_fill(room < 1, float("inf")).argmin())
+                codes[row, -2] = code
+                room[code] -= 1
+            codes[rows, -1] = squared_distances(left - books[-2][codes[rows, -2]], books[-1]).argmin(dim=1)
+            distances[rows] = (vectors - quantizer.decode(codes[rows])).square().sum(dim=1)
+    logger.warning(
+        "%d items had more company under their first codes than the last level has codes (%d): they moved to the "
+        "nearest codes with room",
+        int(leaves.sum()),
+        size,
+    )
+    return codes
 
 
 def append_collision_level(codes: np.ndarray, known: np.ndarray, codebook_size: int) -> np.ndarray:

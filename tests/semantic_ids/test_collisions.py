@@ -54,14 +54,37 @@ def test_next_free_moves_only_what_collides():
     assert int(moved.sum()) == 500 - len(torch.unique(before, dim=0))  # one item of each semantic ID stays
 
 
-def test_too_many_items_under_a_prefix():
-    codes = torch.zeros(5, 2, dtype=torch.long)
-    with pytest.raises(
-        ValueError, match=r"5 items have a semantic ID that starts with \[0\], but the last level has only 4 codes"
-    ):
-        resolve_collisions(codes, literal_quantizer(), torch.zeros(5, 1), policy="next_free")
+def test_a_crowded_prefix_gives_to_the_nearest_one_with_room(caplog):
+    """By hand: 0 and 100 have four places each. Of six items at 0, the two farthest from their own codes, 30 and 60,
+    move to 100. Both are nearest to 99 there: 60 is nearer and gets it, 30 takes the last free one, 110.
+    """
+    embeddings = torch.tensor([[30.0], [0.0], [60.0], [1.0], [-1.0], [10.0], [101.0], [100.0], [210.0]])
+    codes = torch.tensor([[0, 3], [0, 1], [0, 3], [0, 2], [0, 0], [0, 3], [1, 2], [1, 1], [2, 3]])
+    resolved = resolve_collisions(codes, literal_quantizer(), embeddings, policy="next_free")
+    expected = codes.clone()
+    expected[0], expected[2] = torch.tensor([1, 3]), torch.tensor([1, 0])
+    assert resolved.tolist() == expected.tolist()
+    assert "2 items had more company under their first codes than the last level has codes (4)" in caplog.text
+
+
+def test_any_number_of_equal_items_finds_places():
+    """Items of which nothing is known have one vector: 14 of 16 places are taken, and all differ."""
+    quantizer = literal_quantizer()
+    codes = resolve_collisions(torch.zeros(14, 2, dtype=torch.long), quantizer, torch.zeros(14, 1), policy="next_free")
+    assert len(torch.unique(codes, dim=0)) == 14
+    assert torch.bincount(codes[:, 0]).tolist() == [4, 4, 4, 2]  # the nearest are full first
+    deep = ResidualKMeans(num_levels=3, codebook_size=4)
+    deep.codebooks = torch.cat([quantizer.codebooks * 10, quantizer.codebooks[1:]])[[0, 1, 2]]
+    codes = resolve_collisions(torch.zeros(14, 3, dtype=torch.long), deep, torch.zeros(14, 1), policy="next_free")
+    assert len(torch.unique(codes, dim=0)) == 14 and (codes[:, 0] == 0).all()
+
+
+def test_too_many_items():
+    codes = torch.zeros(17, 2, dtype=torch.long)
+    with pytest.raises(ValueError, match=r"17 items .* starts with \[\], but the levels behind have only 16 codes"):
+        resolve_collisions(codes, literal_quantizer(), torch.zeros(17, 1), policy="next_free")
     with pytest.raises(ValueError, match="'sinkhorn'; choose one of 'extra_level', 'next_free', 'keep'"):
-        resolve_collisions(codes, literal_quantizer(), torch.zeros(5, 1), policy="sinkhorn")
+        resolve_collisions(codes, literal_quantizer(), torch.zeros(17, 1), policy="sinkhorn")
 
 
 def test_quality_report_by_hand():
@@ -102,11 +125,17 @@ def test_appended_items_take_the_nearest_code_that_is_free():
     assert append_codes(known, [4, 4], line_quantizer(), new[:0], policy="next_free").shape == (0, 2)
 
 
-def test_items_that_are_there_never_move_and_a_full_prefix_is_an_error():
-    """Known items that share a code, as under `keep`, stay where they are."""
+def test_items_that_are_there_never_move():
+    """Known items that share a code, as under `keep`, stay where they are. A new one whose prefix is full takes the
+    nearest that has room.
+    """
     known = torch.tensor([[2, 0], [2, 0], [2, 1]])
     codes = append_codes(known, [4, 4], line_quantizer(), torch.tensor([[20.0]]), policy="next_free")
     assert codes.tolist() == [[2, 2]]
     full = torch.tensor([[2, code] for code in range(4)])
-    with pytest.raises(ValueError, match=r"start.* with \[2\].*full for new items must be fitted anew"):
-        append_codes(full, [4, 4], line_quantizer(), torch.tensor([[20.0]]), policy="next_free")
+    new = torch.tensor([[21.0], [16.0]])
+    codes = append_codes(full, [4, 4], line_quantizer(), new, policy="next_free")
+    assert codes.tolist() == [[3, 0], [1, 3]]
+    every = torch.tensor([[first, last] for first in range(4) for last in range(4)])
+    with pytest.raises(ValueError, match=r"17 items .*full for new items must be fitted anew"):
+        append_codes(every, [4, 4], line_quantizer(), new[:1], policy="next_free")
