@@ -62,7 +62,7 @@ SLOW = {
         "recommender",
         "resume",
         "training_step",
-        "two_processes",
+        "several_processes",
     ),
     *("beam_search::test_decoding_is_one_graph", "moe::test_two_processes_count_together"),
 }

@@ -1,8 +1,9 @@
-"""Two processes (gloo) train and evaluate as one with the same global batch; one that dies takes the run with it."""
+"""Several processes (gloo) train and evaluate as one with the same global batch; one that dies ends the run."""
 
 import json
 import os
 import re
+import shutil
 
 import datasets
 import pytest
@@ -74,18 +75,18 @@ def make_trainer(name, folder, num_processes, **settings):
     arguments |= {"eval_strategy": "steps", "eval_steps": 2, "per_device_eval_batch_size": 2}
     arguments |= {"optim": "sgd", "learning_rate": 0.3}  # Adam makes steps of the rounding of gradients that are 0
     arguments |= {"per_device_train_batch_size": 4 if num_processes == 1 else 1} | settings
-    arguments |= {"gradient_accumulation_steps": 1 if num_processes == 1 else 2}
+    arguments |= {"gradient_accumulation_steps": 2 if num_processes == 2 else 1}
     if name == "reward":
         return reward_trainer(arguments, folder)
     model = tiny_model(tiny_catalogue(), architecture="v2_moe" if name == "IPA" else "v2")
     rows = survival.rows_of(16, targets=True)
     given = {"data_collator": OneRecCollator(TOKENS.numpy()), "eval_dataset": rows.select(range(5))}
     if name == "GRPO":
-        arguments["per_device_train_batch_size"] = 2 * GROUP // num_processes
+        arguments["per_device_train_batch_size"] = 4 * GROUP // num_processes
         arguments |= {"per_device_eval_batch_size": GROUP, "gradient_accumulation_steps": 1}
         args = OneRecGRPOConfig(
-            str(folder), num_generations=GROUP, logged_weight=0.5, logged_batch_size=2 // num_processes,
-            sft_weight=0.5, sft_batch_size=2 // num_processes, **arguments,
+            str(folder), num_generations=GROUP, logged_weight=0.5, logged_batch_size=4 // num_processes,
+            sft_weight=0.5, sft_batch_size=4 // num_processes, **arguments,
         )  # fmt: skip
         logged = rows.select(range(8)).add_column("advantage", [[1.0, -1.0], [0.0, 2.0]] * 4)
         return OneRecGRPOTrainer(
@@ -100,9 +101,9 @@ def make_trainer(name, folder, num_processes, **settings):
     return OneRecSFTTrainer(model, args, callbacks=[DiesInStepTwo()] if name == "dies" else [], **given)
 
 
-def start(name, folder, processes):
-    folder.mkdir()
-    run = survival.Run(name, folder, processes)
+def start(name, folder, processes, **settings):
+    folder.mkdir(exist_ok=True)
+    run = survival.Run(name, folder, processes, **settings)
     run.wait()
     assert not run.failed, (folder / "output-0.txt").read_text(encoding="utf-8")[-3000:]
     return run
@@ -119,15 +120,16 @@ def check_logs(found, expected):
                 assert other[name] == pytest.approx(one[name], rel=1e-4, abs=1e-5), (name, one, other)
 
 
+@pytest.mark.parametrize("count", [2, 4])
 @pytest.mark.parametrize("name", ["SFT", "reward", "IPA", "GRPO"])
-def test_two_processes_train_and_evaluate_as_one(name, tmp_path, monkeypatch):
+def test_several_processes_train_and_evaluate_as_one(name, count, tmp_path, monkeypatch):
     monkeypatch.setattr(survival, "make_trainer", make_trainer)
     ends = {}
-    for processes in (1, 2):
+    for processes in (1, count):
         start(name, tmp_path / str(processes), processes)
         ends[processes] = [torch.load(tmp_path / str(processes) / f"end-{rank}.pt") for rank in range(processes)]
     (one,), two = ends.values()
-    assert survival.differences(two[0]["weights"], two[1]["weights"]) == []
+    assert all(survival.differences(two[0]["weights"], other["weights"]) == [] for other in two)
     check_logs(two[0]["log"], one["log"])
     losses = [record["loss"] for record in one["log"] if "loss" in record]
     assert len(set(losses)) == len(losses) >= STEPS and any("eval_loss" in record for record in one["log"])
@@ -137,7 +139,7 @@ def test_two_processes_train_and_evaluate_as_one(name, tmp_path, monkeypatch):
         torch.testing.assert_close(two[0]["weights"][key], weight, rtol=1e-4, atol=1e-5, msg=key)
     if name == "IPA":
         for iteration in ("iteration_000", "iteration_001"):
-            pairs = [datasets.load_from_disk(str(tmp_path / n / "pairs" / iteration)) for n in ("1", "2")]
+            pairs = [datasets.load_from_disk(str(tmp_path / str(n) / "pairs" / iteration)) for n in (1, count)]
             assert len(pairs[0]) == len(set(pairs[0]["row"])) == 4
             for column in ("row", "chosen", "rejected", "chosen_reward", "rejected_reward"):
                 assert pairs[0][column][:] == pairs[1][column][:], column
@@ -161,9 +163,10 @@ def sharded(name, folder, rank, num_processes, port, settings):
     os.environ["ACCELERATE_USE_CPU"] = "true"
     AcceleratorState._reset_state(reset_partial_state=True)
     torch.manual_seed(0)
+    checkpoint = settings.pop("resume_from_checkpoint", None)
     trainer = make_trainer(name, folder, num_processes, **settings)
     assert trainer.is_fsdp_enabled == (num_processes > 1)
-    trainer.train()
+    trainer.train(resume_from_checkpoint=checkpoint)
     trainer.save_model(str(folder / "model"))
     if rank == 0:
         (folder / "log.json").write_text(json.dumps(trainer.state.log_history), encoding="utf-8")
@@ -182,6 +185,21 @@ def test_fsdp2_trains_and_evaluates_as_one_process(name, tmp_path, monkeypatch):
     assert one.keys() == two.keys()
     for key, weight in one.items():
         torch.testing.assert_close(two[key], weight, rtol=1e-4, atol=1e-5, msg=key)
+
+
+@pytest.mark.parametrize("name", ["SFT", "reward", "GRPO"])
+def test_fsdp2_goes_on_from_a_checkpoint(name, tmp_path, monkeypatch):
+    """With Adam, whose moments are sharded as the weights are, and resumed in a folder of its own."""
+    monkeypatch.setattr(survival, "train", sharded)
+    settings = {"optim": "adamw_torch", "learning_rate": 1e-2, "save_strategy": "steps", "save_steps": 2}
+    start(name, tmp_path / "whole", 2, **settings)
+    (tmp_path / "resumed").mkdir()
+    shutil.copytree(tmp_path / "whole" / "checkpoint-2", tmp_path / "resumed" / "checkpoint-2")
+    start(name, tmp_path / "resumed", 2, resume_from_checkpoint=True, **settings)
+    whole, resumed = (tmp_path / run / "model" / "model.safetensors" for run in ("whole", "resumed"))
+    assert survival.differences(load_file(whole), load_file(resumed)) == []
+    logs = [json.loads((tmp_path / run / "log.json").read_text(encoding="utf-8")) for run in ("whole", "resumed")]
+    check_logs(logs[1][:-1], logs[0][:-1])  # the last says the mean loss and time of the steps since the start
 
 
 def test_a_process_that_dies_ends_the_run_at_once(tmp_path, monkeypatch):
