@@ -6,7 +6,7 @@ export NO_MKDOCS_2_WARNING = 1
 # files stay whole, since their tests share models; they begin in the order of tests/conftest.py, the longest first
 PYTEST = HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
-.PHONY: help quickstart test test-fast test-ray test-foreign test-matrix check results docs format clean
+.PHONY: help quickstart test test-fast test-extras test-foreign test-matrix check results docs format clean
 
 help:  ## what each target does
 	@sed -n 's/^\([a-z-]*\):.*##/\1:/p' $(MAKEFILE_LIST) | awk -F': *' '{printf "make %-12s %s\n", $$1, $$2}'
@@ -27,12 +27,12 @@ test: $(BIN)/.installed  ## the whole suite, offline
 test-fast: $(BIN)/.installed  ## under a minute on 2 cores, without runs of recipes and trainers, other processes, real data
 	$(PYTEST) -m "not slow and not shared_data" tests
 
-$(BIN)/.ray: $(BIN)/.installed
-	$(BIN)/pip install --quiet -c constraints.txt -e '.[ray]'
+$(BIN)/.extras: $(BIN)/.installed
+	$(BIN)/pip install --quiet -c constraints.txt -e '.[ray,torchao]'
 	touch $@
 
-test-ray: $(BIN)/.ray  ## replicas of Ray Serve; Ray, which nothing else needs, is installed for it
-	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest tests/serving/test_ray.py
+test-extras: $(BIN)/.extras  ## replicas on Ray, weights by torchao; they are installed for it, nothing else needs them
+	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest tests/serving/test_ray.py tests/models/test_quantized.py
 
 test-foreign: $(BIN)/.installed  ## the core of the numeric tests as on a processor of another make
 	$(BIN)/python tests/matrix.py foreign

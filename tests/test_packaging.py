@@ -27,7 +27,7 @@ def test_constraints_pin_every_dependency():
     config = configparser.ConfigParser()
     config.read(ROOT / "setup.cfg")
     extras = config["options.extras_require"]
-    installed = ("train", "serve", "demo", "docs", "export", "ray")
+    installed = ("train", "serve", "demo", "docs", "export", "ray", "torchao")
     wanted = [
         name for line in (config["options"]["install_requires"], *map(extras.get, installed)) for name in line.split()
     ]

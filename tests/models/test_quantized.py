@@ -8,7 +8,7 @@ from onerec_hf.recommender import Recommender
 
 from ..tiny import ARCHITECTURES, tiny_catalogue, tiny_context, tiny_model
 
-quantization = pytest.importorskip("torchao.quantization")
+quantization = pytest.importorskip("torchao.quantization", reason="needs torchao: `make test-extras`")
 
 
 def searched(model, catalogue):

@@ -21,7 +21,7 @@ from onerec_hf.serving.replicas import APP, Replicas, deploy, deployment, start
 from .served import recommender
 from .test_server import post
 
-ray = pytest.importorskip("ray", reason="needs onerec_hf[ray]; `make test-ray` installs it")
+ray = pytest.importorskip("ray", reason="needs onerec_hf[ray]; `make test-extras` installs it")
 from ray import serve  # noqa: E402  behind the skip
 
 LIMITS = Limits()
