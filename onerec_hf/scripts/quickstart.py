@@ -120,6 +120,11 @@ def main(output: Path, num_users: int = 2000, num_items: int = 2000, epochs: flo
         )
     scorers = [str(output / name) for name in SCORERS]
     reranked = rerank.main(rerank.RerankArguments(str(data), model=str(folder), scorers=scorers, seed=seed))
+    without = output / "without_onerec"  # what the re-ranked model must beat
+    reports["the scorers' sum, without OneRec"] = rerank.main(
+        rerank.RerankArguments(str(data), output=str(without), scorers=scorers, seed=seed)
+    )
+    places["the scorers' sum, without OneRec"] = without
     reports = {"OneRec-V2, re-ranked": reranked, "OneRec-V2, search alone": reranked["search_alone"]} | reports
     publish.main(
         publish.PublishArguments(

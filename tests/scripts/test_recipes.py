@@ -44,7 +44,7 @@ def test_quickstart_leaves_a_repository(quickstart):
     for name in ("training_curve.png", "recall_by_frequency.png", "codebook_usage.png", "prediction_entropy.png"):
         assert (folder / name).read_bytes()[:4] == b"\x89PNG", name
     ours = {"OneRec-V2, re-ranked", "OneRec-V2, search alone"}
-    assert set(reports) == ours | {"popularity", "cooccurrence", "sasrec"}
+    assert set(reports) == ours | {"popularity", "cooccurrence", "sasrec", "the scorers' sum, without OneRec"}
     assert Recommender.from_pretrained(folder).ranker.reranker.parts == ("codes", "cooccurrence", "sasrec")
     for report in reports.values():
         assert report["test"]["invalid_rate"] == 0
