@@ -93,7 +93,9 @@ class ResidualKMeans:
         self.train_codes: torch.Tensor | None = None
         self.embedding_mean: torch.Tensor | None = None
 
-    def fit(self, item_embeddings: torch.Tensor | np.ndarray | EmbeddingFiles) -> "ResidualKMeans":
+    def fit(
+        self, item_embeddings: torch.Tensor | np.ndarray | EmbeddingFiles, folder: str | os.PathLike | None = None
+    ) -> "ResidualKMeans":
         """Trains the codebooks on all rows, on the device of `item_embeddings`.
 
         Memory: one float32 copy of the embeddings (the residuals), about 300 bytes per item and less than 3 GiB of
@@ -104,6 +106,9 @@ class ResidualKMeans:
             item_embeddings (`torch.FloatTensor`, `numpy.ndarray` or `EmbeddingFiles` of shape `(num_items,
                 embedding_dim)`): any float type, every value finite, `num_items >= codebook_size`. Not changed, not
                 normalised.
+            folder (`str` or `Path`, *optional*): Where a level is written when it is trained. Levels that are there
+                are taken as they are, so that a fit of the same items that was stopped goes on; give another folder
+                for other items or settings.
 
         Returns:
             The quantizer itself.
@@ -129,14 +134,8 @@ class ResidualKMeans:
         codebooks, codes = [], torch.empty(len(residuals), self.num_levels, dtype=torch.long, device=residuals.device)
         for level in range(self.num_levels):
             start = time.perf_counter()
-            centroids, codes[:, level] = train_codebook(
-                residuals,
-                self.codebook_size,
-                balanced=self.balanced,
-                num_iterations=self.num_iterations,
-                num_full_iterations=self.num_full_iterations,
-                generator=generator,
-            )
+            path = None if folder is None else Path(folder) / f"level-{level}.safetensors"
+            centroids, codes[:, level] = self._level(residuals, generator, path)
             if isinstance(residuals, FileResiduals):
                 residuals.levels.append((centroids, codes[:, level]))
             else:
@@ -146,6 +145,30 @@ class ResidualKMeans:
             logger.info("level %d of %d: %.1f s", level + 1, self.num_levels, time.perf_counter() - start)
         self.codebooks, self.train_codes = torch.stack(codebooks), codes
         return self
+
+    def _level(
+        self, residuals: torch.Tensor | FileResiduals, generator: torch.Generator, path: Path | None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Centroids (K, D) and codes (N,) of the next level, from `path` where they are there."""
+        if path is not None and path.is_file():
+            known = load_file(path)
+            generator.set_state(known["generator"])
+            return known["centroids"].to(residuals.device), known["codes"].to(residuals.device)
+        centroids, codes = train_codebook(
+            residuals,
+            self.codebook_size,
+            balanced=self.balanced,
+            num_iterations=self.num_iterations,
+            num_full_iterations=self.num_full_iterations,
+            generator=generator,
+        )
+        if path is not None:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            partial = path.with_name(f"{path.name}.partial")
+            found = {"centroids": centroids.cpu().contiguous(), "codes": codes.cpu().contiguous()}
+            save_file(found | {"generator": generator.get_state()}, partial)
+            partial.replace(path)
+        return centroids, codes
 
     def fit_encode(self, item_embeddings: torch.Tensor | np.ndarray | EmbeddingFiles) -> torch.Tensor:
         """`fit`, then `train_codes` (num_items, num_levels): the balanced codes where `balanced=True`."""

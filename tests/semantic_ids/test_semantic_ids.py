@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from onerec_hf.semantic_ids import EmbeddingFiles, ResidualKMeans, kmeans, quality_report, resolve_collisions
+from onerec_hf.semantic_ids import EmbeddingFiles, ResidualKMeans, kmeans, quality_report, residual, resolve_collisions
 from onerec_hf.semantic_ids import distances as blocks_module
 from onerec_hf.semantic_ids.balance import Prices, balanced_sizes, cheapest, enforce_sizes
 from onerec_hf.semantic_ids.exchange import exchange_items
@@ -448,3 +448,30 @@ def test_cuda_fits_and_encodes(items):
     assert not codes.is_cuda and (codes == quantizer.encode(items.cuda()).cpu()).float().mean() > 0.99
     resolved = resolve_collisions(quantizer.train_codes, quantizer, items.cuda(), policy="next_free")
     assert len(torch.unique(resolved, dim=0)) == len(items)
+
+
+@pytest.mark.parametrize("balanced", [True, False])  # plain k-means draws in every level
+@pytest.mark.parametrize("in_files", [False, True])
+def test_a_fit_that_was_stopped_goes_on(balanced, in_files, tmp_path, monkeypatch):
+    """In the third level; half a level beside the two that are whole is not read."""
+    items = np.random.default_rng(0).normal(size=(300, 6)).astype(np.float32)
+    if in_files:
+        np.save(tmp_path / "items.npy", items)
+        items = EmbeddingFiles([tmp_path / "items.npy"])
+    whole = ResidualKMeans(3, 8, balanced).fit(items)
+    train, trained = residual.train_codebook, []
+
+    def training(*args, **kwargs):
+        trained.append(1)
+        if len(trained) == 3:
+            raise KeyboardInterrupt
+        return train(*args, **kwargs)
+
+    monkeypatch.setattr(residual, "train_codebook", training)
+    with pytest.raises(KeyboardInterrupt):
+        ResidualKMeans(3, 8, balanced).fit(items, tmp_path / "levels")
+    (tmp_path / "levels" / "level-2.safetensors.partial").write_bytes(b"half")
+    trained.clear()
+    found = ResidualKMeans(3, 8, balanced).fit(items, tmp_path / "levels")
+    assert len(trained) == 1
+    assert found.codebooks.equal(whole.codebooks) and found.train_codes.equal(whole.train_codes)
