@@ -1,6 +1,7 @@
 """A log in shards: all events of a user are in one, so that whatever is done per user is done shard by shard."""
 
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -89,7 +90,7 @@ class EventShards:
         )
 
     def k_core(self, k: int) -> "EventShards":
-        """As [`k_core`] of a log in one piece. Files are written anew in their place."""
+        """As [`k_core`] of a log in one piece. The files of the shards stay, and smaller ones come beside them."""
         paths = [shard for shard in self.shards if isinstance(shard, Path)]
         if isinstance(self.shards[0], Interactions):
             return EventShards.of(k_core(self.shards[0], k))
@@ -110,9 +111,8 @@ class EventShards:
             left, before = int(item_count.sum()), left
         if not left:
             raise ValueError(f"the {k}-core of {self!r} is empty; lower k")
-        _renumber(paths, users, items)
         return EventShards(
-            paths,
+            _renumber(paths, users, items),
             self.user_ids[users],
             self.item_ids[items],
             take_features(self.items, items),
@@ -126,19 +126,29 @@ class EventShards:
         )
 
 
-def write_shard(path: Path, table: pa.Table) -> None:
-    """A file that is whole or not there."""
-    partial = path.with_suffix(".partial")
-    pyarrow.parquet.write_table(table, partial, compression="zstd")
+@contextmanager
+def whole(path: Path) -> Iterator[Path]:
+    """Another name to write a file under: it gets its own when it is whole."""
+    partial = path.with_name(f"{path.name}.partial")
+    yield partial
     partial.replace(path)
 
 
-def _renumber(paths: list[Path], users: np.ndarray, items: np.ndarray) -> None:
+def write_shard(path: Path, table: pa.Table) -> None:
+    """A file that is whole or not there."""
+    with whole(path) as partial:
+        pyarrow.parquet.write_table(table, partial, compression="zstd")
+
+
+def _renumber(paths: list[Path], users: np.ndarray, items: np.ndarray) -> list[Path]:
+    """Other files, so that a run that is stopped here finds the shards as they were."""
     new_user, new_item = np.cumsum(users) - 1, np.cumsum(items) - 1
-    for path in paths:
+    found = [path.with_name(f"core-{path.name}") for path in paths]
+    for path, target in zip(paths, found):
         table = pyarrow.parquet.read_table(path)
         user, item = table["user"].to_numpy(), table["item"].to_numpy()
         kept = users[user] & items[item]
         columns = {"user": new_user[user[kept]], "item": new_item[item[kept]]}
         rest = {name: pc.filter(table[name], pa.array(kept)) for name in table.column_names[2:]}
-        write_shard(path, pa.table(columns | rest))
+        write_shard(target, pa.table(columns | rest))
+    return found

@@ -73,6 +73,7 @@ class LogColumns:
         self.has_time, self.units = names["timestamp"] is not None, 1
         self.ids = [str(column) for name, column in names.items() if name.endswith("_id")]  # columns of the source
         self.tables: dict[str, dict[str, pa.Array]] = {}
+        self.warnings: list[str] = []  # what was said of the log so far
         self.rows = self._known_rows = self._null_rows = 0
         self._nulls: dict[str, int] = {}
         self._first_null: int | None = None
@@ -85,7 +86,12 @@ class LogColumns:
             if source is not None:
                 id_name = TABLE_IDS[name]
                 renamed = {id_name: str(self.names[id_name])} | dict(columns or {})
-                self.tables[name] = _feature_table(source, name, id_name, renamed, self.split)
+                self.tables[name], hidden = _feature_table(source, name, id_name, renamed, self.split)
+                if hidden:
+                    self._warn(
+                        f"{name}: left out its own columns {hidden}, because other columns are mapped to these names: "
+                        f"{renamed}; to keep one, map a new name to it in {name}_columns"
+                    )
 
     def convert(self, table: pa.Table) -> pa.Table:
         """
@@ -119,7 +125,7 @@ class LogColumns:
                 f"in row {self._first_null}; fill them in, or pass drop_nulls=True to leave these rows out"
             )
         if self._nulls:
-            logger.warning(
+            self._warn(
                 f"dropped {self._null_rows} of {self.rows} rows with null, NaN or infinite values; per column: "
                 f"{self._nulls}"
             )
@@ -127,7 +133,11 @@ class LogColumns:
                 raise ValueError(f"no rows are left without null, NaN or infinite values; per column: {self._nulls}")
         for name, unknown in self._unknown.items():
             if unknown.rows:
-                unknown.check(name, self.drop_unknown)
+                self._warn(unknown.check(name, self.drop_unknown))
+
+    def _warn(self, message: str) -> None:
+        self.warnings.append(message)
+        logger.warning(message)
 
     def features(self, name: str) -> dict[str, np.ndarray | list]:
         """The columns of a table but its ids, as [`Interactions`] has them."""
@@ -195,7 +205,8 @@ class _Unknown:
         self.ids: pa.Array = pa.array([], pa.large_string())
         self.types: tuple | None = None
 
-    def check(self, name: str, drop: bool) -> None:
+    def check(self, name: str, drop: bool) -> str:
+        """What was dropped, or an error."""
         id_name = TABLE_IDS[name]
         one, kind, other, other_kind = self.types or (None,) * 4
         if self.rows == self.events and kind != other_kind:
@@ -209,17 +220,16 @@ class _Unknown:
                 f"{found}, such as {self.ids[:5].to_pylist()}; add them to {name}, or pass drop_unknown=True to leave "
                 "these events out"
             )
-        logger.warning(f"dropped events: {found}")
+        return f"dropped events: {found}"
 
 
-def _feature_table(source: Any, table_name: str, id_name: str, renamed: Mapping[str, str], split: str) -> dict:
+def _feature_table(
+    source: Any, table_name: str, id_name: str, renamed: Mapping[str, str], split: str
+) -> tuple[dict[str, pa.Array], list[str]]:
+    """The columns under our names, and those of the table that other columns have taken the names of."""
     table = read_table(source, split, ids=[renamed[id_name]])
     rest = [name for name in table.column_names if name not in renamed.values()]
-    if hidden := [name for name in rest if name in renamed]:
-        logger.warning(
-            f"{table_name}: left out its own columns {hidden}, because other columns are mapped to these names: "
-            f"{dict(renamed)}; to keep one, map a new name to it in {table_name}_columns"
-        )
+    hidden = [name for name in rest if name in renamed]
     names = dict(renamed) | {name: name for name in rest if name not in renamed}
     columns = dict(zip(names, select_columns(table, names, f"{table_name}_columns").columns))
     columns[id_name] = ids = id_array(columns[id_name], f"{id_name} of {table_name}")
@@ -229,4 +239,4 @@ def _feature_table(source: Any, table_name: str, id_name: str, renamed: Mapping[
         raise ValueError(
             f"{table_name}: {repeats} of {len(ids)} rows repeat an earlier {id_name}; keep one row per id"
         )
-    return columns
+    return columns, hidden

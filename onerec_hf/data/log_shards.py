@@ -6,6 +6,7 @@ spilling into the working folder.
 
 import hashlib
 import itertools
+import json
 import math
 import os
 import shutil
@@ -18,12 +19,13 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.dataset
+import pyarrow.feather
 import pyarrow.parquet
 from transformers.utils import logging
 
-from .event_shards import FEEDBACK, EventShards, write_shard
+from .event_shards import FEEDBACK, EventShards, whole, write_shard
 from .interactions import load_interactions, report_ties, sort_events
-from .log_columns import LogColumns
+from .log_columns import TABLE_IDS, LogColumns
 from .table_files import parquet_files
 from .tables import is_text, numpy_values, read_table
 
@@ -32,6 +34,8 @@ logger = logging.get_logger(__name__)
 SHARD_EVENTS = 2_000_000  # of a shard: about 200 MB while it is worked on
 BATCH_ROWS = 500_000
 MEMORY_LIMIT = "700MB"  # of DuckDB
+CUT = "cut.json"  # written last: all files of the cut are there
+TIES = b"ties"  # in the metadata of a sorted shard
 
 
 def shard_of(user_id: int | str, num_shards: int) -> int:
@@ -61,6 +65,7 @@ def load_shards(
     drop_nulls: bool = False,
     drop_duplicates: bool = False,
     drop_unknown: bool = False,
+    resume: bool = False,
 ) -> EventShards:
     """
     Reads a log as [`load_interactions`] does, whatever its size.
@@ -72,6 +77,8 @@ def load_shards(
         source, columns, ..., drop_unknown: As of [`load_interactions`].
         folder: Where shards and DuckDB's own files go; made, and to be deleted by the caller.
         num_shards: By default one per 2 million events. A log of one shard is kept in memory and nothing is written.
+        resume: Go on with the shards in `folder` of an earlier call with the same arguments and the same log, both of
+            which are not checked. Once the log is cut, it is not read again, and sorted shards are not sorted again.
 
     Raises:
         As [`load_interactions`].
@@ -81,6 +88,9 @@ def load_shards(
     log_columns = LogColumns(**settings)
     if num_shards is not None and num_shards < 1:
         raise ValueError(f"num_shards={num_shards}: at least 1, or leave it out for one per {SHARD_EVENTS:,} events.")
+    work = Path(folder)
+    if resume and (work / CUT).is_file():
+        return _sorted_shards(work, log_columns, drop_duplicates)
     log = _open(source, log_columns)
     count = log.count_rows() if isinstance(log, pyarrow.dataset.Dataset) else log.num_rows
     num_shards = num_shards or max(1, math.ceil(count / SHARD_EVENTS))
@@ -95,9 +105,9 @@ def load_shards(
         whole = source if isinstance(log, pyarrow.dataset.Dataset) else log
         return EventShards.of(load_interactions(whole, **settings, **tables, drop_duplicates=drop_duplicates))
     log_columns.read_tables(items=(items, items_columns), users=(users, users_columns))
-    work = Path(folder)
     work.mkdir(parents=True, exist_ok=True)
-    return _Sharding(log, count, log_columns, work, num_shards, drop_duplicates).run()
+    _Cutting(log, count, log_columns, work, num_shards).run()
+    return _sorted_shards(work, log_columns, drop_duplicates)
 
 
 def _open(source: Any, log_columns: LogColumns) -> pa.Table | pyarrow.dataset.Dataset:
@@ -118,15 +128,19 @@ def _open(source: Any, log_columns: LogColumns) -> pa.Table | pyarrow.dataset.Da
     return read_table(source, log_columns.split, ids=log_columns.ids)
 
 
-class _Sharding:
-    """One log on its way from the source to shards."""
+class _Cutting:
+    """One log on its way from the source to files that are cut by shards and not sorted yet."""
 
-    def __init__(self, log, count: int, columns: LogColumns, work: Path, num_shards: int, drop_duplicates: bool):
+    def __init__(self, log, count: int, columns: LogColumns, work: Path, num_shards: int):
         import duckdb  # here: only logs of more than one shard need it
 
         self.log, self.count, self.columns, self.work, self.num_shards = log, count, columns, work, num_shards
-        self.drop_duplicates = drop_duplicates
-        (work / "log.duckdb").unlink(missing_ok=True)
+        for earlier in (CUT, "log.duckdb", "log.duckdb.wal"):
+            (work / earlier).unlink(missing_ok=True)
+        for earlier in ("cut", "spilled"):
+            shutil.rmtree(work / earlier, ignore_errors=True)
+        for path in work.glob("events-*.parquet"):
+            path.unlink()
         self.database = duckdb.connect(
             str(work / "log.duckdb"),
             config={
@@ -137,7 +151,8 @@ class _Sharding:
             },
         )
 
-    def run(self) -> EventShards:
+    def run(self) -> None:
+        """Writes the files, what [`_sorted_shards`] needs beside them, and `cut.json` last."""
         try:
             self._read()
             user_ids, item_ids = self._index("user"), self._index("item")
@@ -149,13 +164,13 @@ class _Sharding:
         if "users" in tables:
             rows = pc.index_in(user_ids, value_set=tables["users"]["user_id"])
             tables["users"] = {name: column.take(rows) for name, column in tables["users"].items()}
-        return EventShards(
-            self._sort(),
-            numpy_values(user_ids),
-            numpy_values(item_ids),
-            self.columns.features("items"),
-            self.columns.features("users"),
-        )
+        for name, ids in (("users", user_ids), ("items", item_ids)):
+            # one dictionary for all chunks, or Arrow refuses to write them
+            table = pa.table(tables.get(name, {}) | {TABLE_IDS[name]: ids}).unify_dictionaries()
+            pyarrow.feather.write_feather(table, self.work / f"{name}.arrow", compression="zstd")
+        found = {"num_shards": self.num_shards, "units": self.columns.units, "warnings": self.columns.warnings}
+        with whole(self.work / CUT) as path:
+            path.write_text(json.dumps(found), encoding="utf-8")
 
     def _read(self) -> None:
         """The log, checked, as a table of DuckDB on disk."""
@@ -222,7 +237,6 @@ class _Sharding:
         """A folder of files per shard, in no order."""
         names = ["row", *(["timestamp"] if self.columns.has_time else [])]
         names += [f"feedback_{i}" for i in range(len(self.columns.feedback))]
-        shutil.rmtree(self.work / "cut", ignore_errors=True)
         target = str(self.work / "cut").replace("'", "''")
         self.database.execute(f"""
             COPY (
@@ -231,27 +245,46 @@ class _Sharding:
                 FROM log JOIN users ON log.user_id = users.id JOIN items ON log.item_id = items.id
             ) TO '{target}' (FORMAT parquet, PARTITION_BY (shard))
         """)
-        self.database.execute("DROP TABLE log")
 
-    def _sort(self) -> list[Path]:
-        """Every shard sorted by user and time, equal events counted or dropped."""
-        paths, ties = [], Counter[str]()
-        for shard in logging.tqdm(range(self.num_shards), desc="sorting", unit="shard"):
-            folder = self.work / "cut" / f"shard={shard}"
+
+def _sorted_shards(work: Path, columns: LogColumns, drop_duplicates: bool) -> EventShards:
+    """Every shard sorted by user and time, equal events counted or dropped. Reads what [`_Cutting`] wrote, whether
+    this run has cut the log or an earlier one.
+    """
+    cut = json.loads((work / CUT).read_text(encoding="utf-8"))
+    for message in cut["warnings"]:
+        if message not in columns.warnings:  # of an earlier run: nobody may have read them
+            logger.warning(message)
+    paths, ties = [], Counter[str]()
+    for shard in logging.tqdm(range(cut["num_shards"]), desc="sorting", unit="shard"):
+        folder, path = work / "cut" / f"shard={shard}", work / f"events-{shard:05d}.parquet"
+        if not path.is_file():
             if not folder.is_dir():
                 continue  # nobody of so few users
-            # a data set of its own: the folder's name would become a column
-            table = pa.concat_tables(pyarrow.parquet.ParquetFile(file).read() for file in sorted(folder.iterdir()))
-            table = table.take(pa.array(np.argsort(table["row"].to_numpy())))
-            user, item = table["user"].to_numpy(), table["item"].to_numpy()
-            time = table["timestamp"].to_numpy() if self.columns.has_time else None
-            feedback = {name: numpy_values(table[f"feedback_{i}"]) for i, name in enumerate(self.columns.feedback)}
-            user, item, time, feedback = sort_events(user, item, time, feedback, self.drop_duplicates, ties)
-            time = time // self.columns.units if self.columns.units > 1 else time
-            path = self.work / f"events-{shard:05d}.parquet"
-            columns = {"user": user, "item": item, "timestamp": time}
-            write_shard(path, pa.table(columns | {f"{FEEDBACK}{name}": values for name, values in feedback.items()}))
-            paths.append(path)
-            shutil.rmtree(folder)
-        report_ties(ties, self.drop_duplicates)
-        return paths
+            write_shard(path, _sorted(folder, columns, cut["units"], drop_duplicates))
+        shutil.rmtree(folder, ignore_errors=True)
+        ties.update(json.loads(pyarrow.parquet.read_schema(path).metadata[TIES]))
+        paths.append(path)
+    report_ties(ties, drop_duplicates)
+    columns.tables = {}
+    for name in TABLE_IDS:
+        table = pyarrow.feather.read_table(work / f"{name}.arrow", memory_map=False)
+        columns.tables[name] = dict(zip(table.column_names, table.columns))
+    user_ids, item_ids = (numpy_values(columns.tables[name][TABLE_IDS[name]]) for name in ("users", "items"))
+    return EventShards(paths, user_ids, item_ids, columns.features("items"), columns.features("users"))
+
+
+def _sorted(folder: Path, columns: LogColumns, units: int, drop_duplicates: bool) -> pa.Table:
+    """One shard, and in its metadata what `sort_events` counted, as JSON."""
+    # a data set of its own: the folder's name would become a column
+    table = pa.concat_tables(pyarrow.parquet.ParquetFile(file).read() for file in sorted(folder.iterdir()))
+    table = table.take(pa.array(np.argsort(table["row"].to_numpy())))
+    user, item = table["user"].to_numpy(), table["item"].to_numpy()
+    time = table["timestamp"].to_numpy() if columns.has_time else None
+    feedback = {name: numpy_values(table[f"feedback_{i}"]) for i, name in enumerate(columns.feedback)}
+    ties = Counter[str]()
+    user, item, time, feedback = sort_events(user, item, time, feedback, drop_duplicates, ties)
+    time = time // units if units > 1 else time
+    values = {"user": user, "item": item, "timestamp": time}
+    values |= {f"{FEEDBACK}{name}": column for name, column in feedback.items()}
+    return pa.table(values, metadata={TIES: json.dumps(ties).encode()})

@@ -59,7 +59,6 @@ class SessionSplit(Splitter):
         if validation_start is not None and (test_start is None or not validation_start < test_start):
             raise ValueError(f"validation_start ({validation_start}) must lie before test_start ({test_start}).")
         self.config, self.boundaries = config, (validation_start, test_start)
-        self.starts: list = []  # the first and the last of every shard's sessions that meet the criteria
 
     def rows(self, interactions: Interactions) -> datasets.DatasetDict:
         config = self.config
@@ -81,7 +80,7 @@ class SessionSplit(Splitter):
             rows[name] = _session_rows(interactions, config, chosen, first, history, targets, target_end)
         self.counts.update({f"{name} rows": len(each) for name, each in rows.items()})
         start = interactions.timestamp[first[kept]]
-        self.starts += [start.min(), start.max()] if len(start) else []
+        self.times += [start.min().item(), start.max().item()] if len(start) else []
         return datasets.DatasetDict(rows)
 
     def training_events(self, interactions: Interactions, splits: datasets.DatasetDict) -> datasets.Dataset:
@@ -103,7 +102,7 @@ class SessionSplit(Splitter):
         if empty := [name for name in SPLITS if not counts[f"{name} rows"]]:
             raise ValueError(
                 f"no rows in {empty}: {counts['kept']} sessions meet the criteria, {counts['short']} of them lack a "
-                f"history of {config.min_history}; they start from {min(self.starts)} to {max(self.starts)}, the "
+                f"history of {config.min_history}; they start from {min(self.times)} to {max(self.times)}, the "
                 f"boundaries are {self.boundaries[0]} and {self.boundaries[1]}."
             )
 

@@ -16,6 +16,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet
 
+from .event_shards import whole
 from .splits import arrow_dataset
 
 SPLITS, CONTRACT = "splits", "contract.json"
@@ -30,13 +31,23 @@ class SplitWriter:
     Args:
         folder: The data folder.
         work: Where they are until then, on the same disk; by default in the data folder itself.
+        rows: How many rows of each split an earlier writer with the same `work` has left there, to go on with; by
+            default what is there is deleted.
     """
 
-    def __init__(self, folder: str | os.PathLike, work: str | os.PathLike | None = None):
+    def __init__(
+        self,
+        folder: str | os.PathLike,
+        work: str | os.PathLike | None = None,
+        rows: Mapping[str, int] | None = None,
+    ):
         self.folder = Path(folder)
         self.partial = Path(work or folder) / f"{SPLITS}.partial"
-        shutil.rmtree(self.partial, ignore_errors=True)
-        self.rows: dict[str, int] = {}
+        self.changed = Path(work or folder) / f"{SPLITS}.changed"
+        self.rows = dict(rows or {})
+        if rows is None:
+            for earlier in (self.partial, self.changed):
+                shutil.rmtree(earlier, ignore_errors=True)
 
     def write(self, splits: Mapping[str, datasets.Dataset], shard: int = 0, num_shards: int = 1) -> None:
         """The rows of one shard, users in increasing order."""
@@ -46,16 +57,25 @@ class SplitWriter:
             self.rows[name] = self.rows.get(name, 0) + len(rows)
 
     def transform(self, change: Callable[[datasets.Dataset], datasets.Dataset]) -> None:
-        """Writes every part anew, as `change` makes it from its rows."""
+        """Writes every part anew, as `change` makes it from its rows. Parts that an earlier writer has changed are
+        not changed again.
+        """
         for path in sorted(self.partial.glob("*/part-*.parquet")):
-            write_part(path, change(read_part(path)))
+            target = self.changed / path.relative_to(self.partial)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            with whole(target) as partial:
+                write_part(partial, change(read_part(path)))
+            path.unlink()  # what is left is what remains to be changed
+        shutil.rmtree(self.partial, ignore_errors=True)
 
     def finish(self) -> None:
-        """Puts the splits in their place."""
-        contract = {"version": VERSION, "rows": self.rows}
-        (self.partial / CONTRACT).write_text(json.dumps(contract, indent=2), encoding="utf-8")
-        shutil.rmtree(self.folder / SPLITS, ignore_errors=True)
-        self.partial.rename(self.folder / SPLITS)
+        """Puts the splits in their place; nothing is done where an earlier writer has come so far."""
+        partial = self.changed if self.changed.is_dir() else self.partial
+        if partial.is_dir():
+            contract = {"version": VERSION, "rows": self.rows}
+            (partial / CONTRACT).write_text(json.dumps(contract, indent=2), encoding="utf-8")
+            shutil.rmtree(self.folder / SPLITS, ignore_errors=True)
+            partial.rename(self.folder / SPLITS)
 
 
 def with_users(rows: datasets.Dataset, users: np.ndarray) -> datasets.Dataset:

@@ -112,10 +112,15 @@ class Splitter:
     How a log becomes splits, shard by shard: `rows` of every shard, then `finish` once.
 
     What is left out, or missing, is counted over all of them; `finish` warns of it, or raises.
+
+    Attributes:
+        counts: What was counted so far.
+        times: The first and the last time of every shard, where `finish` says them.
     """
 
     def __init__(self):
         self.counts: Counter[str] = Counter()
+        self.times: list[float] = []
 
     def rows(self, interactions: Interactions) -> datasets.DatasetDict:
         """The rows of the users of a shard; a split of one may be empty."""
@@ -173,7 +178,6 @@ class GlobalTimeSplit(Splitter):
                 f"validation_start ({validation_start}) must lie before test_start ({test_start}): give both."
             )
         self.boundaries, self.min_history = (validation_start, test_start), min_history
-        self.times: list = []  # the first and the last of every shard
 
     def rows(self, interactions: Interactions) -> datasets.DatasetDict:
         first, end = interactions.user_offsets[:-1], interactions.user_offsets[1:]
@@ -188,7 +192,8 @@ class GlobalTimeSplit(Splitter):
             users = np.flatnonzero(active & ~short)
             splits[name] = user_rows(interactions, users, first[users], start[users], stop[users])
         self.counts.update({f"{name} rows": len(split) for name, split in splits.items()})
-        self.times += [interactions.timestamp.min(), interactions.timestamp.max()] if len(interactions) else []
+        if len(interactions):
+            self.times += [interactions.timestamp.min().item(), interactions.timestamp.max().item()]
         return datasets.DatasetDict(splits)
 
     def finish(self) -> None:

@@ -174,6 +174,15 @@ def test_any_source_can_be_cut_and_a_small_log_is_not(tmp_path):
         load_shards(frame, tmp_path / "work", num_shards=0)
 
 
+def test_shards_of_an_earlier_call_are_taken_only_if_asked(tmp_path):
+    logs = [write(random_log(seed), tmp_path / f"log{seed}") for seed in (0, 1)]
+    first, second = (load_interactions(log) for log in logs)
+    assert_same(first, load_shards(logs[0], tmp_path / "work", num_shards=5))
+    assert_same(second, load_shards(logs[1], tmp_path / "work", num_shards=3))
+    assert len(list((tmp_path / "work").glob("events-*"))) == 3
+    assert_same(second, load_shards(logs[0], tmp_path / "work", num_shards=5, resume=True))
+
+
 @pytest.mark.parametrize(
     ("change", "settings"),
     [
