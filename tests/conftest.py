@@ -49,6 +49,7 @@ SLOW = {
         "more_baselines",
         "natural_serving",
         "packaging",
+        "prepare_work",
         "presets",
         "recipe_checks",
         "recipe_dpo",

@@ -9,9 +9,12 @@
 Writes `splits/` (a `DatasetDict`), `items.parquet`, `users.parquet`, `item_embeddings.safetensors`, `tokenizer/`
 (tokenizer, catalogue and codebooks), `semantic_ids.json` (quality report) and `codebook_usage.png`. Co-occurrence and
 popularity are learned from the training split alone.
+
+A log that is cut into shards (above 2 million events) is prepared piece by piece. A run that was stopped goes on with
+the same command, and says what it takes over: what is finished lies in `.prepare/` of the output until the run ends.
 """
 
-from collections.abc import Iterator
+from contextlib import AbstractContextManager
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -20,10 +23,11 @@ from typing import Any
 import datasets
 import numpy as np
 import torch
-from transformers.utils import logging
 
 from .. import Catalogue, SemanticIdTokenizer, item_embeddings
 from .. import data as logs
+from ..data.event_shards import whole
+from ..data.log_shards import CUT
 from ..recommender import Recommender
 from ..semantic_ids import (
     RQVAE,
@@ -43,17 +47,20 @@ from .prepare_arguments import (
     check_arguments,
     check_lifelong,
     lifelong_settings,
-    session_config,
     settle,
     text_shard,
 )
+from .prepare_splits import Histories, write_splits
+from .prepare_work import EMBEDDINGS, LEVELS, RQVAE_DONE, WORK, forget, kept, work_folder
 
 TEXT_EMBEDDINGS = "text_embeddings"  # folder beside the splits, of more items than one file takes
 TEXTS_PER_FILE = 100_000
 
 
-def load(args: PrepareArguments, work: Path | None = None) -> logs.EventShards:
-    """Events of any layout, k-core filtered; `work` is for a log of several shards, by default beside the output."""
+def load(args: PrepareArguments, work: Path | None = None, resume: bool = False) -> logs.EventShards:
+    """Events of any layout, k-core filtered; `work` is for a log of several shards, by default beside the output, and
+    `resume` takes those that are there.
+    """
     if args.layout == "logs":
         shards = logs.load_shards(
             args.source,
@@ -63,61 +70,13 @@ def load(args: PrepareArguments, work: Path | None = None) -> logs.EventShards:
             feedback=args.feedback,
             items=args.items,
             users=args.users,
+            resume=resume,
             **mapping(args.load_options),
         )
     else:
         settings = {"history": True} if args.shown_before else {}
         shards = logs.EventShards.of(getattr(logs, f"load_{args.layout}")(args.source, **settings))
     return shards.k_core(args.k_core) if args.k_core > 1 else shards
-
-
-def make_splitter(args: PrepareArguments) -> logs.Splitter:
-    """What makes the splits that were asked for."""
-    if config := session_config(args):
-        return logs.SessionSplit(config, args.validation_start, args.test_start)
-    if args.validation_start is None:
-        return logs.LeaveLastOut()
-    return logs.GlobalTimeSplit(args.validation_start, args.test_start, min_history=1)
-
-
-class Histories:
-    """Training histories, one row per user, that embeddings and popularity may learn from: a data set per shard."""
-
-    def __init__(self, work: Path, num_items: int):
-        self.work, self.popularity = work, np.zeros(num_items, dtype=np.int64)
-        self.files: list[Path] = []
-
-    def add(self, train: datasets.Dataset) -> None:
-        """The rows of one more shard."""
-        train = train.select_columns("history")
-        self.files.append(self.work / f"histories-{len(self.files):05d}.parquet")
-        logs.write_part(self.files[-1], train)
-        for rows in train.with_format("numpy").iter(batch_size=10_000):
-            self.popularity += np.bincount(np.concatenate(rows["history"]), minlength=len(self.popularity))
-
-    def __iter__(self) -> Iterator[datasets.Dataset]:
-        return map(logs.read_part, self.files)
-
-
-def write_splits(
-    args: PrepareArguments, shards: logs.EventShards, writer: logs.SplitWriter, histories: Histories
-) -> list[str]:
-    """Writes the splits, shard by shard; returns the columns of the training split."""
-    splitter, watched, columns = make_splitter(args), mapping(args.watched), []
-    progress = logging.tqdm(shards, desc="splits", unit="shard", disable=len(shards) == 1)
-    for shard, (users, events) in enumerate(progress):
-        if watched and args.sessions is None:
-            events = events.where(logs.reaches(events.feedback, watched))
-        splits = splitter.rows(events)
-        histories.add(splitter.training_events(events, splits))
-        splits = {name: logs.with_users(rows, users) for name, rows in splits.items()}
-        writer.write(splits, shard, len(shards))
-        columns = splits["train"].column_names
-    splitter.finish()
-    if empty := [name for name, count in writer.rows.items() if not count]:
-        nobody = "no user has enough events, 2 for a test row and 3 for a validation row."
-        raise ValueError(f"no rows in {empty}: {nobody}" if writer.rows["train"] else "there are no events to split.")
-    return columns
 
 
 def table_of(shards: logs.EventShards, name: str) -> datasets.Dataset:
@@ -171,15 +130,18 @@ def embed(
     args: PrepareArguments, shards: logs.EventShards, histories: Histories
 ) -> list[np.ndarray] | list[EmbeddingFiles]:
     """Every embedding that was asked for, (N, D) each; files where that of many texts is the only one."""
-    parts = []
+    parts, work = [], histories.work / EMBEDDINGS
     if args.embeddings:
         parts.append(item_embeddings.load_embeddings(args.embeddings, shards.num_items))
     features: dict[str, Any] = shards.items
     texts = item_embeddings.item_texts(features, args.text_fields if args.text_model or args.caption_model else [])
     if args.text_model:
         folder = Path(args.output) / TEXT_EMBEDDINGS
-        many = len(texts) > TEXTS_PER_FILE or folder.is_dir()
-        found = embed_texts(texts, args.text_model, bool(args.optional_text_fields), folder if many else None)
+        make = partial(embed_texts, texts, args.text_model, bool(args.optional_text_fields))
+        if len(texts) > TEXTS_PER_FILE or folder.is_dir():
+            found = make(folder)
+        else:
+            found = kept(work / "text.npy", make)
         if isinstance(found, EmbeddingFiles):
             others = (args.embeddings, args.align, args.collaborative_dim, args.lifelong, args.semantic_ids_from)
             if not any(others):
@@ -188,21 +150,24 @@ def embed(
         parts.append(found)
     if args.align:
         content = item_embeddings.concat_embeddings(*parts)
-        alignment, captions = item_embeddings.ItemAlignment(content.shape[1], seed=args.seed), None
-        if args.caption_model:
-            model = None if args.caption_model == "new" else model_path(args.caption_model)
-            captions = item_embeddings.CaptionDecoder(texts, alignment.settings["output_dim"], model, seed=args.seed)
-        lists = [history for part in histories for history in part.with_format("numpy")["history"]]
-        pairs = item_embeddings.behaviour_pairs(lists, shards.num_items, seed=args.seed)
-        alignment.fit(content, np.concatenate(pairs), captions=captions).save_pretrained(f"{args.output}/tokenizer")
-        parts = [alignment.embed(content)]
+        parts = [kept(work / "aligned.npy", lambda: align(args, content, texts, histories))]
     if args.collaborative_dim:
-        parts.append(
-            item_embeddings.collaborative_embeddings(
-                histories, shards.num_items, args.collaborative_dim, seed=args.seed, folder=histories.work
-            )
-        )
+        sizes = {"num_items": shards.num_items, "dim": args.collaborative_dim, "seed": args.seed}
+        learn = partial(item_embeddings.collaborative_embeddings, histories, **sizes, folder=histories.work)
+        parts.append(kept(work / "collaborative.npy", learn))
     return parts
+
+
+def align(args: PrepareArguments, content: np.ndarray, texts: list[str], histories: Histories) -> np.ndarray:
+    """Embeddings (N, D) adapted to the pairs of the histories; saves what adapts them beside the tokenizer."""
+    alignment, captions = item_embeddings.ItemAlignment(content.shape[1], seed=args.seed), None
+    if args.caption_model:
+        model = None if args.caption_model == "new" else model_path(args.caption_model)
+        captions = item_embeddings.CaptionDecoder(texts, alignment.settings["output_dim"], model, seed=args.seed)
+    lists = [history for part in histories for history in part.with_format("numpy")["history"]]
+    pairs = item_embeddings.behaviour_pairs(lists, len(content), seed=args.seed)
+    alignment.fit(content, np.concatenate(pairs), captions=captions).save_pretrained(f"{args.output}/tokenizer")
+    return alignment.embed(content)
 
 
 def join(parts: list, means: np.ndarray | None) -> tuple[np.ndarray | EmbeddingFiles, np.ndarray]:
@@ -228,11 +193,29 @@ def model_with_codebooks(repo: str) -> Recommender:
     return trained
 
 
-def new_semantic_ids(args: PrepareArguments, codebook_size: int, embeddings: torch.Tensor | EmbeddingFiles) -> tuple:
+def fit_codebooks(
+    args: PrepareArguments, codebook_size: int, embeddings: torch.Tensor | EmbeddingFiles, work: Path
+) -> RQVAE | ResidualKMeans:
+    """The quantizer, with what an earlier run has fitted: levels of k-means, or the whole RQ-VAE."""
+    sizes: dict[str, Any] = {"num_levels": args.num_levels, "codebook_size": codebook_size, "seed": args.seed}
+    if args.quantizer != "rqvae":
+        return ResidualKMeans(**sizes, balanced=balance(args)).fit(embeddings, work / LEVELS)
+    folder = work / RQVAE_DONE
+    if not folder.is_dir():
+        with whole(folder) as unfinished:
+            RQVAE(**sizes).fit(embeddings).save_pretrained(unfinished)
+    quantizer = RQVAE.from_pretrained(folder)
+    quantizer.train_codes = quantizer.encode(embeddings)
+    return quantizer
+
+
+def new_semantic_ids(
+    args: PrepareArguments, codebook_size: int, embeddings: torch.Tensor | EmbeddingFiles, work: Path
+) -> tuple:
     """Codebooks fitted on all items, their semantic IDs, the sizes of the levels, and what is to be said of them."""
-    quantizer_class = RQVAE if args.quantizer == "rqvae" else partial(ResidualKMeans, balanced=balance(args))
-    quantizer = quantizer_class(args.num_levels, codebook_size, seed=args.seed)
-    codes = quantizer.fit(embeddings).train_codes
+    quantizer = fit_codebooks(args, codebook_size, embeddings, work)
+    codes = quantizer.train_codes
+    assert codes is not None
     report = {"before collisions": quality_report(codes, embeddings, quantizer)}
     codes = resolve_collisions(codes, quantizer, embeddings, policy=args.collisions)
     sizes = [codebook_size] * args.num_levels
@@ -266,19 +249,24 @@ def main(args: PrepareArguments) -> dict:
     """Runs the recipe; returns the quality report of the semantic IDs."""
     check_arguments(args)
     output = Path(args.output)
-    with TemporaryDirectory(prefix=".prepare-", dir=output) as folder:  # on the disk that has room for the result
+    work: AbstractContextManager[str | Path] = work_folder(args, output)
+    if args.text_shard is not None:  # several of these share an output, and their files are kept as they are
+        work = TemporaryDirectory(prefix=f"{WORK}-", dir=output)
+    with work as folder:  # on the disk that has room for the result
         return prepare(args, output, Path(folder))
 
 
 def prepare(args: PrepareArguments, output: Path, work: Path) -> dict:
     """Checked arguments -> the data folder `output`; returns the quality report of the semantic IDs."""
-    shards = load(args, work)
+    shards = load(args, work, resume=True)
+    if not (work / CUT).is_file():
+        forget(work)  # a log in one piece is soon prepared
     args, codebook_size = settle(args, shards)
     if args.text_shard is not None:
         embed_text_shard(args, shards)
         return {}
-    writer, histories = logs.SplitWriter(output, work), Histories(work, shards.num_items)
-    columns = write_splits(args, shards, writer, histories)
+    histories = Histories(work, shards.num_items)
+    writer, columns = write_splits(args, shards, output, histories)
     if lifelong := lifelong_settings(args):
         check_lifelong(lifelong, columns)
     parts = embed(args, shards, histories)
@@ -289,7 +277,7 @@ def prepare(args: PrepareArguments, output: Path, work: Path) -> dict:
         writer.transform(lambda rows: logs.compress_lifelong(rows, embeddings, **lifelong))
     vectors: Any = torch.from_numpy(embeddings) if isinstance(embeddings, np.ndarray) else embeddings
     if trained is None:
-        quantizer, codes, sizes, report = new_semantic_ids(args, codebook_size, vectors)
+        quantizer, codes, sizes, report = new_semantic_ids(args, codebook_size, vectors, work)
         quantizer.embedding_mean = torch.from_numpy(means)
     else:
         quantizer, codes, sizes, report = frozen_semantic_ids(args, trained, shards.item_ids, vectors)
