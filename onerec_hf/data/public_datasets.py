@@ -1,5 +1,6 @@
-"""Public data sets as parquet files: Amazon 2014 in the order of S3-Rec, KuaiRand-Pure, KuaiRand-27K likes."""
+"""Public data sets as parquet files: Amazon 2014 in the order of S3-Rec, KuaiRand-Pure."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -37,12 +38,12 @@ def load_amazon(folder: str | Path) -> Interactions:
         [`Interactions`] with the columns of `items.parquet` in `items`: `title`, `brand`, `category_path`, ... for
         Beauty (22,363 users, 12,101 items, 198,502 events), `keywords`, ... for Sports (35,598, 18,357, 296,337).
     """
-    sequences = _read(folder, "sequences.parquet")
+    sequences = _read(folder, "sequences.parquet", ("user_id", "item_ids"))
     lists = sequences["item_ids"].combine_chunks()
     log = pa.table(
         {"user_id": sequences["user_id"].take(pc.list_parent_indices(lists)), "item_id": pc.list_flatten(lists)}
     )
-    return load_interactions(log, columns={"timestamp": None}, items=_read(folder, "items.parquet"))
+    return load_interactions(log, columns={"timestamp": None}, items=_read(folder, "items.parquet", ("item_id",)))
 
 
 def load_kuairand(folder: str | Path, *, history: bool = False, drop_duplicates: bool = False) -> Interactions:
@@ -62,15 +63,17 @@ def load_kuairand(folder: str | Path, *, history: bool = False, drop_duplicates:
         [`Interactions`] of all 7,583 videos; `feedback` holds `play_time_ms`, `duration_ms` (0: unknown), the 0/1
         signals, `profile_stay_time` and `comment_stay_time` in ms, and `tab`, the scenario of the app.
     """
-    log = _read(folder, "interactions.parquet").select([*KUAIRAND_COLUMNS.values(), *KUAIRAND_FEEDBACK])
+    columns = (*KUAIRAND_COLUMNS.values(), *KUAIRAND_FEEDBACK)
+    log = _read(folder, "interactions.parquet", columns).select(columns)
     if history:
-        log = pa.concat_tables([_watched_before(_read(folder, "history.parquet"), log.schema), log])
+        watched = _read(folder, "history.parquet", ("user_id", "watched", "last_time_ms"))
+        log = pa.concat_tables([_watched_before(watched, log.schema), log])
     return load_interactions(
         log,
         columns=KUAIRAND_COLUMNS,
         feedback=KUAIRAND_FEEDBACK,
-        items=_read(folder, "items.parquet"),
-        users=_read(folder, "users.parquet"),
+        items=_read(folder, "items.parquet", ("video_id",)),
+        users=_read(folder, "users.parquet", ("user_id",)),
         drop_duplicates=drop_duplicates,
     )
 
@@ -89,8 +92,16 @@ def _watched_before(history: pa.Table, schema: pa.Schema) -> pa.Table:
     return pa.table(columns).select(schema.names).cast(schema)
 
 
-def _read(folder: str | Path, name: str) -> pa.Table:
-    path = Path(folder) / name
+def _read(folder: str | Path, name: str, columns: Sequence[str]) -> pa.Table:
+    path, advice = (
+        Path(folder) / name,
+        "Other logs are read by `load_interactions`, or `onerec prepare --layout logs`.",
+    )
     if not path.is_file():
-        raise FileNotFoundError(f"{path} does not exist")
-    return pyarrow.parquet.read_table(path)
+        raise FileNotFoundError(f"{path} does not exist: {folder} is not the data set of this layout. {advice}")
+    table = pyarrow.parquet.read_table(path)
+    if absent := [column for column in columns if column not in table.column_names]:
+        raise ValueError(
+            f"{path} has no {absent}, only {table.column_names}: it is not the data set of this layout. {advice}"
+        )
+    return table

@@ -601,6 +601,18 @@ def test_amazon_has_the_published_counts_and_targets(name, counts, text):
     assert x.item_ids[row["history"]].tolist() == sequences[100][:-1].tolist()
 
 
+def test_another_data_set_than_the_layout_says(tmp_path):
+    with pytest.raises(
+        FileNotFoundError, match=r"sequences.parquet does not exist: .* not the data set .*layout logs"
+    ):
+        load_amazon(tmp_path)
+    pd.DataFrame({"user_id": [1], "video_id": [2], "time_ms": [3]}).to_parquet(tmp_path / "interactions.parquet")
+    with pytest.raises(
+        ValueError, match=r"interactions.parquet has no \['play_time_ms', .*only \['user_id', 'video_id'"
+    ):
+        load_kuairand(tmp_path)
+
+
 @pytest.mark.shared_data
 def test_kuairand_has_the_counts_of_its_readme():
     folder = shared_data("kuairand_pure_2022")
