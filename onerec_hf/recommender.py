@@ -103,7 +103,7 @@ class Recommender:
             cached_file(str(repo), "quantizer.safetensors", **hub_kwargs)
             quantizer = load_quantizer(Path(path).parent)
         path = cached_file(str(repo), RERANKER_NAME, _raise_exceptions_for_missing_entries=False, **hub_kwargs)
-        reranker = None if path is None else Reranker.from_pretrained(repo, **hub_kwargs)
+        reranker = None if path is None else Reranker.from_pretrained(repo, model, **hub_kwargs)
         return cls(ItemRanker(model, collator, num_beams, reranker), metadata, quantizer)
 
     def save_pretrained(self, folder: str | os.PathLike) -> None:

@@ -21,8 +21,19 @@ from .models.catalogue import Catalogue
 
 CONFIG_NAME, FOLDER = "reranker.json", "scorers"
 FILES = ("config.json", "model.safetensors")  # of a scorer
-CODES, ITEM_HEAD = "codes", "item head"
+CODES, ITEM_HEAD, ITEM_VECTORS = "codes", "item head", "item vectors"
 KINDS = ("kept", "masked")  # weights where seen items may come back, and where they may not
+
+
+def item_neighbours(model: Any) -> baselines.EmbeddingKNN | None:
+    """Neighbours of the last two items by the given vectors that an OneRec-V2 reads (`item_vectors`), as a scorer
+    that has no files of its own; None for a model that reads none.
+    """
+    config = model.config
+    if config.model_type != "onerec_v2" or "item_vectors" not in config.fixed_context_features:
+        return None
+    table = model.model.context_processor.embed_features.tables[list(config.context_features).index("item_vectors")]
+    return baselines.EmbeddingKNN(table.weight[1:].float().cpu().numpy())  # row 0 is "unknown"
 
 
 class Reranker:
@@ -227,25 +238,28 @@ class Reranker:
         return self.weights[kind]
 
     def save_pretrained(self, folder: str | os.PathLike) -> None:
-        """Writes `reranker.json`, and each scorer into `scorers/<name>`."""
-        classes = {name: type(scorer).__name__ for name, scorer in self.scorers.items()}
+        """Writes `reranker.json`, and each scorer into `scorers/<name>`; item vectors are in the model."""
+        scorers = {name: scorer for name, scorer in self.scorers.items() if name != ITEM_VECTORS}
+        classes = {name: type(scorer).__name__ for name, scorer in scorers.items()}
         if strange := [name for name, own in classes.items() if own not in baselines.SCORERS]:
             raise ValueError(f"the scorers {strange} are no baselines of this package: they cannot be saved with it.")
         folder = Path(folder)
-        for name, scorer in self.scorers.items():
+        for name, scorer in scorers.items():
             (folder / FOLDER / name).mkdir(parents=True, exist_ok=True)
             scorer.save_pretrained(folder / FOLDER / name)
         settings = {"scorers": classes, "weights": self.weights, "num_candidates": self.num_candidates}
-        settings |= {"item_head": self.item_head, "search": self.search}
+        settings |= {"item_head": self.item_head, "search": self.search, "item_vectors": ITEM_VECTORS in self.scorers}
         if self.positions is not None:
             settings["positions"] = self.positions.tolist()
         (folder / CONFIG_NAME).write_text(json.dumps(settings, indent=2), encoding="utf-8")
 
     @classmethod
-    def from_pretrained(cls, repo: str | os.PathLike, **hub_kwargs) -> "Reranker":
-        """Reads what `save_pretrained` wrote, from a folder or a Hub repository."""
+    def from_pretrained(cls, repo: str | os.PathLike, model: Any = None, **hub_kwargs) -> "Reranker":
+        """Reads what `save_pretrained` wrote, from a folder or a Hub repository; `model` is the one of the repository,
+        whose item vectors may be a scorer.
+        """
         settings = json.loads(Path(str(cached_file(str(repo), CONFIG_NAME, **hub_kwargs))).read_text(encoding="utf-8"))
-        scorers = {}
+        scorers: dict[str, Any] = {ITEM_VECTORS: item_neighbours(model)} if settings.get("item_vectors") else {}
         for name, kind in settings["scorers"].items():
             paths = [cached_file(str(repo), f"{FOLDER}/{name}/{file}", **hub_kwargs) for file in FILES]
             scorers[name] = baselines.SCORERS[kind].from_pretrained(Path(str(paths[0])).parent)
@@ -323,4 +337,4 @@ def _once(items: torch.Tensor) -> torch.Tensor:
     return items[:, : max(1, int((items >= 0).sum(1).max()))]
 
 
-__all__ = ["CONFIG_NAME", "FILES", "FOLDER", "Reranker", "judge_ids"]
+__all__ = ["CONFIG_NAME", "FILES", "FOLDER", "ITEM_VECTORS", "Reranker", "item_neighbours", "judge_ids"]

@@ -294,10 +294,44 @@ def test_the_command_fits_on_validation_and_saves_with_the_model(trained, tmp_pa
     assert rerank.main(rerank.RerankArguments(**settings))["test"] == pytest.approx(report["test"])
     assert (tmp_path / "copy" / "reranker.json").is_file()  # and the model's folder is as it was
     assert {path.name for path in (trained / "model").iterdir()} == model_files
-    with pytest.raises(ValueError, match=r"nothing to re-rank with: .* has no item head"):
+    with pytest.raises(ValueError, match=r"nothing to re-rank with: .* has no item head and reads no item vectors"):
         rerank.main(rerank.RerankArguments(**settings | {"scorers": []}))
     with pytest.raises(ValueError, match=r"popularity holds no baseline that can score items"):
         rerank.main(rerank.RerankArguments(**settings | {"scorers": [str(trained / "popularity")]}))
+
+
+def test_a_model_is_reranked_by_the_item_vectors_that_it_reads(trained, tmp_path):
+    """As by the baseline of the same vectors, which needs a folder of its own."""
+    from onerec_hf.scripts import baseline, rerank, sft
+    from onerec_hf.trainers import OneRecSFTConfig
+
+    data, folder = str(trained / "data"), tmp_path / "model"
+    model = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2}
+    arguments = sft.ModelArguments(data, model=json.dumps(model | {"context_embed_dim": 4}), item_vectors=True)
+    sft.main(arguments, OneRecSFTConfig(str(folder), max_steps=4, report_to="none"))
+    settings = {"model": str(folder), "data": data, "num_beams": 20}
+    own = rerank.main(rerank.RerankArguments(**settings, output=str(tmp_path / "own")))
+    assert set(own["reranker"]["kept"]["recall@10 of half of the users"]) == {
+        "all",
+        "without codes",
+        "without item vectors",
+    }
+    assert not (tmp_path / "own" / "scorers").exists()
+    baseline.main(baseline.BaselineArguments("embeddingknn", data, str(tmp_path / "neighbours")))
+    settings |= {"scorers": [str(tmp_path / "neighbours")], "output": str(tmp_path / "given")}
+    given = rerank.main(rerank.RerankArguments(**settings))  # these are the same neighbours: once is enough
+    assert "item vectors" not in given["reranker"]["kept"]["weights"]
+    assert own["test"]["recall@10"] == pytest.approx(given["test"]["recall@10"], abs=0.03)  # one user of 40
+    served = [Recommender.from_pretrained(tmp_path / name, num_beams=20) for name in ("own", "given")]
+    histories = [[item, item + 1] for item in served[0].model.catalogue.item_ids[:20].tolist()]
+    parts = [each.ranker.reranker._scores([[3, 4], [7]], None) for each in served]
+    torch.testing.assert_close(parts[0]["item vectors"], parts[1]["neighbours"], rtol=1e-4, atol=1e-4)
+    served[0].save_pretrained(tmp_path / "saved")
+    again = Recommender.from_pretrained(tmp_path / "saved", num_beams=20)
+    assert again.recommend(histories, k=5) == served[0].recommend(histories, k=5)
+    settings |= {"scorers": [str(trained / "cooccurrence")], "item_vectors": False}
+    without = rerank.main(rerank.RerankArguments(**settings))
+    assert "item vectors" not in without["reranker"]["kept"]["weights"]
 
 
 def test_the_command_combines_scorers_without_a_model(trained, tmp_path):

@@ -8,7 +8,8 @@ on validation users, once for lists where seen items may come back and once for 
 `--output` they are saved in the model's own folder. `Recommender.from_pretrained` uses what is saved;
 `recommend(..., rerank=False)` is the search alone. The test metrics of the whole replace those of the search alone,
 which stay in `metrics.json` under `search_alone`; `reranker` there holds weights, the share of targets among the
-candidates and what each scorer adds. Without `--model`, the scorers alone are combined in the same way: what a
+candidates and what each scorer adds. A model that has an item head, or reads item vectors, needs no other scorers:
+these are used as such. Without `--model`, the scorers alone are combined in the same way: what a
 re-ranked model must beat; only `metrics.json` and the predictions are written.
 """
 
@@ -24,13 +25,13 @@ import numpy as np
 import torch
 from tqdm.auto import tqdm
 
-from ..baselines import SCORERS
+from ..baselines import SCORERS, EmbeddingKNN
 from ..collators.histories import allowed_items
 from ..data import DataFolder
 from ..item_ranker import ItemRanker
 from ..models.catalogue import Catalogue
 from ..recommender import Recommender
-from ..reranker import KINDS, Reranker
+from ..reranker import ITEM_VECTORS, KINDS, Reranker, item_neighbours
 from .baseline import BASELINES
 from .checks import check_beams, check_output, check_splits, unique_names
 from .ending import remove_earlier_results, score, score_model, some, write_metrics
@@ -59,6 +60,10 @@ class RerankArguments:
     batch_size: int = field(default=64, metadata={"help": "Users that are scored together."})
     seed: int = field(default=0, metadata={"help": "Of the order of equal scores."})
     device: str | None = field(default=None, metadata={"help": "cuda, cuda:1, cpu; default the processor."})
+    item_vectors: bool = field(
+        default=True,
+        metadata={"help": "Neighbours by the item vectors that the model reads are a scorer, if none is given."},
+    )
 
 
 class ScorersAlone:
@@ -195,11 +200,14 @@ def main(args: RerankArguments) -> dict:
         return report
     recommender = load_policy(args.model, data, args.num_beams)
     recommender.model.to(args.device)
-    head = bool(getattr(recommender.model, "item_head", None))
+    head, own = bool(getattr(recommender.model, "item_head", None)), item_neighbours(recommender.model)
+    given = any(isinstance(scorer, EmbeddingKNN) for scorer in scorers.values())
+    if own is not None and args.item_vectors and not given:
+        scorers = {ITEM_VECTORS: own} | scorers
     if not (scorers or head):
         raise ValueError(
-            f"nothing to re-rank with: {args.model} has no item head. Give scorers, folders of `onerec baseline` "
-            f"({', '.join(SCORER_NAMES)})."
+            f"nothing to re-rank with: {args.model} has no item head and reads no item vectors. Give scorers, folders "
+            f"of `onerec baseline` ({', '.join(SCORER_NAMES)})."
         )
     reranker = Reranker(scorers, num_candidates=args.num_candidates, item_head=head)
     if args.output is not None:
