@@ -38,7 +38,7 @@ def quality() -> None:
     for name in ("beauty_reranked", "beauty"):
         columns, table = rows(name)
         at = columns.index("recall@10")
-        parts = ("re-ranked", "the same without", "neighbours by", "item head together")
+        parts = ("re-ranked", "the same without", "neighbours by", "item head together", "item vectors")
         wanted = [row for row in table if name == "beauty" or any(part in row[0] for part in parts)]
         found += [(short(row[0]), [mean_and_spread(side) for side in row[at]]) for row in wanted]
     found.sort(key=lambda entry: entry[1][0][0])
