@@ -175,7 +175,8 @@ EXPECTED: dict[str, dict[str, list[float]]] = {
 def test_the_numbers_are_the_same(name, tmp_path):
     found, expected = record(name, tmp_path), EXPECTED[name]
     terms = 4 * len(found["losses"]) * TERMS  # forward, backward and update of every step build on the one before
-    assert_close(torch.tensor(found["losses"]), torch.tensor(expected["losses"]), terms)
+    scale = 1.0 if name == "grpo ecpo" else None  # advantages of about 1 cancel in its losses, to a thousandth
+    assert_close(torch.tensor(found["losses"]), torch.tensor(expected["losses"]), terms, scale)
     # a move is the difference of weights of about 1, a thousand times as large
     assert_close(torch.tensor(found["moved"]), torch.tensor(expected["moved"]), 30 * terms)
     own = [loss for loss in expected["losses"] if abs(loss) > 1e-6]  # ECPO's are 0 where the policy has not moved yet
