@@ -257,9 +257,21 @@ class Reranker:
     def from_pretrained(cls, repo: str | os.PathLike, model: Any = None, **hub_kwargs) -> "Reranker":
         """Reads what `save_pretrained` wrote, from a folder or a Hub repository; `model` is the one of the repository,
         whose item vectors may be a scorer.
+
+        Raises:
+            ValueError: Where they are one, and `model` is not given or reads none.
         """
         settings = json.loads(Path(str(cached_file(str(repo), CONFIG_NAME, **hub_kwargs))).read_text(encoding="utf-8"))
-        scorers: dict[str, Any] = {ITEM_VECTORS: item_neighbours(model)} if settings.get("item_vectors") else {}
+        scorers: dict[str, Any] = {}
+        if settings.get("item_vectors"):
+            neighbours = None if model is None else item_neighbours(model)
+            if neighbours is None:
+                given = "no model" if model is None else f"a {type(model).__name__} that reads no item vectors"
+                raise ValueError(
+                    f"{CONFIG_NAME} of {repo} has the item vectors of its model as a scorer, and got {given}: pass "
+                    "`model`, or load the repository with `Recommender.from_pretrained`."
+                )
+            scorers[ITEM_VECTORS] = neighbours
         for name, kind in settings["scorers"].items():
             paths = [cached_file(str(repo), f"{FOLDER}/{name}/{file}", **hub_kwargs) for file in FILES]
             scorers[name] = baselines.SCORERS[kind].from_pretrained(Path(str(paths[0])).parent)

@@ -329,6 +329,11 @@ def test_a_model_is_reranked_by_the_item_vectors_that_it_reads(trained, tmp_path
     served[0].save_pretrained(tmp_path / "saved")
     again = Recommender.from_pretrained(tmp_path / "saved", num_beams=20)
     assert again.recommend(histories, k=5) == served[0].recommend(histories, k=5)
+    with pytest.raises(ValueError, match=r"has the item vectors of its model as a scorer, and got no model: pass"):
+        Reranker.from_pretrained(tmp_path / "saved")
+    other = Recommender.from_pretrained(trained / "model").model
+    with pytest.raises(ValueError, match=r"got a OneRecV2ForCausalLM that reads no item vectors"):
+        Reranker.from_pretrained(tmp_path / "saved", other)
     settings |= {"scorers": [str(trained / "cooccurrence")], "item_vectors": False}
     without = rerank.main(rerank.RerankArguments(**settings))
     assert "item vectors" not in without["reranker"]["kept"]["weights"]

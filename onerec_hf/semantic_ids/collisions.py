@@ -203,16 +203,16 @@ def _with_room(codes, quantizer, item_embeddings, distances, num_fixed: int) -> 
     for group in above[leaves].unique().tolist():
         movers = (leaves & (above == group)).nonzero().squeeze(1)
         movers = movers[distances[movers].argsort(stable=True)]
-        room = size - torch.bincount(codes[~leaves & (above == group), -2], minlength=size)
+        room = (size - torch.bincount(codes[~leaves & (above == group), -2], minlength=size)).cpu()
         for block in row_blocks(len(movers), size, codes.device):
             rows = movers[block]
             vectors = item_embeddings[rows].float()
             left = vectors - quantizer.decode(codes[rows]) + books[-1][codes[rows, -1]] + books[-2][codes[rows, -2]]
-            far = squared_distances(left, books[-2])
-            for place, row in enumerate(rows.tolist()):
-                code = int(far[place].masked_fill(room < 1, float("inf")).argmin())
-                codes[row, -2] = code
-                room[code] -= 1
+            chosen = []  # one after the other, each by what those before it left; not on a device, which would wait
+            for far in squared_distances(left, books[-2]).cpu():
+                chosen.append(int(far.masked_fill_(room < 1, float("inf")).argmin()))
+                room[chosen[-1]] -= 1
+            codes[rows, -2] = torch.tensor(chosen, device=codes.device)
             codes[rows, -1] = squared_distances(left - books[-2][codes[rows, -2]], books[-1]).argmin(dim=1)
             distances[rows] = (vectors - quantizer.decode(codes[rows])).square().sum(dim=1)
     logger.warning(
