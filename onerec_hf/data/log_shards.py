@@ -128,6 +128,15 @@ def _open(source: Any, log_columns: LogColumns) -> pa.Table | pyarrow.dataset.Da
     return read_table(source, log_columns.split, ids=log_columns.ids)
 
 
+def _unbuffered(log: pyarrow.dataset.Dataset) -> dict[str, Any]:
+    """Arrow else keeps what it has read of a parquet file until the end of that file, which may be larger than
+    memory.
+    """
+    if not isinstance(getattr(log, "format", None), pyarrow.dataset.ParquetFileFormat):
+        return {}
+    return {"fragment_scan_options": pyarrow.dataset.ParquetFragmentScanOptions(pre_buffer=False)}
+
+
 class _Cutting:
     """One log on its way from the source to files that are cut by shards and not sorted yet."""
 
@@ -211,7 +220,7 @@ class _Cutting:
                 if len(known) < len(names):  # one row with all columns, of which the message has a list
                     parts = iter([self.log.head(1)])
                 else:
-                    batches = self.log.to_batches(columns=known, batch_size=BATCH_ROWS, batch_readahead=2)
+                    batches = self.log.to_batches(columns=known, batch_size=BATCH_ROWS, batch_readahead=2, **_unbuffered(self.log))
                     parts = (pa.Table.from_batches([batch]) for batch in batches if len(batch))
             for part in parts:
                 yield part
