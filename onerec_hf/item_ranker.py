@@ -1,6 +1,6 @@
 """`model.recommend_items` with the call that evaluation and the baselines share."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -9,6 +9,7 @@ import torch
 from .collators import OneRecCollator
 from .collators.histories import allowed_items
 from .models import RecommendedItems
+from .models.catalogue import Catalogue
 from .models.input_checks import at_least
 from .reranker import Reranker
 
@@ -99,4 +100,56 @@ class ItemRanker:
         )
 
 
-__all__ = ["ItemRanker"]
+def judge_ids(
+    item_scorer: Any,
+    catalogue: Catalogue,
+    rows: Sequence[Mapping[str, Any]],
+    events: Iterable[str],
+    users: Mapping[str, Sequence],
+    num_candidates: int | None = None,
+) -> Callable[[torch.Tensor, torch.Tensor], torch.Tensor]:
+    """
+    What judges item ids, as `recommend_items` takes it, which knows indices.
+
+    Args:
+        item_scorer: A reward model, which also gets the `events` and `users` that it reads, or a function `(histories,
+            items)` of lists of ids that returns a number for each item.
+        rows: One per user, with `history` (indices) and event columns.
+        events, users: The columns of `rows`, and user features with one value per user, that there are.
+        num_candidates: How many of a user's items or sessions are judged, the first; the others get `-inf`.
+    """
+    ids = catalogue.item_ids
+
+    def judge(items: torch.Tensor, log_probs: torch.Tensor) -> torch.Tensor:
+        sessions, found = items.dim() == 3, torch.full(log_probs.shape, -torch.inf)
+        real = log_probs.cpu() > -torch.inf
+        real[:, real.shape[1] if num_candidates is None else num_candidates :] = False
+        places = real.nonzero().tolist() if sessions else [[i] for i in real.any(1).nonzero().flatten().tolist()]
+        asked = (
+            [ids[items[tuple(place)].cpu().numpy()].tolist() for place in places]
+            if sessions
+            else [ids[items[i][real[i]].cpu().numpy()].tolist() for (i,) in places]
+        )
+        own = [rows[place[0]] for place in places]
+        histories = [ids[np.asarray(row["history"], dtype=np.int64)].tolist() for row in own]
+        if hasattr(item_scorer, "score"):
+            reads = item_scorer.collator
+            columns = {name: [row[name] for row in own] for name in events if name in reads.event_features}
+            features = {name: [values[place[0]] for place in places] for name, values in users.items()}
+            features = {name: values for name, values in features.items() if name in reads.user_feature_sizes}
+            judged = item_scorer.score(histories, asked, events=columns, users=features)
+        else:
+            judged = item_scorer(histories, asked)
+        wanted = [1 if sessions else len(one) for one in asked]
+        given = [1 if np.ndim(one) == 0 else len(one) for one in judged]
+        if given != wanted or any((np.ndim(one) == 0) != sessions for one in judged):
+            what = "one number for each session" if sessions else "one number for each item of each user"
+            raise ValueError(f"item_scorer returned {given[:5]} numbers, asked about {wanted[:5]}: {what} is needed.")
+        for place, one in zip(places, judged):
+            found[tuple(place) if sessions else (place[0], real[place[0]])] = torch.as_tensor(one, dtype=torch.float)
+        return found.to(log_probs.device)
+
+    return judge
+
+
+__all__ = ["ItemRanker", "judge_ids"]

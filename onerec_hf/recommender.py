@@ -14,7 +14,7 @@ from transformers.utils.hub import cached_file
 from .collators.histories import allowed_items, check_per_user, history_rows, refuse_arguments
 from .collators.loading import collator_of
 from .explanation import Contribution, leave_one_out
-from .item_ranker import ItemRanker
+from .item_ranker import ItemRanker, judge_ids
 from .models.input_checks import at_least
 from .models.item_ids import id_array, is_text
 from .recommendation_files import (
@@ -30,7 +30,7 @@ from .recommendation_files import (
     write_part,
 )
 from .reranker import CONFIG_NAME as RERANKER_NAME
-from .reranker import Reranker, judge_ids
+from .reranker import Reranker
 from .semantic_ids import RQVAE, ResidualKMeans, load_quantizer
 from .semantic_ids.collisions import append_collision_level
 

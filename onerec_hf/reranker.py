@@ -6,12 +6,13 @@ Models of semantic IDs, models of item ids and counts find different items, so t
 
 import json
 import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from safetensors.torch import load_file, save_file
 from torch.nn.utils.rnn import pad_sequence
 from transformers.utils.hub import cached_file
 
@@ -19,9 +20,9 @@ from . import baselines
 from .models import RecommendedItems
 from .models.catalogue import Catalogue
 
-CONFIG_NAME, FOLDER = "reranker.json", "scorers"
+CONFIG_NAME, FOLDER, VALUES_NAME = "reranker.json", "scorers", "item_values.safetensors"
 FILES = ("config.json", "model.safetensors")  # of a scorer
-CODES, ITEM_HEAD, ITEM_VECTORS = "codes", "item head", "item vectors"
+CODES, ITEM_HEAD, ITEM_VECTORS, VALUE = "codes", "item head", "item vectors", "value"
 KINDS = ("kept", "masked")  # weights where seen items may come back, and where they may not
 
 
@@ -44,7 +45,8 @@ class Reranker:
     features: log p of its semantic ID (of the beam's worst item where the beam does not have it) and a flag for that;
     of each scorer the log-probability among all items; of each of these also the probability as a share of the best
     candidate's, since a logarithm makes little of the difference between good ones; log(1 + training events), and
-    whether the history has the item.
+    whether the history has the item. With `item_values` also the logarithm of the item's value, whose weight is not
+    fitted: a sum with weight 1 orders by p times value, the value that is expected, where the others' sum is log p.
 
     Args:
         scorers: By name, each with `score_items(examples)`: for the columns of a split, log-probabilities (B, N),
@@ -63,19 +65,23 @@ class Reranker:
         num_candidates: int = 50,
         item_head: bool = False,
         search: bool = True,
+        item_values: torch.Tensor | None = None,
     ):
         if without := [name for name, scorer in scorers.items() if not hasattr(scorer, "score_items")]:
             raise TypeError(f"the scorers {without} have no `score_items(examples)`; `onerec_hf.baselines` have it.")
         if num_candidates < 1:
             raise ValueError(f"num_candidates={num_candidates}: at least 1.")
         self.scorers, self.num_candidates = dict(scorers), num_candidates
-        self.item_head, self.search = item_head, search
+        if item_values is not None and not bool(((item_values > 0) & item_values.isfinite()).all()):
+            raise ValueError("item_values has values that are not above 0: their logarithm is a feature.")
+        self.item_head, self.search, self.item_values = item_head, search, item_values
         self.positions: torch.Tensor | None = None  # (N,) the scorers' index of each item; None: the same
         self.parts = (*([CODES] if search else []), *([ITEM_HEAD] if item_head else []), *self.scorers)
         if not self.parts:
             raise ValueError("without a search and an item head there must be scorers.")
         best = (f"{part}, of the best" for part in self.parts)
         self.features = (*self.parts, *best, *(["not in the beam"] if search else []), "popularity", "seen")
+        self.features += (VALUE,) if item_values is not None else ()
         self.weights = {kind: dict(own) for kind, own in (weights or {}).items()}
         for kind, own in self.weights.items():
             if kind not in KINDS or set(own) != set(self.features):
@@ -126,7 +132,8 @@ class Reranker:
         parts += [own.gather(1, known).clamp(min=_FLOOR) for own in scores.values()]
         parts = [part.nan_to_num(neginf=_FLOOR).masked_fill(items < 0, _FLOOR) for part in parts]
         relative = [(part - part.amax(1, keepdim=True)).exp() for part in parts]
-        return items, torch.stack([*parts, *relative, *flags, popularity, seen.float()], dim=2)
+        values = [] if self.item_values is None else [self._log_values(known)]
+        return items, torch.stack([*parts, *relative, *flags, popularity, seen.float(), *values], dim=2)
 
     def __call__(
         self,
@@ -157,6 +164,14 @@ class Reranker:
             if positions is not None:  # behind the last item stands what -1 points at
                 scores[name] = torch.nn.functional.pad(scores[name], (0, 1), value=-torch.inf)[:, positions]
         return scores
+
+    def _log_values(self, items: torch.Tensor) -> torch.Tensor:
+        """Of items (B, C) of the catalogue; the mean where the value of an item is not known."""
+        assert self.item_values is not None
+        own = self.item_values.log()
+        if self.positions is not None:
+            own = torch.cat([own, own.mean(0, keepdim=True)])[self.positions]  # -1 points at the mean
+        return own[items]
 
     def follow(self, kept: np.ndarray, num_new: int = 0) -> None:
         """The catalogue keeps the items `kept` (indices), and gets `num_new` behind them that no scorer knows."""
@@ -196,6 +211,7 @@ class Reranker:
         """
         Weights by a listwise softmax: the mean log-probability of a user's targets among the candidates, maximised by
         L-BFGS. It is convex, so nothing is drawn at random. Users none of whose targets is a candidate teach nothing.
+        The weight of the items' value is 0 afterwards: it is a choice, `weights[kind]["value"]`.
 
         Args:
             items, features: Of `candidates`, of users on whom no scorer was trained.
@@ -216,6 +232,8 @@ class Reranker:
         if not useful.any():
             raise ValueError(f"no target of the {len(targets)} users is among their candidates: nothing to fit.")
         x, chosen, real = features[useful].double(), chosen[useful], items[useful] >= 0
+        if self.item_values is not None:
+            x[:, :, -1] = 0.0
         spread = x[real].std(0)
         scale = torch.where(spread > 0, spread, torch.ones_like(spread))
         x = x / scale  # one step size for all features
@@ -251,6 +269,9 @@ class Reranker:
         settings |= {"item_head": self.item_head, "search": self.search, "item_vectors": ITEM_VECTORS in self.scorers}
         if self.positions is not None:
             settings["positions"] = self.positions.tolist()
+        if self.item_values is not None:
+            settings["item_values"] = True
+            save_file({"item_values": self.item_values}, folder / VALUES_NAME)
         (folder / CONFIG_NAME).write_text(json.dumps(settings, indent=2), encoding="utf-8")
 
     @classmethod
@@ -276,62 +297,13 @@ class Reranker:
             paths = [cached_file(str(repo), f"{FOLDER}/{name}/{file}", **hub_kwargs) for file in FILES]
             scorers[name] = baselines.SCORERS[kind].from_pretrained(Path(str(paths[0])).parent)
         names = ("weights", "num_candidates", "item_head", "search")
-        reranker = cls(scorers, **{name: settings[name] for name in names if name in settings})
+        own: dict[str, Any] = {name: settings[name] for name in names if name in settings}
+        if settings.get("item_values"):
+            own["item_values"] = load_file(str(cached_file(str(repo), VALUES_NAME, **hub_kwargs)))["item_values"]
+        reranker = cls(scorers, **own)
         if "positions" in settings:
             reranker.positions = torch.tensor(settings["positions"])
         return reranker
-
-
-def judge_ids(
-    item_scorer: Any,
-    catalogue: Catalogue,
-    rows: Sequence[Mapping[str, Any]],
-    events: Iterable[str],
-    users: Mapping[str, Sequence],
-    num_candidates: int | None = None,
-) -> Callable[[torch.Tensor, torch.Tensor], torch.Tensor]:
-    """
-    What judges item ids, as `recommend_items` takes it, which knows indices.
-
-    Args:
-        item_scorer: A reward model, which also gets the `events` and `users` that it reads, or a function `(histories,
-            items)` of lists of ids that returns a number for each item.
-        rows: One per user, with `history` (indices) and event columns.
-        events, users: The columns of `rows`, and user features with one value per user, that there are.
-        num_candidates: How many of a user's items or sessions are judged, the first; the others get `-inf`.
-    """
-    ids = catalogue.item_ids
-
-    def judge(items: torch.Tensor, log_probs: torch.Tensor) -> torch.Tensor:
-        sessions, found = items.dim() == 3, torch.full(log_probs.shape, -torch.inf)
-        real = log_probs.cpu() > -torch.inf
-        real[:, real.shape[1] if num_candidates is None else num_candidates :] = False
-        places = real.nonzero().tolist() if sessions else [[i] for i in real.any(1).nonzero().flatten().tolist()]
-        asked = (
-            [ids[items[tuple(place)].cpu().numpy()].tolist() for place in places]
-            if sessions
-            else [ids[items[i][real[i]].cpu().numpy()].tolist() for (i,) in places]
-        )
-        own = [rows[place[0]] for place in places]
-        histories = [ids[np.asarray(row["history"], dtype=np.int64)].tolist() for row in own]
-        if hasattr(item_scorer, "score"):
-            reads = item_scorer.collator
-            columns = {name: [row[name] for row in own] for name in events if name in reads.event_features}
-            features = {name: [values[place[0]] for place in places] for name, values in users.items()}
-            features = {name: values for name, values in features.items() if name in reads.user_feature_sizes}
-            judged = item_scorer.score(histories, asked, events=columns, users=features)
-        else:
-            judged = item_scorer(histories, asked)
-        wanted = [1 if sessions else len(one) for one in asked]
-        given = [1 if np.ndim(one) == 0 else len(one) for one in judged]
-        if given != wanted or any((np.ndim(one) == 0) != sessions for one in judged):
-            what = "one number for each session" if sessions else "one number for each item of each user"
-            raise ValueError(f"item_scorer returned {given[:5]} numbers, asked about {wanted[:5]}: {what} is needed.")
-        for place, one in zip(places, judged):
-            found[tuple(place) if sessions else (place[0], real[place[0]])] = torch.as_tensor(one, dtype=torch.float)
-        return found.to(log_probs.device)
-
-    return judge
 
 
 _FLOOR = -20.0  # nats: what "cannot be scored" counts as
@@ -349,4 +321,4 @@ def _once(items: torch.Tensor) -> torch.Tensor:
     return items[:, : max(1, int((items >= 0).sum(1).max()))]
 
 
-__all__ = ["CONFIG_NAME", "FILES", "FOLDER", "ITEM_VECTORS", "Reranker", "item_neighbours", "judge_ids"]
+__all__ = ["CONFIG_NAME", "FILES", "FOLDER", "ITEM_VECTORS", "VALUE", "Reranker", "item_neighbours"]

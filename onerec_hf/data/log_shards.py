@@ -220,7 +220,9 @@ class _Cutting:
                 if len(known) < len(names):  # one row with all columns, of which the message has a list
                     parts = iter([self.log.head(1)])
                 else:
-                    batches = self.log.to_batches(columns=known, batch_size=BATCH_ROWS, batch_readahead=2, **_unbuffered(self.log))
+                    batches = self.log.to_batches(
+                        columns=known, batch_size=BATCH_ROWS, batch_readahead=2, **_unbuffered(self.log)
+                    )
                     parts = (pa.Table.from_batches([batch]) for batch in batches if len(batch))
             for part in parts:
                 yield part

@@ -23,8 +23,8 @@ import torch
 
 from ..data import read_table
 from ..evaluation import bootstrap_lift
+from ..item_ranker import judge_ids
 from ..recommender import ItemRanker, Recommender
-from ..reranker import judge_ids
 from ..rewards import RewardModel
 from ..simulator import ShortVideoWorld, simulate_visits, user_totals
 from ..simulator.serving import EVENT_COLUMNS

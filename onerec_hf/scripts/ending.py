@@ -27,6 +27,7 @@ RESULTS: tuple[str, ...] = (
 )
 RESULTS += ("quantizer*", "collator*", "model.safetensors.index.json", "training_curve.png", "codebook_usage.png")
 RESULTS += ("prediction_entropy.png", "recall_by_frequency.png", "reranker.json", "scorers/*/*")
+RESULTS += ("item_values.safetensors",)
 
 PREDICTIONS = {"test": "predictions", "test_exclude_seen": "predictions_exclude_seen"}
 VALIDATION_METRICS = ("recall@10", "ndcg@10", "hit@10", "coverage@10", "invalid_rate")

@@ -62,6 +62,7 @@ def prepare_data(output: Path, data: Path, world: ShortVideoWorld, seed: int) ->
         source=str(output / "log.parquet"),
         items=str(output / "videos.parquet"),
         columns=json.dumps({"user_id": "user_id", "item_id": "video_id", "timestamp": "time_ms"}),
+        feedback=["play_time_ms"],
         output=str(data),
         collaborative_dim=64,
         codebook_size=64,
@@ -118,11 +119,12 @@ def main(output: Path, num_users: int = 2000, num_items: int = 2000, epochs: flo
         reports[name] = baseline.main(
             baseline.BaselineArguments(name, str(data), str(output / name), seed=seed, fit=json.dumps(fit))
         )
-    scorers = [str(output / name) for name in SCORERS]
-    reranked = rerank.main(rerank.RerankArguments(str(data), model=str(folder), scorers=scorers, seed=seed))
+    settings: dict[str, Any] = {"scorers": [str(output / name) for name in SCORERS], "value": "play_time_ms"}
+    settings |= {"seed": seed}
+    reranked = rerank.main(rerank.RerankArguments(str(data), model=str(folder), **settings))
     without = output / "without_onerec"  # what the re-ranked model must beat
     reports["the scorers' sum, without OneRec"] = rerank.main(
-        rerank.RerankArguments(str(data), output=str(without), scorers=scorers, seed=seed)
+        rerank.RerankArguments(str(data), output=str(without), **settings)
     )
     places["the scorers' sum, without OneRec"] = without
     reports = {"OneRec-V2, re-ranked": reranked, "OneRec-V2, search alone": reranked["search_alone"]} | reports
