@@ -30,8 +30,8 @@ def resolve_collisions(
       The new level has as many codes as the largest group has items. Items added later do not move the others.
     - `"next_free"`: of the items with the same codes the one nearest to its last-level centroid keeps them; the
       others, nearest first, take the nearest last-level code that is still free under the same prefix. Where more
-      items share a prefix than the last level has codes, as items do of which nothing is known, those farthest from
-      it move to the nearest code of the level above that has room. No further level, every ID unique.
+      items share a prefix than there are codes behind it, as items do of which nothing is known, those farthest from
+      it move to the nearest code of its last level that has room. No further level, every ID unique.
     - `"keep"`: items share semantic IDs; whoever ranks items must rank them inside one ID.
 
     Args:
@@ -46,7 +46,7 @@ def resolve_collisions(
         `torch.LongTensor` of shape `(num_items, num_levels)`, or `(num_items, num_levels + 1)` for `"extra_level"`.
 
     Raises:
-        ValueError: `"next_free"` where more items begin alike than the last two levels have pairs of codes.
+        ValueError: `"next_free"` where there are more items than semantic IDs.
     """
     if policy not in COLLISION_POLICIES:
         raise ValueError(f"`policy` is {policy!r}; choose one of {', '.join(map(repr, COLLISION_POLICIES))}.")
@@ -184,44 +184,58 @@ def _nearest_free(codes, quantizer, item_embeddings, free) -> torch.Tensor:
 
 
 def _with_room(codes, quantizer, item_embeddings, distances, num_fixed: int) -> torch.Tensor:
-    """Codes where no prefix has more items than the last level has codes; `distances` (N,) of what moved are new."""
-    size, prefixes = quantizer.codebook_size, row_ids(codes[:, :-1])
-    leaves = _ranks(prefixes, distances) >= size
-    leaves[:num_fixed] = False
-    if not leaves.any():
-        return codes
-    above = row_ids(codes[:, :-2])
-    counts = torch.bincount(above)
-    if codes.shape[1] < 2 or int(counts.max()) > size**2:
-        start = codes[(above == counts.argmax()).nonzero()[0, 0], :-2].tolist()
+    """Codes where no prefix has more items than there are codes behind it; `distances` (N,) of what moved are new."""
+    size, levels = quantizer.codebook_size, codes.shape[1]
+    if len(codes) > size**levels:
         raise ValueError(
-            f"{int(counts.max())} items have a semantic ID that starts with {start}, but the levels behind have only "
-            f'{size ** min(2, codes.shape[1])} codes: use `policy="extra_level"`, a larger `codebook_size` or one '
-            "level more. Codebooks that are full for new items must be fitted anew, and the model with them."
+            f"{len(codes)} items, but {levels} levels of {size} codes name only {size**levels}: use "
+            '`policy="extra_level"`, a larger `codebook_size` or one level more. Codebooks that are full for new '
+            "items must be fitted anew, and the model with them."
         )
-    codes, books = codes.clone(), quantizer.codebooks.to(codes.device)
-    for group in above[leaves].unique().tolist():
-        movers = (leaves & (above == group)).nonzero().squeeze(1)
-        movers = movers[distances[movers].argsort(stable=True)]
-        room = (size - torch.bincount(codes[~leaves & (above == group), -2], minlength=size)).cpu()
-        for block in row_blocks(len(movers), size, codes.device):
-            rows = movers[block]
-            vectors = item_embeddings[rows].float()
-            left = vectors - quantizer.decode(codes[rows]) + books[-1][codes[rows, -1]] + books[-2][codes[rows, -2]]
-            chosen = []  # one after the other, each by what those before it left; not on a device, which would wait
-            for far in squared_distances(left, books[-2]).cpu():
-                chosen.append(int(far.masked_fill_(room < 1, float("inf")).argmin()))
-                room[chosen[-1]] -= 1
-            codes[rows, -2] = torch.tensor(chosen, device=codes.device)
-            codes[rows, -1] = squared_distances(left - books[-2][codes[rows, -2]], books[-1]).argmin(dim=1)
-            distances[rows] = (vectors - quantizer.decode(codes[rows])).square().sum(dim=1)
-    logger.warning(
-        "%d items had more company under their first codes than the last level has codes (%d): they moved to the "
-        "nearest codes with room",
-        int(leaves.sum()),
-        size,
-    )
+    moved = torch.zeros(len(codes), dtype=torch.bool, device=codes.device)
+    for level in range(levels - 1):  # from the first on: what moves takes new codes on all levels behind
+        places = size ** (levels - 1 - level)  # of a prefix that ends here
+        leaves = _ranks(row_ids(codes[:, : level + 1]), distances) >= places
+        leaves[:num_fixed] = False
+        if not leaves.any():
+            continue
+        codes, moved = codes.clone(), moved | leaves
+        above = row_ids(codes[:, :level]) if level else torch.zeros(len(codes), dtype=torch.long, device=codes.device)
+        for group in above[leaves].unique().tolist():
+            movers = (leaves & (above == group)).nonzero().squeeze(1)
+            movers = movers[distances[movers].argsort(stable=True)]
+            room = (places - torch.bincount(codes[~leaves & (above == group), level], minlength=size)).cpu()
+            for block in row_blocks(len(movers), size, codes.device):
+                rows = movers[block]
+                codes[rows], distances[rows] = _moved(codes[rows], level, quantizer, item_embeddings[rows], room)
+    if moved.any():
+        logger.warning(
+            "%d items had more company under their first codes than there are codes behind these: they moved to the "
+            "nearest codes with room",
+            int(moved.sum()),
+        )
     return codes
+
+
+def _moved(codes, level: int, quantizer, item_embeddings, room: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Of items (n, L), new codes from `level` on, the nearest with `room` (K,), which they use up, and what is nearest
+    behind it; and their distances (n,).
+    """
+    books = quantizer.codebooks.to(codes.device)
+    left = item_embeddings.float()
+    for above in range(level):
+        left = left - books[above][codes[:, above]]
+    chosen = []  # one after the other, each by what those before it left; not on a device, which would wait
+    for far in squared_distances(left, books[level]).cpu():
+        chosen.append(int(far.masked_fill_(room < 1, float("inf")).argmin()))
+        room[chosen[-1]] -= 1
+    codes = codes.clone()
+    codes[:, level] = torch.tensor(chosen, device=codes.device)
+    for behind in range(level, codes.shape[1]):
+        if behind > level:
+            codes[:, behind] = squared_distances(left, books[behind]).argmin(dim=1)
+        left = left - books[behind][codes[:, behind]]
+    return codes, left.square().sum(dim=1)
 
 
 def append_collision_level(codes: np.ndarray, known: np.ndarray, codebook_size: int) -> np.ndarray:

@@ -64,7 +64,7 @@ def test_a_crowded_prefix_gives_to_the_nearest_one_with_room(caplog):
     expected = codes.clone()
     expected[0], expected[2] = torch.tensor([1, 3]), torch.tensor([1, 0])
     assert resolved.tolist() == expected.tolist()
-    assert "2 items had more company under their first codes than the last level has codes (4)" in caplog.text
+    assert "2 items had more company under their first codes than there are codes behind these" in caplog.text
 
 
 def test_any_number_of_equal_items_finds_places():
@@ -77,11 +77,30 @@ def test_any_number_of_equal_items_finds_places():
     deep.codebooks = torch.cat([quantizer.codebooks * 10, quantizer.codebooks[1:]])[[0, 1, 2]]
     codes = resolve_collisions(torch.zeros(14, 3, dtype=torch.long), deep, torch.zeros(14, 1), policy="next_free")
     assert len(torch.unique(codes, dim=0)) == 14 and (codes[:, 0] == 0).all()
+    # more than all codes behind the first one: 16 stay under it, those of the next nearest code are full next
+    codes = resolve_collisions(torch.zeros(60, 3, dtype=torch.long), deep, torch.zeros(60, 1), policy="next_free")
+    assert len(torch.unique(codes, dim=0)) == 60
+    assert torch.bincount(codes[:, 0]).tolist() == [16, 16, 16, 12]
+    prefixes = torch.unique(codes[:, :2], dim=0, return_counts=True)[1]
+    assert prefixes.max() <= 4
+
+
+def test_a_codebook_that_collapsed_on_two_levels_leaves_no_item_out():
+    """Half of the items have nothing of their own: they fill the tree, and the others stay where they are."""
+    generator = torch.Generator().manual_seed(0)
+    items = torch.cat([torch.randn(200, 8, generator=generator), torch.zeros(200, 8)])
+    quantizer = ResidualKMeans(3, 8, balanced=False, num_iterations=3, num_full_iterations=1).fit(items)
+    codes = resolve_collisions(quantizer.train_codes, quantizer, items, policy="next_free")
+    assert len(torch.unique(codes, dim=0)) == 400
+    assert (quantizer.train_codes[:200, 0] == codes[:200, 0]).float().mean() > 0.5
+    # new ones of the same kind, after the codebooks were fitted: the first 400 keep their semantic IDs
+    new = append_codes(codes, [8, 8, 8], quantizer, torch.zeros(100, 8), policy="next_free")
+    assert len(torch.unique(torch.cat([codes, new]), dim=0)) == 500
 
 
 def test_too_many_items():
     codes = torch.zeros(17, 2, dtype=torch.long)
-    with pytest.raises(ValueError, match=r"17 items .* starts with \[\], but the levels behind have only 16 codes"):
+    with pytest.raises(ValueError, match=r"17 items, but 2 levels of 4 codes name only 16: use `policy="):
         resolve_collisions(codes, literal_quantizer(), torch.zeros(17, 1), policy="next_free")
     with pytest.raises(ValueError, match="'sinkhorn'; choose one of 'extra_level', 'next_free', 'keep'"):
         resolve_collisions(codes, literal_quantizer(), torch.zeros(17, 1), policy="sinkhorn")
@@ -137,5 +156,5 @@ def test_items_that_are_there_never_move():
     codes = append_codes(full, [4, 4], line_quantizer(), new, policy="next_free")
     assert codes.tolist() == [[3, 0], [1, 3]]
     every = torch.tensor([[first, last] for first in range(4) for last in range(4)])
-    with pytest.raises(ValueError, match=r"17 items .*full for new items must be fitted anew"):
+    with pytest.raises(ValueError, match=r"17 items.*full for new items must be fitted anew"):
         append_codes(every, [4, 4], line_quantizer(), new[:1], policy="next_free")
