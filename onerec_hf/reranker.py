@@ -269,6 +269,7 @@ class Reranker:
         settings |= {"item_head": self.item_head, "search": self.search, "item_vectors": ITEM_VECTORS in self.scorers}
         if self.positions is not None:
             settings["positions"] = self.positions.tolist()
+        (folder / VALUES_NAME).unlink(missing_ok=True)  # of an earlier re-ranker
         if self.item_values is not None:
             settings["item_values"] = True
             save_file({"item_values": self.item_values}, folder / VALUES_NAME)

@@ -12,6 +12,8 @@ import torch
 
 from onerec_hf.baselines import CoOccurrence
 from onerec_hf.data import DataFolder
+from onerec_hf.hub.cards import reranking_text
+from onerec_hf.hub.push import repository_files
 from onerec_hf.recommender import Recommender
 from onerec_hf.reranker import Reranker
 from onerec_hf.scripts import baseline, prepare, rerank
@@ -111,6 +113,12 @@ def test_values_are_saved_and_follow_the_catalogue(tmp_path):
     assert again.recommend(HISTORIES, k=3) == recommender.recommend(HISTORIES, k=3)
     plain = [[item.item_id for item in row] for row in recommender.recommend(HISTORIES, k=3, rerank=False)]
     assert plain != [[item.item_id for item in row] for row in again.recommend(HISTORIES, k=3)]
+    (tmp_path / "README.md").write_text("a card")
+    assert "item_values.safetensors" in repository_files(tmp_path)
+    shutil.copytree(tmp_path, tmp_path / "broken")
+    (tmp_path / "broken" / "item_values.safetensors").unlink()
+    with pytest.raises(ValueError, match=r"item_values.safetensors.*names it, and it is not there"):
+        repository_files(tmp_path / "broken")
     reranker.follow(np.array([4, 60]), num_new=1)
     wanted = torch.stack([values[4].log(), values[60].log(), values.log().mean()])
     assert_close(reranker._log_values(torch.tensor([[0, 1, 2]]))[0], wanted)
@@ -128,6 +136,8 @@ def test_the_command_takes_the_largest_weight_that_costs_no_recall(trained, tmp_
         assert own["weight"] == max(fine) == report["reranker"][kind]["weights"]["value"]
         worth = [got["mean value"] for got in tried.values()]
         assert worth == sorted(worth) and worth[0] < worth[-1]
+    card = reranking_text(report)
+    assert "Lists lean towards items of a high `seconds`" in card and "| value | " in card
     given = rerank.main(rerank.RerankArguments(**settings, value_weight=1.0))
     assert given["reranker"]["kept"]["weights"]["value"] == 1.0
     assert json.loads((tmp_path / "sum" / "metrics.json").read_text())["reranker"]["kept"]["value"]["weight"] == 1.0

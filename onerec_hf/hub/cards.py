@@ -307,7 +307,8 @@ def reranking_text(report: dict) -> str:
         "**Re-ranking.** `Recommender` orders the items of the search and of the scorers "
         f"{', '.join(code(Path(name).name) for name in fitted['scorers'])} by a weighted sum, fitted on "
         f"{fitted['fit_users']:,} validation users; `recommend(..., rerank=False)` and `generate` search alone. "
-        "Weights, and recall@10 of half of these users without a part, by weights fitted on the other half:",
+        + _value_text(fitted[kinds[0]])
+        + "Weights, and recall@10 of half of these users without a part, by weights fitted on the other half:",
         "",
         f"| part | {' | '.join(f'weight, seen items {kind}' for kind in kinds)} | without it |",
         "|---" * (len(kinds) + 2) + "|",
@@ -319,6 +320,18 @@ def reranking_text(report: dict) -> str:
         lines.append(f"| {table_cell(part)} | {weights} | {without} |")
     whole = " / ".join(f"{fitted[kind]['recall@10 of half of the users']['all']:.4f}" for kind in kinds)
     return "\n".join([*lines, f"| all |{' |' * len(kinds)} {whole} |"])
+
+
+def _value_text(fitted: dict) -> str:
+    """What the weight of the items' value means; empty where there is none."""
+    if "value" not in fitted:
+        return ""
+    own = fitted["value"]
+    best = own["validation"][str(own["weight"])]["mean value"] / own["validation"]["0.0"]["mean value"]
+    return (
+        f"Lists lean towards items of a high {code(own['column'])}, whose logarithm is the part `value`: those of the "
+        f"validation users have {best:.2f} times the mean value of lists without it. "
+    )
 
 
 def _feedback_table(metrics, targets: Sequence[str], split: str) -> tuple[str, list[tuple[str, str, float]]]:

@@ -43,8 +43,11 @@ def repository_files(folder: str | Path) -> list[str]:
             f"{folder} holds no model: neither config.json nor adapter_config.json. Give the folder that "
             f"{_SAVE_MODEL} wrote; checkpoints lie in folders of their own."
         )
-    scorers = _mapping(folder / "reranker.json").get("scorers", {})  # each in a folder of its own
+    reranker = _mapping(folder / "reranker.json")
+    scorers = reranker.get("scorers", {})  # each in a folder of its own
     files += [f"scorers/{name}/{file}" for name in scorers for file in ("config.json", "model.safetensors")]
+    if reranker.get("item_values") and "item_values.safetensors" not in files:
+        files.append("item_values.safetensors")
     if problems := [*_missing(folder, files), *_damaged(folder, files)]:
         raise ValueError(f"{folder} is not ready for the Hub:\n" + "\n".join(f"- {problem}" for problem in problems))
     return files
