@@ -54,7 +54,7 @@ def work_folder(args: PrepareArguments, output: Path) -> Iterator[Path]:
         try:
             yield folder
         except BaseException:
-            if (folder / MADE_OF).is_file():
+            if (folder / MADE_OF).is_file() and len(list(folder.iterdir())) > 1:  # more than what it was made of
                 print(f"stopped: {folder} keeps what is finished, and the same command goes on from there", flush=True)
             else:
                 _remove(folder)
