@@ -145,7 +145,7 @@ class OneRec:
 
         Returns:
             `pd.DataFrame` with columns `user_id` (of `histories`, their position), `rank` (1 is best), `item_id` and
-            `score` (log-probability, in nats).
+            `score` (log-probability, in nats; of a re-ranked model its sum).
 
         Raises:
             KeyError: For users that `fit` did not see.

@@ -56,6 +56,8 @@ class Reranker:
         item_head (`bool`, defaults to `False`): The item head of the model is a scorer, too.
         search (`bool`, defaults to `True`): A model's search proposes and judges. False: the scorers alone, what a
             re-ranked model must be compared with.
+        item_values (`torch.FloatTensor` of shape (N,), *optional*): What each item is worth once it is chosen, above
+            0, such as its mean watch time.
     """
 
     def __init__(
@@ -72,8 +74,10 @@ class Reranker:
         if num_candidates < 1:
             raise ValueError(f"num_candidates={num_candidates}: at least 1.")
         self.scorers, self.num_candidates = dict(scorers), num_candidates
-        if item_values is not None and not bool(((item_values > 0) & item_values.isfinite()).all()):
-            raise ValueError("item_values has values that are not above 0: their logarithm is a feature.")
+        if item_values is not None:
+            item_values = item_values.float().contiguous()
+            if not bool(((item_values > 0) & item_values.isfinite()).all()):
+                raise ValueError("item_values has values that are not above 0: their logarithm is a feature.")
         self.item_head, self.search, self.item_values = item_head, search, item_values
         self.positions: torch.Tensor | None = None  # (N,) the scorers' index of each item; None: the same
         self.parts = (*([CODES] if search else []), *([ITEM_HEAD] if item_head else []), *self.scorers)
@@ -109,6 +113,8 @@ class Reranker:
         """
         if (found is not None) != self.search:
             raise ValueError(f"found={found}, and this re-ranker has search={self.search}: one goes with the other.")
+        if self.item_values is not None and self.positions is None and len(self.item_values) != len(catalogue):
+            raise ValueError(f"{len(self.item_values)} item_values, {len(catalogue)} items: one for each is needed.")
         scores = self._scores(histories, head_scores)
         columns = [] if found is None else [found.items.cpu()]
         forbidden = None if allowed_items is None else ~allowed_items.cpu()

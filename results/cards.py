@@ -71,7 +71,10 @@ def quickstart():
         summary="A small OneRec-V2 trained on a **simulated** short-video world; not for real users.",
         data="2,000 simulated users and 2,000 videos (`onerec_hf.simulator`, seed 0), effective views, leave last "
         "out.",
-        training="`recipes/quickstart.py`: 12 epochs on a CPU, 312 steps of 64 users, learning rate 0.003 (cosine).",
+        training="`recipes/quickstart.py`: 12 epochs on a CPU, 312 steps of 64 users, learning rate 0.003 (cosine). "
+        "Re-ranked with the counter and SASRec (`onerec rerank`), leaning towards videos that are watched longer "
+        "(`--value play_time_ms`): the first row is what `Recommender` ranks, the second the search alone, as in "
+        "`generate`.",
         results=rows,
         dataset_name="simulated short videos",
         num_parameters=count(config, next(iter(rows))),

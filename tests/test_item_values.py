@@ -16,7 +16,8 @@ from onerec_hf.hub.cards import reranking_text
 from onerec_hf.hub.push import repository_files
 from onerec_hf.recommender import Recommender
 from onerec_hf.reranker import Reranker
-from onerec_hf.scripts import baseline, prepare, rerank
+from onerec_hf.scripts import baseline, leaderboard, prepare, rerank
+from onerec_hf.scripts.item_values import item_values
 
 from .numeric import assert_close
 from .test_recommender import HISTORIES, recommender_of
@@ -34,7 +35,7 @@ def trained(tmp_path_factory):
     log["seconds"] = np.where(log.item_id % 2 == 0, 1.0, 3.0) + rng.random(len(log))
     items = pd.DataFrame({"item_id": np.arange(30), "price": np.arange(30.0)})
     items.loc[7, "price"] = np.nan
-    items["loss"] = -items.price
+    items["loss"], items["title"] = -items.price, "a title"
     items.to_parquet(folder / "items.parquet")
     settings = {"collaborative_dim": 8, "codebook_size": 8, "num_levels": 2, "feedback": ["seconds"]}
     settings |= {"items": str(folder / "items.parquet"), "output": str(folder / "data")}
@@ -51,31 +52,63 @@ def test_the_value_of_an_item_is_its_mean_over_the_training_events(trained):
             own[item].append(seconds)
     mean = np.mean([seconds for many in own.values() for seconds in many])
     wanted = [(sum(many) + 20 * mean) / (len(many) + 20) / mean for many in own.values()]
-    assert_close(rerank.item_values(data, "seconds"), torch.tensor(wanted, dtype=torch.float))
+    assert_close(item_values(data, "seconds"), torch.tensor(wanted, dtype=torch.float))
 
 
 def test_the_value_of_an_item_may_be_a_column_of_its_table(trained):
     """Relative to the mean, which is what an item without a value gets; never 0, whose logarithm would forbid it."""
-    found = rerank.item_values(DataFolder(trained / "data"), "price")
+    found = item_values(DataFolder(trained / "data"), "price")
     mean = np.mean([price for price in range(30) if price != 7])
     wanted = [1.0 if price == 7 else max(price / mean, 0.01) for price in range(30)]
     assert_close(found, torch.tensor(wanted, dtype=torch.float))
 
 
-def test_events_without_a_number_do_not_count(trained, tmp_path):
-    shutil.copytree(trained / "data", tmp_path / "data")
-    (path,) = (tmp_path / "data" / "splits" / "train").glob("*.parquet")
+def with_seconds(folder, lists, kind=None):
+    """The folder with other `seconds`, and its training rows."""
+    (path,) = (folder / "splits" / "train").glob("*.parquet")
     table = pyarrow.parquet.read_table(path)
-    lists = [[None if i == 0 else value for i, value in enumerate(row)] for row in table["seconds"].to_pylist()]
-    place = table.column_names.index("seconds")
-    changed = pa.array(lists, table.schema.field("seconds").type)
-    pyarrow.parquet.write_table(table.set_column(place, table.schema.field("seconds"), changed), path)
-    data = DataFolder(tmp_path / "data")
-    seconds = [(item, s) for row in zip(table["history"].to_pylist(), lists) for item, s in zip(*row) if s is not None]
-    mean = np.mean([s for _, s in seconds])
-    own = [s for item, s in seconds if item == 3]
+    changed = pa.array(lists(table["seconds"].to_pylist()), kind or table.schema.field("seconds").type)
+    table = table.set_column(table.column_names.index("seconds"), "seconds", changed)
+    pyarrow.parquet.write_table(table.replace_schema_metadata(None), path)
+    return DataFolder(folder), table.select(["history", "seconds"]).to_pylist()
+
+
+@pytest.mark.parametrize("unknown", [None, -1.0, float("nan")])
+def test_events_without_a_number_do_not_count(trained, tmp_path, unknown):
+    """Nor does a user whose events have none at all."""
+    shutil.copytree(trained / "data", tmp_path / "data")
+    data, rows = with_seconds(tmp_path / "data", lambda lists: [None] + [[unknown, *own[1:]] for own in lists[1:]])
+    seconds = [pair for row in rows[1:] for pair in zip(row["history"][1:], row["seconds"][1:])]
+    mean = np.mean([number for _, number in seconds])
+    own = [number for item, number in seconds if item == 3]
     expected = (sum(own) + 20 * mean) / (len(own) + 20) / mean
-    assert float(rerank.item_values(data, "seconds")[3]) == pytest.approx(expected, rel=1e-5)
+    assert float(item_values(data, "seconds")[3]) == pytest.approx(expected, rel=1e-5)
+
+
+def test_of_sessions_each_target_counts_once(tmp_path):
+    """Their rows repeat what was before them."""
+    rows = [
+        (user, 10 * session + place, session * 10**8 + place)
+        for user in range(4)
+        for session in range(5)
+        for place in range(4)
+    ]
+    log = pd.DataFrame(rows, columns=["user_id", "item_id", "timestamp"])
+    log["seconds"] = np.random.default_rng(0).random(len(log))
+    log["view"] = 1
+    settings = {"collaborative_dim": 8, "codebook_size": 8, "num_levels": 2, "feedback": ["seconds", "view"]}
+    sessions = {"max_gap": 1000, "min_watched": 1, "min_watch_time_ms": 0, "min_interactions": 0, "interactions": {}}
+    settings |= {"sessions": json.dumps(sessions), "watched": '{"view": 1}'}
+    prepare.main(prepare.PrepareArguments(source=log, output=str(tmp_path / "data"), **settings))
+    data = DataFolder(tmp_path / "data")
+    own: dict[int, list[float]] = {item: [] for item in range(data.num_items)}
+    for row in data.splits["train"]:
+        for item, seconds in zip(row["targets"], row["target_seconds"]):
+            own[item].append(seconds)
+    assert max(map(len, own.values())) == 4  # once for each user
+    mean = np.mean([seconds for many in own.values() for seconds in many])
+    wanted = [(sum(many) + 20 * mean) / (len(many) + 20) / mean for many in own.values()]
+    assert_close(item_values(data, "seconds"), torch.tensor(wanted, dtype=torch.float))
 
 
 def test_with_weight_1_the_order_is_by_probability_times_value():
@@ -137,7 +170,12 @@ def test_the_command_takes_the_largest_weight_that_costs_no_recall(trained, tmp_
         worth = [got["mean value"] for got in tried.values()]
         assert worth == sorted(worth) and worth[0] < worth[-1]
     card = reranking_text(report)
-    assert "Lists lean towards items of a high `seconds`" in card and "| value | " in card
+    chosen = [report["reranker"][kind]["value"]["weight"] for kind in ("kept", "masked")]
+    assert f"Its weight is {chosen[0]:g} with seen items kept (" in card and f", {chosen[1]:g} with seen items" in card
+    assert "is worth, its `seconds`" in card and "| value | " in card
+    assert "Its weight is 0 with seen items kept (1.00 times" in reranking_text(
+        rerank.main(rerank.RerankArguments(**settings, value_weight=0))  # an int, as in a YAML file
+    )
     given = rerank.main(rerank.RerankArguments(**settings, value_weight=1.0))
     assert given["reranker"]["kept"]["weights"]["value"] == 1.0
     assert json.loads((tmp_path / "sum" / "metrics.json").read_text())["reranker"]["kept"]["value"]["weight"] == 1.0
@@ -150,8 +188,14 @@ def test_the_command_takes_the_largest_weight_that_costs_no_recall(trained, tmp_
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [
-        ({"value": "minutes"}, r"value='minutes': no event column of .*'seconds'.*none of its items.*'price'"),
-        ({"value": "user"}, r"value='user': no event column"),
+        (
+            {"value": "minutes"},
+            r"no such column of numbers. Its events have \['seconds'\], its items \['price', 'loss'\]",
+        ),
+        *[
+            ({"value": name}, f"value='{name}': .* no such column")
+            for name in ("user", "timestamp", "title", "item_id")
+        ],
         ({"value": "loss"}, r"value='loss': values from 0 on, some above it; got -29 to -?0"),
         ({"value": "price", "value_weight": -1.0}, r"value_weight=-1.0 and value='price': 0 or more"),
         ({"value_weight": 1.0}, r"value_weight=1.0 and value=None: 0 or more, of a value"),
@@ -163,6 +207,30 @@ def test_wrong_values_are_refused(trained, tmp_path, wrong, message):
         rerank.main(rerank.RerankArguments(**settings, **wrong))
 
 
-def test_values_of_0_are_refused():
+def test_text_events_are_refused(trained, tmp_path):
+    shutil.copytree(trained / "data", tmp_path / "data")
+    data, _ = with_seconds(tmp_path / "data", lambda lists: [["a"] * len(own) for own in lists], pa.list_(pa.string()))
+    with pytest.raises(ValueError, match=r"value='seconds': .* Its events have \[\]"):
+        item_values(data, "seconds")
+
+
+def test_values_are_checked_before_anything_runs(trained, tmp_path):
+    """An entry of the leaderboard with a wrong name is found when none has run."""
+    entries = tmp_path / "entries.yaml"
+    entries.write_text(
+        "counter: {recipe: baseline, name: cooccurrence, seeds: [0]}\n"
+        "sum: {recipe: rerank, scorers: [counter], value: minutes, seeds: [0]}\n"
+    )
+    settings = {"data": str(trained / "data"), "entries": str(entries), "output": str(tmp_path / "board")}
+    with pytest.raises(ValueError, match="value='minutes'"):
+        leaderboard.main(leaderboard.LeaderboardArguments(**settings))
+    assert not (tmp_path / "board" / "counter").exists()
+
+
+def test_values_that_do_not_fit_are_refused():
+    counter = {"counter": CoOccurrence(65).fit(LOGS)}
     with pytest.raises(ValueError, match="item_values has values that are not above 0"):
-        Reranker({"counter": CoOccurrence(65).fit(LOGS)}, item_values=torch.zeros(65))
+        Reranker(counter, item_values=torch.zeros(65))
+    reranker = Reranker(counter, search=False, item_values=torch.ones(64))
+    with pytest.raises(ValueError, match="64 item_values, 65 items: one for each"):
+        reranker.candidates(None, [[1]], tiny_catalogue())

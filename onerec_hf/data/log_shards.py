@@ -115,26 +115,20 @@ def _open(source: Any, log_columns: LogColumns) -> pa.Table | pyarrow.dataset.Da
     if isinstance(source, pyarrow.dataset.Dataset):
         return source
     if isinstance(source, (str, Path)) and (files := parquet_files(source)):
+        # or Arrow keeps what it has read of a file until the end of that file, which may be larger than memory
+        options = pyarrow.dataset.ParquetFragmentScanOptions(pre_buffer=False)
+        parquet = pyarrow.dataset.ParquetFileFormat(default_fragment_scan_options=options)
         try:
             if Path(source).is_dir() and any("=" in str(file.relative_to(source)) for file in files):
                 # folders such as day=2024-01-01 are a column
-                return pyarrow.dataset.dataset(str(source), format="parquet", partitioning="hive")
+                return pyarrow.dataset.dataset(str(source), format=parquet, partitioning="hive")
             schemas = [pyarrow.parquet.read_schema(file) for file in files]
             schema = pa.unify_schemas(schemas, promote_options="permissive")
             if all(set(each.names) == set(schema.names) for each in schemas) and len(set(schema.names)) == len(schema):
-                return pyarrow.dataset.dataset([str(file) for file in files], schema=schema, format="parquet")
+                return pyarrow.dataset.dataset([str(file) for file in files], schema=schema, format=parquet)
         except (pa.ArrowException, OSError):
             pass  # the reader of a log in one piece says what is wrong
     return read_table(source, log_columns.split, ids=log_columns.ids)
-
-
-def _unbuffered(log: pyarrow.dataset.Dataset) -> dict[str, Any]:
-    """Arrow else keeps what it has read of a parquet file until the end of that file, which may be larger than
-    memory.
-    """
-    if not isinstance(getattr(log, "format", None), pyarrow.dataset.ParquetFileFormat):
-        return {}
-    return {"fragment_scan_options": pyarrow.dataset.ParquetFragmentScanOptions(pre_buffer=False)}
 
 
 class _Cutting:
@@ -168,7 +162,7 @@ class _Cutting:
             self._cut()
         finally:
             self.database.close()
-        (self.work / "log.duckdb").unlink(missing_ok=True)
+            (self.work / "log.duckdb").unlink(missing_ok=True)
         tables = self.columns.tables
         if "users" in tables:
             rows = pc.index_in(user_ids, value_set=tables["users"]["user_id"])
@@ -220,9 +214,7 @@ class _Cutting:
                 if len(known) < len(names):  # one row with all columns, of which the message has a list
                     parts = iter([self.log.head(1)])
                 else:
-                    batches = self.log.to_batches(
-                        columns=known, batch_size=BATCH_ROWS, batch_readahead=2, **_unbuffered(self.log)
-                    )
+                    batches = self.log.to_batches(columns=known, batch_size=BATCH_ROWS, batch_readahead=2)
                     parts = (pa.Table.from_batches([batch]) for batch in batches if len(batch))
             for part in parts:
                 yield part

@@ -307,7 +307,7 @@ def reranking_text(report: dict) -> str:
         "**Re-ranking.** `Recommender` orders the items of the search and of the scorers "
         f"{', '.join(code(Path(name).name) for name in fitted['scorers'])} by a weighted sum, fitted on "
         f"{fitted['fit_users']:,} validation users; `recommend(..., rerank=False)` and `generate` search alone. "
-        + _value_text(fitted[kinds[0]])
+        + _value_text({kind: fitted[kind] for kind in kinds})
         + "Weights, and recall@10 of half of these users without a part, by weights fitted on the other half:",
         "",
         f"| part | {' | '.join(f'weight, seen items {kind}' for kind in kinds)} | without it |",
@@ -322,15 +322,19 @@ def reranking_text(report: dict) -> str:
     return "\n".join([*lines, f"| all |{' |' * len(kinds)} {whole} |"])
 
 
-def _value_text(fitted: dict) -> str:
-    """What the weight of the items' value means; empty where there is none."""
-    if "value" not in fitted:
+def _value_text(fitted: dict[str, dict]) -> str:
+    """What the weights of the items' value do; empty where there are none."""
+    if any("value" not in own for own in fitted.values()):
         return ""
-    own = fitted["value"]
-    best = own["validation"][str(own["weight"])]["mean value"] / own["validation"]["0.0"]["mean value"]
+    found = []
+    for kind, own in ((kind, own["value"]) for kind, own in fitted.items()):
+        tried = own["validation"]
+        more = tried[str(own["weight"])]["mean value"] / tried["0.0"]["mean value"]
+        found.append(f"{own['weight']:g} with seen items {kind} ({more:.2f} times the mean value of lists without it)")
+    column = code(next(iter(fitted.values()))["value"]["column"])
     return (
-        f"Lists lean towards items of a high {code(own['column'])}, whose logarithm is the part `value`: those of the "
-        f"validation users have {best:.2f} times the mean value of lists without it. "
+        f"The part `value` is the logarithm of what an item is worth, its {column}. Its weight is {', '.join(found)}; "
+        "the recalls below are without it. "
     )
 
 

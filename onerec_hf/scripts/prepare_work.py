@@ -26,6 +26,7 @@ WORK, MADE_OF = ".prepare", "made_of.json"
 SPLITS_DONE = "splits.json"  # how many shards have their splits, and what was counted on the way
 EMBEDDINGS, LEVELS, RQVAE_DONE = "embeddings", "levels", "rqvae"  # folders
 LOGS = ("source", "items", "users")  # arguments that must be files, or a stopped run cannot be gone on with
+_NOTHING = "nothing, because nothing was finished"
 OTHERS = ("embeddings", "text_model", "caption_model", "semantic_ids_from")  # those that may be
 
 
@@ -54,10 +55,10 @@ def work_folder(args: PrepareArguments, output: Path) -> Iterator[Path]:
         try:
             yield folder
         except BaseException:
-            if (folder / MADE_OF).is_file() and len(list(folder.iterdir())) > 1:  # more than what it was made of
-                print(f"stopped: {folder} keeps what is finished, and the same command goes on from there", flush=True)
-            else:
+            if not (folder / MADE_OF).is_file():
                 _remove(folder)
+            elif _pieces(folder) != _NOTHING:
+                print(f"stopped: {folder} keeps what is finished, and the same command goes on from there", flush=True)
             raise
         _remove(folder)
 
@@ -172,4 +173,4 @@ def _pieces(folder: Path) -> str:
         found.append(f"{levels} levels of codebooks")
     if (folder / RQVAE_DONE).is_dir():
         found.append("the codebooks")
-    return ", ".join(found) or "nothing, because nothing was finished"
+    return ", ".join(found) or _NOTHING

@@ -148,7 +148,11 @@ def main(output: Path, num_users: int = 2000, num_items: int = 2000, epochs: flo
         f"\nseen items kept / masked; true watch time: what the simulated users would watch of ten new videos, "
         f"which no system can know. Everything is in {output}, the repository in {folder} (README.md is its card)."
     )
-    print("Both sums lean towards long watch times (`onerec rerank --value`); `onerec dpo` and `grpo` train for them.")
+    leans = {
+        name: reports[name]["reranker"]["masked"]["value"]["weight"] for name in reports if "reranker" in reports[name]
+    }
+    told = ", ".join(f"{name}: {weight:g}" for name, weight in leans.items())
+    print(f"Weights of watch time (`onerec rerank --value`; `onerec dpo` and `onerec grpo` train for it): {told}.")
     print("Your own data next:  onerec prepare --source LOG.parquet --output outputs/mydata   (see recipes/README.md)")
     (output / "metrics.json").write_text(
         json.dumps({k: v["test"] for k, v in reports.items()}, indent=2), encoding="utf-8"

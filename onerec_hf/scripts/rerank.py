@@ -12,10 +12,10 @@ candidates and what each scorer adds. A model that has an item head, or reads it
 these are used as such. Without `--model`, the scorers alone are combined in the same way: what a
 re-ranked model must beat; only `metrics.json` and the predictions are written.
 
-`--value play_time_ms` makes lists of what is worth more: each item's mean of an event column over the training
-events, or a column of the item table such as a price, joins the sum as its logarithm. The weight is the largest of
-0, 1/8, 1/4, 1/2 and 1 with which the validation users have no lower recall@10 than without, or `--value_weight`; with
-1 the order is by probability times value.
+`--value play_time_ms` makes lists of what is worth more: each item's mean of an event column over the training events
+(of rows of sessions, over their targets), or a column of the item table such as a price, joins the sum as its
+logarithm. The weight is the largest of 0, 1/8, 1/4, 1/2 and 1 with which these validation users have no lower
+recall@10 than without, or `--value_weight`; with 1 the order is by probability times value.
 """
 
 import json
@@ -41,11 +41,11 @@ from ..reranker import ITEM_VECTORS, KINDS, VALUE, Reranker, item_neighbours
 from .baseline import BASELINES
 from .checks import check_beams, check_output, check_splits, unique_names
 from .ending import remove_earlier_results, score, score_model, some, write_metrics
+from .item_values import check_value, item_values
 from .model_arguments import load_policy
 from .parser import ScriptParser
 
 VALUE_WEIGHTS = (0.0, 0.125, 0.25, 0.5, 1.0)
-SMOOTHING = 20.0  # events of the mean that every item has besides its own
 SCORER_NAMES = [name for name, kind in BASELINES.items() if kind.__name__ in SCORERS]
 
 
@@ -119,41 +119,13 @@ def load_scorers(folders: list[str], num_items: int) -> dict[str, Any]:
     return scorers
 
 
-def item_values(data: DataFolder, column: str) -> torch.Tensor:
-    """What each item is worth, relative to the mean, (N,): of an event column the mean over the training events, those
-    of few events drawn towards the mean of all; or a column of the item table.
-    """
-    train = data.splits["train"]
-    if column in train.column_names and column not in ("user", "history", "length"):
-        total, count = np.zeros(data.num_items), np.zeros(data.num_items)
-        for batch in train.select_columns(["history", column]).with_format("arrow").iter(batch_size=10_000):
-            items, values = (batch[name].combine_chunks().flatten() for name in ("history", column))
-            given = values.is_valid().to_numpy(False)
-            items, values = items.to_numpy()[given], values.drop_null().to_numpy(False).astype(float)
-            total += np.bincount(items, values, data.num_items)
-            count += np.bincount(items, minlength=data.num_items)
-        mean = total.sum() / max(count.sum(), 1)
-        found = (total + SMOOTHING * mean) / (count + SMOOTHING)
-    elif column in data.items.column_names:
-        found = np.array(data.items.with_format("pandas")[column], dtype=float)
-        mean = float(np.nanmean(found)) if np.isfinite(found).any() else 0.0
-        found = np.where(np.isnan(found), mean, found)
-    else:
-        raise ValueError(
-            f"value={column!r}: no event column of {data.path}, which has {train.column_names}, and none of its "
-            f"items, which have {data.items.column_names}. `onerec prepare --feedback` keeps event columns."
-        )
-    if not mean > 0 or found.min() < 0:
-        raise ValueError(f"value={column!r}: values from 0 on, some above it; got {found.min():g} to {found.max():g}.")
-    return torch.from_numpy(np.maximum(found / mean, 0.01)).float()  # the logarithm of 0 would forbid an item
-
-
 def choose_value_weight(
     args: RerankArguments, reranker: Reranker, items: torch.Tensor, features: torch.Tensor, targets: list, kind: str
 ) -> dict:
     """Sets the weight of the items' value; returns what was tried, and on which grounds."""
     weights, tried = reranker.weights[kind], {}
-    for weight in VALUE_WEIGHTS if args.value_weight is None else (0.0, args.value_weight):
+    given = None if args.value_weight is None else float(args.value_weight)
+    for weight in VALUE_WEIGHTS if given is None else (0.0, given):
         weights[VALUE] = weight
         lists = reranker.rank(items, features, 10, kind).items
         places = (items[:, None, :] == lists[:, :, None]).int().argmax(2)
@@ -161,7 +133,7 @@ def choose_value_weight(
         tried[weight] = {"recall@10": recall(lists.tolist(), targets), "mean value": float(values.mean())}
     least = tried[0.0]["recall@10"]
     fine = [weight for weight, own in tried.items() if own["recall@10"] >= least]
-    weights[VALUE] = max(fine) if args.value_weight is None else args.value_weight
+    weights[VALUE] = max(fine) if given is None else given
     return {"column": args.value, "weight": weights[VALUE], "validation": {str(w): own for w, own in tried.items()}}
 
 
@@ -211,6 +183,8 @@ def check(args: RerankArguments) -> None:
         raise ValueError(f"value_weight={args.value_weight} and value={args.value!r}: 0 or more, of a value.")
     if args.num_candidates < 1:
         raise ValueError(f"num_candidates={args.num_candidates}: at least 1.")
+    if args.value is not None:
+        check_value(DataFolder(args.data), args.value)
 
 
 def copy_model(args: RerankArguments) -> None:

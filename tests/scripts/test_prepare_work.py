@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pyarrow.parquet
 import pytest
 
@@ -125,7 +126,8 @@ def test_a_stopped_run_goes_on_where_it_was(name, source, unbroken, tmp_path, mo
     with monkeypatch.context() as stopping, pytest.raises(Stopped):
         stop(stopping, owner, function, call, half)
         run(source, tmp_path)
-    assert f"stopped: {tmp_path / WORK} keeps what is finished" in capsys.readouterr().out
+    told = f"stopped: {tmp_path / WORK} keeps what is finished" in capsys.readouterr().out
+    assert told == (taken != NOTHING)
     made = [
         count(monkeypatch, *place)
         for place in (
@@ -306,3 +308,15 @@ def test_other_code_begins_anew(source, unbroken, tmp_path, monkeypatch, capsys)
     run(source, tmp_path)
     assert "stopped run that was another one: code of onerec_hf was" in capsys.readouterr().out
     assert files(tmp_path) == unbroken()
+
+
+def test_a_log_that_cannot_be_read_leaves_nothing_to_go_on_from(tmp_path, capsys):
+    """Neither the message nor a half-filled database."""
+    log = pd.DataFrame({"user_id": [1, 1, None, 2], "item_id": [1, 2, 3, 4], "timestamp": [1, 2, 3, 4]})
+    log.to_parquet(tmp_path / "log.parquet")
+    with pytest.raises(ValueError, match="user_id"):
+        prepare.main(
+            prepare.PrepareArguments(str(tmp_path / "log.parquet"), output=str(tmp_path / "data"), num_shards=2)
+        )
+    assert "keeps what is finished" not in capsys.readouterr().out
+    assert not list(tmp_path.rglob("log.duckdb*"))
