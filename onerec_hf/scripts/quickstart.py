@@ -35,11 +35,14 @@ TRAINING |= {"learning_rate": 3e-3, "lr_scheduler_type": "cosine", "warmup_steps
 TRAINING |= {"optim": "adamw_torch_fused", "adam_beta2": 0.98, "weight_decay": 0.1}
 TRAINING |= {"eval_strategy": "epoch", "save_strategy": "epoch", "save_total_limit": 1, "logging_steps": 20}
 TRAINING |= {"load_best_model_at_end": True, "metric_for_best_model": "eval_ndcg@10", "report_to": "none"}
-BASELINES: dict[Any, dict] = {
+BASELINES: dict[Any, dict[str, dict]] = {  # what their classes and their fits take
     "popularity": {},
     "cooccurrence": {},
-    "sasrec": {"num_epochs": 15},
-}  # what their fit takes
+    "sasrec": {
+        "model": {"temperature": None, "post_norm": True, "intermediate_size": 256, "attention_dropout": 0.5},
+        "fit": {"num_epochs": 30, "learning_rate": 2e-3, "weight_decay": 1.0, "validate_every": 3},
+    },
+}
 SCORERS = ("cooccurrence", "sasrec")  # what the search is re-ranked with
 
 
@@ -114,17 +117,18 @@ def main(output: Path, num_users: int = 2000, num_items: int = 2000, epochs: flo
     arguments = sft.ModelArguments(data=str(data), model=model, eval_users=500, metadata=["title", "category"])
     sft.main(arguments, training)
     places, reports = {"OneRec-V2, re-ranked": folder}, {}
-    for name, fit in BASELINES.items():
+    for name, settings in BASELINES.items():
         places[name] = output / name
+        own: dict[str, Any] = {part: json.dumps(values) for part, values in settings.items()}
         reports[name] = baseline.main(
-            baseline.BaselineArguments(name, str(data), str(output / name), seed=seed, fit=json.dumps(fit))
+            baseline.BaselineArguments(name, str(data), str(output / name), seed=seed, **own)
         )
-    settings: dict[str, Any] = {"scorers": [str(output / name) for name in SCORERS], "value": "play_time_ms"}
-    settings |= {"seed": seed}
-    reranked = rerank.main(rerank.RerankArguments(str(data), model=str(folder), **settings))
+    fused: dict[str, Any] = {"scorers": [str(output / name) for name in SCORERS], "value": "play_time_ms"}
+    fused |= {"seed": seed}
+    reranked = rerank.main(rerank.RerankArguments(str(data), model=str(folder), **fused))
     without = output / "without_onerec"  # what the re-ranked model must beat
     reports["the scorers' sum, without OneRec"] = rerank.main(
-        rerank.RerankArguments(str(data), output=str(without), **settings)
+        rerank.RerankArguments(str(data), output=str(without), **fused)
     )
     places["the scorers' sum, without OneRec"] = without
     reports = {"OneRec-V2, re-ranked": reranked, "OneRec-V2, search alone": reranked["search_alone"]} | reports
