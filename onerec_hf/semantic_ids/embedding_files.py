@@ -9,6 +9,8 @@ import torch
 
 from .distances import row_blocks
 
+ROWS = 4096  # scattered rows that are read from one map
+
 
 class EmbeddingFiles:
     """Item embeddings (N, D) in `.npy` files, one after the other; a few rows are read at a time.
@@ -52,13 +54,16 @@ class EmbeddingFiles:
         rows = np.arange(*index.indices(len(self))) if isinstance(index, slice) else index.numpy() % len(self)
         found = np.empty((len(rows), self.shape[1]), dtype=np.float32)
         file = np.searchsorted(self.starts, rows, side="right") - 1
+        in_order = isinstance(index, slice) and index.step in (None, 1)
         for number in np.unique(file):
-            here = file == number
-            # mapped anew each time: pages of a map that stays would count as memory of this process
-            shard = np.load(self.paths[number], mmap_mode="r", allow_pickle=False)
-            own = rows[here] - self.starts[number]
-            in_order = isinstance(index, slice) and index.step in (None, 1)
-            found[here] = shard[own[0] : own[-1] + 1] if in_order else shard[own]
+            places = np.flatnonzero(file == number)
+            own = rows[places] - self.starts[number]
+            # scattered rows bring their neighbours into memory, too: a few at a time, in the order of the file
+            parts = [slice(None)] if in_order else np.split(own.argsort(), range(ROWS, len(own), ROWS))
+            for part in parts:
+                # mapped anew each time: pages of a map that stays would count as memory of this process
+                shard = np.load(self.paths[number], mmap_mode="r", allow_pickle=False)
+                found[places[part]] = shard[own[0] : own[-1] + 1] if in_order else shard[own[part]]
         return torch.from_numpy(found)
 
     def mean(self) -> torch.Tensor:

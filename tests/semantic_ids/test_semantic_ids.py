@@ -475,3 +475,15 @@ def test_a_fit_that_was_stopped_goes_on(balanced, in_files, tmp_path, monkeypatc
     found = ResidualKMeans(3, 8, balanced).fit(items, tmp_path / "levels")
     assert len(trained) == 1
     assert found.codebooks.equal(whole.codebooks) and found.train_codes.equal(whole.train_codes)
+
+
+def test_scattered_rows_of_files_are_read_a_few_at_a_time(tmp_path, monkeypatch):
+    """In any order, the same row twice, from the end, over two files."""
+    monkeypatch.setattr("onerec_hf.semantic_ids.embedding_files.ROWS", 3)
+    rows = np.random.default_rng(0).normal(size=(50, 4)).astype(np.float32)
+    np.save(tmp_path / "0.npy", rows[:20])
+    np.save(tmp_path / "1.npy", rows[20:])
+    files = EmbeddingFiles(sorted(tmp_path.glob("*.npy")))
+    index = torch.tensor([49, 3, 3, 20, -1, 19, 0, 31, 7, 7, 12, 44, -50])
+    assert torch.equal(files[index], torch.from_numpy(rows)[index])
+    assert torch.equal(files[10:40:3], torch.from_numpy(rows[10:40:3])) and files[index[:0]].shape == (0, 4)
