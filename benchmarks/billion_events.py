@@ -112,8 +112,8 @@ def main() -> None:
         "title": "On paper: a billion events, 20 million users, 10 million items, 64 GPUs",
         "commands": ["python benchmarks/billion_events.py --output results/billion_events.json --commit COMMIT"],
         "seeds": [],
-        "hardware": "nothing was run: the records that are named were made on 2 cores (AMD EPYC, Intel Xeon), `architectures_gpu` "
-        "and `generation_gpu` on one NVIDIA H200",
+        "hardware": "nothing was run: the records that are named were made on 2 cores (AMD EPYC, Intel Xeon), "
+        "`architectures_gpu` and `generation_gpu` on one NVIDIA H200",
         "date": datetime.date.today().isoformat(),
         "commit": args.commit,
         "columns": [{"name": name} for name in columns] + [{"name": "hours", "picture": "0.000"}],
