@@ -10,7 +10,7 @@ a few rows at a time; `:sample` iterates over all items once, after the sample, 
 import argparse
 import json
 import multiprocessing
-import resource
+import re
 import sys
 import time
 from pathlib import Path
@@ -23,6 +23,12 @@ from benchmarks.semantic_ids import mixture
 from onerec_hf.semantic_ids import EmbeddingFiles, ResidualKMeans, quality_report
 
 
+def peak() -> float:
+    """GiB of this process at most; `ru_maxrss` would begin with what the parent had when it started this one."""
+    status = Path("/proc/self/status").read_text(encoding="utf-8")
+    return int(re.search(r"VmHWM:\s*(\d+) kB", status)[1]) / 2**20
+
+
 def fit(case: str, path: Path, args: argparse.Namespace, found: dict) -> None:
     """Fills `found`; the process that calls it ends afterwards, so that its peak is that of this fit."""
     torch.set_num_threads(args.threads)
@@ -33,7 +39,7 @@ def fit(case: str, path: Path, args: argparse.Namespace, found: dict) -> None:
     iterations = 1 if {"files", "sample"} & set(words) else 4
     quantizer = ResidualKMeans(args.levels, codes, num_full_iterations=iterations, seed=args.seed).fit(items)
     found["processor seconds"] = time.process_time() - start
-    found["peak GiB"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    found["peak GiB"] = peak()
     report = quality_report(quantizer.train_codes, items, quantizer)
     counts = [torch.bincount(column, minlength=codes) for column in quantizer.train_codes.T]
     found["relative reconstruction"] = report["reconstruction_relative"]
