@@ -195,6 +195,7 @@ def _assign(items, sample, centroids, prices, sizes) -> tuple[torch.Tensor, floa
         if few or gap <= _SMALL_GAP or gap > 0.9 * before:
             break
         prices.refine(costs, clusters)
+        del costs, clusters  # the next ones are as large
     if few or (lowest > _LARGEST_GAP and len(items) * len(centroids) <= _MOST_EXCHANGES):
         return exchange_items(items, centroids, best), 0.0
     return best, lowest
