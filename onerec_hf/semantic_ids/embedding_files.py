@@ -9,7 +9,7 @@ import torch
 
 from .distances import row_blocks
 
-ROWS = 4096  # scattered rows that are read from one map
+ROWS = 512  # scattered rows that are read from one map
 
 
 class EmbeddingFiles:
