@@ -79,6 +79,9 @@ class Reranker:
             if not bool(((item_values > 0) & item_values.isfinite()).all()):
                 raise ValueError("item_values has values that are not above 0: their logarithm is a feature.")
         self.item_head, self.search, self.item_values = item_head, search, item_values
+        self.mean_log_value = (
+            torch.zeros(()) if item_values is None else item_values.log().mean()
+        )  # once, not per request
         self.positions: torch.Tensor | None = None  # (N,) the scorers' index of each item; None: the same
         self.parts = (*([CODES] if search else []), *([ITEM_HEAD] if item_head else []), *self.scorers)
         if not self.parts:
@@ -174,10 +177,10 @@ class Reranker:
     def _log_values(self, items: torch.Tensor) -> torch.Tensor:
         """Of items (B, C) of the catalogue; the mean where the value of an item is not known."""
         assert self.item_values is not None
-        own = self.item_values.log()
-        if self.positions is not None:
-            own = torch.cat([own, own.mean(0, keepdim=True)])[self.positions]  # -1 points at the mean
-        return own[items]
+        if self.positions is None:
+            return self.item_values[items].log()
+        known = self.positions[items]
+        return self.item_values[known].log().where(known >= 0, self.mean_log_value)
 
     def follow(self, kept: np.ndarray, num_new: int = 0) -> None:
         """The catalogue keeps the items `kept` (indices), and gets `num_new` behind them that no scorer knows."""

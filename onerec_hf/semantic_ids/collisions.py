@@ -195,7 +195,10 @@ def _with_room(codes, quantizer, item_embeddings, distances, num_fixed: int) -> 
     moved = torch.zeros(len(codes), dtype=torch.bool, device=codes.device)
     for level in range(levels - 1):  # from the first on: what moves takes new codes on all levels behind
         places = size ** (levels - 1 - level)  # of a prefix that ends here
-        leaves = _ranks(row_ids(codes[:, : level + 1]), distances) >= places
+        prefixes = row_ids(codes[:, : level + 1])
+        if int(torch.bincount(prefixes).max()) <= places:
+            continue  # as nearly always: no ranks, which sort all items twice
+        leaves = _ranks(prefixes, distances) >= places
         leaves[:num_fixed] = False
         if not leaves.any():
             continue

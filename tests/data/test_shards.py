@@ -30,6 +30,7 @@ from onerec_hf.data import (
     load_interactions,
     load_shards,
     load_splits,
+    log_shards,
     past_rates,
     session_splits,
     stream_split,
@@ -363,6 +364,17 @@ def test_folders_that_are_a_column(tmp_path):
         rows.drop(columns="is_click").to_parquet(tmp_path / "log" / f"is_click={day}" / "log.parquet", index=False)
     x = load_interactions(tmp_path / "log", feedback=["is_click"])
     assert_same(x, load_shards(tmp_path / "log", tmp_path / "work", num_shards=3, feedback=["is_click"]))
+
+
+@pytest.mark.parametrize("place", ["log.parquet", "day=1/log.parquet"])
+def test_what_was_read_of_a_parquet_file_is_not_kept(place, tmp_path):
+    """Arrow keeps it until the end of the file by default, and the file may be larger than memory."""
+    path = tmp_path / "log" / place
+    path.parent.mkdir(parents=True)
+    pyarrow.parquet.write_table(pa.table({"user_id": [1], "item_id": [2]}), path)
+    opened = log_shards._open(tmp_path / "log", None)
+    assert opened.format.default_fragment_scan_options.pre_buffer is False
+    assert opened.to_table()["item_id"].to_pylist() == [2]
 
 
 def test_a_run_that_fails_leaves_an_earlier_folder_as_it_was(tmp_path):
