@@ -68,6 +68,12 @@ def test_sft_takes_a_folder_and_rows_alone(saved, tmp_path, monkeypatch):
     assert batch["target_ids"].shape == (1, 6, 3)
 
 
+def test_rows_without_lengths_cannot_be_rebalanced(saved, tmp_path):
+    args = OneRecSFTConfig(str(tmp_path), train_sampling_strategy="batch_rebalance")
+    with pytest.raises(ValueError, match="reads the lengths of histories from the column 'length'; the training rows"):
+        OneRecSFTTrainer(saved, args, train_dataset=histories())
+
+
 def test_sft_takes_a_path_and_plain_training_arguments(saved, tmp_path):
     args = steps(tmp_path / "out", learning_rate=0.01, eval_strategy="steps", eval_steps=1)
     trainer = OneRecSFTTrainer(saved, args, train_dataset=histories(), eval_dataset=with_targets())

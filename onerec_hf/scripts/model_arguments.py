@@ -237,6 +237,11 @@ def streamed_rows(
         raise ValueError(
             "streaming reads users in random order and whole; start needs the rows of events: leave one out."
         )
+    if training.train_sampling_strategy == "batch_rebalance":
+        raise ValueError(
+            "batch_rebalance draws from all rows, a stream from a few of them: leave out train_sampling_strategy "
+            "(group_by_length, which streaming knows) or streaming."
+        )
     sample = first_rows(args.data, "train")
     per_target = "targets" not in sample.column_names and config.model_type != "onerec_v2"
     least = 1 if "targets" in sample.column_names else 2

@@ -91,7 +91,7 @@ class Prices:
         for softness in _TEMPERATURES:
             self.values = self.values + self._ascend(distances + self.values, softness)
         self.values = self.values - self.values.mean()
-        return distances.add_(self.values).argmin(dim=1)
+        return distances.add_(self.values).min(dim=1).indices
 
     def refine(self, costs: torch.Tensor, clusters: torch.Tensor) -> None:
         """Updates `values` from `costs` and `clusters` (count, N), which are those of `cheapest` at the values so far;

@@ -45,7 +45,8 @@ def nearest_centroids(items: Rows, centroids: torch.Tensor, prices: torch.Tensor
     """
     codes = torch.empty(len(items), dtype=torch.long, device=items.device)
     for block in row_blocks(len(items), len(centroids), items.device):
-        codes[block] = squared_distances(items[block], centroids, prices).argmin(dim=1)
+        # `min` and not `argmin`: on a processor it takes a third of the time.
+        codes[block] = squared_distances(items[block], centroids, prices).min(dim=1).indices
     return codes
 
 

@@ -109,8 +109,14 @@ class NextItemTrainer(OneRecTrainer):
                 "weight_average_decay is for data-parallel training: under FSDP no process has whole weights."
             )
         columns = getattr(kwargs.get("train_dataset"), "column_names", None) or ()
-        if args.train_sampling_strategy == "group_by_length" and args.length_column_name not in columns:
-            args.train_sampling_strategy = "random"
+        if args.length_column_name not in columns:
+            if args.train_sampling_strategy == "group_by_length":
+                args.train_sampling_strategy = "random"
+            elif args.train_sampling_strategy == "batch_rebalance":
+                raise ValueError(
+                    "train_sampling_strategy='batch_rebalance' reads the lengths of histories from the column "
+                    f"{args.length_column_name!r}; the training rows have {sorted(columns)}."
+                )
         super().__init__(model=model, args=args, **kwargs)
         self.generation_metrics = generation_metrics
         self.model_accepts_loss_kwargs = True  # what `get_batch_samples` counts

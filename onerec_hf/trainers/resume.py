@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch.utils.data import Sampler
 from transformers import EarlyStoppingCallback, Trainer, TrainerCallback
-from transformers.trainer_pt_utils import get_model_param_count
+from transformers.trainer_pt_utils import LengthGroupedSampler, get_model_param_count
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput
 from transformers.utils import logging
 
@@ -207,6 +207,9 @@ class ResumableTrainer(Trainer):
 
     def _get_train_sampler(self, *args, **kwargs):
         self._order = super()._get_train_sampler(*args, **kwargs)
+        if isinstance(self._order, LengthGroupedSampler):
+            # a step of all processes is sorted together: transformers sorts for one of them, and the others wait for it
+            self._order.batch_size *= self.args.world_size
         return _EpochSampler(self._order, self) if hasattr(self._order, "generator") else self._order
 
     def _run_epoch(self, *args, **kwargs):

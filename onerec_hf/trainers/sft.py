@@ -31,7 +31,7 @@ class OneRecSFTConfig(NextItemArguments, SFTConfig):
         remove_unused_columns: Off: the collator reads the columns of the split itself.
         label_names: `target_ids`, so that evaluation has a loss.
         train_sampling_strategy: Batches of users with histories of similar length, which the column `length` says;
-            random order where there is none.
+            random order where there is none. A step of all processes is sorted together.
             The order of an epoch is a function of the seed: a run that resumes inside it goes on with the same
             batches.
         hub_strategy: `"end"`: one commit of the finished model; the checkpoints before it would be no complete

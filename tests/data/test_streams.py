@@ -157,3 +157,9 @@ def test_newest_impressions_are_not_streamed(prepared, tmp_path):
     arguments = ModelArguments(data=str(prepared), streaming=True, newest_impressions=True)
     with pytest.raises(ValueError, match="streaming reads users in random order, newest_impressions all events by"):
         sft.main(arguments, OneRecSFTConfig(output_dir=str(tmp_path), num_train_epochs=1, use_cpu=True))
+
+
+def test_a_stream_cannot_be_rebalanced(prepared, tmp_path):
+    training = OneRecSFTConfig(output_dir=str(tmp_path), train_sampling_strategy="batch_rebalance", use_cpu=True)
+    with pytest.raises(ValueError, match="batch_rebalance draws from all rows, a stream from a few of them"):
+        sft.main(ModelArguments(data=str(prepared), streaming=True), training)

@@ -10,7 +10,7 @@ import pytest
 import torch
 from accelerate.state import AcceleratorState, DistributedType, PartialState
 from safetensors.torch import load_file
-from transformers import TrainerCallback, TrainingArguments
+from transformers import TrainerCallback, TrainingArguments, trainer_pt_utils
 
 from experiments import survival
 from onerec_hf import OneRecPScoreConfig, OneRecPScoreModel
@@ -31,6 +31,7 @@ pytestmark = pytest.mark.skipif(
     torch.cuda.is_available(), reason="CUDA cannot be forked: hide the GPU (CUDA_VISIBLE_DEVICES=)"
 )
 STEPS, GROUP = 4, 4  # of 16 rows: an epoch
+ORDERS = {"SFT by length": "group_by_length", "SFT rebalanced": "batch_rebalance"}
 TOKENS = tiny_catalogue().semantic_ids.long() + torch.tensor([4, 12, 20])
 
 
@@ -97,7 +98,7 @@ def make_trainer(name, folder, num_processes, **settings):
         # few pairs, so that in some steps one process has a pair and the other has none
         args = IPAConfig(str(folder), dpo_ratio=0.25, num_candidates=8, mining_batch_size=3, kl_users=5, **arguments)
         return IPATrainer(model, args, reward=token_reward, **given)
-    args = OneRecSFTConfig(str(folder), train_sampling_strategy="random", **arguments)
+    args = OneRecSFTConfig(str(folder), train_sampling_strategy=ORDERS.get(name, "random"), **arguments)
     return OneRecSFTTrainer(model, args, callbacks=[DiesInStepTwo()] if name == "dies" else [], **given)
 
 
@@ -121,8 +122,10 @@ def check_logs(found, expected):
 
 
 @pytest.mark.parametrize("count", [2, 4])
-@pytest.mark.parametrize("name", ["SFT", "reward", "IPA", "GRPO"])
+@pytest.mark.parametrize("name", ["SFT", *ORDERS, "reward", "IPA", "GRPO"])
 def test_several_processes_train_and_evaluate_as_one(name, count, tmp_path, monkeypatch):
+    if name == "SFT rebalanced" and not hasattr(trainer_pt_utils, "BatchRebalanceSampler"):
+        pytest.skip("this transformers does not know it")
     monkeypatch.setattr(survival, "make_trainer", make_trainer)
     ends = {}
     for processes in (1, count):
@@ -172,16 +175,16 @@ def sharded(name, folder, rank, num_processes, port, settings):
         (folder / "log.json").write_text(json.dumps(trainer.state.log_history), encoding="utf-8")
 
 
-@pytest.mark.parametrize("name", ["SFT", "reward", "GRPO"])
-def test_fsdp2_trains_and_evaluates_as_one_process(name, tmp_path, monkeypatch):
+@pytest.mark.parametrize(("name", "count"), [("SFT", 2), ("SFT", 4), ("reward", 2), ("GRPO", 2), ("GRPO", 4)])
+def test_fsdp2_trains_and_evaluates_as_one_process(name, count, tmp_path, monkeypatch):
     """IPA is refused (`test_ipa.py`). What is saved are whole weights."""
     monkeypatch.setattr(survival, "train", sharded)
     logs = []
-    for processes in (1, 2):
+    for processes in (1, count):
         start(name, tmp_path / str(processes), processes)
         logs.append(json.loads((tmp_path / str(processes) / "log.json").read_text(encoding="utf-8")))
     check_logs(*logs)
-    one, two = (load_file(tmp_path / str(n) / "model" / "model.safetensors") for n in (1, 2))
+    one, two = (load_file(tmp_path / str(n) / "model" / "model.safetensors") for n in (1, count))
     assert one.keys() == two.keys()
     for key, weight in one.items():
         torch.testing.assert_close(two[key], weight, rtol=1e-4, atol=1e-5, msg=key)
