@@ -33,8 +33,8 @@ def shards_of(order: str, lengths: np.ndarray, processes: int, batch_size: int) 
     """The batches of each process in one epoch: indices of rows. What fills no step of all of them is left out."""
     torch.manual_seed(0)
     if order == "batch_rebalance":
-        step = batch_size * processes
-        return [list(BatchRebalanceSampler(lengths.tolist(), step, processes, 1, rank=own)) for own in range(processes)]
+        given = (lengths.tolist(), batch_size * processes, processes, 1)
+        return [list(BatchRebalanceSampler(*given, rank=own)) for own in range(processes)]
     sampler = RandomSampler(lengths)
     if order.startswith("group_by_length"):
         rows = batch_size if order.endswith("transformers") else batch_size * processes

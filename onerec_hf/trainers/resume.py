@@ -208,7 +208,7 @@ class ResumableTrainer(Trainer):
     def _get_train_sampler(self, *args, **kwargs):
         self._order = super()._get_train_sampler(*args, **kwargs)
         if isinstance(self._order, LengthGroupedSampler):
-            # a step of all processes is sorted together: transformers sorts for one of them, and the others wait for it
+            # a step of all processes is sorted together: transformers sorts for one of them, and the others wait
             self._order.batch_size *= self.args.world_size
         return _EpochSampler(self._order, self) if hasattr(self._order, "generator") else self._order
 
