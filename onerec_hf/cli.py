@@ -9,6 +9,8 @@ import importlib.util
 import sys
 from pathlib import Path
 
+from .scripts.short_errors import show_short_errors
+
 SCRIPTS = Path(__file__).parent / "scripts"
 COMMANDS = {
     "prepare": "a log -> splits, item embeddings and semantic IDs: the data folder",
@@ -127,6 +129,7 @@ def main(argv: list[str] | None = None) -> None:
     if command in LAUNCHED and not {"-h", "--help"} & set(rest):
         launch(command, rest)
     else:
+        show_short_errors(command)
         importlib.import_module(f".scripts.{command}", __package__).run(rest)
 
 

@@ -10,6 +10,8 @@ from typing import Any
 from transformers.utils import logging
 from trl import TrlParser
 
+from .short_errors import show_short_errors
+
 logger = logging.get_logger(__name__)
 
 CONFIGS = Path(__file__).parent / "configs"
@@ -62,6 +64,8 @@ class ScriptParser(TrlParser):
 
     def parse(self, args: Sequence[str] | None = None) -> tuple:
         """One object per dataclass, from `args` (default: those of the command line) and the YAML file they name."""
+        if args is None:
+            show_short_errors(self.prog.removeprefix("onerec "))
         warn_of_one_process()
         words = list(sys.argv[1:] if args is None else args)
         words = [part for word in words for part in (word.split("=", 1) if word.startswith("--config=") else [word])]

@@ -3,6 +3,8 @@
 import configparser
 import dataclasses
 import importlib
+import json
+import os
 import re
 import subprocess
 import sys
@@ -13,7 +15,7 @@ import yaml
 from accelerate.commands.launch import launch_command, launch_command_parser
 
 from onerec_hf import cli
-from onerec_hf.scripts import parser
+from onerec_hf.scripts import parser, short_errors
 from onerec_hf.scripts.parser import CONFIGS, ScriptParser, config_path
 from onerec_hf.scripts.score import ScoreArguments
 
@@ -162,3 +164,30 @@ def test_several_processes_are_not_warned_of(environment, warnings, monkeypatch)
     monkeypatch.setattr(parser.logger, "warning", said.append)
     parser.warn_of_one_process()
     assert len(said) == warnings
+
+
+@pytest.mark.parametrize("words", [["-m", "onerec_hf.cli", "score"], ["recipes/score.py"]])
+@pytest.mark.parametrize("debug", ["0", "1"])
+def test_what_is_refused_is_said_without_a_traceback(words, debug, tmp_path):
+    argv = [sys.executable, *words, "--model", "nothing", "--data", str(tmp_path)]
+    environment = os.environ | {"HF_DEBUG": debug, "PYTHONPATH": str(ROOT)}
+    found = subprocess.run(argv, capture_output=True, text=True, cwd=ROOT, env=environment)
+    assert found.returncode == 1 and f"{tmp_path} is no data folder" in found.stderr
+    assert ("Traceback" in found.stderr) == (debug == "1")
+    assert ("\nonerec score: " in "\n" + found.stderr) == (debug == "0")
+
+
+def test_errors_of_other_packages_keep_their_traceback(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "excepthook", None)
+    monkeypatch.delenv("HF_DEBUG", raising=False)
+    short_errors.show_short_errors("score")
+    for wrong in (lambda: json.loads("{"), lambda: cli.launch_arguments("sft", 1)):  # both TypeError or ValueError
+        with pytest.raises((ValueError, TypeError)) as error:
+            wrong()
+        sys.excepthook(error.type, error.value, error.tb)
+        assert "Traceback" in capsys.readouterr().err
+    with pytest.raises(FileNotFoundError) as missing:
+        config_path("nothing.yaml")
+    sys.excepthook(missing.type, missing.value, missing.tb)
+    said = capsys.readouterr().err
+    assert said.startswith("onerec score: 'nothing.yaml' is no file here") and "Traceback" not in said
