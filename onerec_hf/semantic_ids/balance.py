@@ -21,6 +21,9 @@ _ELEMENTS = 2**25
 # clusters, and the steps at each.
 _TEMPERATURES = (0.3, 0.1)
 _STEPS_PER_TEMPERATURE = 16
+# Clusters that are farther away weigh nothing in float32 (4e-18 of the nearest one); numbers so small that a processor
+# handles them apart would make a step four times as long.
+_FARTHEST = -40.0
 # What the sample got wrong is mended over all items, where only this many clusters per item count: the cheapest ones.
 # The unit is the median margin then: far clumps make a mean that is large for most items.
 _CANDIDATES = 16
@@ -119,7 +122,7 @@ class Prices:
         load, squares, num_items = torch.zeros_like(self.values), torch.zeros_like(self.values), 0
         for distances, clusters in blocks:
             weights = self.values.index_select(0, clusters).view_as(distances).add_(distances)
-            weights = weights.sub_(weights.amin(dim=0)).div_(-temperature).exp_()
+            weights = weights.sub_(weights.amin(dim=0)).div_(-temperature).clamp_(min=_FARTHEST).exp_()
             weights.div_(weights.sum(dim=0))
             load.index_add_(0, clusters, weights.flatten())
             squares.index_add_(0, clusters, weights.square_().flatten())
@@ -145,7 +148,7 @@ class Prices:
         smallest, _ = _two_smallest(costs[:2048])
         margin = (smallest[:, -1] - smallest[:, 0]).mean().item()
         temperature = max(softness * margin, 1e-30)  # margin 0: all items are equal, and so are all temperatures
-        kernel = costs.sub_(costs.amin(dim=1, keepdim=True)).div_(-temperature).exp_()
+        kernel = costs.sub_(costs.amin(dim=1, keepdim=True)).div_(-temperature).clamp_(min=_FARTHEST).exp_()
         kernel.div_(kernel.sum(dim=1, keepdim=True))  # softmax in place
         squares = torch.zeros_like(self.values)
         for block in row_blocks(len(kernel), kernel.shape[1], kernel.device):
