@@ -28,6 +28,8 @@ _FARTHEST = -40.0
 # The unit is the median margin then: far clumps make a mean that is large for most items.
 _CANDIDATES = 16
 _REFINED_TEMPERATURES = (0.3, 0.1, 0.03)
+# `smallest` looks into chunks of so many numbers where there are at least so many times more chunks than it looks for.
+_CHUNK, _MANY_CHUNKS = 32, 8
 # Items of one block of such a step: its few arrays stay in the cache.
 _BLOCK_ITEMS = 2**16
 # `enforce_sizes` stops asking when a round seats less than this share of those who wait.
@@ -54,9 +56,24 @@ def cheapest(
     costs = torch.empty(count, len(items), device=items.device)
     clusters = torch.empty(count, len(items), dtype=torch.int32, device=items.device)
     for block in row_blocks(len(items), len(centroids), items.device):
-        found = squared_distances(items[block], centroids, prices).topk(count, dim=1, largest=False)
-        costs[:, block], clusters[:, block] = found.values.T, found.indices.T
+        values, indices = smallest(squared_distances(items[block], centroids, prices), count)
+        costs[:, block], clusters[:, block] = values.T, indices.T
     return costs, clusters
+
+
+def smallest(rows: torch.Tensor, count: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """As `rows.topk(count, largest=False)` of `rows` (n, K), in half of the time where K is large on a processor.
+
+    The smallest numbers lie in the chunks with the smallest minima, as many chunks as numbers.
+    """
+    num_chunks = rows.shape[1] // _CHUNK
+    if rows.shape[1] % _CHUNK or num_chunks < _MANY_CHUNKS * count:
+        return rows.topk(count, dim=1, largest=False)
+    chunks = rows.view(len(rows), num_chunks, _CHUNK)
+    best = chunks.amin(dim=2).topk(count, dim=1, largest=False).indices
+    values = chunks.gather(1, best.unsqueeze(2).expand(-1, -1, _CHUNK)).flatten(1)  # (n, count * chunk)
+    found = values.topk(count, dim=1, largest=False)
+    return found.values, best.gather(1, found.indices // _CHUNK) * _CHUNK + found.indices % _CHUNK
 
 
 def _two_smallest(costs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -9,7 +9,7 @@ import torch
 
 from onerec_hf.semantic_ids import EmbeddingFiles, ResidualKMeans, kmeans, quality_report, residual, resolve_collisions
 from onerec_hf.semantic_ids import distances as blocks_module
-from onerec_hf.semantic_ids.balance import Prices, balanced_sizes, cheapest, enforce_sizes
+from onerec_hf.semantic_ids.balance import Prices, balanced_sizes, cheapest, enforce_sizes, smallest
 from onerec_hf.semantic_ids.exchange import exchange_items
 from onerec_hf.semantic_ids.kmeans import kmeans_plus_plus, train_codebook
 
@@ -117,6 +117,19 @@ def test_greedy_is_kept_and_a_typo_is_refused(tmp_path):
     assert ResidualKMeans.from_pretrained(tmp_path).balanced == "greedy"
     with pytest.raises(ValueError, match="'greedy'"):
         ResidualKMeans(balanced="gready")
+
+
+@pytest.mark.parametrize(("columns", "count"), [(8192, 16), (8192, 2), (4096, 16), (4097, 2), (512, 2), (40, 16)])
+def test_the_smallest_numbers_of_many_columns(columns, count):
+    torch.manual_seed(0)
+    rows = torch.randn(50, columns)
+    rows[:10] = rows[:10].round()  # ties
+    rows[10:20, 64:96] -= 10.0  # all in one chunk
+    rows[20] = torch.inf
+    values, indices = smallest(rows, count)
+    torch.testing.assert_close(values, rows.sort(dim=1).values[:, :count], rtol=0, atol=0)
+    assert torch.equal(rows.gather(1, indices), values)
+    assert all(len(set(row)) == count for row in indices.tolist())
 
 
 def test_balanced_assignment_is_nearly_the_cheapest():
