@@ -330,6 +330,12 @@ class SemanticIdDecoder(nn.Module):
             context_mask = F.pad(context_mask.contiguous(), (0, 8 - positions % 8))[..., :positions]
         hidden_states = inputs_embeds
         if self.embed_positions is not None:
+            if length > self.embed_positions.num_embeddings:
+                raise ValueError(
+                    f"rows of {length} tokens, and the model has {self.embed_positions.num_embeddings} positions: "
+                    f"sessions of num_session_items={self.config.num_session_items} items, each a BOS and "
+                    f"{self.config.num_levels} codes. Give shorter sessions, or make a model for longer ones."
+                )
             hidden_states = hidden_states + self.embed_positions(position_ids)
         hidden_states = self.dropout(hidden_states)
         layer: Any

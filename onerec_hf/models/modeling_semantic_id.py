@@ -524,7 +524,7 @@ class SemanticIdForCausalLM(CatalogueGenerationMixin, SemanticIdPreTrainedModel)
                 positions = context["target_positions"].view(len(target_ids), -1)
                 context["target_positions"] = F.pad(positions, (1, 0)).flatten()
         rows = F.pad(target_ids, (1, 0), value=self.config.bos_token_id)  # (B, n, L + 1)
-        rows = rows.flatten(1) if self.config.session_wise else rows.flatten(0, 1)
+        rows = rows.flatten(1) if self.num_session_items > 1 else rows.flatten(0, 1)
         outputs = self.model(rows[:, :-1], use_cache=False, **context, **kwargs)
         log_probs = self.row_log_probs(outputs.last_hidden_state, rows).view(target_ids.shape)
         parts = (outputs.last_hidden_state, log_probs, target_ids, num_items)
@@ -538,7 +538,7 @@ class SemanticIdForCausalLM(CatalogueGenerationMixin, SemanticIdPreTrainedModel)
         """
         if self.config.loss_reduction == "mean":
             return real.sum()
-        return (real.flatten(1) if self.config.session_wise else real.flatten(0, 1)).any(1).sum()
+        return (real.flatten(1) if self.num_session_items > 1 else real.flatten(0, 1)).any(1).sum()
 
     def _target_loss(self, hidden_states, log_probs, target_ids, num_items):
         """The loss over the codes of `target_ids` (B, n, L); a system may add to it."""

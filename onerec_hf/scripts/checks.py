@@ -13,6 +13,7 @@ from typing import Any
 
 import datasets
 import numpy as np
+import pyarrow.compute as pc
 from huggingface_hub import HfApi
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
@@ -126,6 +127,25 @@ def check_beams(num_beams: int) -> None:
         raise ValueError(
             f"num_beams={num_beams}: the test metrics need lists of {longest} items, so at least {longest}."
         )
+
+
+def check_sessions(config: PreTrainedConfig, splits: Mapping[str, datasets.Dataset]) -> None:
+    """
+    Raises:
+        ValueError: For a model of sessions, where a row holds more targets than it has items.
+    """
+    if not config.session_wise or config.num_session_items == 1:  # then each target is a row of its own
+        return
+    for name, split in splits.items():
+        if "targets" not in split.column_names:
+            continue
+        longest = pc.max(pc.list_value_length(split.data.column("targets"))).as_py() or 0
+        if longest > config.num_session_items:
+            raise ValueError(
+                f"a row of the {name} split has {longest} targets, the model writes sessions of num_session_items="
+                f"{config.num_session_items} items. Train with --model '{{\"num_session_items\": {longest}, ...}}', "
+                "or with 1 if the targets are no session; or prepare shorter sessions."
+            )
 
 
 def check_splits(splits: Mapping[str, datasets.Dataset]) -> None:

@@ -18,7 +18,7 @@ from ..data import DataFolder, load_splits
 from ..recommender import ItemRanker, Recommender
 from ..trainers import OneRecSFTConfig, OneRecSFTTrainer
 from ..trainers.optimizer_state import KeepOptimizer
-from .checks import check_beams, check_training, train_checked
+from .checks import check_beams, check_sessions, check_training, train_checked
 from .continued import Drift, continued
 from .ending import VALIDATION_METRICS, finish_policy, generation_metrics, make_recommender
 from .model_arguments import (
@@ -74,6 +74,8 @@ def main(args: ModelArguments, training: OneRecSFTConfig) -> dict:
         splits = data.splits
         rows = training_rows(splits["train"], model.config, collator.max_history, args.newest_impressions, args.start)
         train = sample = rows.with_format("numpy")
+    scored = ("validation",) if training.eval_strategy != "no" else ()
+    check_sessions(model.config, {"training": sample} | {name: splits[name] for name in scored})
     trainer = OneRecSFTTrainer(
         model,
         training,

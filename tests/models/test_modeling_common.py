@@ -306,6 +306,28 @@ def test_sequences_score_what_the_loss_says(catalogue, architecture):
         assert (sessions >= 0).all() and all(len(set(session)) == items for session in sessions.tolist())
 
 
+def test_the_targets_of_a_model_without_sessions_are_rows_of_their_own(catalogue):
+    """OneRec with sessions of one item: three next items of a user are three sessions, not a longer one."""
+    model = tiny_model(catalogue, architecture="onerec", num_session_items=1)
+    context = tiny_context(catalogue, model)
+    targets = (catalogue.semantic_ids[:9].long() + torch.tensor(model.config.level_offsets)).view(3, 3, 3)
+    targets[1, 2] = model.config.pad_token_id
+    together = model(target_ids=targets, **context)
+    alone = [model(target_ids=targets[:, i : i + 1], **context).target_log_probs for i in range(3)]
+    assert_close(together.target_log_probs, torch.cat(alone, dim=1))
+    real = targets != model.config.pad_token_id
+    assert_close(together.loss, -together.target_log_probs[real].sum() / 8)
+    assert model.loss_items(real) == 8
+
+
+def test_sessions_longer_than_the_model_are_refused(catalogue):
+    model = tiny_model(catalogue, architecture="onerec", num_session_items=2)
+    targets = (catalogue.semantic_ids[:9].long() + torch.tensor(model.config.level_offsets)).view(3, 3, 3)
+    message = "rows of 11 tokens, and the model has 8 positions: sessions of num_session_items=2 items"
+    with pytest.raises(ValueError, match=message):
+        model(target_ids=targets, **tiny_context(catalogue, model))
+
+
 @every_architecture
 def test_resizing_is_refused(catalogue, architecture):
     with pytest.raises(NotImplementedError, match="semantic IDs"):

@@ -10,6 +10,8 @@ from pathlib import Path
 
 import datasets
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 from huggingface_hub import ModelCard
@@ -140,6 +142,32 @@ def test_sft_trains_every_system(quickstart, tmp_path, system):
     assert report["test"]["invalid_rate"] == 0 and report["test"]["recall@20"] > 0
     assert report["log"][0]["expert_load_max"] >= 1 and report["log"][1]["loss"] < report["log"][0]["loss"]
     assert AutoModel.from_pretrained(tmp_path).config.model_type == system["model_type"]
+
+
+def test_targets_that_are_no_session(quickstart, tmp_path):
+    """Validation rows with several next items: rows of their own for sessions of one item, else refused at once."""
+    from onerec_hf.scripts import sft
+    from onerec_hf.trainers import OneRecSFTConfig
+
+    data = shutil.copytree(quickstart[0] / "data", tmp_path / "data")
+    (path,) = (data / "splits" / "validation").glob("*.parquet")
+    rows = pq.read_table(path)
+    place = rows.column_names.index("targets")
+    several = pa.array([[0, 1, 2, 3]] * len(rows), rows.schema.field("targets").type)
+    pq.write_table(rows.set_column(place, rows.schema.field("targets"), several), path)
+    small = {"hidden_size": 16, "num_hidden_layers": 1, "num_encoder_layers": 1, "num_attention_heads": 2}
+
+    def train(items):
+        model = small | {"model_type": "onerec", "num_session_items": items, "num_experts": 0}
+        arguments = sft.ModelArguments(data=str(data), model=model, num_beams=20, max_history=10, score=False)
+        training = OneRecSFTConfig(
+            output_dir=str(tmp_path / str(items)), max_steps=2, eval_strategy="steps", eval_steps=2, report_to="none"
+        )
+        return sft.main(arguments, training)
+
+    assert any(record.get("eval_loss", 0) > 1 for record in train(1)["log"])
+    with pytest.raises(ValueError, match="a row of the validation split has 4 targets, the model writes sessions of"):
+        train(3)
 
 
 def test_recommend_serves_every_row(quickstart, tmp_path):
