@@ -6,6 +6,7 @@ users, T context positions, R = B * m rows (m targets, beams or samples per user
 tokens, L levels, D width, H heads, n targets (or candidates) of a user.
 """
 
+import os
 from collections.abc import Sequence
 from typing import Any
 
@@ -16,14 +17,40 @@ from transformers.cache_utils import Cache, DynamicCache
 from transformers.masking_utils import create_causal_mask
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttentions
+from transformers.modeling_utils import PreTrainedModel
 
 from .input_checks import check_range
 from .modeling_attention import ContextAttention, ContextKV, EncoderAttention, SelfAttention
 from .moe import FeedForward, SparseMoE
+from .parallel import unsharded_class
 
 # transformers 5.24 renamed `past_key_values`; our forwards take both names, and give each version the one that it
 # reads
 CACHE = "cache" if "cache" in BaseModelOutputWithPastAndCrossAttentions.__dataclass_fields__ else "past_key_values"
+
+
+class OneRecPreTrainedModel(PreTrainedModel):
+    """What generative and reward models have in common with the platform around them."""
+
+    _supports_sdpa = True
+    # transformers' flash path unpads queries by the key mask: wrong for a padded context (T5 and Mllama say no as
+    # well)
+    _supports_flash_attn = False
+    _supports_attention_backend = True
+
+    def save_pretrained(self, save_directory: str | os.PathLike, *args: Any, **kwargs: Any) -> None:
+        """As `PreTrainedModel.save_pretrained`; of a model that FSDP2 has sharded, give the gathered `state_dict`."""
+        with unsharded_class(self):
+            super().save_pretrained(save_directory, *args, **kwargs)
+
+    def set_use_kernels(self, use_kernels: bool, *args: Any, **kwargs: Any) -> None:
+        """Refused where it would replace nothing: `use_kernels=True`."""
+        if use_kernels:
+            raise ValueError(
+                f"use_kernels=True would do nothing: the Hub has no kernel for a layer of {type(self).__name__}. Its "
+                "norms are torch's fused ones, its attention is fused with attn_implementation='sdpa'. Leave it out."
+            )
+        super().set_use_kernels(use_kernels, *args, **kwargs)
 
 
 class EncoderLayer(GradientCheckpointingLayer):

@@ -5,16 +5,13 @@ Legend: B users, R = B * n rows (rows of one user adjacent), m candidates of a r
 objectives.
 """
 
-import os
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 from transformers import initialization as init
 from transformers.modeling_outputs import ModelOutput
-from transformers.modeling_utils import PreTrainedModel
 from transformers.utils import can_return_tuple
 
 from .configuration_onerec import NUM_SPECIAL_TOKENS
@@ -28,8 +25,7 @@ from .modeling_attention import (
     KeyValueProjection,
     visible_ages,
 )
-from .modeling_layers import ContextEmbedding, FeatureEmbedding
-from .parallel import unsharded_class
+from .modeling_layers import ContextEmbedding, FeatureEmbedding, OneRecPreTrainedModel
 
 
 @dataclass
@@ -165,22 +161,15 @@ class Tower(nn.Module):
         return hidden, self.score(hidden).squeeze(-1)
 
 
-class RewardPreTrainedModel(PreTrainedModel):
+class RewardPreTrainedModel(OneRecPreTrainedModel):
     config: RewardConfig
     base_model_prefix = "items"
-    _supports_sdpa = True
-    _supports_attention_backend = True
     _no_split_modules = ["TargetAwareItems"]
     items: TargetAwareItems
 
     def get_input_embeddings(self) -> nn.Module:
         """Embeddings of the codes of behaviours and candidates."""
         return self.items.embed_codes
-
-    def save_pretrained(self, save_directory: str | os.PathLike, *args: Any, **kwargs: Any) -> None:
-        """As `PreTrainedModel.save_pretrained`; of a model that FSDP2 has sharded, give the gathered `state_dict`."""
-        with unsharded_class(self):
-            super().save_pretrained(save_directory, *args, **kwargs)
 
     @torch.no_grad()
     def _init_weights(self, module):

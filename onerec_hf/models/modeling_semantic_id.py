@@ -5,7 +5,6 @@ context positions, R = B * m rows (rows of one user adjacent), C decoder tokens,
 width, N items of the catalogue, K beams, m items of a session.
 """
 
-import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -16,7 +15,6 @@ from torch import nn
 from transformers import initialization as init
 from transformers.cache_utils import Cache
 from transformers.modeling_outputs import CausalLMOutputWithCrossAttentions, ModelOutput
-from transformers.modeling_utils import PreTrainedModel
 from transformers.utils import can_return_tuple
 from transformers.utils.output_capturing import OutputRecorder
 
@@ -36,23 +34,17 @@ from .input_checks import (
 )
 from .item_ids import allowed_mask
 from .modeling_attention import AgeBias, ContextAttention, ContextKV, EncoderAttention, SelfAttention
-from .modeling_layers import CACHE, DecoderLayer, LevelHead, given_cache
+from .modeling_layers import CACHE, DecoderLayer, LevelHead, OneRecPreTrainedModel, given_cache
 from .moe import Experts, Router
-from .parallel import unsharded_class
 
 
-class SemanticIdPreTrainedModel(PreTrainedModel):
+class SemanticIdPreTrainedModel(OneRecPreTrainedModel):
     config: SemanticIdConfig
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
     gradient_checkpointing = False  # where transformers looks before it switches the cache off
     accepts_loss_kwargs = False  # the loss is a mean of its own: `Trainer` divides it by the accumulation steps
     _skip_keys_device_placement = ["past_key_values", "cache", "context_kv"]
-    _supports_sdpa = True
-    # transformers' flash path unpads queries by the key mask: wrong for a padded context (T5 and Mllama say no as
-    # well)
-    _supports_flash_attn = False
-    _supports_attention_backend = True
     _can_compile_fullgraph = True
     _can_record_outputs = {
         "hidden_states": DecoderLayer,
@@ -66,11 +58,6 @@ class SemanticIdPreTrainedModel(PreTrainedModel):
         super().__init__(config, *args, **kwargs)
         if config.has_experts:
             self._keep_in_fp32_modules_strict = ["e_score_correction_bias"]
-
-    def save_pretrained(self, save_directory: str | os.PathLike, *args: Any, **kwargs: Any) -> None:
-        """As `PreTrainedModel.save_pretrained`; of a model that FSDP2 has sharded, give the gathered `state_dict`."""
-        with unsharded_class(self):
-            super().save_pretrained(save_directory, *args, **kwargs)
 
     def _can_set_experts_implementation(self) -> bool:  # type: ignore[override]
         # no class method: whether there are experts is in the config. transformers looks for the decorator in the

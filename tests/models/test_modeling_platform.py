@@ -31,8 +31,10 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 from torch.export import Dim
-from transformers import AutoModel, AutoModelForCausalLM, PreTrainedModel
+from transformers import AttentionInterface, AttentionMaskInterface, AutoModel, AutoModelForCausalLM, PreTrainedModel
 from transformers.distributed import DistributedConfig
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
 
 import onerec_hf.trainers  # noqa: F401  # registers the default target modules of LoRA
 from onerec_hf import ContextKV
@@ -184,6 +186,29 @@ def test_arguments_of_from_pretrained(catalogue, architecture, tmp_path):
     for refused in ("flash_attention_2", "flex_attention"):
         with pytest.raises(ValueError, match="does not support"):
             AutoModel.from_pretrained(tmp_path, attn_implementation=refused)
+    with pytest.raises(ValueError, match="use_kernels=True would do nothing: the Hub has no kernel"):
+        AutoModel.from_pretrained(tmp_path, use_kernels=True)
+
+
+@every_architecture
+def test_an_attention_of_ones_own(catalogue, architecture, tmp_path):
+    """Registered under a name, it computes every attention of the model, and gets the masks that it asks for."""
+    model, context, targets = prepared(catalogue, architecture)
+    model.save_pretrained(tmp_path)
+    called = set()
+
+    def attend(module, *args, **kwargs):
+        called.add(type(module).__name__)
+        return sdpa_attention_forward(module, *args, **kwargs)
+
+    AttentionInterface.register("mine", attend)
+    AttentionMaskInterface.register("mine", sdpa_mask)
+    again = AutoModelForCausalLM.from_pretrained(tmp_path, attn_implementation="mine")
+    with torch.no_grad():
+        found = again(target_ids=targets, **context).target_log_probs
+        assert_close(found, model(target_ids=targets, **context).target_log_probs)
+    assert called == {type(m).__name__ for m in model.modules() if hasattr(m, "scaling") and hasattr(m, "q_proj")}
+    assert torch.equal(again.generate(**context, num_beams=4), model.generate(**context, num_beams=4))
 
 
 @every_architecture
