@@ -60,7 +60,8 @@ class LeaderboardArguments:
     columns: str | None = field(default=None, metadata={"help": "Of the source: our names to yours."})
     items: str | None = field(default=None, metadata={"help": "Item table that belongs to the source."})
     reference: str | None = field(
-        default=None, metadata={"help": "Entry to compare with; default the best baseline on validation."}
+        default=None,
+        metadata={"help": "Entry to compare with; default the best baseline on validation, or the first entry."},
     )
     prepare: str = field(
         default="small_prepare.yaml",
@@ -251,6 +252,8 @@ def main(args: LeaderboardArguments) -> dict:
     check_output(args.output, replaces=False)
     if unknown := {*args.only, *([args.reference] if args.reference else [])} - set(entries):
         raise ValueError(f"{args.entries} has no entries {sorted(unknown)}; it has {sorted(entries)}.")
+    if args.reference and args.only and args.reference not in args.only:
+        raise ValueError(f"reference={args.reference!r} is not among only={args.only}: add it, or leave it out.")
     args = args if args.source is None else replace(args, data=prepare_source(args))
     data = DataFolder(str(args.data))
     test, results = HeldOut.of(data), {}
@@ -267,10 +270,10 @@ def main(args: LeaderboardArguments) -> dict:
         if folders:
             check_runs(folders, data)
             results[name] = collect(folders, test)
-    baselines = [name for name in results if "validation" in results[name]]
-    if not (args.reference in results if args.reference else baselines):
-        raise ValueError(f"no {args.reference or 'baseline'} has ended in {output}: there is nothing to compare with.")
-    reference = args.reference or max(baselines, key=lambda name: results[name]["validation"])
+    if not results or (args.reference and args.reference not in results):
+        raise ValueError(f"no {args.reference or 'entry'} has ended in {output}: there is nothing to compare with.")
+    baselines = [name for name in results if "validation" in results[name]] or [next(iter(results))]
+    reference = args.reference or max(baselines, key=lambda name: results[name].get("validation", 0.0))
     results = dict(sorted(results.items(), key=lambda item: -item[1]["test_exclude_seen"]["recall@10"][0]))
     users = {kind: {name: result.pop(f"users_{kind}") for name, result in results.items()} for kind in PREDICTIONS}
     for name, result in results.items():

@@ -300,6 +300,10 @@ def test_one_command_from_a_log_to_the_table(tmp_path, capsys, monkeypatch):
     assert against["reference"] == "ensemble" and against["results"]["ensemble"]["interval"]["test"] == (0.0, 0.0)
     with pytest.raises(ValueError, match=r"has no entries \['neither'\]"):
         leaderboard.main(replace(arguments, reference="neither"))
+    with pytest.raises(ValueError, match=r"reference='counter' is not among only=\['model', 'reranked'\]"):
+        leaderboard.main(replace(arguments, only=["model", "reranked"], reference="counter"))
+    alone = leaderboard.main(replace(arguments, run=False, only=["model", "reranked"]))
+    assert alone["reference"] == "model" and set(alone["results"]) == {"model", "reranked"}
 
     # the same folder from another working directory; nothing is prepared where nothing shall run
     stamps = {path: path.stat().st_mtime_ns for path in stamps}
