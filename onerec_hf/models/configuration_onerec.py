@@ -95,11 +95,11 @@ class SemanticIdConfig(PreTrainedConfig):
     moe_layer_step: int = 1
     router_scoring: Literal["softmax", "sigmoid"] = "sigmoid"
     normalize_gates: bool = True
-    router_bias_update_rate: float = 0.001
+    router_bias_update_rate: float | int = 0.001
     score_normalization: Literal["level", "valid"] = "level"
     loss_reduction: Literal["mean", "sum"] = "sum"
     catalogue_fingerprint: str | None = None
-    dropout: float = 0.0
+    dropout: float | int = 0.0
     initializer_range: float = 0.02
     rms_norm_eps: float = 1e-6
     use_cache: bool = True
@@ -211,7 +211,7 @@ class OneRecConfig(SemanticIdConfig):
     num_experts: int = 24
     router_scoring: Literal["softmax", "sigmoid"] = "softmax"
     normalize_gates: bool = False
-    router_bias_update_rate: float = 0.0
+    router_bias_update_rate: float | int = 0.0
 
 
 @strict

@@ -54,7 +54,7 @@ class OneRecV2Config(SemanticIdConfig):
     context_key_value_split: int = 1
     context_embed_dim: int = 90
     context_position: Literal["rope", "bias", "none"] | None = None
-    context_rope_theta: float = 10000.0
+    context_rope_theta: float | int = 10000.0
     position_bias_buckets: int | None = None
     position_bias_max_distance: int = 128
     num_experts_per_tok: int = 3
@@ -62,10 +62,10 @@ class OneRecV2Config(SemanticIdConfig):
     first_dense_layers: int = 2
     loss_reduction: Literal["mean", "sum"] = "mean"
     fixed_context_features: list[str] | None = None
-    context_dropout: float | None = None
+    context_dropout: float | int | None = None
     item_head_dim: int = 0
     item_head_size: int = 0
-    item_loss_weight: float = 1.0
+    item_loss_weight: float | int = 1.0
 
     def __post_init__(self, **kwargs):
         self.fixed_context_features = list(self.fixed_context_features or [])

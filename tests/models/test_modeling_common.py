@@ -8,6 +8,8 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
+from onerec_hf import OneRecConfig, OneRecV1Config, OneRecV2Config
+
 from ..numeric import assert_close, assert_gradients_close, assert_same_ranking
 from ..tiny import ARCHITECTURES, tiny_catalogue, tiny_context, tiny_model
 
@@ -224,6 +226,13 @@ def test_shards(catalogue, architecture, tmp_path):
     assert len(list(tmp_path.glob("model-*.safetensors"))) > 1
     again = AutoModel.from_pretrained(tmp_path, device_map="auto").cpu()
     assert_close(again(target_ids=targets, **context).loss, model(target_ids=targets, **context).loss)
+
+
+def test_whole_numbers_are_numbers():
+    """As a YAML file or `--model '{"dropout": 0}'` has them."""
+    for config_class in (OneRecConfig, OneRecV1Config, OneRecV2Config):
+        config_class(codebook_sizes=[8, 8], dropout=0, router_bias_update_rate=0)
+    OneRecV2Config(codebook_sizes=[8, 8], context_dropout=0, context_rope_theta=100, item_loss_weight=1)
 
 
 @every_architecture
