@@ -93,8 +93,10 @@ class SessionConfig:
         least = {"session_size": 1, "max_history": 1, "max_events": 1, "min_history": 0, "max_gap": 0}
         least |= {"min_watched": 0, "min_watch_time_ms": 0, "min_interactions": 0}
         for name, bound in least.items():
-            if (value := getattr(self, name)) is not None and not value >= bound:
-                raise ValueError(f"{name}={value}: it must be at least {bound}.")
+            if (value := getattr(self, name)) is None:
+                continue
+            if not isinstance(value, int | float) or not value >= bound:
+                raise ValueError(f"{name}={value!r}: it must be a number of at least {bound}.")
 
     def watched_events(self, interactions: Interactions) -> np.ndarray:
         """Events that were watched, shape (M,), bool."""

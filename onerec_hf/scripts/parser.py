@@ -4,6 +4,7 @@ import argparse
 import os
 import sys
 from collections.abc import Iterable, Sequence
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
@@ -63,7 +64,12 @@ class ScriptParser(TrlParser):
         )
 
     def parse(self, args: Sequence[str] | None = None) -> tuple:
-        """One object per dataclass, from `args` (default: those of the command line) and the YAML file they name."""
+        """
+        One object per dataclass, from `args` (default: those of the command line) and the YAML file they name.
+
+        Raises:
+            ValueError: For arguments that there are not, in either.
+        """
         if args is None:
             show_short_errors(self.prog.removeprefix("onerec "))
         warn_of_one_process()
@@ -74,7 +80,18 @@ class ScriptParser(TrlParser):
             if place == len(words):
                 self.error("--config needs a YAML file: a path, or the name of a config of onerec_hf.")
             words[place] = config_path(words[place])
-        return self.parse_args_and_config(words)
+        *found, from_file, from_line = self.parse_args_and_config(
+            words, return_remaining_strings=True, separate_remaining_strings=True
+        )
+        if left := [*from_file, *from_line]:
+            unknown = [word for word in left if word.startswith("--")] or left
+            known = [name for action in self._actions for name in action.option_strings]
+            nearest = [match for word in unknown for match in get_close_matches(word, known, 1)]
+            near = f" Near to that: {', '.join(nearest)}." if nearest else ""
+            raise ValueError(
+                f"there are no arguments {unknown}: `{self.prog} --help` lists those that there are.{near}"
+            )
+        return tuple(found)
 
 
 __all__ = ["CONFIGS", "ScriptParser", "config_path", "warn_of_one_process"]

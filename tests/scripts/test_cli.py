@@ -166,6 +166,15 @@ def test_several_processes_are_not_warned_of(environment, warnings, monkeypatch)
     assert len(said) == warnings
 
 
+@pytest.mark.parametrize("words", [["--modle", "outputs/model"], ["--config", "score.yaml"]])
+def test_arguments_that_there_are_not(words, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("score.yaml").write_text("modle: outputs/model\n", encoding="utf-8")
+    message = r"no arguments \['--modle'\]: `onerec score --help` lists .*Near to that: --model\."
+    with pytest.raises(ValueError, match=message):
+        ScriptParser("score", None, [ScoreArguments]).parse(["--model", "a", "--data", "b", *words])
+
+
 @pytest.mark.parametrize("words", [["-m", "onerec_hf.cli", "score"], ["recipes/score.py"]])
 @pytest.mark.parametrize("debug", ["0", "1"])
 def test_what_is_refused_is_said_without_a_traceback(words, debug, tmp_path):
@@ -181,7 +190,8 @@ def test_errors_of_other_packages_keep_their_traceback(monkeypatch, capsys):
     monkeypatch.setattr(sys, "excepthook", None)
     monkeypatch.delenv("HF_DEBUG", raising=False)
     short_errors.show_short_errors("score")
-    for wrong in (lambda: json.loads("{"), lambda: cli.launch_arguments("sft", 1)):  # both TypeError or ValueError
+    # of another package; of this one, but nobody meant to raise it
+    for wrong in (lambda: json.loads("{"), lambda: cli.names(1)):
         with pytest.raises((ValueError, TypeError)) as error:
             wrong()
         sys.excepthook(error.type, error.value, error.tb)
