@@ -22,7 +22,7 @@ from .splits import (
     leave_last_out,
     target_rows,
 )
-from .streams import change_rows, count_lengths, first_rows, mapped_split, stream_split
+from .streams import change_rows, count_lengths, first_rows, longest_list, mapped_split, stream_split
 from .tables import match_ids, read_table
 
 __all__ = [
@@ -54,6 +54,7 @@ __all__ = [
     "load_kuairand",
     "load_shards",
     "load_splits",
+    "longest_list",
     "mapped_split",
     "match_ids",
     "past_rates",

@@ -12,6 +12,7 @@ from typing import Any
 import datasets
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet
 
 from .split_files import split_parts
@@ -87,6 +88,11 @@ def count_lengths(folder: str | os.PathLike, split: str, count: Callable[[np.nda
         count(pyarrow.parquet.read_table(file, columns=["length"])["length"].to_numpy())
         for file in split_parts(folder)[split]
     )
+
+
+def longest_list(rows: datasets.Dataset, name: str) -> int:
+    """Items of the longest list in a column, read without making Python objects of it; 0 where there are no rows."""
+    return pc.max(pc.list_value_length(rows.data.column(name))).as_py() or 0
 
 
 def first_rows(folder: str | os.PathLike, split: str, count: int = 64) -> datasets.Dataset:

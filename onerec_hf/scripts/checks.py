@@ -13,7 +13,6 @@ from typing import Any
 
 import datasets
 import numpy as np
-import pyarrow.compute as pc
 from huggingface_hub import HfApi
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
@@ -21,7 +20,7 @@ from transformers import PreTrainedConfig, Trainer, TrainerCallback, TrainingArg
 from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.utils import logging
 
-from ..data import EventFeature
+from ..data import EventFeature, longest_list
 from ..evaluation import evaluate
 from ..recommender import Recommender
 from .ending import earlier_results, score_model, some
@@ -139,7 +138,7 @@ def check_sessions(config: PreTrainedConfig, splits: Mapping[str, datasets.Datas
     for name, split in splits.items():
         if "targets" not in split.column_names:
             continue
-        longest = pc.max(pc.list_value_length(split.data.column("targets"))).as_py() or 0
+        longest = longest_list(split, "targets")
         if longest > config.num_session_items:
             raise ValueError(
                 f"a row of the {name} split has {longest} targets, the model writes sessions of num_session_items="
