@@ -7,6 +7,7 @@ by three criteria: how many videos were watched, for how long, and whether the u
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from numbers import Real
 from typing import Literal
 
 import numpy as np
@@ -95,7 +96,7 @@ class SessionConfig:
         for name, bound in least.items():
             if (value := getattr(self, name)) is None:
                 continue
-            if not isinstance(value, int | float) or not value >= bound:
+            if not isinstance(value, Real) or not value >= bound:
                 raise ValueError(f"{name}={value!r}: it must be a number of at least {bound}.")
 
     def watched_events(self, interactions: Interactions) -> np.ndarray:
