@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from numbers import Real
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 from transformers.utils import logging
@@ -94,9 +94,8 @@ class SessionConfig:
         least = {"session_size": 1, "max_history": 1, "max_events": 1, "min_history": 0, "max_gap": 0}
         least |= {"min_watched": 0, "min_watch_time_ms": 0, "min_interactions": 0}
         for name, bound in least.items():
-            if (value := getattr(self, name)) is None:
-                continue
-            if not isinstance(value, Real) or not value >= bound:
+            value: Any = getattr(self, name)
+            if value is not None and not (isinstance(value, Real) and float(value) >= bound):
                 raise ValueError(f"{name}={value!r}: it must be a number of at least {bound}.")
 
     def watched_events(self, interactions: Interactions) -> np.ndarray:
