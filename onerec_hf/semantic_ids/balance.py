@@ -127,7 +127,7 @@ class Prices:
         for start in range(0, num_items, _BLOCK_ITEMS):
             rows = slice(start, start + _BLOCK_ITEMS)
             costs[:, rows] -= before[clusters[:, rows]]  # in place: a copy would be another 64 bytes an item
-            blocks.append((costs[:, rows], clusters[:, rows].flatten()))
+            blocks.append((costs[:, rows], clusters[:, rows]))
         for softness in _REFINED_TEMPERATURES:
             temperature = max(softness * margin, 1e-30)
             for _ in range(_STEPS_PER_TEMPERATURE):
@@ -137,7 +137,8 @@ class Prices:
 
     def _step(self, blocks: list[tuple[torch.Tensor, torch.Tensor]], temperature: float) -> torch.Tensor:
         load, squares, num_items = torch.zeros_like(self.values), torch.zeros_like(self.values), 0
-        for distances, clusters in blocks:
+        for distances, block in blocks:
+            clusters = block.flatten()  # here, a block at a time: all of them are another 64 bytes an item
             weights = self.values.index_select(0, clusters).view_as(distances).add_(distances)
             weights = weights.sub_(weights.amin(dim=0)).div_(-temperature).clamp_(min=_FARTHEST).exp_()
             weights.div_(weights.sum(dim=0))
