@@ -8,7 +8,7 @@ processes here, and for the batch of one of them in transformers, which stands b
 FLOPs of a model (`--size`) with every item as a target, for as many rows and as many items as its longest history. All
 processes of a step take as long as the slowest. `waiting` is the share of the processes' time that is spent so,
 `padding` the share of the FLOPs that padding takes, and `over needed` the time over that without both. Without
-`--data`, lengths are drawn: lognormal, 3,000 items at most.
+`--data`, lengths are drawn: lognormal around 100, 3,000 items at most.
 """
 
 import argparse
@@ -24,8 +24,8 @@ from transformers.trainer_pt_utils import BatchRebalanceSampler, LengthGroupedSa
 from onerec_hf.data import DataFolder
 
 
-def drawn_lengths(median: float, sigma: float, rows: int) -> np.ndarray:
-    drawn = np.random.default_rng(0).lognormal(np.log(median), sigma, rows)
+def drawn_lengths() -> np.ndarray:
+    drawn = np.random.default_rng(0).lognormal(np.log(100), 1.0, 100_000)
     return np.clip(drawn, 2, 3000).astype(int)
 
 
@@ -56,16 +56,12 @@ def measure(shards: list[list[list[int]]], lengths: np.ndarray, cost: np.ndarray
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", help="folder that `onerec prepare` wrote; default: lengths that are drawn")
-    parser.add_argument("--median", type=float, default=100, help="of the lengths that are drawn")
-    parser.add_argument("--sigma", type=float, default=1.0, help="of the logarithm of these lengths")
     parser.add_argument("--processes", type=int, default=8)
     parser.add_argument("--batch_size", type=int, default=16, help="of a process")
     parser.add_argument("--size", default="1b")
     parser.add_argument("--output", type=Path, default=Path("outputs/balance.json"))
     args = parser.parse_args()
-    lengths = drawn_lengths(args.median, args.sigma, 100_000)
-    if args.data:
-        lengths = np.asarray(DataFolder(args.data).splits["train"]["length"])
+    lengths = np.asarray(DataFolder(args.data).splits["train"]["length"]) if args.data else drawn_lengths()
     args.layers, args.config = None, {}
     with torch.device("meta"):
         model = build(EVERY, 0, args)

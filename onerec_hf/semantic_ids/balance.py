@@ -22,7 +22,7 @@ _ELEMENTS = 2**25
 _TEMPERATURES = (0.3, 0.1)
 _STEPS_PER_TEMPERATURE = 16
 # Clusters that are farther away weigh nothing in float32 (4e-18 of the nearest one); numbers so small that a processor
-# handles them apart would make a step four times as long.
+# handles them apart made a step three times as long.
 _FARTHEST = -40.0
 # What the sample got wrong is mended over all items, where only this many clusters per item count: the cheapest ones.
 # The unit is the median margin then: far clumps make a mean that is large for most items.
