@@ -26,7 +26,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 @pytest.fixture
 def process(tmp_path):
-    """`onerec serve` with bundles `all` and `fewer`; yields the process and its port."""
+    """`onerec serve` with bundles `all` and `fewer`; yields the process, its port and its log."""
     own = recommender()
     own.save_pretrained(tmp_path / "model")
     save_bundle(own, tmp_path / "bundles" / "all")
@@ -38,23 +38,24 @@ def process(tmp_path):
     options = f"--repo {tmp_path / 'model'} --bundles {tmp_path / 'bundles'} --port {port} --num_beams 20"
     options += " --body_timeout_s 1.5 --timeout_s 120"
     environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    own = subprocess.Popen(
-        [sys.executable, "-m", "onerec_hf.cli", "serve", *options.split()],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        cwd=ROOT,
-        env=environment,
-    )
+    log = tmp_path / "log"
+    with log.open("w") as out:  # a pipe that nobody reads is full after some hundred requests, and the service waits
+        own = subprocess.Popen(
+            [sys.executable, "-m", "onerec_hf.cli", "serve", *options.split()],
+            stdout=out,
+            stderr=subprocess.STDOUT,
+            cwd=ROOT,
+            env=environment,
+        )
     try:
         while True:
-            assert own.poll() is None, own.stdout.read()
+            assert own.poll() is None, log.read_text()
             try:
                 socket.create_connection(("127.0.0.1", port)).close()
                 break
             except OSError:
                 time.sleep(0.1)
-        yield own, port
+        yield own, port, log
     finally:
         own.kill()
         own.wait()
@@ -89,7 +90,7 @@ async def response(reader):
 
 @pytest.mark.slow
 def test_a_process_swaps_under_load_waits_for_nobody_and_drains(process):
-    own, port = process
+    own, port, log = process
     gone, answers, running = set(range(1010, 1020)), [], True
 
     async def load():
@@ -134,7 +135,7 @@ def test_a_process_swaps_under_load_waits_for_nobody_and_drains(process):
         assert bool(ids & gone) != answer["version"].startswith("fewer")
     assert {answer["version"][:3] for _, answer in answers} >= {"few", "all"}
     assert own.wait(60) in (0, -signal.SIGTERM, 128 + signal.SIGTERM)
-    lines = [json.loads(line) for line in own.stdout.read().split("\n") if line.startswith("{")]
+    lines = [json.loads(line) for line in log.read_text().split("\n") if line.startswith("{")]
     assert [line["outcome"] for line in lines if line["event"] == "swap"] == ["done"] * 6
     assert "draining" in [line["event"] for line in lines]
 
