@@ -88,13 +88,16 @@ def find_row(name: str, label: str, record: dict[str, Any]) -> list[Any]:
 
 
 def lookup(name: str, label: str, column: str) -> str:
-    """The text of one cell of another record: `{beauty|SASRec, full softmax, 40|recall@10}`."""
+    """
+    The text of one cell of another record, without its bold, which is that table's own:
+    `{beauty|SASRec, full softmax, 40|recall@10}`.
+    """
     record = load(name)
     names = [each["name"] for each in record["columns"]]
     if column not in names:
         raise ValueError(f"the record {name!r} has no column {column!r}: {names}")
     index = names.index(column)
-    return cell(find_row(name, label, record)[index], record["columns"][index].get("picture", "0"))
+    return cell(find_row(name, label, record)[index], record["columns"][index].get("picture", "0")).replace("**", "")
 
 
 def metrics(name: str, *labels: str) -> dict[str, tuple[dict[str, float], ...]]:
