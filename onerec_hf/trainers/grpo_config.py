@@ -1,22 +1,37 @@
 """Settings of RL with GRPO, ECPO (OneRec Technical Report, arXiv:2506.13695) or GBPO (OneRec-V2, arXiv:2508.20900)."""
 
-import dataclasses
 import math
 from dataclasses import dataclass, field
 from typing import Any
 
 from trl import GRPOConfig
 
+from .next_item import NOT_READ, refuse_unread
+
 LOSS_TYPES = ("grpo", "ecpo", "gbpo")
 ROLLOUTS = ("beam", "unconstrained_beam", "sample", "tree", "unconstrained")
-# fields of TRL's config that describe text generation, other losses or vLLM; nothing here reads them
-_NOT_READ = (
-    "min_p repetition_penalty generation_kwargs chat_template_kwargs cache_implementation "
-    "max_completion_length use_vllm epsilon_high importance_sampling_level multi_objective_aggregation scale_rewards "
-    "mask_truncated_completions top_entropy_quantile entropy_coef use_adaptive_entropy off_policy_mask_threshold "
-    "use_bias_correction_kl cast_lm_head_to_fp32 router_aux_loss_coef use_transformers_continuous_batching "
+_TEXT = "candidates are semantic IDs, which the model's own search finds (rollout)"
+_LOSSES = "the losses are those of the papers (loss_type)"
+_CODES = (
+    "min_p repetition_penalty generation_kwargs chat_template_kwargs cache_implementation max_completion_length "
+    "use_vllm mask_truncated_completions max_tool_calling_iterations use_transformers_continuous_batching "
     "use_transformers_paged"
 ).split()
+_OTHER_LOSSES = (
+    "epsilon_high importance_sampling_level multi_objective_aggregation scale_rewards top_entropy_quantile "
+    "entropy_coef use_adaptive_entropy entropy_coef_min entropy_coef_max entropy_coef_delta entropy_target "
+    "off_policy_mask_threshold use_bias_correction_kl cast_lm_head_to_fp32 sapo_temperature_neg "
+    "sapo_temperature_pos vespo_k_pos vespo_lambda_pos vespo_k_neg vespo_lambda_neg"
+).split()
+_SHARED = (
+    "label_smoothing_factor router_aux_loss_coef use_liger_kernel include_for_metrics batch_eval_metrics do_predict"
+).split()
+GRPO_NOT_READ = {
+    **dict.fromkeys(_CODES, _TEXT),
+    **dict.fromkeys(_OTHER_LOSSES, _LOSSES),
+    **{name: NOT_READ[name] for name in _SHARED},
+    "train_sampling_strategy": "users come in random order, each of them once for every candidate of its group",
+}
 
 
 @dataclass
@@ -95,9 +110,9 @@ class OneRecGRPOConfig(GRPOConfig):
     bf16: bool = field(default=False, metadata={"help": "As in transformers; TRL's default is True."})
 
     def __post_init__(self):
-        defaults = {entry.name: entry.default for entry in dataclasses.fields(GRPOConfig)}
-        if changed := [name for name in _NOT_READ if getattr(self, name) != defaults[name]]:
-            raise ValueError(f"{changed}: OneRecGRPOTrainer does not read these fields of GRPOConfig; leave them out.")
+        refuse_unread(self, GRPO_NOT_READ)
+        if self.pad_to_multiple_of not in (None, "auto"):  # the default, and what TRL makes of it
+            raise ValueError(f"pad_to_multiple_of={self.pad_to_multiple_of} would do nothing: {_TEXT}. Leave it out.")
         allowed_values = {"loss_type": LOSS_TYPES, "logged_loss_type": (None, *LOSS_TYPES), "rollout": ROLLOUTS}
         for name, allowed in allowed_values.items():
             if getattr(self, name) not in allowed:

@@ -737,7 +737,17 @@ def test_the_catalogue_is_demanded(tmp_path):
         ({"rollout": "greedy"}, "allowed are beam"),
         ({"top_p": 0.9}, "top_p=0.9 with rollout='beam'"),
         ({"top_k": 5, "rollout": "tree"}, "top_k=5, top_p=1.0 with rollout='tree'"),
-        ({"min_p": 0.1}, "min_p"),
+        ({"min_p": 0.1}, "min_p=0.1 would do nothing: candidates are semantic IDs.*Leave it out"),
+        ({"pad_to_multiple_of": 8}, "pad_to_multiple_of=8 would do nothing: candidates are semantic IDs"),
+        ({"sapo_temperature_neg": 2.0}, "sapo_temperature_neg=2.0 would do nothing: the losses are those"),
+        ({"scale_rewards": "batch"}, "scale_rewards='batch' would do nothing: the losses are those of the papers"),
+        ({"label_smoothing_factor": 0.1}, "label_smoothing_factor=0.1 would do nothing: the loss is the model's own"),
+        ({"do_predict": True}, "do_predict=True would do nothing"),
+        ({"include_for_metrics": ["loss"]}, "include_for_metrics=.* would do nothing"),
+        (
+            {"train_sampling_strategy": "group_by_length"},
+            "train_sampling_strategy='group_by_length' would do nothing: users come in random order",
+        ),
         (
             {"rollout": "unconstrained_beam", "num_generations": 1000, "per_device_train_batch_size": 1000},
             "have 512 different codes",

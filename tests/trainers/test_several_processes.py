@@ -31,7 +31,9 @@ pytestmark = pytest.mark.skipif(
     torch.cuda.is_available(), reason="CUDA cannot be forked: hide the GPU (CUDA_VISIBLE_DEVICES=)"
 )
 STEPS, GROUP = 4, 4  # of 16 rows: an epoch
-ORDERS = {"SFT by length": "group_by_length", "SFT rebalanced": "batch_rebalance"}
+ORDERS = {"SFT by length": "group_by_length"} | dict.fromkeys(
+    ("SFT rebalanced", "reward rebalanced", "IPA rebalanced"), "batch_rebalance"
+)
 TOKENS = tiny_catalogue().semantic_ids.long() + torch.tensor([4, 12, 20])
 
 
@@ -72,6 +74,8 @@ def make_trainer(name, folder, num_processes, **settings):
     """Steps of four rows, however many processes share them and in how many micro-batches; five rows of evaluation,
     which do not divide: one batch of two is filled up with a row that another process has, one with two."""
     arguments = survival.COMMON | {"logging_steps": 1, "save_strategy": "no"}
+    arguments |= {"train_sampling_strategy": ORDERS[name]} if name in ORDERS else {}
+    name = name.split()[0]
     arguments |= {"max_steps": 2 * STEPS if name == "IPA" else STEPS}
     arguments |= {"eval_strategy": "steps", "eval_steps": 2, "per_device_eval_batch_size": 2}
     arguments |= {"optim": "sgd", "learning_rate": 0.3}  # Adam makes steps of the rounding of gradients that are 0
@@ -98,7 +102,7 @@ def make_trainer(name, folder, num_processes, **settings):
         # few pairs, so that in some steps one process has a pair and the other has none
         args = IPAConfig(str(folder), dpo_ratio=0.25, num_candidates=8, mining_batch_size=3, kl_users=5, **arguments)
         return IPATrainer(model, args, reward=token_reward, **given)
-    args = OneRecSFTConfig(str(folder), train_sampling_strategy=ORDERS.get(name, "random"), **arguments)
+    args = OneRecSFTConfig(str(folder), **{"train_sampling_strategy": "random"} | arguments)
     return OneRecSFTTrainer(model, args, callbacks=[DiesInStepTwo()] if name == "dies" else [], **given)
 
 
@@ -124,7 +128,7 @@ def check_logs(found, expected):
 @pytest.mark.parametrize("count", [2, 4])
 @pytest.mark.parametrize("name", ["SFT", *ORDERS, "reward", "IPA", "GRPO"])
 def test_several_processes_train_and_evaluate_as_one(name, count, tmp_path, monkeypatch):
-    if name == "SFT rebalanced" and not hasattr(trainer_pt_utils, "BatchRebalanceSampler"):
+    if ORDERS.get(name) == "batch_rebalance" and not hasattr(trainer_pt_utils, "BatchRebalanceSampler"):
         pytest.skip("this transformers does not know it")
     monkeypatch.setattr(survival, "make_trainer", make_trainer)
     ends = {}
