@@ -279,7 +279,8 @@ def measure(arguments: argparse.Namespace, folder: Path) -> tuple[list[list], li
     with service(arguments.repo, ["--bundles", str(folder)]) as (port, _):
         counts = asyncio.run(hot_swaps(port, answered, content, arguments.total, arguments.every, 32))
     print(counts, flush=True)
-    what = f"{batched:.0f} and {alone:.0f} requests a second; rounds {min(ratios):.1f} to {max(ratios):.1f}"
+    what = f"medians: {batched:.0f} and {alone:.0f} requests a second; "
+    what += f"median of the rounds' ratios, which were {min(ratios):.1f} to {max(ratios):.1f}"
     goals.append([f"throughput at saturation, to one at a time ({what})", float(np.median(ratios)), "at least 4"])
     goals.append(
         [f"answers per processor second of the service, likewise ({cheap:.0f} and {dear:.0f})", cheap / dear, None]

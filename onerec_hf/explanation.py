@@ -31,10 +31,25 @@ def leave_one_out(
     recommender: Any, history: Sequence, item: Any, events: Mapping[str, Sequence], users: Mapping[str, Any]
 ) -> list[Contribution]:
     """
-    As [`Recommender.explain`], which says what the arguments are.
+    What each item of a history adds to the score of an item, as [`Recommender.explain`] returns it: the score of the
+    history, minus the score without that item.
 
-    The histories without one item each, and the whole one, are a batch of one search-free pass. Contributions are no
-    shares: two items that say the same add little each.
+    The histories without one item each, and the whole one, are scored in batches, without a search. Contributions are
+    no shares: two items that say the same add little each.
+
+    Args:
+        recommender ([`~recommender.Recommender`]): Its model in evaluation mode.
+        history: Item ids, oldest first, at least one; those beyond the model's length are left out.
+        item: The id of the item that is explained.
+        events: Event column -> a value for each item of the history; what is left out is unknown.
+        users: User feature -> the value of this user.
+
+    Returns:
+        One [`Contribution`] per item that the model reads, oldest first, in nats.
+
+    Raises:
+        KeyError: Unknown item ids. ValueError: A model in training mode, an empty history, events of another length,
+            columns or features that the model does not have.
     """
     model, collator = recommender.model, recommender.ranker.collator
     if model.training:

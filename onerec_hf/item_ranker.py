@@ -88,7 +88,27 @@ class ItemRanker:
         num_session_items: int | None = None,
         item_scorer: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] | None = None,
     ) -> RecommendedItems:
-        """`model.recommend_items` for rows as the collator takes them."""
+        """
+        `model.recommend_items` for rows as the collator takes them, without the re-ranker.
+
+        Args:
+            rows: B rows with `history` (item indices, oldest first) and what else the collator reads.
+            k: Items, or sessions, per user.
+            allowed_items (`torch.BoolTensor` of shape (B, N) or (1, N), *optional*): Items each user may get.
+            num_beams: Width of the search, or one for each level, `k` or more in the end; default the ranker's, made
+                as wide as `k`.
+            num_session_items: m, for sessions of m different items; default single items.
+            item_scorer: Ranks what was found: called with item indices (B, K) (sessions: (B, K, m)), -1 for none, and
+                their log-probabilities (B, K); returns numbers (B, K).
+
+        Returns:
+            [`RecommendedItems`]: `items` (B, k), of sessions (B, k, m), -1 for none, and `scores` (B, k), in nats or
+            `item_scorer`'s.
+
+        Raises:
+            KeyError: Rows without a column that the collator reads. ValueError: A model in training mode, `k` below 1
+                or above a given `num_beams`, an `item_scorer` that returns another shape or NaN.
+        """
         batch = {name: tensor.to(self.model.device) for name, tensor in self.collator.context(rows).items()}
         return self.model.recommend_items(
             k,

@@ -133,6 +133,9 @@ class OneRecRecommendationPipeline(Pipeline):
         return {}, kwargs, {}
 
     def preprocess(self, input_: dict, **parameters: Any) -> dict:
+        """As `Pipeline.preprocess`, and nothing is done: `input_` holds what `Recommender.recommend` takes of a batch
+        of users (`histories`, `events`, ...).
+        """
         return input_
 
     def _forward(self, input_tensors: dict, **parameters: Any) -> Any:
@@ -142,6 +145,7 @@ class OneRecRecommendationPipeline(Pipeline):
         return {"found": rows}
 
     def postprocess(self, model_outputs: Any, **parameters: Any) -> list:
+        """As `Pipeline.postprocess`: per user of the batch a list of dictionaries, best first."""
         return model_outputs["found"]
 
 

@@ -101,7 +101,7 @@ def lookup(name: str, label: str, column: str) -> str:
 
 
 def metrics(name: str, *labels: str) -> dict[str, tuple[dict[str, float], ...]]:
-    """Rows of a record as model cards show them: label -> (seen items kept, masked), each metric -> mean."""
+    """Rows of a record as model cards show them: name of the row -> (seen items kept, masked), each metric -> mean."""
     record, found = load(name), {}
     for label in labels:
         row = find_row(name, label, record)
@@ -109,7 +109,7 @@ def metrics(name: str, *labels: str) -> dict[str, tuple[dict[str, float], ...]]:
         sides = {
             key: [part["mean"] if isinstance(part, dict) else part for part in own] for key, own in values.items()
         }
-        found[label] = tuple({key: own[side] for key, own in sides.items()} for side in (0, 1))
+        found[row[0].replace("**", "")] = tuple({key: own[side] for key, own in sides.items()} for side in (0, 1))
     return found
 
 

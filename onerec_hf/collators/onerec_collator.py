@@ -35,7 +35,7 @@ class OneRecCollator:
     Args:
         item_token_ids (`np.ndarray` of shape (N, L)): Token ids of every item, as
             `SemanticIdTokenizer.encode_semantic_ids` makes them.
-        max_history (`int`): Items of context; older ones are dropped.
+        max_history (`int`, defaults to 50): Items of context; older ones are dropped.
         event_features (`dict[str, EventFeature]`, *optional*): List columns of the rows that become context features.
         item_features (`dict[str, np.ndarray]`, *optional*): Categories of shape (N,), looked up for every context
             item.
@@ -301,6 +301,14 @@ class SessionCollator(OneRecCollator):
     Takes the rows of [`session_splits`] or [`target_rows`]. Batches hold the context tensors of [`OneRecCollator`] and
     `target_ids` (B, m, L): the m items of one session in order, pad tokens where a session is shorter. The model puts
     BOS before each item.
+
+    Args:
+        item_token_ids (`np.ndarray` of shape (N, L)): Token ids of every item.
+        max_history (`int`, defaults to 50): Items of context; older ones are dropped.
+        event_features, item_features, user_features, user_categories, pad_token_id: As [`OneRecCollator`].
+
+    Raises:
+        ValueError: As [`OneRecCollator`]; on a call, rows without `targets`.
     """
 
     def __call__(self, rows: list[dict]) -> dict[str, torch.Tensor]:

@@ -95,10 +95,23 @@ class DataFolder:
         Writes a data folder. A run that is stopped here leaves a folder that cannot be opened.
 
         Args:
+            path: The folder; made if it does not exist.
             splits: Their rows; or the writer that has written them into this folder; or None: they are there
                 already, made by a warehouse, say (docs/large_data.md).
-            tokenizer: With the catalogue, as `tokenizer.catalogue`.
+            items (`datasets.Dataset` of N rows): Row i is item index i: `item_id` and features.
+            users (`datasets.Dataset` of U rows): Row u is user index u: `user_id` and features.
+            tokenizer ([`SemanticIdTokenizer`]): With the catalogue of the N items, as `tokenizer.catalogue`.
+            quantizer ([`ResidualKMeans`] or [`RQVAE`]): The trained codebooks of the semantic IDs.
+            item_embeddings (`np.ndarray` or [`EmbeddingFiles`] of shape (N, D)): float32, what the semantic IDs were
+                made from; files are copied block by block.
             report: What `quality_report` says of the semantic IDs.
+
+        Returns:
+            The folder, opened.
+
+        Raises:
+            RuntimeError: A quantizer that is not trained. FileNotFoundError: With `splits=None`, as `split_parts`; a
+                tokenizer without catalogue. ValueError: Items, catalogue and embeddings of different N.
         """
         folder = Path(path)
         folder.mkdir(parents=True, exist_ok=True)

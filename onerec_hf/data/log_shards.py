@@ -74,14 +74,26 @@ def load_shards(
     one piece: turn a CSV file that does not fit into memory into parquet first, as docs/large_data.md shows.
 
     Args:
-        source, columns, ..., drop_unknown: As of [`load_interactions`].
+        source: The log, one row per event, of any kind that [`load_interactions`] takes.
         folder: Where shards and DuckDB's own files go; made, and to be deleted by the caller.
         num_shards: By default one per 2 million events. A log of one shard is kept in memory and nothing is written.
+        columns: Our name -> column of the source; a name that is left out is itself the column.
+        feedback: Event features to carry, by our name.
+        items, users: Tables of item and user features, held in memory. The rows of `items` become the item indices.
+        items_columns, users_columns: As `columns`, for these tables.
+        split: Of a Hub data set or of a saved `DatasetDict`.
+        drop_nulls, drop_duplicates, drop_unknown: Drop events with null, NaN or infinite values; repeats of equal
+            events; events of items or users that the tables do not have. Else nulls and unknown ones are errors, and
+            repeats are kept.
         resume: Go on with the shards in `folder` of an earlier call with the same arguments and the same log, both of
             which are not checked. Once the log is cut, it is not read again, and sorted shards are not sorted again.
 
+    Returns:
+        [`EventShards`]: the users are cut into shards by a hash of their id, events sorted by user and time.
+
     Raises:
-        As [`load_interactions`].
+        ValueError: `num_shards` below 1, and as [`load_interactions`]. TypeError, FileNotFoundError: As
+            [`load_interactions`].
     """
     settings: dict[str, Any] = {"columns": columns, "feedback": feedback, "split": split}
     settings |= {"drop_nulls": drop_nulls, "drop_unknown": drop_unknown}

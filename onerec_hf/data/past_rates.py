@@ -11,8 +11,15 @@ import numpy as np
 
 
 def period_of(time: np.ndarray, boundaries: Sequence[float] | np.ndarray) -> np.ndarray:
-    """Number of boundaries at or before each time, int64: 0 before the first one, `len(boundaries)` from the last one
-    on.
+    """
+    Number of boundaries at or before each time: 0 before the first one, P from the last one on.
+
+    Args:
+        time (`np.ndarray` of any shape): Times.
+        boundaries (`Sequence[float]`): P times in increasing order, in the unit of `time`.
+
+    Returns:
+        `np.ndarray` int64 of the shape of `time`.
     """
     return np.searchsorted(np.asarray(boundaries), time, side="right").astype(np.int64)
 
@@ -51,7 +58,13 @@ def past_rates(
 
 
 class PastRates:
-    """[`past_rates`] of events that come in parts, in any order: only the counts of items by period are held."""
+    """
+    [`past_rates`] of events that come in parts, in any order: only the counts of items by period are held.
+
+    Args:
+        size (`int`): How many items (users, authors, tags, ...) there are. Memory: 16 bytes * (P + 2) * `size`.
+        boundaries (`Sequence[float]`): P times in increasing order, in the unit of the events' `time`.
+    """
 
     def __init__(self, size: int, boundaries: Sequence[float] | np.ndarray):
         self.size, self.boundaries = size, np.asarray(boundaries)
@@ -60,7 +73,15 @@ class PastRates:
         self._sums = np.zeros((len(self.boundaries) + 2, size))
 
     def add(self, time: np.ndarray, index: np.ndarray, labels: np.ndarray) -> None:
-        """Some more events; as [`past_rates`]."""
+        """
+        Counts some more events.
+
+        Args:
+            time, index, labels (`np.ndarray` of shape (M,)): As [`past_rates`]'s.
+
+        Raises:
+            ValueError: An index outside 0 to `size - 1`.
+        """
         index = np.asarray(index)
         if len(index) and not 0 <= index.min() <= index.max() < self.size:
             raise ValueError(
@@ -73,7 +94,12 @@ class PastRates:
         self._sums += np.bincount(cells, labels, minlength=self._sums.size).reshape(self._sums.shape)
 
     def rates(self, smoothing: float = 20.0) -> tuple[np.ndarray, np.ndarray]:
-        """What [`past_rates`] returns, of all events so far."""
+        """
+        What [`past_rates`] returns, of all events so far.
+
+        Args:
+            smoothing (`float`, defaults to 20): As [`past_rates`]'s; not above 0: a ValueError.
+        """
         if smoothing <= 0:
             raise ValueError(f"smoothing={smoothing}: above 0, or an item with one event has a rate of 0 or 1.")
         count, total = self._counts.cumsum(0)[:-1], self._sums.cumsum(0)[:-1]
@@ -117,12 +143,16 @@ def rate_numbers(
 
     Args:
         key, targets: Names: the numbers are `{key}_{target}` and `{key}_count`.
+        time (`np.ndarray` of shape (M,)): Of every event, in the unit of `boundaries`, such as milliseconds.
         index (`np.ndarray` of shape (M,)): Item (or user) of every event.
         labels (`np.ndarray` of shape (M, X)): As [`event_labels`] makes them.
-        group (`np.ndarray` of shape (N,)): What each item is counted as: itself, its author, its first tag, ...
+        group (`np.ndarray` of shape (N,)): What each item is counted as: itself, its author, its first tag, ... Whole
+            numbers from 0 on.
+        boundaries (`Sequence[float]`): P times in increasing order.
 
     Returns:
-        `dict[str, np.ndarray]` of shape (P + 1, N), float32, of order 1.
+        `dict[str, np.ndarray]` of shape (P + 1, N), float32, of order 1: rates as [`past_rates`] makes them, counts
+        log(1 + count) / 5.
     """
     numbers = {}
     for x, target in enumerate(targets):

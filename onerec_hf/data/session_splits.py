@@ -50,7 +50,16 @@ def session_splits(
 
 
 class SessionSplit(Splitter):
-    """[`session_splits`] of a log in shards."""
+    """
+    [`session_splits`] of a log in shards.
+
+    Args:
+        config ([`SessionConfig`]): How sessions are found, judged and made into rows.
+        validation_start, test_start (`float`, *optional*): As [`session_splits`]'s.
+
+    Raises:
+        ValueError: One boundary without the other, or boundaries that are not in order.
+    """
 
     def __init__(self, config: SessionConfig, validation_start: float | None = None, test_start: float | None = None):
         super().__init__()
@@ -61,6 +70,12 @@ class SessionSplit(Splitter):
         self.config, self.boundaries = config, (validation_start, test_start)
 
     def rows(self, interactions: Interactions) -> datasets.DatasetDict:
+        """
+        One row per high-quality session of the shard's users, with the columns of [`session_splits`].
+
+        Raises:
+            ValueError: Columns of the config that are absent or hold NaN.
+        """
         config = self.config
         session = session_index(interactions, config)
         kept = high_quality(interactions, session, config, self.counts)
@@ -84,9 +99,16 @@ class SessionSplit(Splitter):
         return datasets.DatasetDict(rows)
 
     def training_events(self, interactions: Interactions, splits: datasets.DatasetDict) -> datasets.Dataset:
+        """[`training_events`] of the shard, with the config and the boundaries of this splitter."""
         return training_events(interactions, self.config, splits, self.boundaries[0])
 
     def finish(self) -> None:
+        """
+        Warns of sessions that failed the criteria, run on into what is held out, or have too short a history.
+
+        Raises:
+            ValueError: No session meets the criteria, or a split has no row.
+        """
         counts, config = self.counts, self.config
         report_quality(counts, config)
         if counts["runs on"]:
@@ -117,8 +139,20 @@ def training_events(
     What may be learned about items without seeing what is held out: one row per user, with the effective events before
     `validation_start`, or, for splits by user, before the user's first session of `validation` and `test`.
 
+    Args:
+        interactions ([`Interactions`]): The log, or a shard of it.
+        config ([`SessionConfig`]): Says which events are effective: watched or interacted with.
+        splits (`datasets.DatasetDict`): What [`session_splits`] made of the same log; its `validation` and `test` are
+            read where there is no `validation_start`.
+        validation_start (`float`, *optional*): That of the splits, in the unit of `interactions.timestamp`; None for
+            splits by user.
+
     Returns:
-        `datasets.Dataset` with the columns of the training split of [`leave_last_out`].
+        `datasets.Dataset` with the columns of the training split of [`leave_last_out`]. A user without such events has
+        no row.
+
+    Raises:
+        ValueError: Columns of `config.watched` or `config.interactions` that are absent or hold NaN.
     """
     before = np.full(interactions.num_users, np.inf if validation_start is None else validation_start)
     if validation_start is None:

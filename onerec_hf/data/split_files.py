@@ -92,14 +92,29 @@ def with_users(rows: datasets.Dataset, users: np.ndarray) -> datasets.Dataset:
 
 
 def write_part(path: Path, rows: datasets.Dataset) -> None:
-    """The rows of one file."""
+    """
+    Writes rows as one parquet file, in groups of 4096 rows, zstd-compressed. A stop in between leaves a broken file.
+
+    Args:
+        path: The file; its folders are made, and a file of that name is replaced.
+        rows (`datasets.Dataset`): Of a part of a split: `user`, `history`, ... as docs/large_data.md says. Nothing is
+            checked here.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     table = rows.with_format("arrow")[:]
     pyarrow.parquet.write_table(table, path, row_group_size=ROWS_PER_GROUP, compression="zstd")
 
 
 def read_part(path: Path) -> datasets.Dataset:
-    """The rows of one file, in memory."""
+    """
+    The rows of one parquet file, in memory.
+
+    Args:
+        path: As [`write_part`] writes it, or a warehouse.
+
+    Raises:
+        FileNotFoundError: There is no such file. `pyarrow.ArrowInvalid`: It is cut off.
+    """
     return arrow_dataset(pyarrow.parquet.read_table(path))
 
 

@@ -123,7 +123,16 @@ class Splitter:
         self.times: list[float] = []
 
     def rows(self, interactions: Interactions) -> datasets.DatasetDict:
-        """The rows of the users of a shard; a split of one may be empty."""
+        """
+        The rows of the users of a shard.
+
+        Args:
+            interactions ([`Interactions`]): All events of these users; `user` in the rows is the number of the user
+                here.
+
+        Returns:
+            `datasets.DatasetDict` with `train`, `validation` and `test`, each of which may be empty.
+        """
         raise NotImplementedError
 
     def training_events(self, interactions: Interactions, splits: datasets.DatasetDict) -> datasets.Dataset:
@@ -131,7 +140,9 @@ class Splitter:
         return splits["train"]
 
     def finish(self) -> None:
-        """Warns of what was left out; a ValueError where nothing is left."""
+        """To be called once, after the last shard: warns of what was left out. It may raise a ValueError where a split
+        has no row in any shard.
+        """
 
 
 def split_whole(splitter: Splitter, interactions: Interactions) -> datasets.DatasetDict:
@@ -145,6 +156,7 @@ class LeaveLastOut(Splitter):
     """[`leave_last_out`] of a log in shards."""
 
     def rows(self, interactions: Interactions) -> datasets.DatasetDict:
+        """The rows of the shard's users, with the columns of [`leave_last_out`]; a split may be empty."""
         first, end = interactions.user_offsets[:-1], interactions.user_offsets[1:]
         count = end - first
         one, two, three = count >= 1, count >= 2, count >= 3
@@ -160,6 +172,7 @@ class LeaveLastOut(Splitter):
         )
 
     def finish(self) -> None:
+        """Warns of users with fewer than 3 events in all shards; raises nothing, also where a split is empty."""
         if self.counts["few"]:
             logger.warning(
                 f"{self.counts['few']} of {self.counts['users']} users have fewer than 3 events: they have no "
@@ -169,7 +182,15 @@ class LeaveLastOut(Splitter):
 
 
 class GlobalTimeSplit(Splitter):
-    """[`global_time_split`] of a log in shards."""
+    """
+    [`global_time_split`] of a log in shards.
+
+    Args:
+        validation_start, test_start, min_history: As [`global_time_split`]'s.
+
+    Raises:
+        ValueError: Boundaries that are not in order, or only one of them.
+    """
 
     def __init__(self, validation_start: float, test_start: float | None, min_history: int = 0):
         super().__init__()
@@ -180,6 +201,7 @@ class GlobalTimeSplit(Splitter):
         self.boundaries, self.min_history = (validation_start, test_start), min_history
 
     def rows(self, interactions: Interactions) -> datasets.DatasetDict:
+        """The rows of the shard's users, with the columns of [`global_time_split`]; a split may be empty."""
         first, end = interactions.user_offsets[:-1], interactions.user_offsets[1:]
         validation_first, test_first = (first + _count_before(interactions, time) for time in self.boundaries)
         users = np.flatnonzero(validation_first > first)
@@ -197,6 +219,12 @@ class GlobalTimeSplit(Splitter):
         return datasets.DatasetDict(splits)
 
     def finish(self) -> None:
+        """
+        Warns of users without a history, and of those left out for `min_history`.
+
+        Raises:
+            ValueError: A split has no row in any shard.
+        """
         for name in ("validation", "test"):
             active, cold, short = (self.counts[f"{name} {key}"] for key in ("active", "cold", "short"))
             if cold or short:

@@ -83,7 +83,17 @@ def _chunk_rows(rows: pa.Table, change: Callable[[datasets.Dataset], datasets.Da
 
 
 def count_lengths(folder: str | os.PathLike, split: str, count: Callable[[np.ndarray], int]) -> int:
-    """The sum of `count(lengths)` over the parts of a split; only their column `length` is read."""
+    """
+    The sum of `count(lengths)` over the parts of a split; only their column `length` is read.
+
+    Args:
+        folder: A data folder.
+        split: `"train"`, `"validation"` or `"test"`.
+        count: Called once per part with the items of each of its histories, int64 of shape (rows of the part,).
+
+    Raises:
+        KeyError: A split that the folder does not have. ValueError: Parts without `length`. Else as `split_parts`.
+    """
     return sum(
         count(pyarrow.parquet.read_table(file, columns=["length"])["length"].to_numpy())
         for file in split_parts(folder)[split]
@@ -91,12 +101,31 @@ def count_lengths(folder: str | os.PathLike, split: str, count: Callable[[np.nda
 
 
 def longest_list(rows: datasets.Dataset, name: str) -> int:
-    """Items of the longest list in a column, read without making Python objects of it; 0 where there are no rows."""
+    """
+    Items of the longest list in a column, read without making Python objects of it; 0 where there are no rows.
+
+    Args:
+        rows: In memory or on disk.
+        name: Of a list column, such as `"history"`.
+
+    Raises:
+        KeyError: A column that the rows do not have.
+    """
     return pc.max(pc.list_value_length(rows.data.column(name))).as_py() or 0
 
 
 def first_rows(folder: str | os.PathLike, split: str, count: int = 64) -> datasets.Dataset:
-    """Some rows of a split, in memory."""
+    """
+    The first rows of the first part of a split, in memory: enough to see the columns and to try a batch.
+
+    Args:
+        folder: A data folder.
+        split: `"train"`, `"validation"` or `"test"`.
+        count (`int`, defaults to 64): Rows at most; fewer where the part is smaller. It must have one.
+
+    Raises:
+        KeyError: A split that the folder does not have. Else as `split_parts`.
+    """
     batches = pyarrow.parquet.ParquetFile(split_parts(folder)[split][0]).iter_batches(batch_size=count)
     return arrow_dataset(pa.Table.from_batches([next(batches)]))
 

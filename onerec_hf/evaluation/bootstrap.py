@@ -13,7 +13,13 @@ BATCH = 50  # resamples in memory at once: 50 numbers per user
 
 
 class Lift(NamedTuple):
-    """Relative change of the total and its percentile interval; 0.01 is one percent."""
+    """
+    Relative change of a total, as [`bootstrap_lift`] finds it; 0.01 is one percent.
+
+    Args:
+        value (`float`): treatment / control - 1, over all users.
+        low, high (`float`): Ends of its percentile interval: the change is significant where 0 lies outside.
+    """
 
     value: float
     low: float

@@ -16,6 +16,9 @@ def auc(labels: np.ndarray, scores: np.ndarray) -> float:
     Args:
         labels (`np.ndarray` of shape `(M,)`): 0 or 1.
         scores (`np.ndarray` of shape `(M,)`): larger is more likely.
+
+    Raises:
+        ValueError: no events, shapes that differ, NaN, or labels other than 0 and 1.
     """
     labels, scores = _checked(labels, scores)
     return float(_auc_by_group(labels, scores, np.zeros(len(labels), dtype=np.int64))[0][0])
@@ -26,7 +29,12 @@ def gauc(labels: np.ndarray, scores: np.ndarray, users: np.ndarray) -> float:
     Mean of the users' AUCs, weighted by their events; users with one class are left out; NaN when none has both.
 
     Args:
+        labels (`np.ndarray` of shape `(M,)`): 0 or 1.
+        scores (`np.ndarray` of shape `(M,)`): larger is more likely; compared within a user alone.
         users (`np.ndarray` of shape `(M,)`): the user of every event, integers.
+
+    Raises:
+        ValueError: no events, shapes that differ, NaN, or labels other than 0 and 1.
     """
     labels, scores = _checked(labels, scores)
     values, counts = _auc_by_group(labels, scores, np.unique(users, return_inverse=True)[1])
@@ -45,8 +53,8 @@ def calibration(labels: np.ndarray, probabilities: np.ndarray, num_bins: int = 1
 
     Returns:
         `ratio`: mean probability / mean label (1 is right, above is too optimistic; NaN without positives); `error`:
-            the mean over
-        bins of |mean probability - mean label|, weighted by events (expected calibration error, arXiv:1706.04599).
+            the mean over bins of |mean probability - mean label|, weighted by events (expected calibration error,
+            arXiv:1706.04599).
     """
     labels, probabilities = _checked(labels, probabilities, binary=False)
     order = np.argsort(probabilities, kind="stable")

@@ -18,7 +18,18 @@ from .metrics import coverage_at_k, diversity_at_k, hit_at_k, match_targets, ndc
 
 
 class Recommender(Protocol):
-    """Whatever `evaluate` can score."""
+    """
+    What `evaluate` scores: any object with a method `recommend(examples, k, exclude_seen)`, derived from this class or
+    not. A plain function of these three, or of the first two, will do.
+
+    ```python
+    def popular(examples, k, exclude_seen=False):  # item indices (B, k), best first
+        return np.tile(np.argsort(-counts)[:k], (len(examples["history"]), 1))
+
+
+    evaluate(popular, splits["test"], num_items=len(counts))
+    ```
+    """
 
     def recommend(self, examples: dict[str, list], k: int, exclude_seen: bool) -> np.ndarray:
         """Recommends k items to each user of a batch.

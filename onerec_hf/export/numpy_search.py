@@ -127,7 +127,23 @@ class ExportedRecommender:
     def search(
         self, context: Mapping[str, np.ndarray], k: int, num_beams: int, allowed: np.ndarray | None = None
     ) -> list[list[tuple[Any, float]]]:
-        """As [`recommend`], with the inputs of the encode step in place of histories."""
+        """
+        As [`recommend`], with the inputs of the encode step in place of histories: for models that read more than ids.
+
+        Args:
+            context: The tensors that `encode_inputs` in `export.json` names, as the collator makes them: `context_ids`
+                (B, T, L) and, where the model reads such, `context_features` (B, T, F) and `user_features` (B, F_u),
+                int64; `context_mask` (B, T), bool.
+            k: Items per user.
+            num_beams: Prefixes that survive each step; at least `k`.
+            allowed (`np.ndarray` of shape (B, N) or (1, N), *optional*): Items each user may get, as booleans.
+
+        Returns:
+            Per user a list of at most `k` pairs (item id, natural log-probability), best first.
+
+        Raises:
+            ValueError: `k` below 1 or above `num_beams`.
+        """
         if not 1 <= k <= num_beams:
             raise ValueError(f"k={k} with num_beams={num_beams}: at least 1, and at most num_beams.")
         leaves, scores = self.beam_search(context, num_beams, allowed)

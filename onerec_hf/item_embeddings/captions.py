@@ -23,7 +23,19 @@ from transformers import (
 def small_caption_model(
     texts: Sequence[str], *, vocab_size: int = 4096, hidden_size: int = 128, num_hidden_layers: int = 2, seed: int = 0
 ) -> tuple[LlamaForCausalLM, PreTrainedTokenizerBase]:
-    """A Llama with new weights and a byte-level BPE of `texts`, for machines that cannot hold a pretrained one."""
+    """
+    A Llama with new weights and a byte-level BPE of `texts`, for machines that cannot hold a pretrained one.
+
+    Args:
+        texts: What the tokenizer is trained on.
+        vocab_size (`int`, defaults to 4096): Tokens at most, and 257 at least: all bytes and the end of text.
+        hidden_size (`int`, defaults to 128): H, a multiple of 8: there are 4 heads. The feed-forward is 4 H wide.
+        num_hidden_layers (`int`, defaults to 2): Blocks.
+        seed (`int`, defaults to 0): Of the weights.
+
+    Returns:
+        The model, float32 on the CPU, and its tokenizer.
+    """
     tokenizer = GPT2Tokenizer().train_new_from_iterator(texts, vocab_size, show_progress=False)
     config = LlamaConfig(
         vocab_size=len(tokenizer),

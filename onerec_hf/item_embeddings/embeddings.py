@@ -211,7 +211,16 @@ def load_embeddings(path: str | Path, num_items: int, tensor_name: str | None = 
     Row i must belong to `Interactions.item_ids[i]`.
 
     Args:
-        tensor_name: which tensor of a `.safetensors` file that holds several.
+        path: a `.npy` file with a matrix (N, D) of numbers, or a `.safetensors` file with such a tensor, of any type.
+        num_items: N.
+        tensor_name: which tensor of a `.safetensors` file; may be left out where it holds one.
+
+    Returns:
+        `np.ndarray` of shape (N, D), float32.
+
+    Raises:
+        ValueError: another suffix, a tensor that the file does not have or several without a name, a shape other than
+            (N, D), NaN or infinite values. FileNotFoundError: no such file.
     """
     path = Path(path)
     if path.suffix == ".npy":

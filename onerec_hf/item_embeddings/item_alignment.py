@@ -87,6 +87,9 @@ class ItemAlignment(nn.Module):
         self.dropout = nn.Dropout(dropout)
 
     def forward(self, embeddings: torch.Tensor) -> torch.Tensor:
+        """Embeddings (..., D), float32 and as they are, to z (..., Z), whose length is not 1 (`embed` makes it 1). In
+        training mode there is dropout on the inputs.
+        """
         x = self.dropout((embeddings - self.center) / self.scale)
         return self.linear(x) + self.down(nn.functional.gelu(self.up(x)))
 

@@ -103,8 +103,19 @@ def user_to_item_pairs(
 def behaviour_pairs(
     histories: Iterable[Sequence[int]], num_items: int, *, seed: int = 0
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Swing pairs and co-click pairs of the same histories, (P, 2) each: what [`ItemAlignment.fit`] wants, one behind
-    the other.
+    """Swing pairs and co-click pairs of the same histories; [`ItemAlignment.fit`] takes them one behind the other.
+
+    Args:
+        histories: sequences of item indices in time order; training events only.
+        num_items: N.
+        seed: of the users that [`swing_neighbors`] draws for items with many of them; its other settings, and those of
+            [`user_to_item_pairs`], are their defaults.
+
+    Returns:
+        [`item_to_item_pairs`] and [`user_to_item_pairs`], each `np.ndarray` int64 of shape (P, 2) with its own P.
+
+    Raises:
+        ValueError: an item index outside 0..N-1.
     """
     histories = list(histories)
     neighbors, scores = swing_neighbors(histories, num_items, seed=seed)

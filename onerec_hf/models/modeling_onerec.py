@@ -159,8 +159,24 @@ class OneRecModel(SemanticIdPreTrainedModel):
 
 
 class OneRecForCausalLM(SemanticIdForCausalLM, GenerationMixin):
-    """OneRec with its head: `forward` trains on sessions, `generate` writes sessions of `config.num_session_items`
-    items.
+    """
+    OneRec (arXiv:2502.18965, section 3) with its head: an encoder over the behaviours, and a decoder that writes
+    sessions of `config.num_session_items` items.
+
+    ```python
+    sizes = {"hidden_size": 8, "num_attention_heads": 2, "num_experts": 0}
+    model = OneRecForCausalLM(OneRecConfig(codebook_sizes=[4, 4], num_session_items=2, **sizes)).eval()
+    model.catalogue = Catalogue([[0, 1], [2, 3], [2, 0]], codebook_sizes=[4, 4])
+    history = torch.tensor([[[4, 9]]])  # a user's item 0: its codes plus config.level_offsets, [4, 8]
+    loss = model(context_ids=history, target_ids=torch.tensor([[[6, 8], [6, 11]]])).loss  # of items 2 and 1, a session
+    items, scores = model.recommend_items(3, context_ids=history, num_session_items=2)  # (1, 3, 2) and (1, 3)
+    ```
+
+    `forward` of [`SemanticIdForCausalLM`] says the shapes of all inputs and what the loss is; `generate` returns
+    tokens in place of items.
+
+    Args:
+        config ([`OneRecConfig`]): Sizes, sessions, features, experts.
     """
 
     config: OneRecConfig

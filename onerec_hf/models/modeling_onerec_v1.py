@@ -172,7 +172,26 @@ class OneRecV1Model(SemanticIdPreTrainedModel):
 
 
 class OneRecV1ForCausalLM(SemanticIdForCausalLM, GenerationMixin):
-    """OneRecV1 with its head: `forward` trains on single items, `generate` recommends."""
+    """
+    OneRecV1, the model of the OneRec Technical Report (arXiv:2506.13695, sections 2.2 and 2.3), with its head: four
+    pathways, an encoder, and a decoder that writes single items.
+
+    ```python
+    sizes = {"hidden_size": 8, "num_attention_heads": 2, "num_experts": 0}
+    pathways = {"short_term_length": 2, "positive_length": 1, "lifelong_length": 0}
+    model = OneRecV1ForCausalLM(OneRecV1Config(codebook_sizes=[4, 4], **sizes, **pathways)).eval()
+    model.catalogue = Catalogue([[0, 1], [2, 3], [2, 0]], codebook_sizes=[4, 4])
+    history = torch.tensor([[[4, 9], [6, 11], [6, 11]]])  # items 0 and 1; behind them item 1, which the user liked
+    loss = model(context_ids=history, target_ids=torch.tensor([[[6, 8]]])).loss  # of item 2 as the next one
+    items, scores = model.recommend_items(2, context_ids=history)  # (1, 2) both: item indices, log-probabilities
+    ```
+
+    `forward` of [`SemanticIdForCausalLM`] says the shapes of all inputs and what the loss is; [`PathwayCollator`]
+    makes them of a log.
+
+    Args:
+        config ([`OneRecV1Config`]): Sizes, pathways, features, experts.
+    """
 
     config: OneRecV1Config
 

@@ -264,7 +264,24 @@ class ItemHead(nn.Module):
 
 
 class OneRecV2ForCausalLM(SemanticIdForCausalLM, GenerationMixin):
-    """OneRec-V2 with its head: `forward` trains, `generate` recommends."""
+    """
+    OneRec-V2 (arXiv:2508.20900, section 2) with its head: a decoder alone. The items of a context become its
+    keys and values by a projection, with no encoder.
+
+    ```python
+    model = OneRecV2ForCausalLM(OneRecV2Config(codebook_sizes=[4, 4], hidden_size=8, num_attention_heads=2)).eval()
+    model.catalogue = Catalogue([[0, 1], [2, 3], [2, 0]], codebook_sizes=[4, 4])
+    history = torch.tensor([[[4, 9], [6, 11]]])  # a user's items 0 and 1: codes plus config.level_offsets, [4, 8]
+    loss = model(context_ids=history, target_ids=torch.tensor([[[6, 8]]])).loss  # of item 2 as the next one
+    items, scores = model.recommend_items(2, context_ids=history)  # (1, 2) both: item indices, log-probabilities
+    ```
+
+    `forward` of [`SemanticIdForCausalLM`] says the shapes of all inputs and what the loss is; `generate` returns
+    tokens in place of items.
+
+    Args:
+        config ([`OneRecV2Config`]): Sizes, features, experts, item head.
+    """
 
     config: OneRecV2Config
 

@@ -39,6 +39,14 @@ from .moe import Experts, Router
 
 
 class SemanticIdPreTrainedModel(OneRecPreTrainedModel):
+    """
+    The base of all generative models here, with a head or without: a context is read once, by `encode_context`, and a
+    decoder over codes attends to it. Load a model by its own class or an Auto class.
+
+    A subclass sets `context_processor`, which makes a [`ContextKV`] of the context, and `decoder`. The attention is
+    `"sdpa"` or `"eager"`; `output_attentions=True` needs `"eager"`.
+    """
+
     config: SemanticIdConfig
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
@@ -71,7 +79,27 @@ class SemanticIdPreTrainedModel(OneRecPreTrainedModel):
         context_features: torch.Tensor | None = None,
         user_features: torch.Tensor | None = None,
     ) -> ContextKV:
-        """Keys and values of the context, once per user; shapes as in `forward` of the base models."""
+        """
+        Keys and values of the context, made once per user: what `forward`, `generate` and `recommend_items` take as
+        `context_kv`.
+
+        Args:
+            context_ids (`torch.LongTensor` of shape (B, T, L)): Token ids of the histories, oldest item first (code
+                plus `config.level_offsets`, padding `config.pad_token_id`). OneRecV1: T is the sum of
+                `config.pathway_lengths`, each pathway padded to its length.
+            context_mask (`torch.BoolTensor` of shape (B, T), *optional*): True for real items; default what is not
+                padding.
+            context_features (`torch.LongTensor` of shape (B, T, F), *optional*): One column for each of
+                `config.context_features`, in their order; needed where there are any.
+            user_features (`torch.LongTensor` of shape (B, F_u), *optional*): The same for `config.user_features`.
+
+        Returns:
+            [`ContextKV`].
+
+        Raises:
+            ValueError: Tensors of another shape, features that are missing or not in the config; on a CPU also tokens
+                that are no code of their level, and feature values that the config does not have.
+        """
         return self._base.context_processor(context_ids, context_mask, context_features, user_features)
 
     @property
@@ -104,8 +132,7 @@ class SemanticIdPreTrainedModel(OneRecPreTrainedModel):
 class SemanticIdCausalLMOutput(CausalLMOutputWithCrossAttentions):
     """
     Args:
-        loss (`torch.FloatTensor` of shape (1,)): Negative log-probability of the codes, in nats
-            (`config.loss_reduction`).
+        loss (`torch.FloatTensor`, a scalar): Negative log-probability of the codes, in nats (`config.loss_reduction`).
         logits (`torch.FloatTensor` of shape (R, C, vocab_size)): Scores of the next token;
             everything outside the level that comes next is the lowest finite number, so a softmax over the vocabulary
             is the softmax over the level.
@@ -542,8 +569,7 @@ class SemanticIdForCausalLM(CatalogueGenerationMixin, SemanticIdPreTrainedModel)
     def add_model_tags(self, tags: list[str] | str) -> None:
         """
         As `PreTrainedModel.add_model_tags`. TRL's own trainers tag a model with `"trl"` before their first step, and
-        are refused
-        here: their loss is a softmax over the codes of all levels, and would train another model without a word.
+        are refused here: their loss, a softmax over the codes of all levels, would silently train another model.
         """
         if "trl" in ([tags] if isinstance(tags, str) else tags):
             raise ValueError(

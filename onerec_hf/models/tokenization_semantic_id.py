@@ -33,7 +33,15 @@ class SemanticIdTokenizer(TokenizersBackend):
     never touches text.
 
     Args:
-        codebook_sizes (`list[int]`): Codes per level.
+        vocab (`dict[str, int]`, *optional*): Token -> id. Made of the special tokens and `codebook_sizes` where it is
+            left out, as it should be: the models count on that order. Saved tokenizers bring theirs.
+        codebook_sizes (`list[int]`): Codes per level, 1 to 26 levels. Code 7 of level 1 is `<s_a_7>`, of level 2
+            `<s_b_7>`, ...; its id is 7 plus `level_offsets` of the level.
+        pad_token (`str`, defaults to `"<|pad|>"`): Id 0; fills histories and targets.
+        bos_token (`str`, defaults to `"<|sid_begin|>"`): Id 1, in front of an item. Text is encoded without it.
+        eos_token (`str`, defaults to `"<|sid_end|>"`): Id 2, behind an item in text.
+        unk_token (`str`, defaults to `"<|unk|>"`): Id 3, for `<...>` in a text that is no token; other text is left
+            out.
         catalogue (`Catalogue`, *optional*): The items; needed by `encode_items` and `decode_items`, saved with the
             tokenizer.
     """

@@ -26,12 +26,16 @@ def completion_leaves(
     """
     The items that completions spell, as leaves of the catalogue (a leaf is one semantic ID, see [`Catalogue`]).
 
-    Special tokens (BOS in front of each item of a session, end, padding) separate items and are skipped.
+    Special tokens (BOS in front of each item of a session, end, padding) are skipped.
+
+    Args:
+        completion_ids (`Sequence[Sequence[int]]`): R lists of token ids, of any lengths: L for each item.
+        catalogue (`Catalogue`): The existing items.
 
     Returns:
         `leaves` and `owner`, both `torch.LongTensor` of shape (items of all completions,) on the CPU: `owner` is the
-        completion. A leaf is -1 where no item has the semantic ID; tokens that are no whole semantic IDs, or none at
-        all, are one leaf of -1.
+        completion, 0 to R - 1. A leaf is -1 where no item has the semantic ID. Tokens that are no whole semantic IDs,
+        or none at all, are one leaf of -1, behind all others.
     """
     rows, levels = len(completion_ids), catalogue.num_levels
     sizes = torch.tensor(catalogue.codebook_sizes)
@@ -50,7 +54,16 @@ def completion_leaves(
 
 
 def is_legal(completion_ids: Sequence[Sequence[int]], catalogue: Catalogue) -> torch.Tensor:
-    """Whether each completion spells existing items only, `torch.BoolTensor` of shape (R,) on the CPU."""
+    """
+    Whether each completion spells existing items only, and at least one.
+
+    Args:
+        completion_ids (`Sequence[Sequence[int]]`): R lists of token ids, as [`completion_leaves`] takes them.
+        catalogue (`Catalogue`): The existing items.
+
+    Returns:
+        `torch.BoolTensor` of shape (R,) on the CPU.
+    """
     leaves, owner = completion_leaves(completion_ids, catalogue)
     return owner[leaves < 0].bincount(minlength=len(completion_ids)) == 0
 

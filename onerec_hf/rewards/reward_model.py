@@ -64,6 +64,9 @@ class RewardModel:
         Load a folder that `onerec reward` wrote, or a Hub repository.
 
         Args:
+            repo: The folder or repository: model, collator and catalogue.
+            batch_size (`int`, defaults to 64): Users per call of the model.
+            device (*optional*): Where the model runs; default where it is loaded, the CPU.
             hub_kwargs: `revision`, `token`, `cache_dir`, ... as `from_pretrained` takes them.
 
         Raises:

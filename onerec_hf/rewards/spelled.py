@@ -18,6 +18,14 @@ def spelled_items(completion_ids: Sequence[Sequence[int]], catalogue: Catalogue)
     The catalogue's own ids of the items that each completion spells, in order; None where it spells something else.
 
     Where items share a semantic ID, the most popular one stands for all of them.
+
+    Args:
+        completion_ids (`Sequence[Sequence[int]]`): R lists of token ids, of any lengths: L for each item; special
+            tokens are skipped.
+        catalogue (`Catalogue`): The existing items.
+
+    Returns:
+        R entries: a list of ids (one, or those of a session), or None.
     """
     leaves, owner = completion_leaves(completion_ids, catalogue)
     items = catalogue.item_of_each(leaves.clamp(min=0).unsqueeze(0).to(catalogue.device))[0].cpu()

@@ -257,12 +257,17 @@ def check_items(args: PrepareArguments, size: int, log: EventShards) -> None:
         )
     if absent := [name for name in args.text_fields if name not in log.items]:
         raise ValueError(f"text_fields={absent}: the items have only {list(log.items)}.")
-    if args.collaborative_dim > count:
-        raise ValueError(f"collaborative_dim={args.collaborative_dim}: at most the number of items, {count}.")
+    fits = {"collaborative_dim": count} if args.collaborative_dim > count else {}
+    if size > count and args.semantic_ids_from is None:
+        fits["codebook_size"] = max(count // 8, math.ceil(count ** (1 / args.num_levels)))
+    if fits:
+        given = {"collaborative_dim": args.collaborative_dim, "codebook_size": size}
+        raise ValueError(
+            f"{count} items are too few for {' and '.join(f'{name}={given[name]}' for name in fits)}. "
+            f"Give {' '.join(f'--{name} {value}' for name, value in fits.items())}."
+        )
     if args.semantic_ids_from is not None:
         return
-    if size > count:
-        raise ValueError(f"codebook_size={size}: {count} items cannot fill so many codes; at most {count}.")
     if args.collisions == "next_free" and size**args.num_levels < count:
         raise ValueError(
             f"num_levels={args.num_levels} of codebook_size={size} make {size**args.num_levels} semantic IDs for "

@@ -112,6 +112,9 @@ class ResidualKMeans:
 
         Returns:
             The quantizer itself.
+
+        Raises:
+            ValueError: As `checked`; fewer items than codes; `EmbeddingFiles` with `balanced="greedy"`.
         """
         item_embeddings = self.checked(item_embeddings)
         if isinstance(item_embeddings, EmbeddingFiles) and self.balanced == "greedy":
@@ -186,6 +189,9 @@ class ResidualKMeans:
         Returns:
             `torch.LongTensor` of shape `(num_items, num_levels)`, values in `[0, codebook_size)`, on the items'
             device.
+
+        Raises:
+            RuntimeError: Before `fit`. ValueError: As `checked`, with the width that the codebooks were trained on.
         """
         codebooks = self._fitted()
         item_embeddings = self.checked(item_embeddings, width=codebooks.shape[2])
@@ -278,6 +284,20 @@ class ResidualKMeans:
     def checked(
         self, item_embeddings: torch.Tensor | np.ndarray | EmbeddingFiles, width: int | None = None
     ) -> torch.Tensor | EmbeddingFiles:
+        """
+        The embeddings, if `fit` and `encode` can take them.
+
+        Args:
+            item_embeddings (`torch.FloatTensor`, `numpy.ndarray` or `EmbeddingFiles` of shape `(num_items,
+                embedding_dim)`): Any float type.
+            width (`int`, *optional*): The `embedding_dim` they must have; default any.
+
+        Returns:
+            An array as a tensor that shares its memory, a tensor without its gradient, `EmbeddingFiles` as they are.
+
+        Raises:
+            ValueError: Anything but a float matrix, another width, or rows with NaN or infinite values.
+        """
         if not isinstance(item_embeddings, EmbeddingFiles):
             item_embeddings = torch.as_tensor(item_embeddings).detach()
             if item_embeddings.ndim != 2 or not item_embeddings.is_floating_point():

@@ -264,7 +264,20 @@ def _mlp(sizes: list[int]) -> nn.Sequential:
 
 
 def load_quantizer(folder: str | os.PathLike) -> ResidualKMeans | RQVAE:
-    """The quantizer that `save_pretrained` of either class wrote into a local folder."""
+    """
+    The quantizer that `save_pretrained` of either class wrote into a local folder.
+
+    Args:
+        folder: With `quantizer_config.json` and `quantizer.safetensors`: a model's, or `tokenizer` in a data folder.
+
+    Returns:
+        [`ResidualKMeans`] or [`RQVAE`], on the CPU.
+
+    Raises:
+        FileNotFoundError: A file is missing; a Hub repository must be downloaded first.
+        ValueError: A file is cut off, the two files are not of one [`ResidualKMeans`], or a kind of quantizer that
+            this version does not know.
+    """
     path = Path(folder) / CONFIG_NAME
     kinds: dict[str, type[ResidualKMeans] | type[RQVAE]]
     kinds = {"residual_kmeans": ResidualKMeans, "rqvae": RQVAE}

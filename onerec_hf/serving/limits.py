@@ -8,8 +8,29 @@ class Limits:
     """
     Limits of a service; past them a client gets 408, 413, 422, 429 or 503 with a reason, and never waits for ever.
 
+    Args:
+        max_rows (`int`, defaults to 32): Histories that are searched together, of several requests; 1: each request by
+            itself. A request with more of them is searched alone.
+        max_wait_ms (`float`, defaults to 2.0): Milliseconds that a request waits for others to be searched with, while
+            no search runs.
+        max_queue (`int`, defaults to 512): Histories of all clients that may wait for a search; a request that does
+            not fit gets 429.
+        timeout_s (`float`, defaults to 10.0): Seconds for a recommendation, wait and search together; then 503.
+        body_timeout_s (`float`, defaults to 10.0): Seconds in which the head of a request must have arrived, and then
+            its body; else 408.
+        max_body_bytes (`int`, defaults to 1 MiB): Bytes of any other body than those of `max_bundle_bytes`; more: 413.
+        max_histories (`int`, defaults to 32): Histories of one request; more: 422. At most `max_queue`.
+        max_history_items (`int`, defaults to 2,000): Items of one history; more: 422.
+        max_filter_items (`int`, defaults to 10,000): Items of one `allow` or `deny` list; more: 422.
+        max_k (`int`, defaults to 100): Items, or sessions, that are asked for per history; more: 422.
+        max_bundle_bytes (`int`, defaults to 64 MiB): Bytes of a body of POST /catalogue and POST /model; more: 413.
+        max_changes (`int`, defaults to 10,000): Items that one POST /catalogue adds, replaces or removes; more: 422.
+        keep_versions (`int`, defaults to 3): Versions in memory, the current one among them; the others can be rolled
+            back to.
+
     Raises:
-        ValueError: For a number below what the service can work with.
+        ValueError: A number below 1 (`max_wait_ms`: below 0; the two timeouts: 0 or below), NaN, or `max_histories`
+            above `max_queue`.
     """
 
     max_rows: int = field(default=32, metadata={"help": "Histories that are searched together (1: no batches)."})

@@ -62,7 +62,26 @@ class ExpertBalanceCallback(TrainerCallback):
 
 
 class OneRecTrainer(HubMixin):
-    """To be named before a trainer of TRL among the bases."""
+    """
+    What the trainers of supervised training, IPA and RL have in common. Alone it is a `Trainer` for OneRec models,
+    with the model's own loss; named before a trainer of TRL among the bases, it adds to that one.
+
+    - The router biases of a mixture of experts are updated after every optimizer step ([`ExpertBalanceCallback`]).
+    - What `record` is given is logged as means over all processes.
+    - A killed run goes on bit for bit ([`ResumableTrainer`]); a loss or gradient that is NaN or infinite stops it
+      ([`StopAtNonFinite`]).
+    - The collator is saved with the model, and `push_to_hub` sends a card along.
+
+    With a trainer of TRL, override `compute_loss`, since TRL's losses are over the codes of all levels at once, and
+    set `_tag_names` without `"trl"`, which the model refuses.
+
+    Args:
+        args, kwargs: Those of the other base. The model is a OneRec model, or a PEFT model around one; the collator
+            needs `remove_unused_columns=False`.
+
+    Raises:
+        PermissionError: `output_dir` cannot be written.
+    """
 
     expert_balance: ExpertBalanceCallback | None = None
 
@@ -132,6 +151,9 @@ class OneRecTrainer(HubMixin):
         return found
 
     def log(self, logs: dict[str, float], *args, **kwargs) -> None:
+        """As `Trainer.log`. With a training loss, or an evaluation, come the means that `record` collected since the
+        last one, and with a training loss the loads of the experts ([`ExpertBalanceCallback`]).
+        """
         logs |= self._recorded(logs)
         if self.expert_balance is not None and "loss" in logs:
             logs |= self.expert_balance.logs()

@@ -206,6 +206,7 @@ class OneRecGRPOTrainer(OneRecTrainer, GRPOTrainer):
         return rows_counted_here(self, num_rows, len(self.rows["eval"] or ()) * self.group_size)
 
     def record(self, means: Mapping[str, float | torch.Tensor], count: float | torch.Tensor = 1.0) -> None:
+        """As `OneRecTrainer.record`, without rows of an evaluation that another process counts as well."""
         if self._rows_counted(1):  # else another process records the same rows
             super().record(means, count)
 

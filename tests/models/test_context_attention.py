@@ -8,9 +8,16 @@ import torch
 from huggingface_hub.errors import StrictDataclassClassValidationError
 from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.models.t5.modeling_t5 import T5Attention
 
 from onerec_hf import OneRecV2Config
-from onerec_hf.models.modeling_attention import ContextAttention, ContextRotary, rotate, with_padding_channels
+from onerec_hf.models.modeling_attention import (
+    ContextAttention,
+    ContextRotary,
+    age_buckets,
+    rotate,
+    with_padding_channels,
+)
 
 from ..numeric import assert_close, assert_gradients_close
 from ..tiny import tiny_catalogue, tiny_context, tiny_model
@@ -179,3 +186,9 @@ def test_impossible_positions(overrides, message):
     sizes = {"codebook_sizes": [8, 8], "hidden_size": 16, "num_attention_heads": 4, "num_hidden_layers": 2}
     with pytest.raises((ValueError, StrictDataclassClassValidationError), match=message):
         OneRecV2Config(**(sizes | overrides))
+
+
+def test_age_buckets_are_those_of_t5():
+    age = torch.arange(0, 400).view(20, 20)
+    expected = T5Attention._relative_position_bucket(-age, bidirectional=False, num_buckets=32, max_distance=128)
+    assert torch.equal(age_buckets(age, 32, 128), expected)

@@ -143,8 +143,11 @@ def test_prepare_checks_its_arguments_before_it_reads(change, match, tmp_path):
     ("change", "match"),
     [
         ({"text_fields": ["title"]}, r"text_fields=\['title'\]: the items have only \[\]"),
-        ({"collaborative_dim": 128}, "collaborative_dim=128: at most the number of items, 20"),
-        ({"codebook_size": 21}, "codebook_size=21: 20 items cannot fill"),
+        ({"collaborative_dim": 128}, "20 items are too few for collaborative_dim=128. Give --collaborative_dim 20"),
+        (
+            {"collaborative_dim": 21, "codebook_size": 21},
+            "too few for collaborative_dim=21 and codebook_size=21. Give --collaborative_dim 20 --codebook_size 3",
+        ),
         ({"num_levels": 2}, "num_levels=2 of codebook_size=4 make 16 semantic IDs for 20 items"),
         ({"watched": {"is_like": 9}, "feedback": ["is_like"]}, "no events to split"),
         ({"watched": {"is_like": 1}, "feedback": ["is_like"]}, r"no rows in \['validation'\]"),
