@@ -120,7 +120,8 @@ def read_part(path: Path) -> datasets.Dataset:
 
 def split_parts(folder: str | os.PathLike) -> dict[str, list[Path]]:
     """
-    The files of every split of a data folder, in the order of their names.
+    The files of every split of a data folder, in the order of their names; without those that have no rows, as a
+    warehouse leaves them, unless none has any.
 
     Raises:
         FileNotFoundError: The folder has no splits, or a part is missing.
@@ -148,13 +149,15 @@ def split_parts(folder: str | os.PathLike) -> dict[str, list[Path]]:
     parts = {each.name: sorted(each.glob("part-*.parquet")) for each in sorted(splits.iterdir()) if each.is_dir()}
     parts = {name: parts.pop(name) for name in ("train", "validation", "test") if name in parts} | parts
     for name, files in parts.items():
-        _check_parts(splits / name, files, contract.get("rows", {}).get(name))
+        counts = _check_parts(splits / name, files, contract.get("rows", {}).get(name))
+        parts[name] = [file for file, count in zip(files, counts) if count] or files[:1]
     if absent := [name for name in contract.get("rows", {}) if name not in parts]:
         raise FileNotFoundError(f"{splits} has no {absent}, which its {CONTRACT} names: files were moved. {advice}")
     return parts
 
 
-def _check_parts(folder: Path, files: list[Path], rows: int | None) -> None:
+def _check_parts(folder: Path, files: list[Path], rows: int | None) -> list[int]:
+    """The rows of each file."""
     try:
         found = [pyarrow.parquet.read_metadata(file) for file in files]
     except (pa.ArrowException, OSError) as error:
@@ -179,6 +182,7 @@ def _check_parts(folder: Path, files: list[Path], rows: int | None) -> None:
             f"{folder} has the columns { {name: str(kind) for name, kind in kinds.items()} }: `user` is an integer, "
             "`history` and `targets` are lists of integers, as docs/large_data.md says."
         )
+    return [each.num_rows for each in found]
 
 
 def _is_list_of_integers(kind: pa.DataType | None) -> bool:

@@ -62,7 +62,11 @@ def mapped_split(folder: str | os.PathLike, split: str = "train") -> datasets.Da
 
     `datasets` keeps a copy in its cache, in a form that is mapped into memory, and takes it again while the files of
     the split are the same.
+
+    Raises:
+        KeyError: A split that the folder does not have. ValueError: It has no rows. Else as `split_parts`.
     """
+    first_rows(folder, split, 1)
     files = list(map(str, split_parts(folder)[split]))
     rows: Any = datasets.load_dataset("parquet", data_files={split: files}, split=split)
     return rows
@@ -111,23 +115,29 @@ def longest_list(rows: datasets.Dataset, name: str) -> int:
     Raises:
         KeyError: A column that the rows do not have.
     """
-    return pc.max(pc.list_value_length(rows.data.column(name))).as_py() or 0
+    longest = 0
+    for table in rows.select_columns([name]).with_format("arrow").iter(batch_size=100_000):
+        longest = max(longest, pc.max(pc.list_value_length(table[name])).as_py() or 0)
+    return longest
 
 
 def first_rows(folder: str | os.PathLike, split: str, count: int = 64) -> datasets.Dataset:
     """
-    The first rows of the first part of a split, in memory: enough to see the columns and to try a batch.
+    The first rows of the first part that has rows, in memory: enough to see the columns and to try a batch.
 
     Args:
         folder: A data folder.
         split: `"train"`, `"validation"` or `"test"`.
-        count (`int`, defaults to 64): Rows at most; fewer where the part is smaller. It must have one.
+        count (`int`, defaults to 64): Rows at most; fewer where the part is smaller.
 
     Raises:
         KeyError: A split that the folder does not have. Else as `split_parts`.
+        ValueError: It has no rows.
     """
-    batches = pyarrow.parquet.ParquetFile(split_parts(folder)[split][0]).iter_batches(batch_size=count)
-    return arrow_dataset(pa.Table.from_batches([next(batches)]))
+    first = pyarrow.parquet.ParquetFile(split_parts(folder)[split][0])
+    if not first.metadata.num_rows:  # then no part has any
+        raise ValueError(f"the {split} split of {folder} has no rows: prepare the data again, with more of the log.")
+    return arrow_dataset(pa.Table.from_batches([next(first.iter_batches(batch_size=count))]))
 
 
 def _endless_rows(nodes: list[int], num_nodes: int, files: tuple[str, ...], seed: int, **settings: Any) -> Iterator:

@@ -36,6 +36,8 @@ def small_caption_model(
     Returns:
         The model, float32 on the CPU, and its tokenizer.
     """
+    if hidden_size < 8 or hidden_size % 8:
+        raise ValueError(f"hidden_size={hidden_size}: a multiple of 8, because 4 heads have rotary positions each.")
     tokenizer = GPT2Tokenizer().train_new_from_iterator(texts, vocab_size, show_progress=False)
     config = LlamaConfig(
         vocab_size=len(tokenizer),

@@ -215,7 +215,9 @@ class RQVAE:
 
     @classmethod
     def from_pretrained(cls, folder: str | os.PathLike) -> "RQVAE":
-        """Reads what `save_pretrained` wrote into a local folder; the weights come on the CPU."""
+        """Reads what `save_pretrained` wrote into a local folder; the weights come on the CPU. A ValueError where the
+        two files do not fit each other.
+        """
         config = json.loads((Path(folder) / CONFIG_NAME).read_text(encoding="utf-8"))
         if (kind := config.pop("quantizer_type")) != "rqvae":
             raise ValueError(
@@ -227,6 +229,16 @@ class RQVAE:
         quantizer.latent.codebooks = tensors.pop("codebooks")
         quantizer.embedding_mean = tensors.pop("embedding_mean", None)
         quantizer.network = _Network(width, quantizer.hidden_sizes, quantizer.latent_dim)
+        expected = {name: tuple(weight.shape) for name, weight in quantizer.network.state_dict().items()}
+        expected["codebooks"] = (quantizer.num_levels, quantizer.codebook_size, quantizer.latent_dim)
+        found = {name: tuple(weight.shape) for name, weight in tensors.items()}
+        found["codebooks"] = tuple(quantizer.latent.codebooks.shape)
+        if unlike := sorted(name for name in expected.keys() | found.keys() if expected.get(name) != found.get(name)):
+            raise ValueError(
+                f"{WEIGHTS_NAME} in {folder} has other tensors than {CONFIG_NAME} says: "
+                f"{ {name: (found.get(name), expected.get(name)) for name in unlike} }, found and expected. The two "
+                "files are not of one quantizer, save it again."
+            )
         quantizer.network.load_state_dict(tensors)
         return quantizer
 
@@ -275,8 +287,8 @@ def load_quantizer(folder: str | os.PathLike) -> ResidualKMeans | RQVAE:
 
     Raises:
         FileNotFoundError: A file is missing; a Hub repository must be downloaded first.
-        ValueError: A file is cut off, the two files are not of one [`ResidualKMeans`], or a kind of quantizer that
-            this version does not know.
+        ValueError: A file is cut off, the two files are not of one quantizer, or it is of a kind that this version
+            does not know.
     """
     path = Path(folder) / CONFIG_NAME
     kinds: dict[str, type[ResidualKMeans] | type[RQVAE]]

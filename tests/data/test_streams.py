@@ -9,6 +9,7 @@ import datasets
 import numpy as np
 import pandas as pd
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 from datasets.distributed import split_dataset_by_node
@@ -20,6 +21,7 @@ from onerec_hf.data import (
     count_lengths,
     first_rows,
     load_splits,
+    longest_list,
     mapped_split,
     stream_split,
     streams,
@@ -96,6 +98,39 @@ def test_rows_of_a_chunk_are_what_training_rows_are_in_one_piece(folder):
         own = found[row["user"], row["targets"][0]]
         assert {name: np.asarray(value).tolist() for name, value in own.items()} == row
     assert len(first_rows(folder, "train", 3)) == 3
+
+
+def test_a_part_may_be_empty(folder):  # as a warehouse leaves them
+    first, *others = sorted((folder / "splits" / "train").glob("part-*.parquet"))
+    rows = pq.read_table(first)
+    pq.write_table(rows.slice(0, 0), first)
+    with pytest.raises(FileNotFoundError, match="files were moved"):
+        first_rows(folder, "train")
+    pq.write_table(pa.concat_tables([pq.read_table(others[-1]), rows]), others[-1])
+    assert len(first_rows(folder, "train", 3)) == 3
+    assert sorted(load_splits(folder)["train"]["user"]) == sorted(mapped_split(folder)["user"]) == list(range(USERS))
+    for settings in ({}, {"group_size": 5}, {"rows_of": partial(target_rows, max_history=7)}):
+        stream = stream_split(folder, **settings)
+        count = USERS if "rows_of" not in settings else USERS * (USERS - 1) // 2
+        assert {int(row["user"]) for row in take(stream, count)} == set(range("rows_of" in settings, USERS))
+    assert count_lengths(folder, "train", lambda lengths: len(lengths)) == USERS
+
+
+def test_no_row_at_all(tmp_path):
+    writer = SplitWriter(tmp_path)
+    empty = {"user": pa.array([], pa.int32()), "history": pa.array([], pa.list_(pa.int32()))}
+    writer.write({"train": datasets.Dataset(pa.table(empty))}, 0, 1)
+    writer.finish()
+    for read in (first_rows, mapped_split):
+        with pytest.raises(ValueError, match=r"the train split of .* has no rows"):
+            read(tmp_path, "train")
+    assert len(load_splits(tmp_path)["train"]) == 0
+
+
+def test_the_longest_list_is_that_of_the_chosen_rows():
+    rows = datasets.Dataset.from_dict({"targets": [[1], [1, 2, 3], [1, 2]]})
+    assert longest_list(rows, "targets") == 3 and longest_list(rows.select([2, 0]), "targets") == 2
+    assert longest_list(rows.select([]), "targets") == 0
 
 
 def test_rows_on_disk_are_looked_up_and_changed_as_in_memory(folder, monkeypatch):

@@ -115,3 +115,8 @@ def test_it_refuses_what_it_cannot_use(small):
     with pytest.raises(ValueError, match="captions of 4 items for embeddings of 3"):
         captions = CaptionDecoder(TEXTS, 5, model, tokenizer)
         ItemAlignment(6, 5).fit(np.ones((3, 6)), np.array([[0, 1], [1, 2]]), captions=captions, progress=False)
+
+
+def test_the_width_of_a_caption_model_is_checked():
+    with pytest.raises(ValueError, match="hidden_size=12: a multiple of 8"):
+        small_caption_model(TEXTS, vocab_size=300, hidden_size=12)

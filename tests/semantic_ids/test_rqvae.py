@@ -124,6 +124,18 @@ def test_repeatable_and_saved(items, quantizer, tmp_path):
         load_quantizer(tmp_path)
 
 
+@pytest.mark.parametrize(
+    "change", [{"latent_dim": 3}, {"codebook_size": 9}, {"hidden_sizes": [5]}, {"embedding_dim": 2}]
+)
+def test_two_files_of_different_quantizers_are_refused(change, items, quantizer, tmp_path):
+    quantizer.save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "quantizer_config.json").read_text())
+    assert change.keys() <= config.keys()
+    (tmp_path / "quantizer_config.json").write_text(json.dumps(config | change))
+    with pytest.raises(ValueError, match="The two files are not of one quantizer, save it again"):
+        load_quantizer(tmp_path)
+
+
 def test_files_are_trained_on_as_the_same_items_in_memory(items, quantizer, tmp_path):
     for number, part in enumerate(items.split(200)):
         np.save(tmp_path / f"{number}.npy", part.numpy())
