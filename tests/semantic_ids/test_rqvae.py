@@ -124,9 +124,10 @@ def test_repeatable_and_saved(items, quantizer, tmp_path):
         load_quantizer(tmp_path)
 
 
-@pytest.mark.parametrize(
-    "change", [{"latent_dim": 3}, {"codebook_size": 9}, {"hidden_sizes": [5]}, {"embedding_dim": 2}]
-)
+OTHERS = [{"latent_dim": 3}, {"codebook_size": 9}, {"hidden_sizes": [5]}, {"embedding_dim": 2}]
+
+
+@pytest.mark.parametrize("change", OTHERS)
 def test_two_files_of_different_quantizers_are_refused(change, items, quantizer, tmp_path):
     quantizer.save_pretrained(tmp_path)
     config = json.loads((tmp_path / "quantizer_config.json").read_text())
