@@ -7,9 +7,9 @@
 (semantic IDs: `--tokenizer`). `--data` is a folder that `onerec prepare` wrote (same splits as our models) or, with
 `--layout`, a public data set, split leave-last-out.
 Rows of sessions (`onerec prepare --sessions`) become sequences: `--watched '{"long_view": 1}'` says which behaviours
-count. Writes `metrics.json`, `predictions.parquet`, `predictions_exclude_seen.parquet` (a row per user, for
-`evaluation.paired_bootstrap`) and, for what was trained, `model/`. Every field of `BaselineArguments` can also stand
-in a YAML file: `--config FILE`.
+count; of several, one is enough. Writes `metrics.json`, `predictions.parquet`, `predictions_exclude_seen.parquet` (a
+row per user, for `evaluation.paired_bootstrap`) and, for what was trained, `model/`. Every field of
+`BaselineArguments` can also stand in a YAML file: `--config FILE`.
 """
 
 import json
@@ -70,7 +70,8 @@ class BaselineArguments:
     )
     test_users: int | None = field(default=None, metadata={"help": "Users of the test split to score; default all."})
     watched: str = field(
-        default="{}", metadata={"help": "Of session rows: the behaviours that are read, columns and thresholds."}
+        default="{}",
+        metadata={"help": "Of session rows: what is read, columns and thresholds; an event that reaches one counts."},
     )
 
 
@@ -86,15 +87,17 @@ def load_splits(args: BaselineArguments) -> tuple[datasets.DatasetDict, int, Any
 def sequences(splits: datasets.DatasetDict, watched: dict[str, float]) -> datasets.DatasetDict:
     """
     Session rows for models of sequences. Train: all that a user watched, in time order. Elsewhere: the part of a
-    history that was watched, or all of it where nothing was.
+    history that was watched, or all of it where nothing was. An item was watched where one of the columns reaches its
+    threshold, as in `onerec prepare --watched`.
     """
 
     check_columns("the splits of --data, for --watched,", splits["train"].column_names, ["session_start", *watched])
 
     def read(row: dict) -> list[int]:
-        counts = zip(row["history"], *(row[name] for name in watched))
-        own = [item for item, *values in counts if all(v >= w for v, w in zip(values, watched.values()))]
-        return own or row["history"]
+        if not watched:
+            return row["history"]
+        counts = logs.reaches({name: row[name] for name in watched}, watched)
+        return [item for item, counted in zip(row["history"], counts) if counted] or row["history"]
 
     users: dict[int, list[int]] = {}
     for row in splits["train"].sort("session_start"):

@@ -352,7 +352,23 @@ def test_session_rows_become_sequences_of_what_was_watched():
     assert dict(zip(found["train"]["user"], found["train"]["history"])) == {0: [2, 3, 4], 1: [5, 6]}
     assert found["test"][:] == {"user": [0], "history": [[2, 3, 4]], "targets": [[7]]}
     assert sequences(splits, {})["test"]["history"][:] == [[1, 2, 3, 4, 9]]
+    with pytest.raises(ValueError, match=r"the thresholds of \['long_view'\] must be above 0"):
+        sequences(splits, {"long_view": 0})
     with pytest.raises(
         ValueError, match=r"for --watched, has no columns \['is_like'\]; it has \['user', 'session_start'"
     ):
         sequences(splits, {"is_like": 1})
+
+
+def test_of_several_behaviours_one_is_enough():
+    """As `prepare` and the reward of `grpo` read thresholds: liked, or played for long."""
+    from onerec_hf.data import reaches
+    from onerec_hf.scripts.baseline import sequences
+
+    columns = {"is_like": [1, 0, 0, 1, -1], "play_time_ms": [100, 9000, 200, 8000, 7000]}
+    row = {"user": 0, "session_start": 1, "history": [5, 6, 7, 8, 9], "targets": [3], **columns}
+    rows = datasets.Dataset.from_list([row])
+    watched = {"is_like": 1, "play_time_ms": 7000}
+    found = sequences(datasets.DatasetDict(train=rows, test=rows), watched)
+    assert found["test"]["history"][:] == [[5, 6, 8, 9]] and found["train"]["history"][:] == [[5, 6, 8, 9, 3]]
+    assert reaches(columns, watched).tolist() == [True, True, False, True, True]
