@@ -15,6 +15,7 @@ from onerec_hf.data import DataFolder, load_splits
 from onerec_hf.models import RecommendedItems
 from onerec_hf.recommender import Recommender
 from onerec_hf.reranker import Reranker
+from onerec_hf.semantic_ids import ResidualKMeans
 
 from .numeric import assert_close
 from .rewards.test_reward_model import reward_of
@@ -366,6 +367,51 @@ def test_the_command_combines_scorers_without_a_model(trained, tmp_path):
         rerank.main(rerank.RerankArguments(**settings))
 
 
+def test_scorers_are_of_the_same_items_in_the_same_order(trained, tmp_path):
+    """A baseline knows items by number: of another folder with as many items, it would rank others."""
+    from onerec_hf.scripts import baseline, prepare, rerank
+
+    rows = [(user, int((user + step) % 30), step) for user in range(40) for step in range(6)]
+    log = pd.DataFrame(rows, columns=["user_id", "item_id", "timestamp"])
+    items, turned = pd.DataFrame({"item_id": range(30)}), tmp_path / "turned"
+    sizes = {"collaborative_dim": 8, "codebook_size": 8, "num_levels": 2}
+    prepare.main(prepare.PrepareArguments(source=log, items=items.iloc[::-1], output=str(turned), **sizes))
+    ids = [list(DataFolder(folder).items["item_id"]) for folder in (trained / "data", turned)]
+    assert sorted(ids[0]) == sorted(ids[1]) and ids[0] != ids[1]
+    baseline.main(baseline.BaselineArguments("cooccurrence", str(turned), str(tmp_path / "counter")))
+    settings = {"data": str(trained / "data"), "output": str(tmp_path / "out")}
+    scorers = [str(trained / "sasrec"), str(tmp_path / "counter")]
+    with pytest.raises(
+        ValueError, match=r"counter knows 30 items, \S+data has as many, and they are others, or the same"
+    ):
+        rerank.main(rerank.RerankArguments(**settings, scorers=scorers))
+    assert not (tmp_path / "out").exists()
+    # of an earlier version, nothing but the number is known
+    old = shutil.copytree(trained / "cooccurrence", tmp_path / "old")
+    report = json.loads((old / "metrics.json").read_text(encoding="utf-8"))
+    del report["item_fingerprint"]
+    (old / "metrics.json").write_text(json.dumps(report), encoding="utf-8")
+    settings |= {"scorers": [str(old), str(trained / "sasrec")], "fit_users": 4, "test_users": 4}
+    said = said_by("baseline", lambda: rerank.main(rerank.RerankArguments(**settings)))
+    assert len(said) == 1 and f"{old}: nothing there says of which items" in said[0] and "cannot be checked" in said[0]
+    assert not said_by("baseline", lambda: rerank.main(rerank.RerankArguments(**settings | {"scorers": scorers[:1]})))
+
+
+def said_by(script, call):
+    """What a script of the package warns of."""
+    import logging
+
+    said, logger = [], logging.getLogger(f"onerec_hf.scripts.{script}")
+    handler = logging.Handler()
+    handler.emit = lambda record: said.append(record.getMessage())
+    logger.addHandler(handler)
+    try:
+        call()
+    finally:
+        logger.removeHandler(handler)
+    return said
+
+
 def test_what_a_reranker_refuses(tmp_path):
     with pytest.raises(TypeError, match=r"the scorers \['mine'\] have no `score_items"):
         Reranker({"mine": object()})
@@ -397,3 +443,23 @@ def test_a_model_that_is_trained_anew_has_no_old_reranker(trained, tmp_path):
     ending.remove_earlier_results(tmp_path / "model")
     assert not (tmp_path / "model" / "reranker.json").exists()
     assert not list((tmp_path / "model" / "scorers").glob("*/*"))
+
+
+def test_nothing_of_an_earlier_recommender_stays(tmp_path):
+    """Its re-ranker, metadata and codebooks would be taken for those of the model that is saved there now."""
+    first, second = (recommender_of("v2", num_beams=20) for _ in range(2))
+    values = torch.rand(65) + 0.5
+    names = Reranker(scorers(), item_values=values).features
+    fitted = {kind: dict.fromkeys(names, 1.0) for kind in ("kept", "masked")}
+    first.ranker.reranker = Reranker(scorers(), fitted, item_values=values)
+    second.metadata = {}
+    first.metadata = {1000: {"title": "one"}}
+    first.quantizer = ResidualKMeans(1, 2, num_iterations=1, balanced=False).fit(torch.randn(9, 3))
+    first.save_pretrained(tmp_path)
+    again = Recommender.from_pretrained(tmp_path)
+    assert again.ranker.reranker is not None and again.metadata and again.quantizer is not None
+    second.save_pretrained(tmp_path)
+    again = Recommender.from_pretrained(tmp_path)
+    assert again.ranker.reranker is None and again.metadata == {} and again.quantizer is None
+    left = {path.name for path in tmp_path.iterdir()}
+    assert not left & {"reranker.json", "scorers", "item_values.safetensors", "items.jsonl", "quantizer.safetensors"}

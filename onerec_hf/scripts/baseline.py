@@ -12,13 +12,16 @@ row per user, for `evaluation.paired_bootstrap`) and, for what was trained, `mod
 `BaselineArguments` can also stand in a YAML file: `--config FILE`.
 """
 
+import hashlib
 import json
 import time
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 import datasets
+from transformers.utils import logging
 
 from .. import Catalogue
 from .. import data as logs
@@ -36,14 +39,18 @@ from ..baselines import (
 )
 from ..baselines.training import train_baseline
 from ..evaluation import evaluate
+from ..models.catalogue import CATALOGUE_NAME
 from .checks import check_columns, check_keywords, check_output, check_splits
 from .ending import remove_earlier_results, score, some, write_metrics
 from .model_arguments import mapping
 from .parser import ScriptParser
 
+logger = logging.get_logger(__name__)
+
 COUNTERS = {"popularity": Popularity, "cooccurrence": CoOccurrence, "itemknn": ItemKNN, "embeddingknn": EmbeddingKNN}
 TRAINED = {"sasrec": SASRec, "hstu": HSTU, "bert4rec": BERT4Rec, "fdsa": FDSA, "tiger": TIGER}
 BASELINES: dict[str, Any] = COUNTERS | TRAINED
+ITEM_FINGERPRINT = "item_fingerprint"  # in metrics.json
 
 
 @dataclass
@@ -75,13 +82,51 @@ class BaselineArguments:
     )
 
 
-def load_splits(args: BaselineArguments) -> tuple[datasets.DatasetDict, int, Any]:
-    """The splits, the number of items, and the item table (columns by name)."""
+def item_fingerprint(item_ids: Iterable) -> str:
+    """Tells whether two data folders have the same items in the same order: a baseline knows them by number alone."""
+    return hashlib.sha256(json.dumps([str(item) for item in item_ids]).encode()).hexdigest()[:16]
+
+
+def check_same_items(reports: dict[Path, dict], item_ids: Iterable, place: str) -> None:
+    """
+    Refuses baselines of other items than those of `place`; says of which it cannot be told.
+
+    Args:
+        reports: What the folders of `onerec baseline` have in metrics.json.
+        item_ids: Of `place`, in its order.
+    """
+    item_ids, unknown = list(item_ids), []
+    own = item_fingerprint(item_ids)
+    for folder, report in reports.items():
+        known, advice = report.get(ITEM_FINGERPRINT), f"Run `onerec baseline --data {place}`, or name what that wrote."
+        if report.get("num_items", len(item_ids)) != len(item_ids):
+            raise ValueError(
+                f"{folder} knows {report['num_items']} items, {place} has {len(item_ids)}: another log. {advice}"
+            )
+        if known is None and (folder / CATALOGUE_NAME).is_file():  # of `onerec sft` and what follows it
+            known = item_fingerprint(Catalogue.from_pretrained(folder).item_ids)
+        if known is None:
+            unknown.append(str(folder))
+        elif known != own:
+            raise ValueError(
+                f"{folder} knows {len(item_ids)} items, {place} has as many, and they are others, or the same ones in "
+                f"another order: it would take one item for another. {advice}"
+            )
+    if unknown:
+        logger.warning(
+            f"{', '.join(unknown)}: nothing there says of which items, because an earlier version or something else "
+            f"made it. Whether they are those of {place}, in the same order, cannot be checked; to be sure, run "
+            "`onerec baseline` again."
+        )
+
+
+def load_splits(args: BaselineArguments) -> tuple[datasets.DatasetDict, list, Any]:
+    """The splits, the item ids, and the item table (columns by name)."""
     if args.layout == "prepared":
         data = logs.DataFolder(args.data)
-        return data.splits, data.num_items, data.items
+        return data.splits, data.items["item_id"][:], data.items
     interactions = getattr(logs, f"load_{args.layout}")(args.data)
-    return logs.leave_last_out(interactions), interactions.num_items, interactions.items
+    return logs.leave_last_out(interactions), interactions.item_ids.tolist(), interactions.items
 
 
 def sequences(splits: datasets.DatasetDict, watched: dict[str, float]) -> datasets.DatasetDict:
@@ -146,28 +191,27 @@ def fit(args: BaselineArguments, model: Any, splits: datasets.DatasetDict, num_i
 
 
 def check(args: BaselineArguments) -> tuple:
-    """All that can be said before it is trained; returns splits, number of items, the baseline and the settings of its
-    fit.
-    """
+    """All that can be said before it is trained; returns splits, item ids, baseline and settings of its fit."""
     check_output(args.output)
-    splits, num_items, items = load_splits(args)
+    splits, item_ids, items = load_splits(args)
     settings = mapping(args.fit)
     if "targets" in splits["train"].column_names:
         splits = sequences(splits, mapping(args.watched))
     elif mapping(args.watched):
         raise ValueError(f"watched={args.watched}: only rows of sessions have columns to choose behaviours by.")
     check_splits(splits)
-    model = make(args, num_items, items, mapping(args.model))
+    model = make(args, len(item_ids), items, mapping(args.model))
     check_keywords("fit", settings, *([] if args.name in COUNTERS else [model.fit, train_baseline]))
-    return splits, num_items, model, settings
+    return splits, item_ids, model, settings
 
 
 def main(args: BaselineArguments) -> dict:
     """Runs the recipe; returns what it writes to `metrics.json`."""
-    splits, num_items, model, fit_settings = check(args)
+    splits, item_ids, model, fit_settings = check(args)
+    num_items = len(item_ids)
     test, output = some(splits["test"], args.test_users, "test_users"), Path(args.output)
     output.mkdir(parents=True, exist_ok=True)
-    report = {"arguments": asdict(args), "num_items": num_items}
+    report = {"arguments": asdict(args), "num_items": num_items, ITEM_FINGERPRINT: item_fingerprint(item_ids)}
     start = time.perf_counter()
     if args.name in COUNTERS:
         model.fit(splits["train"]["history"])

@@ -14,6 +14,7 @@ from ..evaluation import frequency_strata, history_strata, novelty_at_k, recall_
 from ..evaluation.metrics import coverage_at_k, diversity_at_k
 from ..hub import table_cell
 from ..hub.pictures import plot_label
+from .baseline import ITEM_FINGERPRINT, item_fingerprint
 from .ending import PREDICTIONS
 
 METRICS = ("recall@5", "recall@10", "recall@20", "ndcg@10")
@@ -64,11 +65,18 @@ class HeldOut(NamedTuple):
 
 def check_runs(folders: list[Path], data: DataFolder) -> None:
     """Refuses runs on another data folder: their test users may be the same, their items are not."""
+    items = item_fingerprint(data.items["item_id"])
     for folder in folders:
-        known = json.loads((folder / "metrics.json").read_text(encoding="utf-8")).get("num_items", data.num_items)
+        report = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
+        known = report.get("num_items", data.num_items)
         if known != data.num_items:
             raise ValueError(
                 f"{folder} knows {known} items, {data.path} has {data.num_items}: of another log. Delete that folder."
+            )
+        if report.get(ITEM_FINGERPRINT, items) != items:
+            raise ValueError(
+                f"{folder} knows other items than {data.path} has, or the same ones in another order. Delete that "
+                "folder."
             )
         if (folder / "catalogue.safetensors").is_file():
             data.check_model(folder, Catalogue.from_pretrained(folder))

@@ -29,6 +29,7 @@ from ..hub import (
     training_text,
 )
 from ..recommender import Recommender
+from .baseline import check_same_items
 from .checks import check_columns, check_push, unique_names
 from .parser import ScriptParser
 
@@ -73,8 +74,10 @@ CAPTIONS = {
 }
 
 
-def load_systems(args: PublishArguments, title: str, num_items: int) -> dict[str, tuple[Path, dict]]:
-    """Folder and metrics of the model and of each baseline, by a name that each has alone; the model is the first."""
+def load_systems(args: PublishArguments, title: str, item_ids: list) -> dict[str, tuple[Path, dict]]:
+    """Folder and metrics of the model and of each baseline, by a name that each has alone; the model is the first.
+    All are of the items `item_ids`.
+    """
     model, baselines = Path(args.model), [Path(name) for name in args.baselines]
     places = [folder.resolve() for folder in (model, *baselines)]
     if twice := [str(folder) for i, folder in enumerate((model, *baselines)) if places[i] in places[:i]]:
@@ -88,9 +91,8 @@ def load_systems(args: PublishArguments, title: str, num_items: int) -> dict[str
                 f"{folder} has no test metrics, metrics.json and predictions.parquet. Of a model, `onerec score "
                 f"--model {folder} --data {args.data}` makes them; of a baseline, `onerec baseline`."
             )
-        if report.get("num_items") not in (None, num_items):
-            raise ValueError(f"{folder} knows {report['num_items']} items, {args.data} has {num_items}: another log.")
         systems[name] = folder, report
+    check_same_items(dict([*systems.values()][1:]), item_ids, args.data)
     return systems
 
 
@@ -132,9 +134,9 @@ def draw_recall(recalls: dict[str, np.ndarray], splits: datasets.DatasetDict, pa
     plot_recall_by_frequency(recalls, counts, path)
 
 
-def open_data(args: PublishArguments) -> tuple[datasets.DatasetDict, int, DataFolder | None]:
+def open_data(args: PublishArguments) -> tuple[datasets.DatasetDict, list, DataFolder | None]:
     """
-    The splits, the number of items, and the folder of `onerec prepare`. The last is None for a folder of splits alone,
+    The splits, the item ids, and the folder of `onerec prepare`. The last is None for a folder of splits alone,
     as `leave_last_out(...).save_to_disk` makes one: nothing in it tells items by name or makes codes of new ones.
     """
     folder, catalogue = Path(args.data), Catalogue.from_pretrained(args.model)
@@ -144,10 +146,10 @@ def open_data(args: PublishArguments) -> tuple[datasets.DatasetDict, int, DataFo
         known = 1 + max(max(row) for name in ("history", "targets") for row in splits["test"][name] if row)
         if known > len(catalogue):
             raise ValueError(f"{folder} has at least {known} items, {args.model} knows {len(catalogue)}: another log.")
-        return splits, len(catalogue), None
+        return splits, catalogue.item_ids.tolist(), None
     data = DataFolder(folder)
     data.check_model(args.model, catalogue)
-    return data.splits, data.num_items, data
+    return data.splits, data.items["item_id"][:], data
 
 
 def main(args: PublishArguments) -> str:
@@ -156,8 +158,8 @@ def main(args: PublishArguments) -> str:
     if args.repo:
         check_push(args.repo)
     title = args.title or (args.repo or folder.absolute().name).split("/")[-1]
-    splits, num_items, data = open_data(args)
-    systems = load_systems(args, title, num_items)
+    splits, item_ids, data = open_data(args)
+    systems = load_systems(args, title, item_ids)
     recalls = read_recalls(systems, splits["test"]["user"][:], args.data)
     if data is not None:
         data.quantizer.save_pretrained(folder)

@@ -38,7 +38,7 @@ from ..item_ranker import ItemRanker
 from ..models.catalogue import Catalogue
 from ..recommender import Recommender
 from ..reranker import ITEM_VECTORS, KINDS, VALUE, Reranker, item_neighbours
-from .baseline import BASELINES
+from .baseline import BASELINES, ITEM_FINGERPRINT, check_same_items, item_fingerprint
 from .checks import check_beams, check_output, check_splits, unique_names
 from .ending import remove_earlier_results, score, score_model, some, write_metrics
 from .item_values import check_value, item_values
@@ -101,9 +101,9 @@ class ScorersAlone:
         return reranker.candidates(None, histories, self.catalogue, allowed)
 
 
-def load_scorers(folders: list[str], num_items: int) -> dict[str, Any]:
-    """Baselines by the names of their folders."""
-    scorers = {}
+def load_scorers(folders: list[str], data: DataFolder) -> dict[str, Any]:
+    """Baselines of the items of a data folder, by the names of their folders."""
+    scorers, reports = {}, {}
     for name, folder in zip(unique_names("", [Path(folder) for folder in folders]), map(Path, folders)):
         path = folder / "metrics.json"
         report = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
@@ -113,9 +113,9 @@ def load_scorers(folders: list[str], num_items: int) -> dict[str, Any]:
                 f"{folder} holds no baseline that can score items: give folders of `onerec baseline --name` "
                 f"{', '.join(SCORER_NAMES)}."
             )
-        if report["num_items"] != num_items:
-            raise ValueError(f"{folder} knows {report['num_items']} items, the model {num_items}: another log.")
+        reports[folder] = report
         scorers[name.replace("/", "-")] = BASELINES[kind].from_pretrained(folder / "model")
+    check_same_items(reports, data.items["item_id"], str(data.path))
     return scorers
 
 
@@ -230,7 +230,7 @@ def main(args: RerankArguments) -> dict:
     output, data = Path(str(args.output or args.model)), DataFolder(args.data)
     check_splits(data.splits)
     test = some(data.splits["test"], args.test_users, "test_users")
-    scorers = load_scorers(args.scorers, data.num_items)
+    scorers = load_scorers(args.scorers, data)
     settings: dict[str, Any] = {"num_candidates": args.num_candidates}
     if args.value is not None:
         settings["item_values"] = item_values(data, args.value)
@@ -239,7 +239,8 @@ def main(args: RerankArguments) -> dict:
         remove_earlier_results(output)
         reranker = Reranker(scorers, **settings, search=False)
         alone = ScorersAlone(reranker, data.catalogue)
-        report: dict[str, Any] = {"num_items": data.num_items, "reranker": fit(args, alone, reranker, data)}
+        items = {"num_items": data.num_items, ITEM_FINGERPRINT: item_fingerprint(data.items["item_id"])}
+        report: dict[str, Any] = items | {"reranker": fit(args, alone, reranker, data)}
         report["fit_seconds"] = report["reranker"]["seconds"]
         report |= score(alone, test, data.num_items, output, args.seed)
         write_metrics(output, report)

@@ -493,6 +493,10 @@ def test_what_publish_refuses(desk, data, tmp_path):
         ValueError, match=r"aligned \(a model\) and \S+other \(a data folder\) do not belong together: the first has"
     ):
         publish(desk, other)
+    report = json.loads((desk / "x/sasrec" / "metrics.json").read_text())
+    (desk / "x/sasrec" / "metrics.json").write_text(json.dumps(report | {"item_fingerprint": "of others"}))
+    with pytest.raises(ValueError, match=r"sasrec knows 30 items, \S+ has as many, and they are others, or the same"):
+        publish(desk, data, "y/sasrec", "x/sasrec")
     table = datasets.Dataset.from_parquet(str(desk / "mymodel" / "predictions.parquet"))
     table.select(range(5)).to_parquet(str(desk / "mymodel" / "predictions.parquet"))
     with pytest.raises(ValueError, match=r"mymodel was scored on 5 users"):
