@@ -2,6 +2,8 @@
 [`Recommender`].
 """
 
+import dataclasses
+import math
 import os
 import shutil
 import tempfile
@@ -12,7 +14,11 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     import pandas as pd
 
+    from .data import EventShards
     from .recommender import Recommender
+    from .scripts.prepare import PrepareArguments
+
+BATCH_SIZE = 256  # users that are searched together
 
 
 class OneRec:
@@ -50,7 +56,7 @@ class OneRec:
         self._temporary = tempfile.TemporaryDirectory(prefix="onerec-") if output_dir is None else None
         self.folder = Path(self._temporary.name if self._temporary else output_dir)  # type: ignore[arg-type]
         self.config, self.prepare, self.arguments = config, dict(prepare or {}), arguments
-        self.histories: dict[Any, list] = {}
+        self._rows: dict[Any, dict[str, Any]] = {}  # of every user: history, event columns, features
         self.metrics: dict[str, float] = {}
         self._recommender: Recommender | None = None
         self._parsed()
@@ -93,26 +99,55 @@ class OneRec:
         """
         from .scripts import prepare, sft
 
+        self._make_room()
         names = {name: name for name in ("user_id", "item_id", "timestamp")} | dict(columns or {})
-        interactions = _frame(interactions, names)
-        items = None if items is None else _frame(items, names)
-        if absent := sorted({name for name in names.values() if name is not None} - set(interactions.columns)):
+        interactions = _table(interactions, names)
+        items = None if items is None else _table(items, names)
+        given = list(interactions.columns if hasattr(interactions, "iloc") else interactions.column_names)
+        if absent := sorted({name for name in names.values() if name is not None} - set(given)):
             raise ValueError(
-                f"interactions has no column {absent}; it has {list(interactions.columns)}. Say which are meant: "
+                f"interactions has no column {absent}; it has {given}. Say which are meant: "
                 "columns={'user_id': ..., 'item_id': ..., 'timestamp': ...}."
             )
-        size = len(items) if items is not None else interactions[names["item_id"]].nunique()
-        settings: dict[str, Any] = {"codebook_size": min(256, max(2, size // 8)), "collaborative_dim": min(128, size)}
-        settings |= self.prepare
         sources: dict[str, Any] = {"source": interactions, "items": items, "columns": names}
-        prepare.main(prepare.PrepareArguments(output=str(self.folder / "data"), **sources, **settings))
-        self.metrics = sft.main(*self._parsed())["test"]
-        ordered = interactions
-        if names["timestamp"] is not None:
-            ordered = interactions.sort_values(names["timestamp"], kind="stable")
-        self.histories = ordered.groupby(names["user_id"], sort=False)[names["item_id"]].agg(list).to_dict()
+        arguments = prepare.PrepareArguments(output=str(self.folder / "data"), **sources, **self.prepare)
+        with tempfile.TemporaryDirectory() as work:
+            log = prepare.load(arguments, Path(work))
+            size, levels = log.num_items, arguments.num_levels
+            room = math.ceil(size ** (1 / levels))  # or the items would not all get a semantic ID
+            fits = {"codebook_size": min(256, max(2, room, size // 8)), "collaborative_dim": min(128, size)}
+            fits = {name: value for name, value in fits.items() if name not in self.prepare}
+            prepare.main(dataclasses.replace(arguments, **fits))
+            self.metrics = sft.main(*self._parsed())["test"]
+            self._rows = _rows_of_users(arguments, log)
         self._recommender = None
         return self
+
+    def _make_room(self) -> None:
+        """Empties a temporary folder; a ValueError where a model in another one would be lost."""
+        if self._temporary is not None:
+            for folder in self.folder.iterdir():
+                shutil.rmtree(folder)
+        elif (model := self.folder / "model").is_dir() and any(model.iterdir()):
+            raise ValueError(
+                f"{model} holds an earlier run, which a fit would replace: choose another output_dir, or remove it."
+            )
+
+    def __getstate__(self) -> dict[str, Any]:
+        """A copy, such as a pickle in another process, has the model itself: the temporary folder is gone with this
+        object.
+        """
+        state = self.__dict__ | {"_temporary": None}
+        if self._temporary is not None and (self.folder / "model" / "config.json").is_file():
+            state["_recommender"] = self.recommender
+        return state
+
+    @property
+    def histories(self) -> dict[Any, list]:
+        """Item ids of every user that `fit` saw, oldest first, as they were trained on: without rows that were left
+        out, and without what `watched` does not count.
+        """
+        return {user: row["history"] for user, row in self._rows.items()}
 
     @property
     def recommender(self) -> "Recommender":
@@ -152,30 +187,48 @@ class OneRec:
         """
         import pandas as pd
 
+        from .collators.histories import check_per_user, is_per_user, rows_to_arguments
+
         if users is not None and histories is not None:
             raise ValueError("give users or histories, not both.")
+        if isinstance(users, str) or not (users is None or hasattr(users, "__iter__")):
+            raise ValueError(f"users={users!r}: a list of user ids, also for one user.")
         if histories is None:
-            users = list(self.histories if users is None else users)
-            if unknown := [user for user in users if user not in self.histories]:
+            users = list(self._rows if users is None else users)
+            if unknown := [user for user in users if user not in self._rows]:
                 raise KeyError(
                     f"{len(unknown)} of {len(users)} users have no history here; the first is {unknown[0]!r}. Give "
                     "`histories`."
                 )
-            histories = [self.histories[user] for user in users]
-        names = range(len(histories)) if users is None else users
-        found = self.recommender.recommend(histories, k, exclude_seen=exclude_seen, **kwargs)
-        rows = [(user, rank + 1, *item[:2]) for user, row in zip(names, found) for rank, item in enumerate(row)]
-        return pd.DataFrame(rows, columns=["user_id", "rank", "item_id", "score"])
+            rows = [self._rows[user] for user in users]
+        else:
+            users, rows = range(len(histories)), [{"history": history} for history in histories]
+        per_user = {name: kwargs.pop(name, None) for name in ("events", "users", "allow", "deny")}
+        check_per_user(len(rows), **per_user)
+        recommender, found = self.recommender, []
+        for start in range(0, len(rows), BATCH_SIZE):
+            part = slice(start, start + BATCH_SIZE)
+            own = rows_to_arguments(recommender.ranker.collator, rows[part])
+            for name, values in per_user.items():
+                if name in ("events", "users") and values:
+                    own[name] = own.get(name, {}) | {key: column[part] for key, column in values.items()}
+                elif values is not None:
+                    own[name] = list(values)[part] if is_per_user(values) else values
+            found += recommender.recommend(k=k, exclude_seen=exclude_seen, **own, **kwargs)
+        table = [(user, rank + 1, *item[:2]) for user, row in zip(users, found) for rank, item in enumerate(row)]
+        return pd.DataFrame(table, columns=["user_id", "rank", "item_id", "score"])
 
     def save_pretrained(self, folder: str | os.PathLike) -> None:
-        """The model with all it is served with; histories stay here."""
-        self.recommender  # noqa: B018  # raises where there is no model
-        Path(folder).mkdir(parents=True, exist_ok=True)
-        for file in (self.folder / "model").iterdir():
-            if file.is_file():
+        """The model as it is now (`recommender` may have other items by then), with all it is served with; histories
+        stay here.
+        """
+        recommender, folder = self.recommender, Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        made = self.folder / "model"
+        for file in made.iterdir() if made.is_dir() else ():  # the card, its pictures, the metrics
+            if file.is_file() and folder.resolve() != made.resolve():
                 shutil.copy2(file, folder)
-        if (scorers := self.folder / "model" / "scorers").is_dir():
-            shutil.copytree(scorers, Path(folder) / "scorers", dirs_exist_ok=True)
+        recommender.save_pretrained(folder)
 
     @classmethod
     def from_pretrained(cls, repo: str | os.PathLike, **hub_kwargs: Any) -> "OneRec":
@@ -195,24 +248,38 @@ class OneRec:
             return push_to_hub(folder, repo_id, **kwargs)
 
 
-def _frame(table: Any, names: Mapping[str, str | None]) -> "pd.DataFrame":
-    """Any table as pandas has it; ids keep their spelling, and those that are no integer of 64 bits are refused."""
-    import pandas as pd
-
+def _table(table: Any, names: Mapping[str, str | None]) -> Any:
+    """A `DataFrame` as it is, any other table of Arrow: it is read more than once, which a stream cannot be."""
     from .data.tables import read_table
 
-    ids = [str(names[name]) for name in ("user_id", "item_id")]
+    if hasattr(table, "iloc"):  # pandas
+        return table
     if hasattr(table, "to_arrow"):  # polars
         table = table.to_arrow()
-    if not isinstance(table, pd.DataFrame):
-        table = read_table(table, ids=ids).to_pandas()
-    for name in set(ids) & set(table.columns):
-        column = table[name]
-        numbers = column[[isinstance(value, int) for value in column]] if column.dtype == object else column
-        large = [value for value in numbers if abs(value) >= 2**63] if numbers.dtype in (object, "uint64") else []
-        if large:
-            raise ValueError(f"{name} holds {large[0]}, which is beyond 64 bits: pass these ids as strings.")
-    return table
+    return read_table(table, ids=[str(names[name]) for name in ("user_id", "item_id")])
+
+
+def _rows_of_users(arguments: "PrepareArguments", log: "EventShards") -> dict[Any, dict[str, Any]]:
+    """What a request for each user says: `history` (item ids) and event columns, parallel to it; user features."""
+    from .data import SessionConfig, reaches
+    from .scripts.model_arguments import mapping
+
+    watched, sessions = mapping(arguments.watched), arguments.sessions
+    items, users, rows = log.item_ids, log.user_ids.tolist(), {}
+    for indices, events in log:
+        if sessions is not None:
+            config = SessionConfig(**mapping(sessions))
+            if config.history != "all":
+                events = events.where(config.effective_events(events))
+        elif watched:
+            events = events.where(reaches(events.feedback, watched))
+        columns = {"timestamp": events.timestamp, **events.feedback}
+        for user, start, stop in zip(indices, events.user_offsets[:-1], events.user_offsets[1:]):
+            if start < stop:
+                row = {name: values[start:stop] for name, values in columns.items()}
+                row |= {name: values[user] for name, values in log.users.items()}
+                rows[users[user]] = row | {"history": items[events.item_index[start:stop]].tolist()}
+    return rows
 
 
 __all__ = ["OneRec"]

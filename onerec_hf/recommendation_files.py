@@ -16,13 +16,21 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet
 from tqdm.auto import tqdm
+from transformers.utils import logging
 from transformers.utils.hub import cached_file
 
+from .collators.histories import rows_to_arguments
 from .data import arrow_dataset
 from .models import SemanticIdTokenizer
 from .models.item_ids import id_array
+from .reranker import CONFIG_NAME as RERANKER_NAME
+from .reranker import FOLDER as SCORERS
+from .reranker import VALUES_NAME
+from .semantic_ids.residual import CONFIG_NAME as QUANTIZER_NAME
+from .semantic_ids.residual import WEIGHTS_NAME as QUANTIZER_WEIGHTS_NAME
 
 METADATA_NAME = "items.jsonl"
+logger = logging.get_logger(__name__)
 
 
 class Recommendation(NamedTuple):
@@ -96,6 +104,26 @@ def load_metadata(path: str | os.PathLike) -> dict:
     return {row.pop("item_id"): row for row in rows}
 
 
+def save_parts(folder: str | os.PathLike, quantizer: Any, metadata: Mapping, reranker: Any) -> None:
+    """Writes codebooks, metadata and re-ranker, those that are there, and removes what an earlier recommender left of
+    the others: loaded with this model, it would be taken for a part of it.
+    """
+    folder = Path(folder)
+    if quantizer is not None:
+        quantizer.save_pretrained(folder)
+    if metadata:
+        save_metadata(metadata, folder)
+    if reranker is not None:
+        reranker.save_pretrained(folder)
+    without = [] if metadata else [METADATA_NAME]
+    without += [] if quantizer is not None else [QUANTIZER_NAME, QUANTIZER_WEIGHTS_NAME]
+    without += [] if reranker is not None else [RERANKER_NAME, VALUES_NAME]
+    for name in without:
+        (folder / name).unlink(missing_ok=True)
+    if reranker is None and (folder / SCORERS).is_dir():
+        shutil.rmtree(folder / SCORERS)
+
+
 def read_rows(path: Path) -> datasets.Dataset:
     """A parquet file, with rows or without."""
     return arrow_dataset(pyarrow.parquet.ParquetFile(path).read())
@@ -134,10 +162,22 @@ def check_dataset(dataset: Any, column: str, path: Path, overwrite: bool) -> Non
 def recommend_rows(
     recommender: Any, rows: datasets.Dataset, k: int, column: str, batch_size: int, **kwargs: Any
 ) -> tuple[list[list], list[list]]:
-    """Item ids (of sessions, lists of them) and scores for every row, by [`Recommender.recommend`], batch by batch."""
+    """Item ids (of sessions, lists of them) and scores for every row, by [`Recommender.recommend`], batch by batch;
+    event columns and user features that the model reads are taken from the columns of their names.
+    """
+    collator = recommender.ranker.collator
+    reads = sorted({*collator.event_features, *collator.settings.get("positive", ()), *collator.user_feature_sizes})
+    if absent := [name for name in reads if name not in rows.column_names]:
+        logger.warning(f"The model reads {absent} beside the ids, the data set has no such columns: they are unknown.")
+    names = [name for name in reads if name in rows.column_names]
     item_ids, scores = [], []
     for start in tqdm(range(0, len(rows), batch_size), desc="recommend", disable=int(os.environ.get("RANK", 0)) > 0):
-        for row in recommender.recommend(rows[start : start + batch_size][column], k, **kwargs):
+        batch = rows[start : start + batch_size]
+        users = [
+            {"history": history, **dict(zip(names, values))}
+            for history, *values in zip(batch[column], *(batch[name] for name in names))
+        ]
+        for row in recommender.recommend(k=k, **rows_to_arguments(collator, users), **kwargs):
             item_ids.append(
                 [found.item_ids if isinstance(found, RecommendedSession) else found.item_id for found in row]
             )

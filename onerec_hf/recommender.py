@@ -26,7 +26,7 @@ from .recommendation_files import (
     load_metadata,
     push_served,
     recommend_rows,
-    save_metadata,
+    save_parts,
     write_part,
 )
 from .reranker import CONFIG_NAME as RERANKER_NAME
@@ -112,16 +112,11 @@ class Recommender:
         self.save_beside(folder)
 
     def save_beside(self, folder: str | os.PathLike) -> None:
-        """What a repository needs to be served, beside a model that is saved already: collator, codebooks,
-        metadata.
+        """What a repository needs to be served, beside a model that is saved already: collator, codebooks, metadata,
+        re-ranker. What another recommender left there, and this one does not have, is removed.
         """
         self.ranker.collator.save_pretrained(folder)
-        if self.quantizer is not None:
-            self.quantizer.save_pretrained(folder)
-        if self.metadata:
-            save_metadata(self.metadata, folder)
-        if self.ranker.reranker is not None:
-            self.ranker.reranker.save_pretrained(folder)
+        save_parts(folder, self.quantizer, self.metadata, self.ranker.reranker)
 
     def push_to_hub(self, repo_id: str, **kwargs: Any) -> Any:
         """
@@ -348,7 +343,8 @@ class Recommender:
         own file.
 
         Args:
-            dataset: With a list column of item ids, oldest first.
+            dataset: With a list column of item ids, oldest first. Event columns and user features that the model reads,
+                `allow` and `deny` come from its columns of these names; those that are absent are unknown.
             output: Folder; process r of w writes `part-<r>-of-<w>.parquet`, complete or not at all; without rows, an
                 empty one.
             overwrite: Replace the parts of an earlier run.

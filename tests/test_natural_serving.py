@@ -11,6 +11,8 @@ from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 import datasets
 import numpy as np
 import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
@@ -95,6 +97,21 @@ def test_rows_bring_what_the_model_reads(with_features):
         recommend(ROWS[:1], events={"is_like": [[1, 1, 1]]})
     with pytest.raises(ValueError, match="pass a list of item ids, oldest first, also for a single item"):
         recommend(1003)
+
+
+def test_a_data_set_brings_what_the_model_reads(with_features, tmp_path, caplog):
+    recommender, recommend = with_features
+    rows = [{"is_like": None, "deny": None, **row} for row in ROWS]
+    table = pa.Table.from_pylist(rows).rename_columns({"history": "past"})
+    path = recommender.recommend_dataset(datasets.Dataset(table), tmp_path / "out", 5, column="past", batch_size=3)
+    found = pq.read_table(path)
+    assert found["item_ids"].to_pylist() == dict_ids(recommend(ROWS, k=5)) and found["name"].to_pylist()[0] == "Ada"
+    assert not [record for record in caplog.records if "the data set has no such columns" in record.message]
+    fewer = datasets.Dataset(table.select(["past", "is_like"]))
+    path = recommender.recommend_dataset(fewer, tmp_path / "less", 5, column="past")
+    assert "The model reads ['age'] beside the ids, the data set has no such columns" in caplog.text
+    less = [{name: row[name] for name in ("history", "is_like")} for row in rows]
+    assert pq.read_table(path)["item_ids"].to_pylist() == dict_ids(recommend(less, k=5))
 
 
 def test_a_stream_is_searched_in_bounded_batches(with_features, monkeypatch):

@@ -1,11 +1,13 @@
 """`OneRec(...).fit(table)`: from a table of interactions to recommendations, without files of one's own."""
 
+import pickle
+
 import pandas as pd
 import pyarrow as pa
 import pytest
+from transformers import AutoTokenizer
 
-from onerec_hf import OneRec
-from onerec_hf.onerec import _frame
+from onerec_hf import OneRec, onerec
 from onerec_hf.recommender import Recommender
 
 FAST = {"num_train_epochs": 1, "use_cpu": True, "eval_users": 20, "eval_strategy": "epoch", "save_strategy": "epoch"}
@@ -89,23 +91,105 @@ def test_one_s_own_file_and_other_tables(fitted, interactions, tmp_path):
         model = OneRec(**FAST).fit(source)
         assert model.histories == fitted.histories
         assert model.recommend(["user3"], k=4)["item_id"].tolist() == expected
-    frames = [_frame(source, {"user_id": "user_id", "item_id": "item_id"}) for source in (arrow, dict(interactions))]
-    for frame in frames:
-        pd.testing.assert_frame_equal(frame, interactions.reset_index(drop=True), check_dtype=False)
 
 
 def test_ids_keep_their_spelling_and_their_bits(interactions, tmp_path):
     numbered = interactions.assign(item_id="00" + interactions["item_id"].str[4:])
     numbered.to_csv(tmp_path / "log.csv", index=False)
-    frame = _frame(str(tmp_path / "log.csv"), {"user_id": "user_id", "item_id": "item_id"})
-    assert frame["item_id"].tolist() == numbered["item_id"].tolist()
-    for large in (2**63, 2**70):
+    model = OneRec(**FAST).fit(str(tmp_path / "log.csv"))
+    own = numbered.query("user_id == 'user3'").sort_values("timestamp")
+    assert model.histories["user3"] == own["item_id"].tolist()
+    for large, message in ((2**63, "item_id .* beyond 64 bits .*pass the ids as text"), (2**70, "int too large")):
         table = pd.DataFrame({"user_id": [1, 2], "item_id": [1, large], "timestamp": [0, 1]})
-        with pytest.raises(
-            ValueError, match=f"item_id holds {large}, which is beyond 64 bits: pass these ids as strings"
-        ):
+        with pytest.raises(ValueError, match=message):
             OneRec().fit(table)
     with pytest.raises(FileNotFoundError, match=r"absent\.csv"):
         OneRec().fit("absent.csv")
     with pytest.raises(ValueError, match=r"interactions has no column \['user_id'\]"):
         OneRec().fit(pa.table({"item_id": [1], "timestamp": [1]}))
+
+
+def test_histories_are_those_that_were_prepared(interactions, tmp_path):
+    """Not the rows of the table: text that is a time, rows that are left out, events that do not count."""
+    noon = pd.Timestamp("2024-05-01T12:00:00Z")
+    times = [
+        (noon + pd.Timedelta(hours=i)).tz_convert(("Etc/GMT+5", "Etc/GMT-2")[i % 2]).isoformat() for i in range(8)
+    ]
+    assert times != sorted(times)
+    rows = [(f"user{u}", 3 * u % 40 + i, times[i], i % 2) for u in range(60) for i in range(8)]
+    log = pd.DataFrame(rows, columns=["user_id", "item_id", "timestamp", "long_view"])
+    log = pd.concat([log, log.tail(5)]).sample(frac=1, random_state=0).set_index("user_id", drop=False)
+    settings = {"feedback": ["long_view"], "watched": {"long_view": 1}, "load_options": {"drop_duplicates": True}}
+    model = OneRec(prepare=settings, **FAST).fit(log)
+    assert model.histories == {f"user{u}": [3 * u % 40 + i for i in (1, 3, 5, 7)] for u in range(60)}
+    found = model.recommend(["user3"], k=3)
+    assert found["item_id"].tolist() == model.recommend(histories=[model.histories["user3"]], k=3)["item_id"].tolist()
+
+
+def test_events_that_a_model_reads_come_from_the_table(interactions):
+    log = interactions.assign(is_like=interactions["timestamp"] % 2)
+    settings = {"event_features": {"is_like": ["category", 3]}, "model": FAST["model"]}
+    model = OneRec(prepare={"feedback": ["is_like"]}, **FAST | settings).fit(log)
+    found = model.recommend(["user3", "user7"], k=3)
+    given = {"histories": [model.histories[user] for user in ("user3", "user7")], "k": 3}
+    likes = {"is_like": [[0, 1] * 4] * 2}
+    assert found["score"].tolist() == pytest.approx(model.recommend(events=likes, **given)["score"].tolist(), abs=1e-5)
+    assert abs(found["score"] - model.recommend(**given)["score"]).max() > 1e-4
+    other = model.recommend(["user3", "user7"], k=3, events={"is_like": [[1, 0] * 4] * 2})
+    assert abs(found["score"] - other["score"]).max() > 1e-4
+
+
+def test_many_users_are_searched_in_parts(fitted, monkeypatch):
+    users, deny = list(fitted.histories), [[f"item{u % 40}"] for u in range(60)]
+    whole = fitted.recommend(users, k=3, deny=deny)
+    monkeypatch.setattr(onerec, "BATCH_SIZE", 7)
+    parts = fitted.recommend(users, k=3, deny=deny)
+    pd.testing.assert_frame_equal(parts, whole, check_exact=False, rtol=1e-4)
+    for user, own in parts.groupby("user_id"):
+        assert not set(own["item_id"]) & {*deny[users.index(user)], *fitted.histories[user]}
+    with pytest.raises(ValueError, match="deny has 59 values for 60 users"):
+        fitted.recommend(users, k=3, deny=deny[1:])
+    with pytest.raises(ValueError, match="users='user3': a list of user ids, also for one user"):
+        fitted.recommend("user3")
+
+
+def test_a_model_that_was_loaded_or_changed_is_saved(fitted, tmp_path):
+    fitted.save_pretrained(tmp_path / "first")
+    again = OneRec.from_pretrained(tmp_path / "first")
+    again.recommender.remove_items(["item5"])
+    again.save_pretrained(tmp_path / "second")
+    last = OneRec.from_pretrained(tmp_path / "second")
+    assert "item5" not in last.recommender.model.catalogue.item_ids.tolist()
+    found = last.recommend(histories=[["item1"]], k=5)
+    assert found["item_id"].tolist() == again.recommend(histories=[["item1"]], k=5)["item_id"].tolist()
+    assert len(AutoTokenizer.from_pretrained(tmp_path / "second", trust_remote_code=True).catalogue.item_ids) == 39
+
+
+def test_a_copy_outlives_the_temporary_folder(fitted, tmp_path):
+    copied = pickle.loads(pickle.dumps(fitted))
+    copied.folder = tmp_path / "gone"
+    expected = fitted.recommend(["user3"], k=3)
+    pd.testing.assert_frame_equal(copied.recommend(["user3"], k=3), expected, check_exact=False, rtol=1e-4)
+    copied.save_pretrained(tmp_path / "copy")
+    assert Recommender.from_pretrained(tmp_path / "copy").model.catalogue.num_items == 40
+
+
+def test_a_second_fit(interactions, tmp_path):
+    """A temporary folder is made anew; a model in a folder of one's own is not lost."""
+    model = OneRec(**FAST).fit(interactions)
+    model.fit(interactions[interactions["user_id"] != "user3"])
+    assert "user3" not in model.histories and model.recommender.model.catalogue.num_items == 40
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "config.json").write_text("{}")
+    with pytest.raises(ValueError, match="holds an earlier run, which a fit would replace: choose another output_dir"):
+        OneRec(tmp_path, **FAST).fit(interactions)
+    assert not (tmp_path / "data").exists()
+
+
+@pytest.mark.parametrize("count", [9, 20, 31])
+def test_few_items_have_semantic_ids(count):
+    log = pd.DataFrame([(u, (u + i) % count, i) for u in range(40) for i in range(5)])
+    log.columns = ["user_id", "item_id", "timestamp"]
+    extra = pd.DataFrame({"user_id": [1, 1], "item_id": [100, 101], "timestamp": [9, 10]})
+    model = OneRec(prepare={"k_core": 2}, **FAST).fit(pd.concat([log, extra]))  # items of one event go
+    assert model.recommender.model.catalogue.num_items == count
