@@ -8,18 +8,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from transformers.utils import logging
 
-from .tables import (
-    feature_values,
-    id_array,
-    is_text,
-    one_kind,
-    parse_iso,
-    plain,
-    read_table,
-    select_columns,
-    time_array,
-    value_array,
-)
+from .column_types import id_array, is_text, plain
+from .tables import feature_values, one_kind, parse_iso, read_table, select_columns, time_array, value_array
 
 logger = logging.get_logger(__name__)
 

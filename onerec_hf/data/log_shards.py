@@ -23,11 +23,12 @@ import pyarrow.feather
 import pyarrow.parquet
 from transformers.utils import logging
 
+from .column_types import is_text
 from .event_shards import FEEDBACK, EventShards, whole, write_shard
 from .interactions import load_interactions, report_ties, sort_events
 from .log_columns import TABLE_IDS, LogColumns
-from .table_files import parquet_files
-from .tables import is_text, numpy_values, read_table
+from .parquet_files import ParquetFiles, check_ids_of_dataset, find_parquet
+from .tables import numpy_values, read_table
 
 logger = logging.get_logger(__name__)
 
@@ -103,7 +104,7 @@ def load_shards(
     work = Path(folder)
     if resume and (work / CUT).is_file():
         return _sorted_shards(work, log_columns, drop_duplicates)
-    log = _open(source, log_columns)
+    log = _open(source, log_columns.ids, split)
     count = log.count_rows() if isinstance(log, pyarrow.dataset.Dataset) else log.num_rows
     num_shards = num_shards or max(1, math.ceil(count / SHARD_EVENTS))
     if num_shards == 1 or not count:
@@ -114,7 +115,7 @@ def load_shards(
             "users_columns": users_columns,
         }
         # a file by its name: messages name it
-        whole = source if isinstance(log, pyarrow.dataset.Dataset) else log
+        whole = log if isinstance(log, pa.Table) else source
         return EventShards.of(load_interactions(whole, **settings, **tables, drop_duplicates=drop_duplicates))
     log_columns.read_tables(items=(items, items_columns), users=(users, users_columns))
     work.mkdir(parents=True, exist_ok=True)
@@ -122,25 +123,14 @@ def load_shards(
     return _sorted_shards(work, log_columns, drop_duplicates)
 
 
-def _open(source: Any, log_columns: LogColumns) -> pa.Table | pyarrow.dataset.Dataset:
-    """Parquet as a data set that is not read yet, everything else as a table."""
+def _open(source: Any, ids: Sequence[str], split: str) -> pa.Table | pyarrow.dataset.Dataset | ParquetFiles:
+    """Parquet as what is not read yet, everything else as a table."""
     if isinstance(source, pyarrow.dataset.Dataset):
+        check_ids_of_dataset(source, ids)
         return source
-    if isinstance(source, (str, Path)) and (files := parquet_files(source)):
-        # or Arrow keeps what it has read of a file until the end of that file, which may be larger than memory
-        options = pyarrow.dataset.ParquetFragmentScanOptions(pre_buffer=False)
-        parquet = pyarrow.dataset.ParquetFileFormat(default_fragment_scan_options=options)
-        try:
-            if Path(source).is_dir() and any("=" in str(file.relative_to(source)) for file in files):
-                # folders such as day=2024-01-01 are a column
-                return pyarrow.dataset.dataset(str(source), format=parquet, partitioning="hive")
-            schemas = [pyarrow.parquet.read_schema(file) for file in files]
-            schema = pa.unify_schemas(schemas, promote_options="permissive")
-            if all(set(each.names) == set(schema.names) for each in schemas) and len(set(schema.names)) == len(schema):
-                return pyarrow.dataset.dataset([str(file) for file in files], schema=schema, format=parquet)
-        except (pa.ArrowException, OSError):
-            pass  # the reader of a log in one piece says what is wrong
-    return read_table(source, log_columns.split, ids=log_columns.ids)
+    if isinstance(source, (str, Path)) and (files := find_parquet(source)):
+        return ParquetFiles(source, files, ids)
+    return read_table(source, split, ids=ids)
 
 
 class _Cutting:
@@ -223,8 +213,10 @@ class _Cutting:
                 parts = (self.log.slice(start, BATCH_ROWS) for start in range(0, self.count, BATCH_ROWS))
             else:
                 known = [name for name in self.log.schema.names if name in names]
-                if len(known) < len(names):  # one row with all columns, of which the message has a list
-                    parts = iter([self.log.head(1)])
+                if len(known) < len(names):  # no row, but all columns, of which the message has a list
+                    parts = iter([self.log.schema.empty_table()])
+                elif isinstance(self.log, ParquetFiles):
+                    parts = self.log.batches(known, BATCH_ROWS)
                 else:
                     batches = self.log.to_batches(columns=known, batch_size=BATCH_ROWS, batch_readahead=2)
                     parts = (pa.Table.from_batches([batch]) for batch in batches if len(batch))

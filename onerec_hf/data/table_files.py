@@ -11,6 +11,9 @@ import pyarrow.csv
 import pyarrow.json
 import pyarrow.parquet
 
+from .column_types import common_schema, integers_of, with_schema, without_blanks
+from .parquet_files import ParquetFiles, find_parquet, folder_files
+
 COMPRESSED = (".gz", ".bz2")  # Arrow unpacks these by itself
 # what Arrow takes for a missing value in a CSV column of numbers
 _CSV_NULLS = pa.array(pyarrow.csv.ConvertOptions().null_values)
@@ -24,7 +27,7 @@ def read_files(source: str | Path, split: str, ids: Sequence[str]) -> pa.Table:
     if glob.has_magic(str(source)) and not path.exists():
         return _read_pattern(str(source), split, ids)
     if path.is_dir():
-        return _read_folder(path, split)
+        return _read_folder(path, split, ids)
     suffix = Path(path.stem).suffix if path.suffix in COMPRESSED else path.suffix
     if suffix in FILE_READERS:
         if not path.is_file():
@@ -46,44 +49,19 @@ def read_files(source: str | Path, split: str, ids: Sequence[str]) -> pa.Table:
         raise FileNotFoundError(f"{source} is no file or folder here and no data set on the Hub: {error}") from error
 
 
-def parquet_files(source: str | Path) -> list[Path]:
-    """The files of a source that is parquet and nothing else, in the order in which [`read_files`] reads them; empty
-    for any other source.
-    """
-    path = Path(source)
-    if glob.has_magic(str(source)) and not path.exists():
-        paths = [Path(name) for name in sorted(glob.glob(str(source), recursive=True))]
-    elif path.is_dir():
-        saved = any((path / name).is_file() for name in ("dataset_dict.json", "state.json"))
-        # as Arrow does, without what is hidden
-        paths = [] if saved else sorted(each for each in path.rglob("*.parquet") if each.name[0] not in "._")
-    else:
-        paths = [path]
-    return paths if all(each.suffix == ".parquet" and each.is_file() for each in paths) else []
-
-
 def _read_pattern(pattern: str, split: str, ids: Sequence[str]) -> pa.Table:
     """The files of a pattern, in the order of their names, one below the other."""
     paths = sorted(glob.glob(pattern, recursive=True))
     if not paths:
         raise FileNotFoundError(f"no file matches {pattern}")
+    if files := find_parquet(pattern):
+        return ParquetFiles(pattern, files, ids).read()
     parts = [read_files(Path(path), split, ids) for path in paths]
-    for path, part in zip(paths, parts):
-        if set(part.column_names) != set(parts[0].column_names):
-            raise ValueError(
-                f"{path} has the columns {part.column_names}, {paths[0]} has {parts[0].column_names}: files of one "
-                "log need the same ones"
-            )
-    for name in ids:  # where one file has text, all have it
-        if len({part.schema.field(name).type for part in parts if name in part.column_names}) > 1:
-            parts = [
-                part.set_column(part.column_names.index(name), name, part[name].cast(pa.large_string()))
-                for part in parts
-            ]
-    return pa.concat_tables(parts, promote_options="permissive")
+    schema = common_schema([(path, part.schema, part.num_rows) for path, part in zip(paths, parts)], ids)
+    return pa.concat_tables(with_schema(part, schema, ids, path) for path, part in zip(paths, parts))
 
 
-def _read_folder(path: Path, split: str) -> pa.Table:
+def _read_folder(path: Path, split: str, ids: Sequence[str]) -> pa.Table:
     if (path / "dataset_dict.json").is_file():
         saved = datasets.load_from_disk(str(path))
         if split not in saved:
@@ -91,11 +69,18 @@ def _read_folder(path: Path, split: str) -> pa.Table:
         return saved[split].with_format("arrow")[:]
     if (path / "state.json").is_file():
         return datasets.load_from_disk(str(path)).with_format("arrow")[:]
-    if next(path.rglob("*.parquet"), None) is None:
+    files = folder_files(path)
+    others = [str(file.relative_to(path)) for file in files if file.suffix != ".parquet"]
+    if len(others) == len(files):
         raise ValueError(
             f"{path} holds no parquet file and is no folder of datasets.save_to_disk; name the file itself"
         )
-    return pyarrow.parquet.read_table(path)
+    if others:  # to leave them out could leave out a day of the log
+        raise ValueError(
+            f"{path} holds files that are not named .parquet: {others[:5]}; move them elsewhere, or name the files "
+            f"with a pattern, such as {path / '*.parquet'}"
+        )
+    return ParquetFiles(path, files, ids).read()
 
 
 def _read_csv(path: Path, ids: Sequence[str]) -> pa.Table:
@@ -143,20 +128,3 @@ FILE_READERS = {
     ".jsonl": _read_json,
     ".json": _read_json,
 }
-
-
-def integers_of(text: pa.Array) -> pa.Array:
-    """Text as int64 if every value is the way to write an integer (`7`, not `007`, `7.0` or `+7`); otherwise as it
-    is.
-    """
-    if not pc.all(pc.match_substring_regex(text, r"^(0|-?[1-9][0-9]*)$")).as_py():
-        return text
-    try:
-        return text.cast(pa.int64())
-    except pa.ArrowInvalid:  # beyond 64 bits
-        return text
-
-
-def without_blanks(text: pa.Array) -> pa.Array:
-    """Text with null where it is blank."""
-    return pc.if_else(pc.equal(pc.utf8_trim_whitespace(text), ""), pa.scalar(None, text.type), text)

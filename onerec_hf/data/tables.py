@@ -13,7 +13,9 @@ import pyarrow.compute as pc
 import pyarrow.dataset
 from transformers.utils import logging
 
-from .table_files import integers_of, read_files, without_blanks
+from .column_types import id_array, integers_of, is_text, plain
+from .parquet_files import check_ids_of_dataset
+from .table_files import read_files
 
 logger = logging.get_logger(__name__)
 
@@ -70,6 +72,7 @@ def _read(source: Any, split: str, ids: Sequence[str]) -> pa.Table:
     if hasattr(source, "__arrow_c_stream__"):  # a polars DataFrame, a pyarrow.RecordBatchReader, a DuckDB relation
         return pa.table(source)
     if isinstance(source, pyarrow.dataset.Dataset):
+        check_ids_of_dataset(source, ids)
         return source.to_table()
     hint = ""
     if splits:
@@ -94,40 +97,6 @@ def select_columns(table: pa.Table, names: Mapping[str, str], argument: str) -> 
                 f"Name the column with {argument}={{{ours!r}: ...}}"
             )
     return pa.table({ours: table[theirs] for ours, theirs in names.items()})
-
-
-def id_array(column: pa.ChunkedArray, name: str) -> pa.Array:
-    """Ids as one int64 or large_string array.
-
-    Integers of any type, whole decimals and whole floats up to 2^53 (pandas' integers with gaps; above, neighbours are
-    one float) become int64. NaN and blank text become null.
-
-    Raises:
-        ValueError: numbers that are not whole or do not fit.
-        TypeError: neither numbers nor text.
-    """
-    array = plain(column)
-    if pa.types.is_null(array.type):
-        return array.cast(pa.large_string())
-    if is_text(array.type):
-        return without_blanks(array.cast(pa.large_string()))
-    if pa.types.is_floating(array.type):
-        array = array.cast(pa.float64())
-        array = pc.if_else(pc.is_nan(array), pa.scalar(None, array.type), array)
-        bad = pc.or_(pc.not_equal(pc.floor(array), array), pc.greater(pc.abs(array), 2.0**53))
-        if (lost := array.filter(bad)).is_valid().true_count:
-            raise ValueError(
-                f"{name} ({column.type}) cannot become int64: {lost[0]} is no whole number up to 2^53; pass the ids "
-                "as text"
-            )
-    elif not (pa.types.is_integer(array.type) or pa.types.is_decimal(array.type)):
-        raise TypeError(f"{name} must hold integers or strings, got {array.type}")
-    try:
-        return array.cast(pa.int64())
-    except pa.ArrowInvalid as error:
-        raise ValueError(
-            f"{name} ({array.type}) cannot become int64: not whole, or beyond 64 bits ({error}); pass the ids as text"
-        ) from error
 
 
 def one_kind(log_ids: pa.Array, table_ids: pa.Array) -> tuple[pa.Array, pa.Array]:
@@ -229,14 +198,3 @@ def feature_values(column: pa.ChunkedArray) -> np.ndarray | list:
     if is_number or (pa.types.is_boolean(array.type) and not array.null_count):
         return array.to_numpy(zero_copy_only=False)
     return array.to_pylist()
-
-
-def is_text(kind: pa.DataType) -> bool:
-    """Whether a type is a string, of any kind."""
-    return pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind)
-
-
-def plain(column: pa.ChunkedArray | pa.Array) -> pa.Array:
-    """One array without a dictionary."""
-    array = column.combine_chunks() if isinstance(column, pa.ChunkedArray) else column
-    return array.dictionary_decode() if pa.types.is_dictionary(array.type) else array
