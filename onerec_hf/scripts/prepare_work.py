@@ -1,4 +1,5 @@
 """The work folder of `onerec prepare`, OUTPUT/.prepare: what a stopped run has finished, for the same command to take.
+And what tells whether a file is still the one that something was made of.
 
 A piece of work has its name when it is whole. `made_of.json` says what the pieces are made of; without it they are
 nobody's, so it is the first to go where they are deleted.
@@ -22,6 +23,7 @@ from ..data.log_shards import CUT
 from .model_arguments import model_path
 from .prepare_arguments import PrepareArguments
 
+BLOCK, BLOCKS = 2**20, 64  # what is read of a large file to tell whether it has changed
 WORK, MADE_OF = ".prepare", "made_of.json"
 SPLITS_DONE = "splits.json"  # how many shards have their splits, and what was counted on the way
 EMBEDDINGS, LEVELS, RQVAE_DONE = "embeddings", "levels", "rqvae"  # folders
@@ -87,6 +89,30 @@ def write_json(path: Path, found: dict[str, Any]) -> None:
     """A file that is whole or not there."""
     with whole(path) as partial:
         partial.write_text(json.dumps(found, indent=2), encoding="utf-8")
+
+
+def content_of(path: Path) -> str:
+    """Size and hash of a file: the same for a copy elsewhere. A file above 64 MiB is read at 64 places alone, the
+    first and the last MiB among them, so that it costs a fraction of a second however large it is.
+    """
+    size, digest = path.stat().st_size, hashlib.sha256()
+    starts = [0]
+    if size > BLOCKS * BLOCK:
+        starts = [place * (size - BLOCK) // (BLOCKS - 1) for place in range(BLOCKS)]
+    with path.open("rb") as file:
+        for start in starts:
+            file.seek(start)
+            digest.update(file.read(BLOCK if len(starts) > 1 else size))
+    return f"{size} bytes, {digest.hexdigest()[:16]}"
+
+
+def changed_files(before: dict[str, str], now: dict[str, str]) -> str:
+    """In words, which of the files of [`content_of`] by name are not what they were; empty where all are."""
+    words = {name: "has changed" for name in sorted(before.keys() | now.keys()) if before.get(name) != now.get(name)}
+    words |= dict.fromkeys(words.keys() - now.keys(), "is not there any more")
+    words |= dict.fromkeys(words.keys() - before.keys(), "is new")
+    told = [f"{name} {what}" for name, what in words.items()]
+    return "; ".join(told[:3]) + (f"; and {len(told) - 3} more" if len(told) > 3 else "")
 
 
 def _unlink(lock: Path) -> None:
