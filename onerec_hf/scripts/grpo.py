@@ -12,7 +12,7 @@ training, [...])` from Python. Every field of `OneRecGRPOConfig` works on the co
 `--lora_r 8` trains an adapter and writes the merged model. Writes a repository as `onerec sft` does.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -23,18 +23,31 @@ import numpy as np
 import torch
 from peft import LoraConfig
 from transformers import AutoTokenizer, set_seed
+from transformers.utils import logging
 
 from .. import Catalogue
 from ..collators import OneRecCollator
-from ..data import DataFolder, change_rows, load_interactions, read_table, target_rows
+from ..data import (
+    DataFolder,
+    Interactions,
+    change_rows,
+    load_interactions,
+    match_ids,
+    reaches,
+    read_table,
+    target_rows,
+)
 from ..rewards import FormatReward, HitReward, IndustrialReward
 from ..rewards.functions import RewardFunction
 from ..trainers import OneRecGRPOConfig, OneRecGRPOTrainer, feedback_exposures, rejection_sample
 from .checks import check_beams, check_training, train_checked
 from .ending import finish_policy, some
+from .grpo_held_out import HeldOut
 from .model_arguments import ON_DISK, load_policy, mapping, training_rows
 from .parser import ScriptParser
 from .reward_arguments import load_reward
+
+logger = logging.get_logger(__name__)
 
 
 @dataclass
@@ -65,7 +78,13 @@ class RLArguments:
     watched: str = field(default='{"long_view": 1}', metadata={"help": "What fills histories: columns, thresholds."})
     request: str | None = field(default="request_id", metadata={"help": "Impressions of a request share a context."})
     start: float | None = field(default=None, metadata={"help": "Train on impressions from this time on."})
-    end: float | None = field(default=None, metadata={"help": "And before this one: the start of the validation."})
+    end: float | None = field(
+        default=None,
+        metadata={
+            "help": "And before this one: the start of the validation. Impressions at or after a held-out event of "
+            "--data are left out in any case."
+        },
+    )
     ties: Literal["strict", "inclusive"] = field(default="strict", metadata={"help": "At the top quartile's edge."})
     sft: Literal["train", "rsft"] = field(
         default="train", metadata={"help": "Rows of the supervised loss: the split, or the better half of exposures."}
@@ -80,8 +99,23 @@ class RLArguments:
     test_users: int | None = field(default=None, metadata={"help": "Users of the test split to score; default all."})
 
 
-def load_exposures(args: RLArguments, catalogue: Catalogue, collator: OneRecCollator) -> datasets.Dataset:
-    """Requests with duration-aware advantages; `user` is -1 for users that the data folder does not have."""
+def load_exposures(
+    args: RLArguments,
+    catalogue: Catalogue,
+    collator: OneRecCollator,
+    splits: Mapping[str, datasets.Dataset] | None = None,
+) -> datasets.Dataset:
+    """
+    Requests with duration-aware advantages; `user` is -1 for users that the data folder does not have.
+
+    Args:
+        splits: Of the data folder: exposures at or after a held-out event of their user are left out, counted in a
+            warning. None: `start` and `end` alone choose.
+
+    Raises:
+        ValueError: Columns that the table lacks, times that cannot be compared with those of the splits, or no
+            exposure that may be trained on.
+    """
     columns, watched, levels = mapping(args.columns), mapping(args.watched), catalogue.num_levels
     ids = ["user_id", "item_id", *([args.request] if args.request else [])]
     table = read_table(args.exposures, ids=[columns.get(name, name) for name in ids])
@@ -93,8 +127,8 @@ def load_exposures(args: RLArguments, catalogue: Catalogue, collator: OneRecColl
     features.pop("timestamp", None)  # every row has it
     kept = dict.fromkeys([*watched, *features, "play_time_ms", "duration_ms", "is_hate", *ids[2:]])
     log = load_interactions(table, columns=columns, feedback=[*kept, *names])
-    if args.end is not None:
-        log = log.where(log.timestamp < args.end)
+    user_ids = np.asarray(datasets.Dataset.from_parquet(str(Path(args.data) / "users.parquet"))["user_id"])
+    log = log.where(allowed_exposures(args, log, catalogue, user_ids, splits))
     log_probs = np.stack([log.feedback.pop(name) for name in names], axis=1) if names else None
     rows = feedback_exposures(
         log,
@@ -103,12 +137,57 @@ def load_exposures(args: RLArguments, catalogue: Catalogue, collator: OneRecColl
         request=args.request,
         start=args.start,
         log_probs=None if log_probs is None else np.where(log_probs > 0, np.nan, log_probs),
-        user_ids=np.asarray(datasets.Dataset.from_parquet(str(Path(args.data) / "users.parquet"))["user_id"]),
+        user_ids=user_ids,
         max_history=collator.max_history,
         ties=args.ties,
     )
     read = {"user", "history", "timestamp", "targets", "advantage", "play_time", "log_probs", *features}
     return rows.select_columns([name for name in rows.column_names if name in read])  # the rest would only cost time
+
+
+def allowed_exposures(
+    args: RLArguments,
+    log: Interactions,
+    catalogue: Catalogue,
+    user_ids: np.ndarray,
+    splits: Mapping[str, datasets.Dataset] | None,
+) -> np.ndarray:
+    """Which exposures are before `end` and before what the splits hold out; raises where none is."""
+    time = log.timestamp
+    first, last = time.min(), time.max()
+    before = np.ones(len(log), dtype=bool) if args.end is None else time < args.end
+    if not before.any():
+        raise ValueError(
+            f"end={args.end:.15g} leaves no exposure: those of {args.exposures} reach from {first} to {last}. Give a "
+            "time among them, in their unit."
+        )
+    if args.end is not None and before.all():
+        logger.warning(
+            f"end={args.end:.15g} leaves out no exposure: those of {args.exposures} reach from {first} to {last}. Is it "
+            "in their unit?"
+        )
+    timeless = splits is not None and any("timestamp" not in rows.column_names for rows in splits.values())
+    if splits is None or (timeless and args.end is not None):
+        if timeless:
+            logger.warning(f"the rows of {args.data} have no times: that end={args.end:.15g} is right is not checked.")
+        return before
+    held_out = HeldOut(splits, len(user_ids), catalogue.num_items, args.data)
+    user = match_ids(log.user_ids, user_ids)[log.user_index]
+    item = match_ids(log.item_ids, catalogue.item_ids)[log.item_index]
+    watched = reaches(log.feedback, mapping(args.watched))
+    kept = before & held_out.allowed(user, item, time, watched, args.start, args.end)
+    if dropped := int(before.sum() - kept.sum()):
+        logger.warning(
+            f"{dropped:,} of {int(before.sum()):,} exposures are left out: they are at or after an event that "
+            f"{args.data} holds out for validation or test."
+        )
+    if not kept.any():
+        raise ValueError(
+            f"no exposure of {args.exposures} is before the events that {args.data} holds out: nothing is left to "
+            "train on. Give the impressions from before them, too; for newer ones alone, --start after everything "
+            "that is held out."
+        )
+    return kept
 
 
 def make_rewards(args: RLArguments, data: DataFolder, policy: Any, num_generations: int) -> list[RewardFunction]:
@@ -172,7 +251,7 @@ def main(args: RLArguments, training: OneRecGRPOConfig, reward_funcs: list | Non
     model, collator, catalogue = recommender.model, recommender.ranker.collator, recommender.model.catalogue
     splits = data.splits_on_disk() if args.streaming else data.splits
     train, test = splits["train"], some(splits["test"], args.test_users, "test_users")
-    exposures = load_exposures(args, catalogue, collator) if args.exposures else None
+    exposures = load_exposures(args, catalogue, collator, splits) if args.exposures else None
     supervised = None
     if training.sft_weight > 0:
         rsft = args.sft == "rsft"
