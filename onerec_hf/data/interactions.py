@@ -33,7 +33,8 @@ class Interactions:
         user_ids (`np.ndarray` of shape (U,)): original ids, integers or strings.
         item_ids (`np.ndarray` of shape (N,)): original ids, integers or strings.
         feedback (`dict[str, np.ndarray]`): one array of shape (M,) per event feature (`play_time_ms`, `is_like`, ...).
-        items (`dict[str, np.ndarray | list]`): item features or text, N values each.
+        items (`dict[str, np.ndarray | list]`): item features or text, N values each; integers with gaps are a list
+            with None.
         users (`dict[str, np.ndarray | list]`): user features, U values each.
 
     Raises:

@@ -190,11 +190,14 @@ def numpy_values(column: pa.ChunkedArray | pa.Array) -> np.ndarray:
 
 
 def feature_values(column: pa.ChunkedArray) -> np.ndarray | list:
-    """Numbers as an array (null becomes NaN), booleans too if none is null; the rest as a list with None for null."""
+    """Floats as an array (null becomes NaN), integers and booleans too if none is null; the rest as a list with None
+    for null.
+    """
     array = plain(column)
     if pa.types.is_decimal(array.type):
         array = array.cast(pa.float64())
-    is_number = pa.types.is_integer(array.type) or pa.types.is_floating(array.type)
-    if is_number or (pa.types.is_boolean(array.type) and not array.null_count):
+    # with nulls integers would become floats, of which neighbours above 2^53 are one
+    whole = pa.types.is_integer(array.type) or pa.types.is_boolean(array.type)
+    if pa.types.is_floating(array.type) or (whole and not array.null_count):
         return array.to_numpy(zero_copy_only=False)
     return array.to_pylist()

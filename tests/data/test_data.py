@@ -12,6 +12,8 @@ import pytest
 from onerec_hf.data import (
     Interactions,
     SessionConfig,
+    category_codes,
+    category_map,
     compress_lifelong,
     global_time_split,
     k_core,
@@ -123,7 +125,24 @@ def test_items_table_defines_the_item_indices_and_users_follow_the_log():
     assert x.item_ids.tolist() == ["c", "new", "a", "b"] and x.item_index.tolist() == [2, 3, 0, 0, 2, 3]
     assert x.items == {"title": ["C", "New", "A", None], "tags": [[1], [], [2, 3], [4]]}
     assert x.user_ids.tolist() == [3, 5, 7]
-    np.testing.assert_array_equal(x.users["age"], [30, np.nan, 70])
+    assert x.users["age"] == [30, None, 70]
+
+
+def test_integer_features_with_a_gap_keep_their_value():
+    """As floats, integers above 2^53 would become one category, and 3 would become 3.0."""
+    authors = pd.array([2**60 + i if i else None for i in range(5)], dtype="Int64")
+    items = pd.DataFrame(
+        {"item_id": range(5), "author": authors, "level": [3, 1, 2, 1, 0], "price": [0.5, np.nan, 2, 1, 1]}
+    )
+    log = {"user_id": [1] * 5, "item_id": range(5), "timestamp": range(5)}
+    for source in (items, pa.Table.from_pandas(items), items.to_dict("list")):
+        found = load_interactions(log, items=source).items
+        assert list(map(str, found["author"])) == ["None", *(str(2**60 + i) for i in range(1, 5))]
+        assert category_codes(found["author"], category_map(found["author"])).tolist() == [0, 1, 2, 3, 4]
+        assert found["level"].dtype == np.int64
+        np.testing.assert_array_equal(found["price"], [0.5, np.nan, 2, 1, 1])
+    core = k_core(load_interactions(log | {"item_id": [0, 1, 1, 3, 3]}, items=items), 2)
+    assert core.items["author"] == [2**60 + 1, 2**60 + 3]
 
 
 def test_a_mapped_column_wins_over_one_that_bears_our_name(caplog):
