@@ -215,6 +215,21 @@ class _TimeEstimate(TrainerCallback):
             print(f"{seconds:.2g} seconds per step: about {time_left} left, evaluations apart", flush=True)
 
 
+def check_trained(trainer: Trainer) -> None:
+    """Refuses to go on with weights that no step has changed: they would be saved as a trained model. A run that is
+    resumed at its end has the steps of its checkpoint.
+    """
+    if trainer.state.global_step > 0:
+        return
+    training, rows = trainer.args, trainer.train_dataset
+    count = f"{len(rows):,}" if hasattr(rows, "__len__") else "streamed"
+    names = ("num_train_epochs", "max_steps", "per_device_train_batch_size", "dataloader_drop_last")
+    settings = ", ".join(f"{name}={getattr(training, name)}" for name in names)
+    raise ValueError(
+        f"the training made no step, so nothing is saved: {count} training rows, {settings}. Give more rows or steps."
+    )
+
+
 def train_checked(
     trainer: Trainer,
     recommender: Recommender,
@@ -228,4 +243,5 @@ def train_checked(
     trainer.add_callback(_TimeEstimate())
     start = time.perf_counter()
     trainer.train(resume_from_checkpoint=trainer.args.resume_from_checkpoint)
+    check_trained(trainer)
     return {"train_seconds": time.perf_counter() - start}

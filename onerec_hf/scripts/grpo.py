@@ -163,8 +163,8 @@ def allowed_exposures(
         )
     if args.end is not None and before.all():
         logger.warning(
-            f"end={args.end:.15g} leaves out no exposure: those of {args.exposures} reach from {first} to {last}. Is it "
-            "in their unit?"
+            f"end={args.end:.15g} leaves out no exposure: those of {args.exposures} reach from {first} to {last}. Is "
+            "it in their unit?"
         )
     timeless = splits is not None and any("timestamp" not in rows.column_names for rows in splits.values())
     if splits is None or (timeless and args.end is not None):
@@ -188,6 +188,24 @@ def allowed_exposures(
             "that is held out."
         )
     return kept
+
+
+def judged(exposures: datasets.Dataset) -> datasets.Dataset:
+    """
+    The requests with a verdict on an exposure: what a loss of logged feedback is made of.
+
+    Raises:
+        ValueError: There is none, and nothing would be trained.
+    """
+    rows = exposures.filter(lambda row: any(row["advantage"]))
+    if not len(rows):
+        raise ValueError(
+            f"none of {len(exposures):,} requests has an exposure with a verdict: nobody disliked one (is_hate), and "
+            "no play time is above the top quarter's edge among its user's earlier plays of videos of similar length. "
+            "Where users have few plays, many of them tie at that edge: count them (--ties inclusive), give a longer "
+            "log, or train from rollouts (--logged_weight 0)."
+        )
+    return rows
 
 
 def make_rewards(args: RLArguments, data: DataFolder, policy: Any, num_generations: int) -> list[RewardFunction]:
@@ -243,6 +261,8 @@ def main(args: RLArguments, training: OneRecGRPOConfig, reward_funcs: list | Non
     """Runs the recipe; returns what it writes to `metrics.json`."""
     if training.logged_weight == 1 and args.reward:
         raise ValueError(f"reward={args.reward!r} would score nothing: logged_weight=1 leaves no rollouts. Lower it.")
+    if args.exposures is None and args.sft == "rsft" and training.sft_weight > 0:
+        raise ValueError("sft='rsft' takes the better half of the exposures: give --exposures, or leave it out.")
     check_training(training)
     check_beams(args.num_beams)
     set_seed(training.seed)
@@ -256,7 +276,7 @@ def main(args: RLArguments, training: OneRecGRPOConfig, reward_funcs: list | Non
     if training.sft_weight > 0:
         rsft = args.sft == "rsft"
         supervised = rejection_sample(exposures) if rsft else training_rows(train, model.config, collator.max_history)
-    logged = exposures.filter(lambda row: any(row["advantage"])) if training.logged_weight > 0 and exposures else None
+    logged = judged(exposures) if training.logged_weight > 0 and exposures else None
     if reward_funcs is None and training.logged_weight < 1:
         reward_funcs = make_rewards(args, data, model, training.num_generations)
     users = train

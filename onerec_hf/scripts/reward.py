@@ -29,7 +29,7 @@ from ..data import DataFolder
 from ..evaluation import feedback_report
 from ..hub import model_card
 from ..trainers.reward import RewardTrainer
-from .checks import check_splits, check_training, refuse_unknown
+from .checks import check_splits, check_trained, check_training, refuse_unknown
 from .ending import finish, save, some, write_metrics
 from .model_arguments import mapping
 from .parser import ScriptParser
@@ -100,6 +100,7 @@ def main(args: RewardArguments, training: TrainingArguments) -> dict:
     rehearsal = some(splits["test"], 2, "test")  # what would fail at the end fails now
     report(args, trainer.predict(rehearsal), rehearsal)
     trainer.train(resume_from_checkpoint=training.resume_from_checkpoint)
+    check_trained(trainer)
     output, model = Path(str(training.output_dir)), trainer.accelerator.unwrap_model(trainer.model)
     result: dict[str, Any] = {"num_parameters": model.num_parameters(), "log": trainer.state.log_history}
 

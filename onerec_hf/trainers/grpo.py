@@ -111,6 +111,8 @@ class OneRecGRPOTrainer(OneRecTrainer, GRPOTrainer):
         ):
             if (weight > 0) != (rows is not None):
                 raise ValueError(f"{name} is {'' if rows is not None else 'not '}given, but its weight is {weight}.")
+            if rows is not None and not len(rows):
+                raise ValueError(f"{name} has no rows, but its weight is {weight}: give rows, or a weight of 0.")
         if args.logged_weight == 1:
             train_dataset, reward_funcs = logged_dataset, reward_funcs or [no_reward]
         if reward_funcs is not None:

@@ -769,6 +769,13 @@ def test_settings_that_make_no_sense(settings, message, tmp_path):
         make(tmp_path, **settings)
 
 
+@pytest.mark.parametrize("weight", [0.5, 1.0])
+def test_data_sets_without_rows_are_no_loss(weight, tmp_path):
+    for name, weights in (("logged_dataset", {"logged_weight": weight}), ("sft_dataset", {"sft_weight": weight})):
+        with pytest.raises(ValueError, match=rf"{name} has no rows, but its weight is {weight}"):
+            make(tmp_path, trainer={name: logged_rows().select([])}, max_steps=2, **weights)
+
+
 def test_unconstrained_samples_need_a_policy_that_has_probabilities_for_them(tmp_path):
     model = tiny_model(tiny_catalogue(), score_normalization="valid")
     with pytest.raises(ValueError, match="score_normalization='level'"):
