@@ -9,7 +9,8 @@ or `sft`, its arguments, and `seeds` where one is enough. `recipe: rerank` names
 `scorers`, and takes their runs of the same seed; without a `model` it is the scorers alone. One's own model is
 `{predictions: FILE}`, a table of `user_id` and `item_ids` (a list, best first), or `{python: module:function}`, a
 function of histories of item ids and `k`; it is scored anew every time. A run lies in `OUTPUT/<entry>/seed<n>`; it is
-taken as it is if it ended with the same arguments, resumed if it left a checkpoint, and made anew otherwise. Writes
+taken as it is if it ended with the same arguments, resumed if it left a checkpoint, and made anew otherwise. Data that
+have changed since a run, or a log that has changed since it was prepared, are refused: another `--output`. Writes
 `leaderboard.md` (means ± standard deviation over seeds; paired bootstrap intervals against the best baseline, which is
 chosen on validation, or `--reference`; recall by how often the target occurs in training and by the length of the
 history; coverage, novelty, diversity), `leaderboard.json` and a picture. `--run false`: of what has ended.
@@ -20,7 +21,7 @@ import io
 import json
 import os
 import shutil
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -29,10 +30,11 @@ import yaml
 from ..data import DataFolder
 from ..evaluation import paired_bootstrap
 from ..trainers.resume import checkpoints_of, why_incomplete
-from . import baseline, own_entry, prepare, rerank, sft
+from . import baseline, own_entry, rerank, sft
 from .checks import check_output
 from .ending import PREDICTIONS
 from .leaderboard_results import BEYOND, HeldOut, check_runs, collect, picture, tables
+from .leaderboard_runs import Board, prepare_source, same_run, unfinished
 from .parser import ScriptParser, config_path
 
 RECIPES: dict[str, tuple[Any, list, str]] = {  # the script, its arguments, and the one that names the folder it writes
@@ -156,36 +158,6 @@ def located(args: LeaderboardArguments) -> LeaderboardArguments:
     return replace(args, **{name: os.path.abspath(path) for name, path in known.items()})
 
 
-def prepare_source(args: LeaderboardArguments) -> str:
-    """`OUTPUT/data`, made of the source; taken as it is if the same arguments made it.
-
-    Raises:
-        ValueError: They did not, and nothing shall run.
-    """
-    folder, made = Path(args.output) / "data", Path(args.output) / "prepare.json"
-    given = {name: getattr(args, name) for name in ("source", "layout", "columns", "items")}
-    argv = [word for name, value in given.items() if value is not None for word in (f"--{name}", str(value))]
-    argv = ["--config", args.prepare, *argv, "--output", str(folder)]
-    (arguments,) = ScriptParser("prepare", None, [prepare.PrepareArguments]).parse(argv)
-    asked = json.loads(json.dumps(asdict(arguments)))
-    known = json.loads(made.read_text(encoding="utf-8")) if made.is_file() else {}
-    if known == asked:
-        return str(folder)
-    others = [
-        f"{name}={known.get(name)!r}, asked is {asked[name]!r}" for name in asked if known.get(name) != asked[name]
-    ]
-    reason = f"{folder} was prepared with {'; '.join(others)}" if known else f"{folder} is not prepared"
-    if not args.run:
-        raise ValueError(
-            f"{reason}. With --run false nothing is made: give the same arguments, or --dataset {folder}."
-        )
-    print(f"{reason}: it is prepared now.", flush=True)
-    made.unlink(missing_ok=True)
-    prepare.main(arguments)
-    made.write_text(json.dumps(asked, indent=2), encoding="utf-8")
-    return str(folder)
-
-
 def check_entry(name: str, argv: list[str], folder: Path) -> None:
     """All that the recipe checks before it trains: an error in the last entry is not found when the others have
     ended.
@@ -205,33 +177,14 @@ def check_entry(name: str, argv: list[str], folder: Path) -> None:
         ) from error
 
 
-def same_run(argv: list[str], folder: Path) -> bool:
-    """Whether `folder` was made by that command."""
-    path = folder / "command.json"
-    if argv[0] in OWN or not path.is_file():  # what the file or the function holds may be new
-        return False
-    recipe, *rest = json.loads(path.read_text(encoding="utf-8"))
-    return [recipe.removesuffix(".py"), *rest] == argv
-
-
-def unfinished(runs: list[tuple[str, list[str], Path]]) -> list[tuple[str, list[str], Path]]:
-    """The runs that have not ended with the same arguments, and those that re-rank one of them."""
-    left: list[tuple[str, list[str], Path]] = []
-    for each in runs:
-        _, argv, folder = each
-        again = {str(other) for *_, other in left}
-        if again & set(argv) or not (same_run(argv, folder) and (folder / "metrics.json").is_file()):
-            left.append(each)
-    return left
-
-
-def run_entry(entry_command: list[str], folder: Path) -> None:
+def run_entry(entry_command: list[str], folder: Path, board: Board) -> None:
     """Runs one recipe in this process; goes on with a checkpoint of the same command."""
     recipe, *argv = entry_command
-    same = same_run(entry_command, folder)
+    same = same_run(entry_command, folder, board)
+    board.check_unchanged()
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "metrics.json").unlink(missing_ok=True)
-    (folder / "command.json").write_text(json.dumps(entry_command), encoding="utf-8")
+    board.note_run(entry_command, folder)
     for checkpoint in [] if same else checkpoints_of(folder):  # of other arguments
         shutil.rmtree(checkpoint)
     if not all(map(why_incomplete, checkpoints_of(folder))):
@@ -254,17 +207,21 @@ def main(args: LeaderboardArguments) -> dict:
         raise ValueError(f"{args.entries} has no entries {sorted(unknown)}; it has {sorted(entries)}.")
     if args.reference and args.only and args.reference not in args.only:
         raise ValueError(f"reference={args.reference!r} is not among only={args.only}: add it, or leave it out.")
-    args = args if args.source is None else replace(args, data=prepare_source(args))
+    if args.source is not None:
+        given = {name: getattr(args, name) for name in ("source", "layout", "columns", "items")}
+        args = replace(args, data=prepare_source(output, args.prepare, given, args.run))
     data = DataFolder(str(args.data))
+    board = Board.of(output, str(args.data))
     test, results = HeldOut.of(data), {}
     seeds = {name: seeds_of(args, entries[name]) for name in args.only or entries}
     runs = [(name, command(args, entries, name, n), output / name / f"seed{n}") for name in seeds for n in seeds[name]]
+    board.check_runs(runs, anew=args.run)
     if args.run:
-        left = unfinished(runs)
+        left = unfinished(runs, board)
         for name, argv, folder in {each[0]: each for each in left}.values():
             check_entry(name, argv, folder)
         for _, argv, folder in left:
-            run_entry(argv, folder)
+            run_entry(argv, folder, board)
     for name in seeds:
         folders = [folder for own, _, folder in runs if own == name and (folder / "metrics.json").is_file()]
         if folders:

@@ -8,6 +8,7 @@ nobody's, so it is the first to go where they are deleted.
 import glob
 import hashlib
 import json
+import os
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
@@ -115,6 +116,18 @@ def changed_files(before: dict[str, str], now: dict[str, str]) -> str:
     return "; ".join(told[:3]) + (f"; and {len(told) - 3} more" if len(told) > 3 else "")
 
 
+def contents_of(args: PrepareArguments) -> dict[str, dict[str, str]]:
+    """[`content_of`] of every file that an argument names, by argument and name; a file or folder that is moved stays
+    the same. Without what is in memory or on the Hub.
+    """
+    found = {}
+    for name in (*LOGS, *OTHERS):
+        if files := _files_named(name, getattr(args, name)):
+            folder = Path(os.path.commonpath([str(file.parent) for file in files]))
+            found[name] = {file.relative_to(folder).as_posix(): content_of(file) for file in files}
+    return found
+
+
 def _unlink(lock: Path) -> None:
     with suppress(OSError):  # some systems do not delete what is open
         lock.unlink()
@@ -160,7 +173,7 @@ def _made_of(args: PrepareArguments) -> dict[str, str]:
         value = getattr(args, name)
         if value is None:
             continue
-        files = _files(model_path(str(value)) if name in OTHERS else value) if isinstance(value, (str, Path)) else []
+        files = _files_named(name, value)
         if name in LOGS and not files:
             return {}
         for path in files:
@@ -176,6 +189,12 @@ def _code() -> str:
         for path in sorted(package.glob(pattern)):
             digest.update(path.read_bytes())
     return digest.hexdigest()[:16]
+
+
+def _files_named(argument: str, value: Any) -> list[Path]:
+    if not isinstance(value, (str, Path)):
+        return []
+    return _files(model_path(str(value)) if argument in OTHERS else value)
 
 
 def _files(source: str | Path) -> list[Path]:
