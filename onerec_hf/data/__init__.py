@@ -2,7 +2,7 @@
 
 from .data_folder import DataFolder
 from .event_shards import EventShards
-from .features import EventFeature, category_codes, category_map, reaches
+from .features import EventFeature, category_codes, category_map, check_event_features, reaches
 from .interactions import Interactions, load_interactions
 from .labels import event_labels, session_labels
 from .lifelong import compress_lifelong, hierarchical_kmeans
@@ -24,6 +24,7 @@ from .splits import (
 )
 from .streams import change_rows, count_lengths, first_rows, longest_list, mapped_split, stream_split
 from .tables import match_ids, read_table
+from .time_units import time_unit
 
 __all__ = [
     "DataFolder",
@@ -41,6 +42,7 @@ __all__ = [
     "category_codes",
     "category_map",
     "change_rows",
+    "check_event_features",
     "compress_lifelong",
     "count_lengths",
     "event_labels",
@@ -70,6 +72,7 @@ __all__ = [
     "session_splits",
     "stream_split",
     "target_rows",
+    "time_unit",
     "training_events",
     "with_users",
     "write_part",

@@ -8,7 +8,11 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
+import datasets
 import numpy as np
+import pyarrow as pa
+
+from .time_units import NAMES, time_unit
 
 
 class EventFeature(NamedTuple):
@@ -25,17 +29,11 @@ class EventFeature(NamedTuple):
     kind: Literal["category", "log", "gap", "hour"]
     size: int
 
-    def encode(self, values: np.ndarray) -> np.ndarray:
+    def encode(self, values: np.ndarray, name: str = "") -> np.ndarray:
         """Values of one user in time order, shape (T,) -> categories (T,), int64, 0 to `size - 1`; NaN and negatives
-        give 0.
+        give 0. Raises as [`check`].
         """
-        try:
-            values = np.asarray(values, dtype=np.float64)
-        except (ValueError, TypeError) as error:
-            raise ValueError(
-                f"an event feature of kind {self.kind!r} takes numbers, got {np.asarray(values).dtype} ({error}): "
-                "number the values, from 0 on."
-            ) from error
+        values = self.check(values, name)
         if self.kind in ("gap", "hour"):  # an infinite time has no hour and no distance
             values = np.where(np.isfinite(values), values, np.nan)
         if self.kind == "gap":
@@ -46,14 +44,67 @@ class EventFeature(NamedTuple):
             codes = values
         elif self.kind == "hour":
             codes = values // 3_600_000 % 24
-        elif self.kind in ("log", "gap"):
-            codes = np.log2(values + 1)
         else:
+            codes = np.log2(values + 1)
+        # clipped before the cast: what does not fit 64 bits would become -2^63
+        return np.where(known, codes.clip(max=self.size - 2).astype(np.int64) + 1, 0)
+
+    def check(self, values: np.ndarray, name: str = "") -> np.ndarray:
+        """
+        The values as float64.
+
+        Args:
+            values (`np.ndarray` of any shape): Of one user or of many.
+            name: Of their column, for messages.
+
+        Raises:
+            ValueError: No numbers; fractions where `kind` is `"category"`; times in another unit than milliseconds
+                where it is `"hour"`; an unknown `kind`.
+        """
+        what = f"event feature {name!r} of kind {self.kind!r}" if name else f"an event feature of kind {self.kind!r}"
+        if self.kind not in ("category", "log", "gap", "hour"):
             raise ValueError(
                 f"kind={self.kind!r} of an event feature: allowed are 'category', 'log', 'gap' and 'hour'."
             )
-        # clipped before the cast: what does not fit 64 bits would become -2^63
-        return np.where(known, codes.clip(max=self.size - 2).astype(np.int64) + 1, 0)
+        try:
+            numbers = np.asarray(values, dtype=np.float64)
+        except (ValueError, TypeError) as error:
+            raise ValueError(
+                f"{what} takes numbers, got {np.asarray(values).dtype} ({error}): number the values, from 0 on."
+            ) from error
+        if self.kind == "category" and (parts := numbers[(numbers >= 0) & (np.floor(numbers) != numbers)]).size:
+            raise ValueError(
+                f"{what} takes whole numbers, got {parts[0]}, which would be the category of {parts[0] // 1:g}: "
+                "number the values from 0 on (ratings of 0.5, 1, 1.5 as 1, 2, 3), or give an amount the kind 'log'."
+            )
+        if self.kind == "hour" and (unit := time_unit(numbers)) not in (None, "ms"):
+            raise ValueError(
+                f"{what} takes milliseconds since 1970, got {numbers.max():.0f}, which is a date of today in "
+                f"{NAMES[unit]}: load the log with times in milliseconds, or with dates."
+            )
+        return numbers
+
+
+def check_event_features(features: Mapping[str, EventFeature], rows: datasets.Dataset) -> None:
+    """
+    Refuses what [`EventFeature.encode`] would refuse, before a training starts.
+
+    Args:
+        features: By name of the column.
+        rows: Of a split. List columns of the name, alone or after `target_` or `lifelong_`, are looked at; what is
+            absent is not.
+
+    Raises:
+        ValueError: As [`EventFeature.check`], which names the column.
+    """
+    for name, feature in features.items():
+        for column in (name, f"target_{name}", f"lifelong_{name}"):
+            if column in rows.column_names:
+                for batch in rows.select_columns([column]).with_format("arrow").iter(batch_size=10_000):
+                    values = batch[column].combine_chunks()
+                    while pa.types.is_list(values.type) or pa.types.is_large_list(values.type):
+                        values = values.flatten()
+                    feature.check(values.to_numpy(zero_copy_only=False), column)
 
 
 def category_map(values: Sequence, max_size: int | None = None) -> dict[str, int]:

@@ -168,9 +168,9 @@ def load_interactions(
     `request_id`. The same id may be an integer in one table and text in the other: 7 and '7' are equal, '007' is
     another id; the type is the log's, if the ids of the table can have it.
 
-    Timestamps are integers, floats, dates, or ISO 8601 strings; the last two become milliseconds since 1970 UTC (no
-    zone: UTC), after they have been sorted in their full precision. Unsorted logs are sorted; equal timestamps of a
-    user keep their row order and are counted in a warning.
+    Timestamps are integers, floats, dates, or ISO 8601 strings. Numbers keep their unit; dates and strings become
+    milliseconds since 1970 UTC (no zone: UTC), after they have been sorted in their full precision. Unsorted logs are
+    sorted; equal timestamps of a user keep their row order and are counted in a warning.
 
     Returns:
         [`Interactions`]

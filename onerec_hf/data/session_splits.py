@@ -10,8 +10,9 @@ import pyarrow as pa
 from transformers.utils import logging
 
 from .interactions import Interactions
-from .sessions import SessionConfig, high_quality, report_quality, session_index
+from .sessions import SessionConfig, high_quality, report_gap, report_quality, session_index
 from .splits import SPLITS, Splitter, arrow_dataset, ranges, split_whole, user_rows
+from .time_units import time_unit
 
 logger = logging.get_logger(__name__)
 
@@ -77,6 +78,7 @@ class SessionSplit(Splitter):
             ValueError: Columns of the config that are absent or hold NaN.
         """
         config = self.config
+        self.counts[f"times in {time_unit(interactions.timestamp)}"] += len(interactions) > 0
         session = session_index(interactions, config)
         kept = high_quality(interactions, session, config, self.counts)
         order = np.argsort(session, kind="stable")  # events by session, then time
@@ -104,12 +106,14 @@ class SessionSplit(Splitter):
 
     def finish(self) -> None:
         """
-        Warns of sessions that failed the criteria, run on into what is held out, or have too short a history.
+        Warns of sessions that failed the criteria, run on into what is held out, or have too short a history, and of a
+        `max_gap` that seems to be in another unit than the times.
 
         Raises:
             ValueError: No session meets the criteria, or a split has no row.
         """
         counts, config = self.counts, self.config
+        report_gap(counts, config)
         report_quality(counts, config)
         if counts["runs on"]:
             logger.warning(

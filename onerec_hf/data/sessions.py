@@ -15,8 +15,11 @@ from transformers.utils import logging
 
 from .features import reaches
 from .interactions import Interactions
+from .time_units import NAMES, UNITS
 
 logger = logging.get_logger(__name__)
+
+SHORT_GAP, LONG_GAP = 10, 86_400  # seconds: no session ends so soon, hardly one waits so long
 
 
 @dataclass(frozen=True)
@@ -29,8 +32,8 @@ class SessionConfig:
     Args:
         request (`str`, *optional*): Feedback column with the id of the request; a session is what one user got for one
             of them.
-        max_gap (`float`, *optional*): For logs without request ids, in the unit of the timestamps: an event later than
-            this after the user's previous one opens a session.
+        max_gap (`float`, *optional*): For logs without request ids, in the unit of the timestamps (milliseconds where
+            they are dates): an event later than this after the user's previous one opens a session.
         max_events (`int`, *optional*): Longer sessions become several, of so many consecutive events. `max_events=1`,
             with the criteria off, makes one row per event: point-wise targets.
         watched (`dict[str, float]`, *optional*, defaults to `{"is_click": 1}`): Thresholds of "actually watched" and
@@ -225,6 +228,20 @@ def high_quality(
     counts.update({"sessions": size, "kept": int(kept.sum())})
     counts.update({f"failed {name}": int((~met).sum()) for name, met in meets.items()})
     return kept
+
+
+def report_gap(counts: Counter[str], config: SessionConfig) -> None:
+    """Warns where `max_gap` seems to be in another unit than the times; `counts` has how many shards have which."""
+    units = [unit for unit in (*UNITS, None) if counts[f"times in {unit}"]]
+    if len(units) != 1 or (unit := units[0]) is None or not config.max_gap:
+        return
+    seconds = config.max_gap / UNITS[unit]
+    # half an hour in milliseconds is 21 days in seconds, and half an hour in seconds is 2 s in milliseconds
+    if seconds < SHORT_GAP or (unit != "ms" and seconds > LONG_GAP):
+        logger.warning(
+            f"max_gap={config.max_gap:g} is {seconds:,.3g} seconds, as the timestamps are {NAMES[unit]}: it is in the "
+            "unit of the timestamps, which numbers keep; dates and ISO text become milliseconds"
+        )
 
 
 def report_quality(counts: Counter[str], config: SessionConfig) -> None:
