@@ -29,8 +29,8 @@ class RewardCollator(OneRecCollator):
             candidate.
         request_features (`dict[str, EventFeature]`, *optional*): Event columns that are known before an item is shown
             (scenario, hour); read from the column `target_<name>`.
-        boundaries (`Sequence[float]`, *optional*): Times at which what is known about users and items is renewed, in
-            the unit of the timestamps. A row sees the history before the last boundary at or before its
+        boundaries (`Sequence[float]`, *optional*): Increasing times at which what is known about users and items is
+            renewed, in the unit of the timestamps. A row sees the history before the last boundary at or before its
             `session_start`, and the numbers of that period. Without boundaries it sees all of its history. With them,
             the feedback on one exposure of a period does not move the scores of the next ones; otherwise a user's only
             like would be preceded by the low scores of a user without likes and followed by high ones, and an AUC
@@ -61,6 +61,8 @@ class RewardCollator(OneRecCollator):
     ):
         super().__init__(*args, **kwargs)
         self.targets, self.session_wise, self.boundaries = tuple(targets), session_wise, np.asarray(boundaries)
+        if not (np.diff(self.boundaries) > 0).all():
+            raise ValueError(f"boundaries={list(boundaries)}: each must lie after the one before it.")
         self.label_settings = dict(label_settings or {})
         self.candidate_features = {name: np.asarray(values) for name, values in (candidate_features or {}).items()}
         self.request_features = {name: EventFeature(*feature) for name, feature in (request_features or {}).items()}

@@ -7,10 +7,11 @@ feedback.
 Takes the folder that `onerec prepare` writes with `--sessions` and no criteria: for the P-Score one row per exposure
 (`max_events: 1`), for the session-wise reward model of OneRec, `--session_wise true`, one per request or session. Time
 is cut into periods (a day in ms): an exposure is judged from the histories and the rates of feedback before its
-period, in validation and test from those before the split. Built on `transformers.Trainer`: every `TrainingArguments`
-field works; model choice is on the validation split. Writes the model, its tokenizer, `arguments.json` (for `onerec
-dpo` and `onerec grpo`, which judge with it), `metrics.json` and the scores of every validation and test exposure or
-session.
+period, in validation and test from those before the split; of splits by user, whose validation and test rows lie among
+the training rows in time, each from those before its own period. Built on `transformers.Trainer`: every
+`TrainingArguments` field works; model choice is on the validation split. Writes the model, its tokenizer,
+`arguments.json` (for `onerec dpo` and `onerec grpo`, which judge with it), `metrics.json` and the scores of every
+validation and test exposure or session.
 """
 
 import json

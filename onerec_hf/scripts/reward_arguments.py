@@ -8,6 +8,7 @@ from pathlib import Path
 
 import datasets
 import numpy as np
+from transformers.utils import logging
 
 from ..collators import RewardCollator
 from ..data import DataFolder, category_codes, category_map, event_labels, quantile_codes, rate_numbers
@@ -15,7 +16,10 @@ from ..rewards import RewardModel
 from .checks import event_features
 from .model_arguments import ON_DISK, mapping
 
+logger = logging.get_logger(__name__)
+
 ARGUMENTS_NAME = "arguments.json"
+MOST_PERIODS = 100_000
 
 
 @dataclass
@@ -76,6 +80,46 @@ def past_numbers(
     return numbers
 
 
+def period_boundaries(args: RewardArguments, starts: dict[str, np.ndarray]) -> np.ndarray:
+    """
+    The times, increasing, at which what a row knows is renewed: one per period.
+
+    In a split by time, the whole of the validation is one period and the whole of the test another, as for a model
+    that is deployed once. In a split by user, validation and test rows lie all over the log, and other users' training
+    rows beside them: periods go on to its end, and a held-out row knows what was known when its own period began.
+
+    Args:
+        starts: `session_start` of the rows of every split.
+
+    Raises:
+        ValueError: A period that is not above 0, too short for the log, or too long for past rates.
+    """
+    first, last = starts["train"].min(), max(values.max() for values in starts.values())
+    if not args.period > 0 or (last - first) / args.period > MOST_PERIODS:
+        raise ValueError(
+            f"period={args.period:.15g} cuts the log, {first} to {last}, into more than {MOST_PERIODS:,} periods: "
+            "give the length of a day, say, in the unit of its timestamps."
+        )
+    validation, test = starts["validation"].min(), starts["test"].min()
+    if starts["train"].max() < validation and starts["validation"].max() < test:
+        days = np.arange(first + args.period, validation - args.period / 2, args.period)
+        boundaries = np.array([*days, validation, test])
+    else:
+        boundaries = np.arange(first + args.period, last, args.period)
+        logger.warning(
+            f"{args.data} is split by user: its validation and test rows lie among the training rows in time. Each is "
+            f"judged from what was known when its period began, of {len(boundaries) + 1:,} periods. With the "
+            "--validation_start and --test_start of `onerec prepare`, all of them would lie after the training."
+        )
+    assert (np.diff(boundaries) > 0).all()  # a row looks its period up in them
+    if args.rates and not len(boundaries):
+        raise ValueError(
+            f"rates={args.rates} with period={args.period:.15g}: the log, {first} to {last}, is no longer than a "
+            "period, so nothing is past. Give a shorter one, in the unit of its timestamps."
+        )
+    return boundaries
+
+
 def make_collator(args: RewardArguments, data: DataFolder, splits: datasets.DatasetDict) -> RewardCollator:
     """The collator, with features, past rates and the boundaries between periods."""
     tokenizer = data.tokenizer
@@ -84,9 +128,7 @@ def make_collator(args: RewardArguments, data: DataFolder, splits: datasets.Data
             f"the splits {lacking} of {data.path} have no session_start: a reward model reads rows of exposures or "
             "sessions. Make them with `onerec prepare --sessions ...`."
         )
-    starts = {name: np.array(rows["session_start"]) for name, rows in splits.items()}
-    days = np.arange(starts["train"].min() + args.period, starts["validation"].min() - args.period / 2, args.period)
-    boundaries = np.array([*days, starts["validation"].min(), starts["test"].min()])
+    boundaries = period_boundaries(args, {name: np.array(rows["session_start"]) for name, rows in splits.items()})
     items, users = table_features(args, data, "items"), table_features(args, data, "users")
     groups = items | {"item": np.arange(data.num_items), "user": np.arange(data.num_users)}
     if unknown := [name for name in args.rates if name not in groups]:
