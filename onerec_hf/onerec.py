@@ -134,7 +134,7 @@ class OneRec:
             )
 
     def __getstate__(self) -> dict[str, Any]:
-        """A copy, such as a pickle in another process, has the model itself: the temporary folder is gone with this
+        """A copy, such as one in another process, has the model itself: the temporary folder is gone with this
         object.
         """
         state = self.__dict__ | {"_temporary": None}
