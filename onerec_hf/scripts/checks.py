@@ -128,23 +128,46 @@ def check_beams(num_beams: int) -> None:
         )
 
 
-def check_sessions(config: PreTrainedConfig, splits: Mapping[str, datasets.Dataset]) -> None:
+def check_sessions(
+    config: PreTrainedConfig, splits: Mapping[str, datasets.Dataset], trained: Iterable[datasets.Dataset] = ()
+) -> None:
     """
+    Args:
+        splits: Rows of which none may hold more targets than the model writes.
+        trained: All training rows of a new model, in as many parts as they come: one of them at least must hold as
+            many targets. Nothing for a model that can write sessions already.
+
     Raises:
-        ValueError: For a model of sessions, where a row holds more targets than it has items.
+        ValueError: For a model of sessions, where a row holds more targets than it has items, or none as many: its
+            last positions would be served, and never trained.
     """
-    if not config.session_wise or config.num_session_items == 1:  # then each target is a row of its own
+    items = config.num_session_items if config.session_wise else 1
+    if items == 1:  # then each target is a row of its own
         return
+
+    def with_targets(rows: datasets.Dataset) -> int:
+        return longest_list(rows, "targets") if "targets" in rows.column_names else 1
+
     for name, split in splits.items():
-        if "targets" not in split.column_names:
-            continue
-        longest = longest_list(split, "targets")
-        if longest > config.num_session_items:
+        longest = with_targets(split)
+        if longest > items:
             raise ValueError(
                 f"a row of the {name} split has {longest} targets, the model writes sessions of num_session_items="
-                f"{config.num_session_items} items. Train with --model '{{\"num_session_items\": {longest}, ...}}', "
+                f"{items} items. Train with --model '{{\"num_session_items\": {longest}, ...}}', "
                 "or with 1 if the targets are no session; or prepare shorter sessions."
             )
+    longest = 0
+    for part in trained:  # until one says that there is no need to read on
+        longest = max(longest, with_targets(part))
+        if longest >= items:
+            break
+    if 0 < longest < items:
+        what = "sessions of at most" if longest > 1 else "targets one by one, rows of"
+        raise ValueError(
+            f"the training split has {what} {longest}, the model writes sessions of num_session_items={items} items: "
+            f'nothing would train the last {items - longest}. Train with --model \'{{"num_session_items": {longest}, '
+            "...}', or prepare longer sessions (session_size)."
+        )
 
 
 def check_splits(splits: Mapping[str, datasets.Dataset]) -> None:

@@ -11,10 +11,12 @@ choice is on the validation split. Writes the model, tokenizer and catalogue (on
 """
 
 from functools import partial
+from itertools import chain
 
 from transformers import AutoModelForCausalLM, set_seed
 
 from ..data import DataFolder, load_splits
+from ..data.split_files import read_part, split_parts
 from ..recommender import ItemRanker, Recommender
 from ..trainers import OneRecSFTConfig, OneRecSFTTrainer
 from ..trainers.optimizer_state import KeepOptimizer
@@ -75,7 +77,11 @@ def main(args: ModelArguments, training: OneRecSFTConfig) -> dict:
         rows = training_rows(splits["train"], model.config, collator.max_history, args.newest_impressions, args.start)
         train = sample = rows.with_format("numpy")
     scored = ("validation",) if training.eval_strategy != "no" else ()
-    check_sessions(model.config, {"training": sample} | {name: splits[name] for name in scored})
+    trained = iter(() if args.continue_from else [sample])
+    if args.streaming and not args.continue_from:  # a sample does not say how long the longest session is
+        trained = chain(trained, map(read_part, split_parts(args.data)["train"]))
+    held_out = {name: splits[name] for name in scored}
+    check_sessions(model.config, {"training": sample} | held_out, trained)
     trainer = OneRecSFTTrainer(
         model,
         training,
