@@ -2,8 +2,10 @@
 
     onerec recommend --repo org/onerec-1b --dataset histories.parquet --output outputs/recommended --k 20
 
-Each row's `history` holds item ids, oldest first. Several processes share the rows, each row is served once; process r
-writes `part-<r>-of-<processes>.parquet` with the columns of the data set, `item_ids` and `scores`.
+Each row's `history` holds item ids, oldest first. Event columns and user features that the model was trained with are
+read from columns of the same names; what is absent is unknown, which a warning says. Several processes share the rows,
+each row is served once; process r writes `part-<r>-of-<processes>.parquet` with the columns of the data set,
+`item_ids` and `scores`.
 
     onerec recommend --repo org/onerec-1b --dataset shards --output outputs/recommended --by_file true
 
