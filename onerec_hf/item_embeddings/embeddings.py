@@ -4,6 +4,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
 import datasets
 import numpy as np
@@ -19,7 +20,7 @@ logger = logging.get_logger(__name__)
 
 
 def item_texts(items: Mapping[str, Sequence], fields: Sequence[str], separator: str = ". ") -> list[str]:
-    """One text per item: its values of `fields` in this order, without those that are null or empty.
+    """One text per item: its values of `fields` in this order, without those that are null, NaN or empty.
 
     Args:
         items: `Interactions.items`, or any mapping of names to N values.
@@ -27,7 +28,11 @@ def item_texts(items: Mapping[str, Sequence], fields: Sequence[str], separator: 
     if absent := [name for name in fields if name not in items]:
         raise ValueError(f"items has no {absent}; it has {list(items)}")
     rows = zip(*(items[name] for name in fields))
-    return [separator.join(str(value) for value in row if value is not None and value != "") for row in rows]
+    return [separator.join(str(value) for value in row if not _absent(value)) for row in rows]
+
+
+def _absent(value: Any) -> bool:
+    return value is None or (isinstance(value, (float, np.floating)) and bool(np.isnan(value))) or value == ""
 
 
 @torch.no_grad()

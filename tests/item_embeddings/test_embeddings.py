@@ -129,6 +129,10 @@ def test_item_texts_join_what_is_there():
     items = {"title": ["Soap", "Comb"], "brand": [None, "Acme"], "year": np.array([1999, 2000]), "note": ["", "new"]}
     assert item_texts(items, ["title", "brand", "note"]) == ["Soap", "Comb. Acme. new"]
     assert item_texts(items, ["year", "title"], separator=" ") == ["1999 Soap", "2000 Comb"]
+    assert item_texts({"price": np.float32([np.nan, 2.5]), "size": [float("nan"), [1, 2]]}, ["price", "size"]) == [
+        "",
+        "2.5. [1, 2]",
+    ]
     with pytest.raises(ValueError, match=r"items has no \['colour'\]; it has \['title'"):
         item_texts(items, ["title", "colour"])
 
