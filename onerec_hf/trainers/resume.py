@@ -19,6 +19,8 @@ from transformers.trainer_pt_utils import LengthGroupedSampler, get_model_param_
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput
 from transformers.utils import logging
 
+from .same_run import differences, run_settings
+
 logger = logging.get_logger(__name__)
 
 MANIFEST_NAME = "resume.json"
@@ -75,6 +77,7 @@ class ResumableTrainer(Trainer):
 
     resumed_from: Path | None = None
     _order: Any = None  # the sampler of the training rows
+    _run: dict[str, dict[str, Any]] | None = None  # what this run is, for its checkpoints
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
@@ -91,11 +94,15 @@ class ResumableTrainer(Trainer):
 
         Raises:
             ValueError: Before the first step: no complete checkpoint; one of other semantic IDs, rows or number of
-                processes; a new run into a folder that holds the checkpoints of another.
+                processes, of another model, or of another learning rate, which the saved optimizer would overrule; a
+                new run into a folder that holds the checkpoints of another.
+
+        Other arguments than the run had (a batch size, a seed, a loss) are taken, with a warning.
         """
         if isinstance(resume_from_checkpoint, str):
             resume_from_checkpoint = _WORDS.get(resume_from_checkpoint.lower(), resume_from_checkpoint)
         self.resumed_from = self._find_checkpoint(resume_from_checkpoint)
+        self._run = run_settings(self)
         if self.resumed_from is not None:
             self._check_settings(self.resumed_from)
             if self.is_world_process_zero():
@@ -142,13 +149,20 @@ class ResumableTrainer(Trainer):
         )
 
     def _check_settings(self, checkpoint: Path) -> None:
-        written = json.loads((checkpoint / MANIFEST_NAME).read_text(encoding="utf-8"))["settings"]
-        now = self._resume_settings()
-        if different := [name for name in now if written.get(name) != now[name]]:
+        manifest = json.loads((checkpoint / MANIFEST_NAME).read_text(encoding="utf-8"))
+        written, now, run = manifest["settings"], self._resume_settings(), self._run or run_settings(self)
+        missing = dict.fromkeys(now)  # a checkpoint of an earlier version has no model and no optimizer to compare
+        found = [differences(missing | written, now)]
+        found += [differences(manifest.get(name, {}), run[name]) for name in ("model", "optimizer")]
+        if different := "; ".join(filter(None, found)):
             raise ValueError(
-                f"{checkpoint} belongs to another run: "
-                + "; ".join(f"{name} {written.get(name)!r} there, {now[name]!r} here" for name in different)
-                + ". Resume with what that run had, or start a new one from its weights. Nothing was trained."
+                f"{checkpoint} belongs to another run: {different}. Resume with what that run had, or start a new one "
+                "from its weights. Nothing was trained."
+            )
+        if (different := differences(manifest.get("course", {}), run["course"])) and self.is_world_process_zero():
+            logger.warning(
+                f"The run of {checkpoint} had other arguments: {different}. From here on it takes the new ones, and "
+                "ends as neither a run with the old nor one with the new ones alone would."
             )
 
     def _resume_settings(self) -> dict[str, str | int | float | bool | None]:
@@ -182,7 +196,7 @@ class ResumableTrainer(Trainer):
         self.accelerator.wait_for_everyone()
         if self.args.should_save:
             files = {str(p.relative_to(folder)): p.stat().st_size for p in sorted(folder.rglob("*")) if p.is_file()}
-            manifest = {"settings": self._resume_settings(), "files": files}
+            manifest = {"settings": self._resume_settings(), **(self._run or run_settings(self)), "files": files}
             (folder / MANIFEST_NAME).write_text(json.dumps(manifest, indent=2), encoding="utf-8")
 
     def _load_rng_state(self, checkpoint: str | None) -> None:

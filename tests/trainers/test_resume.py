@@ -7,14 +7,17 @@ import shutil
 
 import pytest
 import torch
+from peft import LoraConfig
 from tqdm.auto import tqdm as tqdm_auto
 from tqdm.std import TqdmDefaultWriteLock, tqdm
 from transformers import EarlyStoppingCallback, TrainerState, trainer_pt_utils
 from transformers.trainer_utils import IntervalStrategy
 from transformers.utils import logging
 
+from experiments import survival
 from experiments.survival import TRAINERS, Run, differences, make_trainer, survive
-from onerec_hf import Catalogue
+from onerec_hf import Catalogue, OneRecV2Config
+from onerec_hf.trainers import OneRecSFTConfig, OneRecSFTTrainer
 from onerec_hf.trainers.resume import checkpoints_of, why_incomplete
 
 pytestmark = [
@@ -245,6 +248,89 @@ def test_other_settings_are_refused(setting, value, message, stopped):
     path.write_text(json.dumps(manifest))
     with pytest.raises(ValueError, match=message):
         train("SFT", stopped, "true")
+
+
+@pytest.mark.parametrize(
+    ("setting", "value", "message"),
+    [
+        ("learning_rate", 1e-5, "learning_rate 0.01 there, 1e-05 here"),
+        ("weight_decay", 0.5, "weight_decay 0.0 there, 0.5 here"),
+        ("adam_beta2", 0.9, "adam_beta2 0.999 there, 0.9 here"),
+        ("optim", "sgd", "optim 'adamw_torch[a-z_]*' there, 'sgd' here"),
+    ],
+)
+def test_what_the_saved_optimizer_would_overrule_is_refused(setting, value, message, stopped):
+    with pytest.raises(ValueError, match=rf"checkpoint-6 belongs to another run: {message}\. Resume with what that"):
+        train("SFT", stopped, "true", max_steps=7, **{setting: value})
+
+
+@pytest.mark.parametrize("name", ["SFT", "IPA", "GRPO"])
+def test_another_model_is_refused_in_words(name, tmp_path, monkeypatch):
+    """Of another size, for which torch has a traceback, or with the same shapes and other heads."""
+    train(name, tmp_path, max_steps=3)
+    for own, message in (
+        ({"hidden_size": 32}, "hidden_size 16 there, 32 here"),
+        ({"num_attention_heads": 4, "head_dim": 4, "num_key_value_heads": 4}, "num_attention_heads 2 there, 4 here"),
+    ):
+        with monkeypatch.context() as other:
+            other.setattr(survival, "OneRecV2Config", lambda own=own, **given: OneRecV2Config(**(given | own)))
+            with pytest.raises(ValueError, match=message):
+                train(name, tmp_path, "true", max_steps=4)
+
+
+def test_adapters_are_compared(tmp_path):
+    def tuned(rank, resume=None):
+        torch.manual_seed(0)
+        model, collator = survival.world()
+        args = OneRecSFTConfig(str(tmp_path), max_steps=1, save_steps=1, report_to="none", use_cpu=True)
+        settings = {"peft_config": LoraConfig(r=rank, target_modules=["q_proj"])} if rank else {}
+        trainer = OneRecSFTTrainer(model, args, collator, survival.rows_of(4), **settings)
+        trainer.train(resume_from_checkpoint=resume)
+
+    tuned(4)
+    with pytest.raises(ValueError, match=r"adapter \{'r': 4, .*\} there, \{'r': 8, .*\} here"):
+        tuned(8, "true")
+    with pytest.raises(ValueError, match=r"adapter \{'r': 4, .*\} there, None here"):
+        tuned(None, "true")
+    tuned(4, "true")
+
+
+@pytest.mark.parametrize(
+    ("name", "settings", "message"),
+    [
+        ("SFT", {"seed": 1}, "seed 42 there, 1 here"),
+        ("SFT", {"per_device_train_batch_size": 3}, "per_device_train_batch_size 2 there, 3 here"),
+        ("SFT", {"lr_scheduler_type": "constant"}, "lr_scheduler_type 'linear' there, 'constant' here"),
+        ("IPA", {"beta": 0.9}, "beta 0.1 there, 0.9 here"),
+    ],
+)
+def test_other_arguments_that_change_the_course_are_said(name, settings, message, tmp_path, warnings):
+    train(name, tmp_path, max_steps=3)
+    train(name, tmp_path, "true", max_steps=4, **settings)
+    (said,) = [text for text in warnings if "had other arguments" in text]
+    assert message in said and "ends as neither" in said
+
+
+def test_other_collators_are_said(stopped, warnings):
+    def shorter(trainer):
+        trainer.data_collator.settings["max_history"] = 7
+
+    train("SFT", stopped, "true", shorter, max_steps=7)
+    assert any("max_history 50 there, 7 here" in text for text in warnings)
+
+
+def test_what_a_run_writes_and_how_long_it_goes_on_is_no_other_run(stopped, warnings):
+    train("SFT", stopped, "true", max_steps=7, logging_steps=1, save_steps=7, eval_delay=2, dataloader_num_workers=0)
+    assert not [text for text in warnings if "other arguments" in text]
+
+
+def test_checkpoints_of_earlier_versions_are_taken(stopped):
+    for checkpoint in checkpoints_of(stopped):
+        manifest = json.loads((checkpoint / "resume.json").read_text())
+        assert "hub_token" not in manifest["course"]
+        kept = {name: manifest[name] for name in ("settings", "files")}
+        (checkpoint / "resume.json").write_text(json.dumps(kept))
+    assert train("SFT", stopped, "true", max_steps=7).state.global_step == 7
 
 
 def test_a_new_run_does_not_mix_with_another(stopped):

@@ -1,0 +1,88 @@
+"""Whether a run that is resumed is the run that was stopped: its model, its optimizer, and the arguments that change
+its course.
+"""
+
+import json
+from dataclasses import fields
+from enum import Enum
+from typing import Any
+
+from transformers import PreTrainedConfig, Trainer
+
+# in the checkpoint's optimizer, and taken from there whatever the new run says
+_OPTIMIZER = ("learning_rate", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon", "optim", "optim_args")
+# how long a run goes on, and what it writes, evaluates and runs on: none changes what the next step does
+_NEUTRAL: tuple[str, ...] = (
+    "max_steps",
+    "num_train_epochs",
+    "output_dir",
+    "resume_from_checkpoint",
+    "local_rank",
+    "use_cpu",
+    "debug",
+)
+_NEUTRAL += ("load_best_model_at_end", "metric_for_best_model", "greater_is_better", "prediction_loss_only")
+_NEUTRAL += ("ignore_data_skip", "skip_memory_metrics", "remove_unused_columns", "label_names", "run_name", "project")
+_NEUTRAL += ("batch_eval_metrics", "num_completions_to_print", "enable_jit_checkpoint", "trust_remote_code")
+_NEUTRAL_STARTS: tuple[str, ...] = (
+    "logging_",
+    "log_",
+    "eval_",
+    "per_device_eval",
+    "save_",
+    "hub_",
+    "push_",
+    "report_",
+    "trackio_",
+)
+_NEUTRAL_STARTS += ("dataloader_num", "dataloader_p", "dataloader_m", "ddp_", "fsdp", "deepspeed", "torch_compile")
+_NEUTRAL_STARTS += ("disable_tqdm", "do_", "include_", "vllm_", "restore_", "torch_empty", "dataset_num_proc")
+
+
+def run_settings(trainer: Trainer) -> dict[str, dict[str, Any]]:
+    """
+    What a checkpoint says of its run, as JSON.
+
+    Args:
+        trainer (`Trainer`): Before its first step: a training changes some of its arguments.
+
+    Returns:
+        `model`: the fields of the model's own config, and its adapter; `optimizer`: the arguments that the saved
+        optimizer holds; `course`: the other arguments that change what a step does, and the collator's.
+    """
+    model: Any = trainer.accelerator.unwrap_model(trainer.model)
+    adapter = next(iter(model.peft_config.values())) if hasattr(model, "peft_config") else None
+    config = (model if adapter is None else model.get_base_model()).config
+    of_all = {entry.name for entry in fields(PreTrainedConfig)} | {"catalogue_fingerprint", "use_cache"}
+    own = {entry.name: vars(config).get(entry.name) for entry in fields(config) if entry.name not in of_all}
+    shape = None if adapter is None else {name: vars(adapter).get(name) for name in ("r", "lora_alpha", "use_dora")}
+    given = {entry.name: vars(trainer.args).get(entry.name) for entry in fields(trainer.args)}
+    course = {
+        name: value
+        for name, value in given.items()
+        if name not in (*_OPTIMIZER, *_NEUTRAL) and not name.startswith(_NEUTRAL_STARTS)
+    }
+    collator = vars(trainer).get("collator") or trainer.data_collator
+    course |= {name: value for name, value in getattr(collator, "settings", {}).items() if name not in course}
+    optimizer = {name: given[name] for name in _OPTIMIZER}
+    return {"model": _json(own | {"adapter": shape}), "optimizer": _json(optimizer), "course": _json(course)}
+
+
+def differences(written: dict[str, Any], now: dict[str, Any]) -> str:
+    """What two runs have under one name and not alike, in words; empty where there is nothing."""
+    names = [name for name in now if name in written and written[name] != now[name]]
+    return "; ".join(f"{name} {written[name]!r} there, {now[name]!r} here" for name in names)
+
+
+def _json(values: dict[str, Any]) -> dict[str, Any]:
+    """As it comes back from a file, without what no file can hold."""
+    found = {}
+    for name, value in values.items():
+        try:
+            found[name] = json.loads(json.dumps(value.value if isinstance(value, Enum) else value))
+        except TypeError:
+            continue
+    return found
+
+
+__all__ = ["differences", "run_settings"]
