@@ -42,7 +42,7 @@ from ..rewards.functions import RewardFunction
 from ..trainers import OneRecGRPOConfig, OneRecGRPOTrainer, feedback_exposures, rejection_sample
 from .checks import check_beams, check_training, train_checked
 from .ending import finish_policy, some
-from .grpo_held_out import HeldOut
+from .grpo_held_out import HeldOut, has_times
 from .model_arguments import ON_DISK, load_policy, mapping, training_rows
 from .parser import ScriptParser
 from .reward_arguments import load_reward
@@ -166,10 +166,10 @@ def allowed_exposures(
             f"end={args.end:.15g} leaves out no exposure: those of {args.exposures} reach from {first} to {last}. Is "
             "it in their unit?"
         )
-    timeless = splits is not None and any("timestamp" not in rows.column_names for rows in splits.values())
-    if splits is None or (timeless and args.end is not None):
-        if timeless:
-            logger.warning(f"the rows of {args.data} have no times: that end={args.end:.15g} is right is not checked.")
+    if splits is None:
+        return before
+    if args.end is not None and not has_times(splits):
+        logger.warning(f"the rows of {args.data} have no times: that end={args.end:.15g} is right is not checked.")
         return before
     held_out = HeldOut(splits, len(user_ids), catalogue.num_items, args.data)
     user = match_ids(log.user_ids, user_ids)[log.user_index]

@@ -33,11 +33,11 @@ class HeldOut:
 
     def __init__(self, splits: Mapping[str, datasets.Dataset], num_users: int, num_items: int, path: Any):
         self.num_items, self.path, self.train = num_items, path, splits["train"]
-        self.sessions = all("session_start" in splits[name].column_names for name in ("train", "validation", "test"))
-        if lacking := [name for name, rows in splits.items() if "timestamp" not in rows.column_names]:
+        self.sessions, lacking = _without_times(splits)
+        if lacking:
             raise ValueError(
-                f"the rows of {lacking} of {path} have no timestamp: no one can say which exposures are held out. "
-                "Prepare the data again with their times, or give --end, the time from which on they are held out."
+                f"the rows of {lacking} of {path} have no times: no one can say which exposures are held out. "
+                "Prepare the data again with timestamps, or give --end, the time from which on they are held out."
             )
         self.last = np.full(num_users, -np.inf)  # time of each user's last training event
         count = np.zeros(num_users, dtype=np.int64)
@@ -164,6 +164,18 @@ class HeldOut:
         return max(self.newest, _latest(time[rows][first]))  # of a user, exposures come in order of time
 
 
+def has_times(splits: Mapping[str, datasets.Dataset]) -> bool:
+    """Whether the rows of the splits say when their events were."""
+    return not _without_times(splits)[1]
+
+
+def _without_times(splits: Mapping[str, datasets.Dataset]) -> tuple[bool, list[str]]:
+    """Whether the rows are sessions, and the names of the splits whose rows have no times."""
+    sessions = all("session_start" in rows.column_names for rows in splits.values())
+    column = "target_timestamp" if sessions else "timestamp"
+    return sessions, [name for name, rows in splits.items() if column not in rows.column_names]
+
+
 def _latest(time: np.ndarray) -> float:
     return float(time.max()) if len(time) else -np.inf
 
@@ -183,4 +195,4 @@ def _events(rows: datasets.Dataset, sessions: bool) -> Iterator[tuple[np.ndarray
         yield np.repeat(table["user"].to_numpy(), lengths), items, times
 
 
-__all__ = ["HeldOut"]
+__all__ = ["HeldOut", "has_times"]

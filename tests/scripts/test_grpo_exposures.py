@@ -172,9 +172,7 @@ def test_other_users_and_rows_without_times_are_refused(data, warnings):
     with pytest.raises(ValueError, match="no user of the exposures is in"):
         load(data, data[1].assign(user_id=data[1].user_id + 1000))
     timeless = data[2].remove_columns("timestamp")
-    with pytest.raises(
-        ValueError, match=r"rows of \['train', 'validation', 'test'\] of .* have no timestamp: .*--end"
-    ):
+    with pytest.raises(ValueError, match=r"rows of \['train', 'validation', 'test'\] of .* have no times: .*--end"):
         load(data, splits=timeless)
     assert len(load(data, splits=timeless, end=1_600_001_000.0)) == 200
     assert "that end=1600001000 is right is not checked" in warnings[-1]
