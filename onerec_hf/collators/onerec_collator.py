@@ -130,7 +130,8 @@ class OneRecCollator:
         codes = np.zeros((len(items), len(self.context_feature_sizes)), dtype=np.int64)
         for j, name in enumerate(self.context_feature_sizes):
             if name in self.event_features:
-                codes[:, j] = self.event_features[name].encode(event_column(row, prefix + name, column))
+                values = event_column(row, prefix + name, column)
+                codes[:, j] = self.event_features[name].encode(values, prefix + name)
             else:
                 codes[:, j] = self.item_features[name][items]
         return items, codes

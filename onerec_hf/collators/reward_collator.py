@@ -163,7 +163,7 @@ class RewardCollator(OneRecCollator):
             return self.candidate_features[name][items].astype(np.int64)
         values = np.zeros(mask.shape, dtype=np.int64)
         columns = [event_column(row, f"target_{name}", "targets") for row in rows]
-        values[mask] = self.request_features[name].encode(np.concatenate(columns))
+        values[mask] = self.request_features[name].encode(np.concatenate(columns), f"target_{name}")
         return values
 
     def labels(self, rows: list[dict]) -> torch.Tensor:

@@ -20,7 +20,7 @@ from transformers import PreTrainedConfig, Trainer, TrainerCallback, TrainingArg
 from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.utils import logging
 
-from ..data import EventFeature, longest_list
+from ..data import EventFeature, check_event_features, longest_list
 from ..evaluation import evaluate
 from ..recommender import Recommender
 from .ending import earlier_results, score_model, some
@@ -262,6 +262,8 @@ def train_checked(
 ) -> dict[str, Any]:
     """Trains once sharding, rows and all that comes after the training have been tried; returns `train_seconds`."""
     check_sharding(trainer, score)
+    for rows in (train, *splits.values()):
+        check_event_features(recommender.ranker.collator.event_features, rows)
     rehearse(recommender, train, splits, score)
     trainer.add_callback(_TimeEstimate())
     start = time.perf_counter()

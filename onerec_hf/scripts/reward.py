@@ -26,7 +26,7 @@ from transformers.trainer_utils import PredictionOutput
 
 from .. import OneRecPScoreConfig, OneRecSessionRewardConfig
 from ..collators import RewardCollator
-from ..data import DataFolder
+from ..data import DataFolder, check_event_features
 from ..evaluation import feedback_report
 from ..hub import model_card
 from ..trainers.reward import RewardTrainer
@@ -79,6 +79,8 @@ def make_trainer(
         item_numbers=collator.item_number_names,
         **mapping(args.model),
     )
+    for rows in splits.values():
+        check_event_features(collator.event_features | collator.request_features, rows)
     names, read = splits["train"].column_names, {"timestamp", *collator.event_features}
     unread = [name for name in names if f"target_{name}" in names and name not in read]
     splits = splits.remove_columns(unread).with_format("numpy")

@@ -66,3 +66,13 @@ def test_one_session_of_the_length_is_enough(log, tmp_path):
     data = data_of(tmp_path / "log.parquet", tmp_path / "data", 6, least=3)
     for streaming in (False, True):
         train(data, tmp_path / f"run {streaming}", 6, streaming=streaming)
+
+
+def test_fractions_as_categories_stop_no_training_in_its_middle(log, tmp_path):
+    table = pd.read_parquet(log)
+    table.loc[table["user_id"] == 7, "rating"] = 2.5
+    table["rating"] = table["rating"].fillna(3.0)
+    prepare.main(prepare.PrepareArguments(table, str(tmp_path / "data"), feedback=["rating"], **SIZES))
+    with pytest.raises(ValueError, match="'rating' of kind 'category' takes whole numbers, got 2.5"):
+        train(str(tmp_path / "data"), tmp_path / "run", 1, event_features={"rating": ["category", 6]})
+    assert not (tmp_path / "run" / "config.json").exists()
