@@ -39,11 +39,11 @@ def read_table(source: Any, split: str = "train", ids: Sequence[str] = ()) -> pa
     try:
         table = _read(source, split, ids)
     except (pa.ArrowException, OverflowError) as error:
-        hint = (
-            ""
-            if isinstance(source, (str, Path))
-            else "; each column needs values of one type, and as many as the others"
-        )
+        hint = "; each column needs values of one type, and as many as the others"
+        if isinstance(error, OverflowError):
+            hint = "; integers have 64 bits at most, pass longer ids as text"
+        elif isinstance(source, (str, Path)):
+            hint = ""
         raise ValueError(f"cannot read {where}: {error}{hint}") from error
     if repeated := sorted({name for name in table.column_names if table.column_names.count(name) > 1}):
         raise ValueError(f"{where} has more than one column named {repeated}; rename all but one")

@@ -158,7 +158,7 @@ def train(data, output, model="onerec_v2", **settings):
     arguments = {"data": str(data), "streaming": True, "score": False, "max_history": 8}
     arguments["model"] = json.dumps(
         {"model_type": model, "hidden_size": 16, "num_attention_heads": 2, "num_hidden_layers": 1}
-        | ({"context_embed_dim": 8} if model == "onerec_v2" else {})
+        | ({"context_embed_dim": 8} if model == "onerec_v2" else {"num_session_items": 1})
     )
     training = {"output_dir": str(output), "per_device_train_batch_size": 4, "learning_rate": 1e-2, "use_cpu": True}
     training |= {"report_to": "none", "save_steps": 5, "logging_steps": 1, "disable_tqdm": True} | settings

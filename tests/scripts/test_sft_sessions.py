@@ -73,6 +73,6 @@ def test_fractions_as_categories_stop_no_training_in_its_middle(log, tmp_path):
     table.loc[table["user_id"] == 7, "rating"] = 2.5
     table["rating"] = table["rating"].fillna(3.0)
     prepare.main(prepare.PrepareArguments(table, str(tmp_path / "data"), feedback=["rating"], **SIZES))
-    with pytest.raises(ValueError, match="'rating' of kind 'category' takes whole numbers, got 2.5"):
+    with pytest.raises(ValueError, match=r"'rating' of kind 'category' takes whole numbers, got 2\.5"):
         train(str(tmp_path / "data"), tmp_path / "run", 1, event_features={"rating": ["category", 6]})
     assert not (tmp_path / "run" / "config.json").exists()
