@@ -214,6 +214,7 @@ def test_every_default_entry_is_an_argument_of_its_recipe():
     def parameters(name):
         classes = {
             "sasrec": baseline.SASRec,
+            "hstu": baseline.HSTU,
             "bert4rec": baseline.BERT4Rec,
             "fdsa": baseline.FDSA,
             "tiger": baseline.TIGER,
