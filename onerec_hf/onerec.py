@@ -124,23 +124,36 @@ class OneRec:
         return self
 
     def _make_room(self) -> None:
-        """Empties a temporary folder; a ValueError where a model in another one would be lost."""
+        """Empties a temporary folder; a ValueError where a model in another one would be lost. A training that is
+        resumed keeps both.
+        """
+        _, training = self._parsed()
+        model = self.folder / "model"
+        if training.resume_from_checkpoint:
+            return
         if self._temporary is not None:
             for folder in self.folder.iterdir():
                 shutil.rmtree(folder)
-        elif (model := self.folder / "model").is_dir() and any(model.iterdir()):
+        elif model.is_dir() and any(model.iterdir()):
             raise ValueError(
                 f"{model} holds an earlier run, which a fit would replace: choose another output_dir, or remove it."
             )
 
     def __getstate__(self) -> dict[str, Any]:
-        """A copy, such as one in another process, has the model itself: the temporary folder is gone with this
+        """A copy, such as one in another process, has the model itself, since a temporary folder is gone with this
         object.
         """
-        state = self.__dict__ | {"_temporary": None}
+        state = self.__dict__ | {"_temporary": None, "_had_temporary": self._temporary is not None}
         if self._temporary is not None and (self.folder / "model" / "config.json").is_file():
             state["_recommender"] = self.recommender
         return state
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        temporary = state.pop("_had_temporary")
+        self.__dict__.update(state)
+        if temporary:
+            self._temporary = tempfile.TemporaryDirectory(prefix="onerec-")
+            self.folder = Path(self._temporary.name)
 
     @property
     def histories(self) -> dict[Any, list]:

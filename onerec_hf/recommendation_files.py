@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import datasets
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet
 from tqdm.auto import tqdm
 from transformers.utils import logging
@@ -159,17 +160,51 @@ def check_dataset(dataset: Any, column: str, path: Path, overwrite: bool) -> Non
         part.unlink(missing_ok=True)
 
 
+def read_columns(collator: Any, rows: datasets.Dataset, column: str) -> list[str]:
+    """
+    The columns of a data set that a model reads beside the histories, its `column`; a warning names those that it
+    would read and that are not there, or hold something else.
+
+    Raises:
+        ValueError: Lists of events that do not run parallel to the histories.
+    """
+    events = sorted({*collator.event_features, *collator.settings.get("positive", ())})
+    names = [name for name in (*events, *collator.user_feature_sizes) if name in rows.column_names]
+    for name in sorted({*events} & {*names}):
+        kind = rows.features[name]
+        if not isinstance(kind, (datasets.List, datasets.LargeList)) or not _is_number(kind.feature):
+            names.remove(name)
+    if absent := [name for name in (*events, *collator.user_feature_sizes) if name not in names]:
+        logger.warning(
+            f"The model reads {absent} beside the ids, the data set has no such columns (of events: lists of "
+            "numbers): they are unknown."
+        )
+    start = 0
+    for table in rows.select_columns([column, *names]).with_format("arrow").iter(batch_size=100_000):
+        items = pc.list_value_length(table[column])
+        for name in sorted({*events} & {*names}):
+            values = pc.list_value_length(table[name])
+            if odd := pc.indices_nonzero(pc.fill_null(pc.not_equal(items, values), False)).to_pylist():
+                raise ValueError(
+                    f"row {start + odd[0]} has {values[odd[0]]} values of {name!r} and {items[odd[0]]} items in "
+                    f"{column!r}: a value per item, or leave the column out."
+                )
+        start += len(table)
+    return names
+
+
+def _is_number(feature: Any) -> bool:
+    kind = getattr(feature, "dtype", "")
+    return kind.startswith(("int", "uint", "float", "bool", "null", "decimal"))
+
+
 def recommend_rows(
     recommender: Any, rows: datasets.Dataset, k: int, column: str, batch_size: int, **kwargs: Any
 ) -> tuple[list[list], list[list]]:
     """Item ids (of sessions, lists of them) and scores for every row, by [`Recommender.recommend`], batch by batch;
     event columns and user features that the model reads are taken from the columns of their names.
     """
-    collator = recommender.ranker.collator
-    reads = sorted({*collator.event_features, *collator.settings.get("positive", ()), *collator.user_feature_sizes})
-    if absent := [name for name in reads if name not in rows.column_names]:
-        logger.warning(f"The model reads {absent} beside the ids, the data set has no such columns: they are unknown.")
-    names = [name for name in reads if name in rows.column_names]
+    collator, names = recommender.ranker.collator, read_columns(recommender.ranker.collator, rows, column)
     item_ids, scores = [], []
     for start in tqdm(range(0, len(rows), batch_size), desc="recommend", disable=int(os.environ.get("RANK", 0)) > 0):
         batch = rows[start : start + batch_size]

@@ -344,7 +344,7 @@ class Recommender:
 
         Args:
             dataset: With a list column of item ids, oldest first. Event columns and user features that the model
-                reads, `allow` and `deny` come from its columns of these names; those that are absent are unknown.
+                reads come from its columns of these names; those that are absent are unknown.
             output: Folder; process r of w writes `part-<r>-of-<w>.parquet`, complete or not at all; without rows, an
                 empty one.
             overwrite: Replace the parts of an earlier run.

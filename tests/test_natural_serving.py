@@ -101,17 +101,36 @@ def test_rows_bring_what_the_model_reads(with_features):
 
 def test_a_data_set_brings_what_the_model_reads(with_features, tmp_path, caplog):
     recommender, recommend = with_features
-    rows = [{"is_like": None, "deny": None, **row} for row in ROWS]
+    rows = [{"is_like": None} | {name: value for name, value in row.items() if name != "deny"} for row in ROWS]
     table = pa.Table.from_pylist(rows).rename_columns({"history": "past"})
     path = recommender.recommend_dataset(datasets.Dataset(table), tmp_path / "out", 5, column="past", batch_size=3)
     found = pq.read_table(path)
-    assert found["item_ids"].to_pylist() == dict_ids(recommend(ROWS, k=5)) and found["name"].to_pylist()[0] == "Ada"
+    assert found["item_ids"].to_pylist() == dict_ids(recommend(rows, k=5)) and found["name"].to_pylist()[0] == "Ada"
     assert not [record for record in caplog.records if "the data set has no such columns" in record.message]
     fewer = datasets.Dataset(table.select(["past", "is_like"]))
     path = recommender.recommend_dataset(fewer, tmp_path / "less", 5, column="past")
     assert "The model reads ['age'] beside the ids, the data set has no such columns" in caplog.text
     less = [{name: row[name] for name in ("history", "is_like")} for row in rows]
     assert pq.read_table(path)["item_ids"].to_pylist() == dict_ids(recommend(less, k=5))
+
+
+@pytest.mark.parametrize("other", [1, "yes", ["yes"], [[1]]])
+def test_a_column_of_another_kind_is_not_read(other, with_features, tmp_path, caplog):
+    """A text, or one number per row, that happens to have the name of what the model reads."""
+    recommender, _ = with_features
+    rows = datasets.Dataset.from_list([{"history": [1000], "age": "old", "is_like": other}])
+    path = recommender.recommend_dataset(rows, tmp_path, 5)
+    expected = recommender.recommend([[1000]], 5, users={"age": ["old"]})
+    assert pq.read_table(path)["item_ids"].to_pylist() == ids(expected)
+    assert "The model reads ['is_like'] beside the ids" in caplog.text
+
+
+def test_events_that_are_not_those_of_the_history(with_features, tmp_path, monkeypatch):
+    recommender, _ = with_features
+    monkeypatch.setattr(type(recommender), "recommend", lambda *_, **__: pytest.fail("the long work has begun"))
+    rows = [{"history": [1000], "is_like": [1], "age": "old"}, {"history": [1001], "is_like": [0, 1], "age": "old"}]
+    with pytest.raises(ValueError, match=r"row 1 has 2 values of 'is_like' and 1 items in 'history'.*leave"):
+        recommender.recommend_dataset(datasets.Dataset.from_list(rows), tmp_path, 5)
 
 
 def test_a_stream_is_searched_in_bounded_batches(with_features, monkeypatch):

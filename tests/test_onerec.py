@@ -1,6 +1,7 @@
 """`OneRec(...).fit(table)`: from a table of interactions to recommendations, without files of one's own."""
 
 import pickle
+import shutil
 
 import pandas as pd
 import pyarrow as pa
@@ -167,10 +168,13 @@ def test_a_model_that_was_loaded_or_changed_is_saved(fitted, tmp_path):
 
 def test_a_copy_outlives_the_temporary_folder(fitted, tmp_path):
     copied = pickle.loads(pickle.dumps(fitted))
-    copied.folder = tmp_path / "gone"
+    assert copied.folder != fitted.folder
     expected = fitted.recommend(["user3"], k=3)
     pd.testing.assert_frame_equal(copied.recommend(["user3"], k=3), expected, check_exact=False, rtol=1e-4)
     copied.save_pretrained(tmp_path / "copy")
+    log = pd.DataFrame([(u, (u + i) % 30, i) for u in range(40) for i in range(5)])
+    copied.fit(log.set_axis(["user_id", "item_id", "timestamp"], axis=1))
+    assert copied.recommender.model.catalogue.num_items == 30 and "user3" in fitted.histories
     assert Recommender.from_pretrained(tmp_path / "copy").model.catalogue.num_items == 40
 
 
@@ -184,6 +188,15 @@ def test_a_second_fit(interactions, tmp_path):
     with pytest.raises(ValueError, match="holds an earlier run, which a fit would replace: choose another output_dir"):
         OneRec(tmp_path, **FAST).fit(interactions)
     assert not (tmp_path / "data").exists()
+
+
+def test_a_stopped_fit_goes_on(interactions, tmp_path, capsys):
+    settings = FAST | {"num_train_epochs": 2, "load_best_model_at_end": False, "save_total_limit": 5}
+    OneRec(tmp_path, **settings).fit(interactions)
+    last = max((tmp_path / "model").glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]))
+    shutil.rmtree(last)
+    model = OneRec(tmp_path, **settings, resume_from_checkpoint="true").fit(interactions)
+    assert last.is_dir() and model.metrics["num_users"] == 60
 
 
 @pytest.mark.parametrize("count", [9, 20, 31])

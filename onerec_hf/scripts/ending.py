@@ -71,7 +71,7 @@ def make_recommender(ranker: ItemRanker, data: DataFolder, columns: list[str]) -
     if columns:
         values = data.columns("items", list(dict.fromkeys(columns)))
         rows = (dict(zip(values, row)) for row in zip(*values.values()))
-        metadata = dict(zip(data.items["item_id"], rows))
+        metadata = dict(zip(data.items["item_id"][:], rows))
     return Recommender(ranker, metadata, data.quantizer)
 
 

@@ -65,7 +65,7 @@ class HeldOut(NamedTuple):
 
 def check_runs(folders: list[Path], data: DataFolder) -> None:
     """Refuses runs on another data folder: their test users may be the same, their items are not."""
-    items = item_fingerprint(data.items["item_id"])
+    items = item_fingerprint(data.items["item_id"][:])
     for folder in folders:
         report = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
         known = report.get("num_items", data.num_items)

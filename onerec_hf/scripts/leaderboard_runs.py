@@ -40,9 +40,8 @@ def data_contents(folder: str | Path) -> dict[str, str]:
     found = {}
     for name, pattern in DATA.items():
         files = sorted(path for path in Path(folder).glob(pattern) if path.is_file())
-        files = [
-            path for path in files if not path.name.startswith("cache-")
-        ]  # which `datasets` leaves where it reads
+        # `datasets` leaves caches where it reads, other programs hidden files and such as _SUCCESS
+        files = [path for path in files if not path.name.startswith(("cache-", ".", "_"))]
         lines = [f"{path.relative_to(folder).as_posix()}: {content_of(path)}" for path in files]
         found[name] = digest("\n".join(lines))
     return found

@@ -58,7 +58,7 @@ def main(args: OwnEntryArguments) -> dict:
     start = time.perf_counter()
     report = score(recommend, data.splits["test"], data.num_items, output, args.seed)
     report |= {"arguments": asdict(args), "num_items": data.num_items, "seconds": time.perf_counter() - start}
-    report[ITEM_FINGERPRINT] = item_fingerprint(data.items["item_id"])
+    report[ITEM_FINGERPRINT] = item_fingerprint(data.items["item_id"][:])
     write_metrics(output, report)
     return report
 

@@ -115,7 +115,7 @@ def load_scorers(folders: list[str], data: DataFolder) -> dict[str, Any]:
             )
         reports[folder] = report
         scorers[name.replace("/", "-")] = BASELINES[kind].from_pretrained(folder / "model")
-    check_same_items(reports, data.items["item_id"], str(data.path))
+    check_same_items(reports, data.items["item_id"][:], str(data.path))
     return scorers
 
 
@@ -239,7 +239,7 @@ def main(args: RerankArguments) -> dict:
         remove_earlier_results(output)
         reranker = Reranker(scorers, **settings, search=False)
         alone = ScorersAlone(reranker, data.catalogue)
-        items = {"num_items": data.num_items, ITEM_FINGERPRINT: item_fingerprint(data.items["item_id"])}
+        items = {"num_items": data.num_items, ITEM_FINGERPRINT: item_fingerprint(data.items["item_id"][:])}
         report: dict[str, Any] = items | {"reranker": fit(args, alone, reranker, data)}
         report["fit_seconds"] = report["reranker"]["seconds"]
         report |= score(alone, test, data.num_items, output, args.seed)
