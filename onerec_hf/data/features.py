@@ -11,8 +11,11 @@ from typing import Any, Literal, NamedTuple
 import datasets
 import numpy as np
 import pyarrow as pa
+from transformers.utils import logging
 
 from .time_units import NAMES, time_unit
+
+logger = logging.get_logger(__name__)
 
 
 class EventFeature(NamedTuple):
@@ -30,10 +33,25 @@ class EventFeature(NamedTuple):
     size: int
 
     def encode(self, values: np.ndarray, name: str = "") -> np.ndarray:
-        """Values of one user in time order, shape (T,) -> categories (T,), int64, 0 to `size - 1`; NaN and negatives
-        give 0. Raises as [`check`].
         """
-        values = self.check(values, name)
+        Values of one user in time order, shape (T,) -> categories (T,), int64, 0 to `size - 1`; NaN and negatives give
+        0.
+
+        Models of earlier versions may have been trained with numbers that [`check`] refuses: they are encoded, with a
+        warning per name. Fractions of a category are rounded down, times of an hour are taken for milliseconds.
+
+        Raises:
+            ValueError: No numbers; an unknown `kind`.
+        """
+        values = self._numbers(values, name)
+        if self._fault(values):
+            wrong = "fractions, which are rounded down"
+            if self.kind == "hour":
+                wrong = "times that are no milliseconds since 1970, of which the hour is a wrong one"
+            logger.warning_once(
+                f"{self._what(name)} got {wrong}: right for a model that was trained with such values, and refused "
+                "when a training starts."
+            )
         if self.kind in ("gap", "hour"):  # an infinite time has no hour and no distance
             values = np.where(np.isfinite(values), values, np.nan)
         if self.kind == "gap":
@@ -61,33 +79,47 @@ class EventFeature(NamedTuple):
             ValueError: No numbers; fractions where `kind` is `"category"`; times in another unit than milliseconds
                 where it is `"hour"`; an unknown `kind`.
         """
-        what = f"event feature {name!r} of kind {self.kind!r}" if name else f"an event feature of kind {self.kind!r}"
+        numbers = self._numbers(values, name)
+        if fault := self._fault(numbers):
+            raise ValueError(f"{self._what(name)} takes {fault}")
+        return numbers
+
+    def _what(self, name: str) -> str:
+        return f"event feature {name!r} of kind {self.kind!r}" if name else f"an event feature of kind {self.kind!r}"
+
+    def _numbers(self, values: np.ndarray, name: str) -> np.ndarray:
         if self.kind not in ("category", "log", "gap", "hour"):
             raise ValueError(
                 f"kind={self.kind!r} of an event feature: allowed are 'category', 'log', 'gap' and 'hour'."
             )
         try:
-            numbers = np.asarray(values, dtype=np.float64)
+            return np.asarray(values, dtype=np.float64)
         except (ValueError, TypeError) as error:
             raise ValueError(
-                f"{what} takes numbers, got {np.asarray(values).dtype} ({error}): number the values, from 0 on."
+                f"{self._what(name)} takes numbers, got {np.asarray(values).dtype} ({error}): number the values, "
+                "from 0 on."
             ) from error
-        if self.kind == "category" and (parts := numbers[(numbers >= 0) & (np.floor(numbers) != numbers)]).size:
-            raise ValueError(
-                f"{what} takes whole numbers, got {parts[0]}, which would be the category of {parts[0] // 1:g}: "
-                "number the values from 0 on (ratings of 0.5, 1, 1.5 as 1, 2, 3), or give an amount the kind 'log'."
-            )
+
+    def _fault(self, numbers: np.ndarray) -> str | None:
+        """What would become a wrong category in silence, if anything."""
+        if self.kind == "category":
+            whole = (numbers < 0) | (np.floor(numbers) == numbers) | np.isnan(numbers)
+            if (parts := numbers[~whole]).size:
+                return (
+                    f"whole numbers, got {parts[0]}, which would be the category of {parts[0] // 1:g}: number the "
+                    "values from 0 on (ratings of 0.5, 1, 1.5 as 1, 2, 3), or give an amount the kind 'log'."
+                )
         if self.kind == "hour" and (unit := time_unit(numbers)) not in (None, "ms"):
-            raise ValueError(
-                f"{what} takes milliseconds since 1970, got {numbers.max():.0f}, which is a date of today in "
+            return (
+                f"milliseconds since 1970, got {numbers[np.isfinite(numbers)].max():.0f}, which is a date of today in "
                 f"{NAMES[unit]}: load the log with times in milliseconds, or with dates."
             )
-        return numbers
+        return None
 
 
 def check_event_features(features: Mapping[str, EventFeature], rows: datasets.Dataset) -> None:
     """
-    Refuses what [`EventFeature.encode`] would refuse, before a training starts.
+    Refuses what would become a wrong category in silence, before a training starts.
 
     Args:
         features: By name of the column.

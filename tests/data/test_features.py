@@ -1,4 +1,4 @@
-"""Event features refuse what would become a wrong category in silence, and say in which unit times are."""
+"""Event features: no training starts with what would become a wrong category in silence; in which unit times are."""
 
 import datasets
 import numpy as np
@@ -16,7 +16,7 @@ def test_fractions_are_no_categories():
     with pytest.raises(
         ValueError, match=r"'rating' of kind 'category' takes whole numbers, got 4.5, .* category of 4"
     ):
-        feature.encode([4.0, 4.5], "rating")
+        feature.check([4.0, 4.5], "rating")
     assert feature.encode([4.0, -0.5, np.nan, np.inf]).tolist() == [5, 0, 0, 8]
     assert EventFeature("log", 9).encode([0.5]).tolist() == EventFeature("gap", 9).encode([0.5, 1]).tolist()[1:] == [1]
 
@@ -25,11 +25,23 @@ def test_fractions_are_no_categories():
 def test_the_hour_needs_milliseconds(size, unit):
     times = (TODAY + np.arange(3) * 3600) * size
     with pytest.raises(ValueError, match=rf"kind 'hour' takes milliseconds since 1970, got {times[-1]}, .* in {unit}"):
-        EventFeature("hour", 25).encode(times)
-    with pytest.raises(ValueError, match="'t' of kind 'hour' takes milliseconds"):
-        EventFeature("hour", 25).encode([-1, np.nan, 0, *times.tolist()], "t")  # unknown ones
+        EventFeature("hour", 25).check(times)
+    with pytest.raises(ValueError, match=rf"'t' of kind 'hour' takes milliseconds since 1970, got {times[-1]}"):
+        EventFeature("hour", 25).check([-1, np.nan, np.inf, 0, *times.tolist()], "t")  # unknown ones
     hours = (times // size * 1000).tolist()
     assert EventFeature("hour", 25).encode(hours).tolist() == [23, 24, 1]
+
+
+def test_models_of_earlier_versions_encode_what_no_training_takes(caplog):
+    for _ in range(2):
+        assert EventFeature("category", 9).encode([4.0, 4.5, np.nan], "half_stars").tolist() == [5, 5, 0]
+        assert EventFeature("hour", 25).encode([TODAY, TODAY + 3_600_000], "seconds").tolist() == [17, 18]
+    said = [record.getMessage() for record in caplog.records]
+    assert len(said) == 2 and all("refused when a training starts" in message for message in said)
+    assert "'half_stars' of kind 'category' got fractions, which are rounded down" in said[0]
+    assert "'seconds' of kind 'hour' got times that are no milliseconds since 1970" in said[1]
+    with pytest.raises(ValueError, match="'half_stars' of kind 'category' takes numbers"):
+        EventFeature("category", 9).encode(["a"], "half_stars")
 
 
 def test_units_of_times():
