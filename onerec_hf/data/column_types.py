@@ -73,7 +73,9 @@ def id_array(column: pa.ChunkedArray | pa.Array, name: str) -> pa.Array:
         ) from error
 
 
-def common_schema(files: Sequence[tuple[Any, pa.Schema, int]], ids: Iterable[str]) -> pa.Schema:
+def common_schema(
+    files: Sequence[tuple[Any, pa.Schema, int]], ids: Iterable[str], columns: Iterable[str] | None = None
+) -> pa.Schema:
     """
     The columns of several files of one table, each with a type that keeps what every file says.
 
@@ -81,66 +83,96 @@ def common_schema(files: Sequence[tuple[Any, pa.Schema, int]], ids: Iterable[str
         files: Of each file its name, its schema and its number of rows. The types of files without rows, and those of
             columns without values, do not count.
         ids: Columns of ids: text if they are text in any file, otherwise int64 where the types differ.
+        columns: What is asked for. Others never fail: without a common type they are left out. By default all columns
+            are asked for, but only those of `ids` have to be in every file.
 
     Returns:
-        `pa.Schema`: That of the first file where all files have the same one.
+        `pa.Schema`: That of the first file where all files have the same one. Columns that only some files have are
+        among them.
 
     Raises:
-        ValueError: Files with other columns than the first one, a column named twice in a file, or types of a column
-            that have nothing in common.
+        ValueError: A file without a column that is asked for, while others have it; a column named twice in a file;
+            types of a column that have nothing in common.
     """
     schemas = [(name, _without_index(schema, [each for _, each, _ in files])) for name, schema, _ in files]
-    first_name, first = schemas[0]
+    first = schemas[0][1]
     for name, schema in schemas:
         if repeated := sorted({each for each in schema.names if schema.names.count(each) > 1}):
             raise ValueError(f"{name} has more than one column named {repeated}; rename all but one")
-        if set(schema.names) != set(first.names):
-            raise ValueError(
-                f"{name} has the columns {schema.names}, {first_name} has {first.names}: files of one log need the "
-                "same ones"
-            )
     if all(schema.equals(first) for _, schema in schemas):
         return first
     # a file without rows says nothing of types: pandas writes text as null there
     filled = [own for own, (_, _, rows) in zip(schemas, files) if rows] or schemas
-    ids = set(ids)
+    ids, asked = set(ids), None if columns is None else set(columns)
     fields = []
-    for name in first.names:
+    for name in dict.fromkeys(each for _, schema in schemas for each in schema.names):
+        if name in (ids if asked is None else asked | ids):
+            _check_in_all(name, schemas, filled)
         kinds: dict[pa.DataType, Any] = {}
         for where, schema in filled:
-            if not pa.types.is_null(kind := schema.field(name).type):
+            if name in schema.names and not pa.types.is_null(kind := schema.field(name).type):
                 kinds.setdefault(kind, where)
-        fields.append(pa.field(name, _common_type(name, kinds, name in ids)))
+        try:
+            fields.append(pa.field(name, _common_type(name, kinds, name in ids)))
+        except ValueError:
+            if asked is None or name in asked:
+                raise
     return pa.schema(fields)
 
 
-def with_schema(table: pa.Table, schema: pa.Schema, ids: Iterable[str], where: Any) -> pa.Table:
+def with_schema(
+    table: pa.Table, schema: pa.Schema, ids: Iterable[str], where: Any, columns: Iterable[str] | None = None
+) -> pa.Table:
     """
-    The columns of a file in the types of [`common_schema`].
+    The columns of a file in the types of [`common_schema`]; null where the file lacks one.
 
     Args:
         where: Name of the file, for messages.
+        columns: What is asked for, by default all. Other columns become null where their type cannot hold them.
 
     Raises:
         ValueError: Values that the type cannot hold, such as ids that are fractions beside integers.
         TypeError: Ids that are neither numbers nor text beside others.
     """
-    ids = set(ids)
-    columns = []
+    ids, asked = set(ids), None if columns is None else set(columns)
+    parts = []
     for field in schema:
-        column, label = table[field.name], f"{field.name} of {where}"
-        if column.type == field.type:
-            pass
-        elif pa.types.is_null(column.type):
-            column = column.cast(field.type)
-        elif field.name not in ids:
-            column = _cast(plain(column), field.type, label)
-        elif is_text(_value_type(column.type)):
-            column = plain(column).cast(field.type)
-        else:  # a float as text is not the integer as text: 1e+13
-            column = id_array(column, label).cast(field.type)
-        columns.append(column)
-    return pa.Table.from_arrays(columns, schema=schema)
+        if field.name not in table.column_names:
+            parts.append(pa.nulls(len(table), field.type))
+            continue
+        try:
+            parts.append(_with_type(table[field.name], field, field.name in ids, where))
+        except (ValueError, TypeError):
+            if asked is None or field.name in asked:
+                raise
+            parts.append(pa.nulls(len(table), field.type))
+    return pa.Table.from_arrays(parts, schema=schema)
+
+
+def _with_type(column: pa.ChunkedArray, field: pa.Field, is_id: bool, where: Any) -> pa.ChunkedArray | pa.Array:
+    label = f"{field.name} of {where}"
+    if column.type == field.type:
+        return column
+    if pa.types.is_null(column.type):
+        return pa.nulls(len(column), field.type)
+    if not is_id:
+        return _cast(plain(column), field.type, label)
+    if is_text(_value_type(column.type)):
+        return plain(column).cast(field.type)
+    return id_array(column, label).cast(field.type)  # a float as text is not the integer as text: 1e+13
+
+
+def _check_in_all(
+    name: str, schemas: Sequence[tuple[Any, pa.Schema]], filled: Sequence[tuple[Any, pa.Schema]]
+) -> None:
+    """Raises a ValueError where a file with rows lacks a column that another file has."""
+    having = next(where for where, schema in schemas if name in schema.names)
+    for where, schema in filled:
+        if name not in schema.names:
+            raise ValueError(
+                f"{where} has the columns {schema.names}, but no {name!r}, which {having} has: files of one log need "
+                "the same ones"
+            )
 
 
 def _without_index(schema: pa.Schema, others: Sequence[pa.Schema]) -> pa.Schema:
@@ -164,6 +196,10 @@ def _common_type(name: str, kinds: dict[pa.DataType, Any], is_id: bool) -> pa.Da
         return pa.large_string() if any(map(is_text, values)) else pa.int64()
     if all(map(is_text, values)):
         return pa.large_string()
+    if all(pa.types.is_date(kind) or pa.types.is_timestamp(kind) for kind in values):
+        return _common_time(values)
+    if any(map(_is_number, values)):  # false and true are 0 and 1 beside numbers
+        values = {kind for kind in values if not pa.types.is_boolean(kind)}
     try:
         schemas = [pa.schema([(name, kind)]) for kind in values]
         return pa.unify_schemas(schemas, promote_options="permissive").field(name).type
@@ -172,8 +208,22 @@ def _common_type(name: str, kinds: dict[pa.DataType, Any], is_id: bool) -> pa.Da
         raise ValueError(f"{name} is {found}: write the column with one type in all files") from error
 
 
+def _is_number(kind: pa.DataType) -> bool:
+    return pa.types.is_integer(kind) or pa.types.is_floating(kind) or pa.types.is_decimal(kind)
+
+
+def _common_time(kinds: Iterable[pa.DataType]) -> pa.DataType:
+    """Dates and times as times of the finest unit, milliseconds for dates alone; no zone is UTC beside others."""
+    times = [kind for kind in kinds if pa.types.is_timestamp(kind)]
+    zones = {kind.tz for kind in times}
+    unit = max((kind.unit for kind in times), key=("s", "ms", "us", "ns").index, default="ms")
+    return pa.timestamp(unit, "UTC" if len(zones) > 1 else next(iter(zones), None))
+
+
 def _cast(array: pa.Array, kind: pa.DataType, label: str) -> pa.Array:
     try:
+        if pa.types.is_date(array.type) and pa.types.is_timestamp(kind):  # Arrow has no way to a zone
+            array = array.cast(pa.timestamp(kind.unit))
         return array.cast(kind)
     except pa.ArrowException as error:
         raise ValueError(

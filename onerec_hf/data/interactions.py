@@ -183,7 +183,7 @@ def load_interactions(
         FileNotFoundError: a path that does not exist.
     """
     log_columns = LogColumns(columns, feedback, split=split, drop_nulls=drop_nulls, drop_unknown=drop_unknown)
-    table = read_table(source, split, ids=log_columns.ids)
+    table = read_table(source, split, ids=log_columns.ids, columns=log_columns.asked)
     log_columns.read_tables(items=(items, items_columns), users=(users, users_columns))
     log = log_columns.convert(table)
     log_columns.check()

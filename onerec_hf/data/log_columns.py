@@ -62,6 +62,7 @@ class LogColumns:
         self.drop_nulls, self.drop_unknown = drop_nulls, drop_unknown
         self.has_time, self.units = names["timestamp"] is not None, 1
         self.ids = [str(column) for name, column in names.items() if name.endswith("_id")]  # columns of the source
+        self.asked = [column for column in names.values() if column is not None]
         self.tables: dict[str, dict[str, pa.Array]] = {}
         self.warnings: list[str] = []  # what was said of the log so far
         self.rows = self._known_rows = self._null_rows = 0

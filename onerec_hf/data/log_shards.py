@@ -104,7 +104,7 @@ def load_shards(
     work = Path(folder)
     if resume and (work / CUT).is_file():
         return _sorted_shards(work, log_columns, drop_duplicates)
-    log = _open(source, log_columns.ids, split)
+    log = _open(source, log_columns, split)
     count = log.count_rows() if isinstance(log, pyarrow.dataset.Dataset) else log.num_rows
     num_shards = num_shards or max(1, math.ceil(count / SHARD_EVENTS))
     if num_shards == 1 or not count:
@@ -123,14 +123,14 @@ def load_shards(
     return _sorted_shards(work, log_columns, drop_duplicates)
 
 
-def _open(source: Any, ids: Sequence[str], split: str) -> pa.Table | pyarrow.dataset.Dataset | ParquetFiles:
+def _open(source: Any, columns: LogColumns, split: str) -> pa.Table | pyarrow.dataset.Dataset | ParquetFiles:
     """Parquet as what is not read yet, everything else as a table."""
     if isinstance(source, pyarrow.dataset.Dataset):
-        check_ids_of_dataset(source, ids)
+        check_ids_of_dataset(source, columns.ids)
         return source
     if isinstance(source, (str, Path)) and (files := find_parquet(source)):
-        return ParquetFiles(source, files, ids)
-    return read_table(source, split, ids=ids)
+        return ParquetFiles(source, files, columns.ids, columns.asked)
+    return read_table(source, split, ids=columns.ids, columns=columns.asked)
 
 
 class _Cutting:
@@ -206,7 +206,7 @@ class _Cutting:
             errors.append(error)
 
     def _source_batches(self) -> Iterator[pa.Table]:
-        names = {name for name in self.columns.names.values() if name is not None}
+        names = set(self.columns.asked)
         parts: Iterator[pa.Table]
         with logging.tqdm(total=self.count, desc="reading the log", unit="event", unit_scale=True) as progress:
             if isinstance(self.log, pa.Table):

@@ -11,20 +11,38 @@ import pyarrow.parquet
 
 from .column_types import common_schema, integers_of, is_text, with_schema
 
+TABLE_SUFFIXES = (".parquet", ".parq", ".pq", ".csv", ".tsv", ".jsonl", ".ndjson", ".orc", ".feather", ".arrow")
+
 
 def is_saved_dataset(folder: Path) -> bool:
     """Whether `datasets.save_to_disk` wrote the folder."""
     return any((folder / name).is_file() for name in ("dataset_dict.json", "state.json"))
 
 
-def folder_files(folder: Path) -> list[Path]:
-    """All files below a folder but what is hidden for Arrow and Spark: names that start with `.` or `_`."""
-    found = [Path(name) for name in glob.glob("**/*", root_dir=folder, recursive=True)]
-    return sorted(
-        folder / each
-        for each in found
-        if not any(part[0] in "._" for part in each.parts) and not (folder / each).is_dir()
-    )
+def folder_files(folder: Path) -> tuple[list[Path], list[Path]]:
+    """The parquet files below a folder, and other tables, which nobody reads there. What is hidden for Arrow and Spark
+    (names that start with `.` or `_`) and what is no table, such as a README, is in neither.
+    """
+    names = [Path(name) for name in glob.glob("**/*", root_dir=folder, recursive=True)]
+    shown = (folder / name for name in names if not any(part[0] in "._" for part in name.parts))
+    found = sorted(path for path in shown if not path.is_dir())
+    parquet = [path for path in found if path.suffix == ".parquet"]
+    return parquet, [path for path in found if path.suffix != ".parquet" and _is_table(path)]
+
+
+def _is_table(path: Path) -> bool:
+    """By its name or by how it begins; `.json` is left to settings and manifests."""
+    suffix = path.suffix.lower()
+    if suffix in (".gz", ".bz2", ".zst"):
+        suffix = Path(path.stem).suffix.lower()
+        return suffix in (*TABLE_SUFFIXES, ".json", "")
+    if suffix in TABLE_SUFFIXES:
+        return True
+    try:
+        with path.open("rb") as file:
+            return file.read(4) == b"PAR1"
+    except OSError:
+        return False
 
 
 def find_parquet(source: str | Path) -> list[Path]:
@@ -35,7 +53,8 @@ def find_parquet(source: str | Path) -> list[Path]:
     if glob.has_magic(str(source)) and not path.exists():
         paths = [Path(name) for name in sorted(glob.glob(str(source), recursive=True))]
     elif path.is_dir():
-        paths = [] if is_saved_dataset(path) else folder_files(path)
+        paths, others = ([], []) if is_saved_dataset(path) else folder_files(path)
+        paths = [] if others else paths
     else:
         paths = [path]
     return paths if all(each.suffix == ".parquet" and each.is_file() for each in paths) else []
@@ -67,6 +86,7 @@ class ParquetFiles:
             columns.
         files: Its files, of [`find_parquet`].
         ids: Columns of ids, see [`common_schema`].
+        columns: What is asked for, see there.
 
     Attributes:
         schema (`pa.Schema`): Of the table.
@@ -75,8 +95,10 @@ class ParquetFiles:
         ValueError: A file that cannot be read, or files that do not make one table.
     """
 
-    def __init__(self, source: str | Path, files: Sequence[Path], ids: Sequence[str]):
-        self.files, self.ids = list(files), list(ids)
+    def __init__(
+        self, source: str | Path, files: Sequence[Path], ids: Sequence[str], columns: Sequence[str] | None = None
+    ):
+        self.files, self.ids, self.columns = list(files), list(ids), columns
         # or Arrow keeps what it has read of a file until the end of that file, which may be larger than memory
         options = pyarrow.dataset.ParquetFragmentScanOptions(pre_buffer=False)
         self.format = pyarrow.dataset.ParquetFileFormat(default_fragment_scan_options=options)
@@ -93,7 +115,7 @@ class ParquetFiles:
             for name, value in folders.items():
                 schema = schema if name in schema.names else schema.append(pa.field(name, value.type))
             found.append((file, schema, metadata.num_rows))
-        self.schema = common_schema(found, ids)
+        self.schema = common_schema(found, ids, columns)
         self.num_rows = sum(rows for *_, rows in found)
 
     def batches(self, columns: Sequence[str], batch_rows: int) -> Iterator[pa.Table]:
@@ -132,7 +154,7 @@ class ParquetFiles:
         for name, value in folders.items():
             if name in schema.names and name not in table.column_names:
                 table = table.append_column(name, pa.repeat(value, len(table)))
-        return with_schema(table, schema, self.ids, file)
+        return with_schema(table, schema, self.ids, file, self.columns)
 
     def _folder_columns(self, source: Path) -> list[dict[str, pa.Scalar]]:
         """Of each file what the names of its folders say."""

@@ -19,15 +19,15 @@ COMPRESSED = (".gz", ".bz2")  # Arrow unpacks these by itself
 _CSV_NULLS = pa.array(pyarrow.csv.ConvertOptions().null_values)
 
 
-def read_files(source: str | Path, split: str, ids: Sequence[str]) -> pa.Table:
+def read_files(source: str | Path, split: str, ids: Sequence[str], columns: Sequence[str] | None = None) -> pa.Table:
     """A file, a folder, the files of a pattern such as `logs/*.parquet`, or a data set of the Hub; see
-    [`load_interactions`].
+    [`load_interactions`]. `columns` are those that are asked for, see [`common_schema`].
     """
     path = Path(source)
     if glob.has_magic(str(source)) and not path.exists():
-        return _read_pattern(str(source), split, ids)
+        return _read_pattern(str(source), split, ids, columns)
     if path.is_dir():
-        return _read_folder(path, split, ids)
+        return _read_folder(path, split, ids, columns)
     suffix = Path(path.stem).suffix if path.suffix in COMPRESSED else path.suffix
     if suffix in FILE_READERS:
         if not path.is_file():
@@ -49,19 +49,20 @@ def read_files(source: str | Path, split: str, ids: Sequence[str]) -> pa.Table:
         raise FileNotFoundError(f"{source} is no file or folder here and no data set on the Hub: {error}") from error
 
 
-def _read_pattern(pattern: str, split: str, ids: Sequence[str]) -> pa.Table:
+def _read_pattern(pattern: str, split: str, ids: Sequence[str], columns: Sequence[str] | None) -> pa.Table:
     """The files of a pattern, in the order of their names, one below the other."""
     paths = sorted(glob.glob(pattern, recursive=True))
     if not paths:
         raise FileNotFoundError(f"no file matches {pattern}")
     if files := find_parquet(pattern):
-        return ParquetFiles(pattern, files, ids).read()
-    parts = [read_files(Path(path), split, ids) for path in paths]
-    schema = common_schema([(path, part.schema, part.num_rows) for path, part in zip(paths, parts)], ids)
-    return pa.concat_tables(with_schema(part, schema, ids, path) for path, part in zip(paths, parts))
+        return ParquetFiles(pattern, files, ids, columns).read()
+    parts = [read_files(Path(path), split, ids, columns) for path in paths]
+    found = [(path, part.schema, part.num_rows) for path, part in zip(paths, parts)]
+    schema = common_schema(found, ids, columns)
+    return pa.concat_tables(with_schema(part, schema, ids, path, columns) for path, part in zip(paths, parts))
 
 
-def _read_folder(path: Path, split: str, ids: Sequence[str]) -> pa.Table:
+def _read_folder(path: Path, split: str, ids: Sequence[str], columns: Sequence[str] | None) -> pa.Table:
     if (path / "dataset_dict.json").is_file():
         saved = datasets.load_from_disk(str(path))
         if split not in saved:
@@ -69,18 +70,18 @@ def _read_folder(path: Path, split: str, ids: Sequence[str]) -> pa.Table:
         return saved[split].with_format("arrow")[:]
     if (path / "state.json").is_file():
         return datasets.load_from_disk(str(path)).with_format("arrow")[:]
-    files = folder_files(path)
-    others = [str(file.relative_to(path)) for file in files if file.suffix != ".parquet"]
-    if len(others) == len(files):
+    files, tables = folder_files(path)
+    if not files:
         raise ValueError(
             f"{path} holds no parquet file and is no folder of datasets.save_to_disk; name the file itself"
         )
-    if others:  # to leave them out could leave out a day of the log
+    if tables:  # to leave them out could leave out a day of the log
+        others = [str(file.relative_to(path)) for file in tables]
         raise ValueError(
             f"{path} holds files that are not named .parquet: {others[:5]}; move them elsewhere, or name the files "
             f"with a pattern, such as {path / '*.parquet'}"
         )
-    return ParquetFiles(path, files, ids).read()
+    return ParquetFiles(path, files, ids, columns).read()
 
 
 def _read_csv(path: Path, ids: Sequence[str]) -> pa.Table:

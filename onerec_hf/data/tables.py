@@ -22,22 +22,28 @@ logger = logging.get_logger(__name__)
 STREAM_ROWS = 10_000  # of a streaming data set that are read at once
 
 
-def read_table(source: Any, split: str = "train", ids: Sequence[str] = ()) -> pa.Table:
+def read_table(
+    source: Any, split: str = "train", ids: Sequence[str] = (), columns: Sequence[str] | None = None
+) -> pa.Table:
     """Reads any source that [`load_interactions`] takes (see there) as a `pyarrow.Table`.
 
     Args:
         split: which one of a Hub data set, or of a `DatasetDict` saved to disk.
         ids: columns of a CSV file that hold ids. They are read as text, and become integers only where no spelling is
             lost: `7`, but not `007`. All other kinds of sources say themselves what their columns are.
+        columns: what is asked for. Of several files all must have these columns, each with types that have something
+            in common; other columns become null, or are left out, where files differ in them. By default no type may
+            be in conflict, and what a file lacks is null, but for `ids`.
 
     Raises:
-        ValueError: no rows, two columns of one name, or a file that cannot be read; the message says where.
+        ValueError: no rows, files that do not make one table, two columns of one name, or a file that cannot be read;
+            the message says where.
         TypeError: a source of an unknown kind.
         FileNotFoundError: a path that does not exist.
     """
     where = str(source) if isinstance(source, (str, Path)) else f"the {type(source).__name__}"
     try:
-        table = _read(source, split, ids)
+        table = _read(source, split, ids, columns)
     except (pa.ArrowException, OverflowError) as error:
         hint = "; each column needs values of one type, and as many as the others"
         if isinstance(error, OverflowError):
@@ -52,7 +58,7 @@ def read_table(source: Any, split: str = "train", ids: Sequence[str] = ()) -> pa
     return table
 
 
-def _read(source: Any, split: str, ids: Sequence[str]) -> pa.Table:
+def _read(source: Any, split: str, ids: Sequence[str], columns: Sequence[str] | None) -> pa.Table:
     if isinstance(source, pa.Table):
         return source
     if isinstance(source, datasets.Dataset):
@@ -61,7 +67,7 @@ def _read(source: Any, split: str, ids: Sequence[str]) -> pa.Table:
         batches = list(source.with_format("arrow").iter(batch_size=STREAM_ROWS))
         return pa.concat_tables(batches, promote_options="default")
     if isinstance(source, (str, Path)):
-        return read_files(source, split, ids)
+        return read_files(source, split, ids, columns)
     splits = isinstance(source, (datasets.DatasetDict, datasets.IterableDatasetDict))
     if isinstance(source, Mapping) and not splits:
         return pa.table({name: pa.array(values, from_pandas=True) for name, values in source.items()})

@@ -91,12 +91,16 @@ def test_feedback_of_integers_and_of_floats(files, tmp_path):
 
 BROKEN = {
     "a column less": (
-        [day(ints([7])), day(ints([8]), title=pa.array(["x"]))],
-        r"day1.parquet has the columns .*'title'\], .*day0.parquet has .*: files of one log need the same ones",
+        [day(ints([7])), day(ints([8]), is_like=ints([1]))],
+        r"day0.parquet has the columns .*, but no 'is_like', which .*day1.parquet has: files of one log need the same",
     ),
     "a column less in the middle": (
-        [day(ints([8]), title=pa.array(["x"])), day(ints([7])), day(ints([8]), title=pa.array(["x"]))],
-        r"day1.parquet has the columns .* need the same ones",
+        [day(ints([8]), is_like=ints([1])), day(ints([7])), day(ints([8]), is_like=ints([1]))],
+        r"day1.parquet has the columns .*, but no 'is_like', which .*day0.parquet has",
+    ),
+    "ids of another name": (
+        [day(ints([7])), day(ints([8])).rename_columns(["user_id", "sku", "timestamp"])],
+        r"day1.parquet has the columns .*'sku'.*, but no 'item_id', which .*day0.parquet has",
     ),
     "fractions": (
         [day(ints([7])), day(pa.array([0.5]))],
@@ -106,8 +110,8 @@ BROKEN = {
     "fractions beside text": ([day(pa.array(["a"])), day(pa.array([0.5]))], r"day1.parquet .* 0.5 is no whole number"),
     "no ids": ([day(ints([7])), day(pa.array([True]))], r"item_id of .*day1.parquet must hold integers or strings"),
     "other types": (
-        [day(ints([7]), is_like=ints([1])), day(ints([7]), is_like=pa.array([True]))],
-        r"is_like is int64 in .*day0.parquet, bool in .*day1.parquet: write the column with one type in all files",
+        [day(ints([7]), is_like=ints([1])), day(ints([7]), is_like=pa.array(["yes"]))],
+        r"is_like is int64 in .*day0.parquet, string in .*day1.parquet: write the column with one type in all files",
     ),
     "beyond what a float holds": (
         [day(ints([7]), is_like=ints([2**60 + 1])), day(ints([7]), is_like=pa.array([0.5]))],
@@ -121,12 +125,85 @@ BROKEN = {
 def test_files_that_are_not_of_one_table_are_refused(name, files, tmp_path):
     parts, message = BROKEN[name]
     write(parts, tmp_path / "log")
-    source, feedback = str(tmp_path / files), ["is_like"] if "is_like" in parts[0].column_names else []
+    source = str(tmp_path / files)
+    feedback = ["is_like"] if any("is_like" in part.column_names for part in parts) else []
     with pytest.raises((ValueError, TypeError), match=message) as whole:
         load_interactions(source, feedback=feedback)
     with pytest.raises(whole.type) as cut:
         load_shards(source, tmp_path / "work", num_shards=2, feedback=feedback)
     assert str(cut.value) == str(whole.value)
+
+
+HUGE = ints([2**60 + 1])
+# an unused column of two files
+UNUSED = {
+    "absent": (None, pa.array(["x"])),
+    "text and integers": (pa.array(["x"]), ints([1])),
+    "lists and integers": (pa.array([[1]]), ints([1])),
+    "what a float does not hold": (HUGE, pa.array([0.5])),
+    "categories and integers": (CATEGORY.take(ints([0])), ints([1])),
+    "numbers and dates": (ints([1]), pa.array([1], pa.date32())),
+}
+
+
+@pytest.mark.parametrize("files", ["log", "log/*.parquet"])
+@pytest.mark.parametrize("turned", [False, True])
+@pytest.mark.parametrize("name", UNUSED)
+def test_columns_that_nobody_asks_for_decide_nothing(name, turned, files, tmp_path):
+    parts = [day(ints([i]), **({} if each is None else {"extra": each})) for i, each in enumerate(UNUSED[name])]
+    write(parts[::-1] if turned else parts, tmp_path / "log")
+    source = str(tmp_path / files)
+    assert load_interactions(source).item_ids.tolist() == [0, 1]
+    assert load_shards(source, tmp_path / "work", num_shards=2).item_ids.tolist() == [0, 1]
+    if name == "absent":  # who does not say what he needs gets all columns
+        assert sorted(read_table(source)["extra"].to_pylist(), key=str) == [None, "x"]
+    else:
+        with pytest.raises(ValueError, match="with one type in all files"):
+            read_table(source)
+
+
+def test_text_files_whose_unused_columns_differ(tmp_path):
+    (tmp_path / "a.csv").write_text("user_id,item_id,timestamp,note\n1,7,1,3\n")
+    (tmp_path / "b.csv").write_text("user_id,item_id,timestamp,note,new\n1,8,2,text,1\n")
+    assert load_interactions(f"{tmp_path}/*.csv").item_ids.tolist() == [7, 8]
+
+
+@pytest.mark.parametrize("turned", [False, True])
+@pytest.mark.parametrize(
+    ("flags", "numbers", "found"),
+    [([True], ints([3], pa.int8()), [1, 3]), ([True], ints([3], pa.uint64()), [1, 3]), ([False], [0.5], [0.0, 0.5])],
+)
+def test_flags_beside_numbers(flags, numbers, found, turned, tmp_path):
+    parts = [day(ints([7]), is_like=pa.array(flags)), day(ints([8]), is_like=pa.array(numbers))]
+    folder = write(parts[::-1] if turned else parts, tmp_path / "log")
+    x = load_interactions(folder, feedback=["is_like"])
+    ((_, own),) = load_shards(folder, tmp_path / "work", num_shards=2, feedback=["is_like"])
+    for seen in (x, own):
+        assert seen.feedback["is_like"].dtype == pa.array(numbers).to_numpy().dtype
+        assert sorted(seen.feedback["is_like"].tolist()) == found
+
+
+DAY = 86_400_000  # milliseconds
+TIMES = {
+    "dates and times": (pa.array([1], pa.date32()), pa.array([2 * DAY * 1000], pa.timestamp("us"))),
+    "dates and times of a zone": (pa.array([1], pa.date32()), pa.array([2 * DAY], pa.timestamp("ms", "UTC"))),
+    "dates of two kinds": (pa.array([1], pa.date32()), pa.array([2 * DAY], pa.date64())),
+    "no zone and UTC": (pa.array([DAY], pa.timestamp("ms")), pa.array([2 * DAY], pa.timestamp("ms", "UTC"))),
+    "no zone and another": (
+        pa.array([DAY // 1000], pa.timestamp("s")),
+        pa.array([2 * DAY * 10**6], pa.timestamp("ns", "Europe/Berlin")),
+    ),
+}
+
+
+@pytest.mark.parametrize("turned", [False, True])
+@pytest.mark.parametrize("name", TIMES)
+def test_dates_and_times_of_one_column(name, turned, tmp_path):
+    parts = [day(ints([7])).set_column(2, "timestamp", each) for each in TIMES[name]]
+    folder = write(parts[::-1] if turned else parts, tmp_path / "log")
+    assert load_interactions(folder).timestamp.tolist() == [DAY, 2 * DAY]
+    ((_, own),) = load_shards(folder, tmp_path / "work", num_shards=2)
+    assert own.timestamp.tolist() == [DAY, 2 * DAY]
 
 
 def test_text_files_of_a_pattern(tmp_path):
@@ -153,17 +230,31 @@ def test_folders_that_are_columns_keep_ids_and_types(tmp_path):
     assert load_interactions(tmp_path / "log").user_ids.tolist() == [7, 8]
 
 
+def refused(folder, name, tmp_path):
+    for load in (load_interactions, lambda source: load_shards(source, tmp_path / "work", num_shards=2)):
+        with pytest.raises(ValueError, match=rf"log holds files that are not named .parquet: \['{name}'\]; move"):
+            load(folder)
+
+
 def test_what_a_folder_holds_beside_its_days(tmp_path):
     folder = write([day(ints([7]))], tmp_path / "log")
     for name in ("_SUCCESS", ".day0.parquet.crc", "_temporary/0/day0.parquet", "_delta_log/0.json"):
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_text("of the program that wrote the days")
     assert len(load_interactions(folder)) == 1
-    pyarrow.parquet.write_table(day(ints([8])), folder / "day1.parq")
-    for load in (load_interactions, lambda source: load_shards(source, tmp_path / "work", num_shards=2)):
-        with pytest.raises(ValueError, match=r"log holds files that are not named .parquet: \['day1.parq'\]; move"):
-            load(folder)
-    (folder / "day1.parq").rename(folder / "day1.parquet")
+    for name in ("README.md", "notes.txt", "manifest.json", "settings.yaml", "LICENSE", "README.md.gz"):
+        (folder / name).write_text("no part of the log")
+    shards = load_shards(folder, tmp_path / "work", num_shards=2)
+    assert len(load_interactions(folder)) == sum(len(own) for _, own in shards) == 1
+    for name in ("day1.parq", "day1", "day1.snappy"):
+        pyarrow.parquet.write_table(day(ints([8])), folder / name)
+        refused(folder, name, tmp_path)
+        (folder / name).rename(tmp_path / "day1")
+    for name in ("day1.csv", "day1.jsonl", "day1.csv.gz", "day1.json.gz", "day1.TSV"):
+        (folder / name).write_text("user_id")
+        refused(folder, name, tmp_path)
+        (folder / name).unlink()
+    (tmp_path / "day1").rename(folder / "day1.parquet")
     assert load_interactions(folder).item_ids.tolist() == [7, 8]
     (folder / "day1.parquet").write_bytes(b"PAR1")
     with pytest.raises(ValueError, match=r"cannot read .*day1.parquet: "):
