@@ -104,7 +104,7 @@ def load_shards(
     work = Path(folder)
     if resume and (work / CUT).is_file():
         return _sorted_shards(work, log_columns, drop_duplicates)
-    log = _open(source, log_columns, split)
+    log = _open(source, log_columns.ids, split, log_columns.asked)
     count = log.count_rows() if isinstance(log, pyarrow.dataset.Dataset) else log.num_rows
     num_shards = num_shards or max(1, math.ceil(count / SHARD_EVENTS))
     if num_shards == 1 or not count:
@@ -123,14 +123,16 @@ def load_shards(
     return _sorted_shards(work, log_columns, drop_duplicates)
 
 
-def _open(source: Any, columns: LogColumns, split: str) -> pa.Table | pyarrow.dataset.Dataset | ParquetFiles:
+def _open(
+    source: Any, ids: Sequence[str], split: str, columns: Sequence[str] | None = None
+) -> pa.Table | pyarrow.dataset.Dataset | ParquetFiles:
     """Parquet as what is not read yet, everything else as a table."""
     if isinstance(source, pyarrow.dataset.Dataset):
-        check_ids_of_dataset(source, columns.ids)
+        check_ids_of_dataset(source, ids)
         return source
     if isinstance(source, (str, Path)) and (files := find_parquet(source)):
-        return ParquetFiles(source, files, columns.ids, columns.asked)
-    return read_table(source, split, ids=columns.ids, columns=columns.asked)
+        return ParquetFiles(source, files, ids, columns)
+    return read_table(source, split, ids=ids, columns=columns)
 
 
 class _Cutting:
