@@ -19,7 +19,7 @@ from transformers.trainer_pt_utils import LengthGroupedSampler, get_model_param_
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput
 from transformers.utils import logging
 
-from .same_run import differences, run_settings
+from .same_run import differences, run_settings, same_optimizer
 
 logger = logging.get_logger(__name__)
 
@@ -152,12 +152,21 @@ class ResumableTrainer(Trainer):
         manifest = json.loads((checkpoint / MANIFEST_NAME).read_text(encoding="utf-8"))
         written, now, run = manifest["settings"], self._resume_settings(), self._run or run_settings(self)
         missing = dict.fromkeys(now)  # a checkpoint of an earlier version has no model and no optimizer to compare
-        found = [differences(missing | written, now)]
-        found += [differences(manifest.get(name, {}), run[name]) for name in ("model", "optimizer")]
+        found = [differences(missing | written, now), differences(manifest.get("model", {}), run["model"])]
+        of_optimizer = manifest.get("optimizer", {})
+        if same := same_optimizer(of_optimizer, run["optimizer"]):
+            of_optimizer = {name: value for name, value in of_optimizer.items() if name != "optim"}
+        found.append(differences(of_optimizer, run["optimizer"]))
         if different := "; ".join(filter(None, found)):
             raise ValueError(
                 f"{checkpoint} belongs to another run: {different}. Resume with what that run had, or start a new one "
                 "from its weights. Nothing was trained."
+            )
+        if same and self.is_world_process_zero():
+            logger.warning(
+                f"The run of {checkpoint} had optim={manifest['optimizer']['optim']!r}, this one has "
+                f"{run['optimizer']['optim']!r}: the same optimizer, whose saved state is taken. Its numbers may be "
+                "rounded otherwise."
             )
         if (different := differences(manifest.get("course", {}), run["course"])) and self.is_world_process_zero():
             logger.warning(

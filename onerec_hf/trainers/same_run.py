@@ -11,6 +11,17 @@ from transformers import PreTrainedConfig, Trainer
 
 # in the checkpoint's optimizer, and taken from there whatever the new run says
 _OPTIMIZER = ("learning_rate", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon", "optim", "optim_args")
+# names of one optimizer with one state; which of them is the default depends on the version of torch
+_ADAMW = {"adamw_torch", "adamw_torch_fused"}
+# fields of a model's config that only say how it is trained, besides those that end in "dropout"
+_KNOBS: tuple[str, ...] = (
+    "router_bias_update_rate",
+    "loss_reduction",
+    "item_loss_weight",
+    "fused_weight",
+    "target_weights",
+)
+_KNOBS += ("initializer_range", "reward_weights")
 # how long a run goes on, and what it writes, evaluates and runs on: none changes what the next step does
 _NEUTRAL: tuple[str, ...] = (
     "max_steps",
@@ -48,7 +59,8 @@ def run_settings(trainer: Trainer) -> dict[str, dict[str, Any]]:
 
     Returns:
         `model`: the fields of the model's own config, and its adapter; `optimizer`: the arguments that the saved
-        optimizer holds; `course`: the other arguments that change what a step does, and the collator's.
+        optimizer holds; `course`: the other arguments that change what a step does, the collator's, and the fields of
+        the config that only say how the model is trained, such as its dropout.
     """
     model: Any = trainer.accelerator.unwrap_model(trainer.model)
     adapter = next(iter(model.peft_config.values())) if hasattr(model, "peft_config") else None
@@ -64,6 +76,8 @@ def run_settings(trainer: Trainer) -> dict[str, dict[str, Any]]:
     }
     collator = vars(trainer).get("collator") or trainer.data_collator
     course |= {name: value for name, value in getattr(collator, "settings", {}).items() if name not in course}
+    knobs = {name: own.pop(name) for name in list(own) if name in _KNOBS or name.endswith("dropout")}
+    course |= {name: value for name, value in knobs.items() if name not in course}
     optimizer = {name: given[name] for name in _OPTIMIZER}
     return {"model": _json(own | {"adapter": shape}), "optimizer": _json(optimizer), "course": _json(course)}
 
@@ -72,6 +86,12 @@ def differences(written: dict[str, Any], now: dict[str, Any]) -> str:
     """What two runs have under one name and not alike, in words; empty where there is nothing."""
     names = [name for name in now if name in written and written[name] != now[name]]
     return "; ".join(f"{name} {written[name]!r} there, {now[name]!r} here" for name in names)
+
+
+def same_optimizer(written: dict[str, Any], now: dict[str, Any]) -> bool:
+    """Whether two runs have another `optim`, and both names stand for one optimizer with one state."""
+    names = {written.get("optim"), now["optim"]}
+    return len(names) == 2 and names <= _ADAMW
 
 
 def _json(values: dict[str, Any]) -> dict[str, Any]:
@@ -85,4 +105,4 @@ def _json(values: dict[str, Any]) -> dict[str, Any]:
     return found
 
 
-__all__ = ["differences", "run_settings"]
+__all__ = ["differences", "run_settings", "same_optimizer"]

@@ -311,6 +311,29 @@ def test_other_arguments_that_change_the_course_are_said(name, settings, message
     assert message in said and "ends as neither" in said
 
 
+def test_the_default_optimizer_of_another_version_of_torch_is_said(stopped, warnings):
+    assert train("SFT", stopped, "true", max_steps=7, optim="adamw_torch").state.global_step == 7
+    said = [text for text in warnings if "optim='adamw_torch_fused', this one has 'adamw_torch'" in text]
+    assert len(said) == 1 and not [text for text in warnings if "other arguments" in text]
+
+
+@pytest.mark.parametrize(
+    ("own", "message"),
+    [
+        ({"dropout": 0.25}, " there, 0.25 here"),
+        ({"context_dropout": 0.25}, " there, 0.25 here"),
+        ({"loss_reduction": "sum"}, "loss_reduction 'mean' there, 'sum' here"),
+        ({"initializer_range": 0.25, "item_loss_weight": 0.5}, "initializer_range 0.02 there, 0.25 here"),
+        ({"router_bias_update_rate": 0.25}, "router_bias_update_rate 0.001 there, 0.25 here"),
+    ],
+)
+def test_how_a_model_is_trained_may_change(own, message, stopped, warnings, monkeypatch):
+    monkeypatch.setattr(survival, "OneRecV2Config", lambda **given: OneRecV2Config(**(given | own)))
+    assert train("SFT", stopped, "true", max_steps=7).state.global_step == 7
+    (said,) = [text for text in warnings if "had other arguments" in text]
+    assert all(name in said for name in own) and message in said
+
+
 def test_other_collators_are_said(stopped, warnings):
     def shorter(trainer):
         trainer.data_collator.settings["max_history"] = 7
