@@ -138,7 +138,11 @@ def make_collator(args: RewardArguments, data: DataFolder, splits: datasets.Data
             f"context_item_features={unknown}: they are some of item_categories and item_quantiles, {sorted(items)}."
         )
     if not 0 <= args.warm_up <= len(boundaries):
-        raise ValueError(f"warm_up={args.warm_up}: the log has {len(boundaries)} boundaries between its periods.")
+        most = f"--warm_up {len(boundaries)} at most" if len(boundaries) else "--warm_up 0"
+        raise ValueError(
+            f"warm_up={args.warm_up}: the log has {len(boundaries)} boundaries between its periods. Give a shorter "
+            f"--period, in the unit of its timestamps, or {most}."
+        )
     item_numbers, user_numbers = past_numbers(args, splits["train"], groups, boundaries)
     events, requests = (event_features(mapping(v)) for v in (args.event_features, args.request_features))
     return RewardCollator(

@@ -94,5 +94,7 @@ def test_held_out_rows_know_what_was_known_when_their_period_began(tmp_path):
             count = sum(((train.user == row["user"]) & (train.session_start < begin)).tolist())
             found = batch["item_numbers"][i, 0, collator.item_number_names.index("user_count")]
             assert found == pytest.approx(np.log1p(count) / 5, abs=1e-6)
+    with pytest.raises(ValueError, match=r"warm_up=2: the log has 0 boundaries .* shorter --period, .* --warm_up 0\."):
+        make_collator(RewardArguments(str(tmp_path / "data"), ["is_like"], period=1e6), data, data.splits)
     read = collator(list(data.splits["test"]))["context_mask"].sum().item()
     assert read > 0.9 * sum(map(len, data.splits["test"]["history"]))
