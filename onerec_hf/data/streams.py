@@ -104,6 +104,24 @@ def count_lengths(folder: str | os.PathLike, split: str, count: Callable[[np.nda
     )
 
 
+def column_parts(folder: str | os.PathLike, split: str, names: list[str]) -> Iterator[datasets.Dataset]:
+    """
+    Some columns of a split, one part after another in memory; the others are not read.
+
+    Args:
+        folder: A data folder.
+        split: `"train"`, `"validation"` or `"test"`.
+        names: Of the columns; those that a part does not have are left out, and so is a part that has none.
+
+    Raises:
+        KeyError: A split that the folder does not have. Else as `split_parts`.
+    """
+    for file in split_parts(folder)[split]:
+        there = [name for name in names if name in pyarrow.parquet.read_schema(file).names]
+        if there:
+            yield arrow_dataset(pyarrow.parquet.read_table(file, columns=there))
+
+
 def longest_list(rows: datasets.Dataset, name: str) -> int:
     """
     Items of the longest list in a column, read without making Python objects of it; 0 where there are no rows.

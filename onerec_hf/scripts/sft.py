@@ -16,7 +16,7 @@ from itertools import chain
 from transformers import AutoModelForCausalLM, set_seed
 
 from ..data import DataFolder, load_splits
-from ..data.split_files import read_part, split_parts
+from ..data.streams import column_parts
 from ..recommender import ItemRanker, Recommender
 from ..trainers import OneRecSFTConfig, OneRecSFTTrainer
 from ..trainers.optimizer_state import KeepOptimizer
@@ -79,7 +79,7 @@ def main(args: ModelArguments, training: OneRecSFTConfig) -> dict:
     scored = ("validation",) if training.eval_strategy != "no" else ()
     trained = iter(() if args.continue_from else [sample])
     if args.streaming and not args.continue_from:  # a sample does not say how long the longest session is
-        trained = chain(trained, map(read_part, split_parts(args.data)["train"]))
+        trained = chain(trained, column_parts(args.data, "train", ["targets"]))
     held_out = {name: splits[name] for name in scored}
     check_sessions(model.config, {"training": sample} | held_out, trained)
     trainer = OneRecSFTTrainer(

@@ -133,6 +133,13 @@ def test_the_longest_list_is_that_of_the_chosen_rows():
     assert longest_list(rows.select([]), "targets") == 0
 
 
+def test_columns_are_read_part_by_part(folder):
+    parts = list(streams.column_parts(folder, "train", ["history"]))
+    assert len(parts) == 4 and all(part.column_names == ["history"] for part in parts)
+    assert sum(map(len, parts)) == USERS and max(longest_list(part, "history") for part in parts) == USERS
+    assert not list(streams.column_parts(folder, "train", ["targets"]))
+
+
 def test_rows_on_disk_are_looked_up_and_changed_as_in_memory(folder, monkeypatch):
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", folder / "cache")
     monkeypatch.setattr(streams, "CHUNK", 7)
