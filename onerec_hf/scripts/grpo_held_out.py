@@ -10,6 +10,8 @@ import datasets
 import numpy as np
 from transformers.utils import logging
 
+from ..data import time_unit
+
 logger = logging.get_logger(__name__)
 
 _COMPARED_USERS = 1000  # whose training events are looked for in the exposures: enough to see another unit of time
@@ -97,13 +99,18 @@ class HeldOut:
         Raises:
             ValueError: Times that cannot be compared with those of the data folder.
         """
-        self.check_times(user, item, time)
-        if start is not None and start > self._newest(user, item, time, watched):
+        watched_first = self._watched_first(user, item, time, watched)
+        if not (same := self.check_times(user, item, time, start)) or (
+            start is not None and start > max(self.newest, _latest(time[watched_first]))
+        ):
             logger.warning(
                 f"start={start:.15g} is after everything that {self.path} holds out for validation and test: newer "
                 "exposures are trained on, and scores on its test split say nothing of what comes after them."
             )
-            return np.ones(len(time), dtype=bool)
+            kept = np.ones(len(time), dtype=bool)
+            if not same and not self.sessions:  # the times of the last targets are in no row: these may be they
+                kept[watched_first] = False
+            return kept
         after = np.where(self.unknown, self.trained_until if self.by_time else self.last, np.inf)
         known = user >= 0
         number = np.where(known, user, 0)
@@ -119,9 +126,13 @@ class HeldOut:
         late = known & ((time >= first[number]) | (time > after[number]))
         return ~(late | (time >= earliest)) if self.by_time else ~late
 
-    def check_times(self, user: np.ndarray, item: np.ndarray, time: np.ndarray) -> None:
+    def check_times(self, user: np.ndarray, item: np.ndarray, time: np.ndarray, start: float | None = None) -> bool:
         """
         Looks for training events of the data folder in the exposures, which hold every impression of the log.
+
+        Returns:
+            `bool`: Whether they are there. False where they are not and need not be: `start` is after all times in the
+            data folder, and in their unit.
 
         Raises:
             ValueError: None of them is there at its time, or mostly other items are.
@@ -132,36 +143,58 @@ class HeldOut:
                 f"no user of the exposures is in {self.path}: which exposures are held out cannot be said. Give the "
                 "user ids that `onerec prepare` was given, or data prepared from this log."
             )
-        rows = np.isin(user, shared)
-        times = set(zip(user[rows].tolist(), time[rows].tolist()))
-        exposures = set(zip(user[rows].tolist(), item[rows].tolist(), time[rows].tolist()))
-        found = other = 0
-        for owner, events, at in _events(self.train, self.sessions):
-            kept = np.isin(owner, shared)
-            for event in zip(owner[kept].tolist(), events[kept].tolist(), at[kept].tolist()):
-                found += event in exposures
-                other += event not in exposures and event[::2] in times
-        if found <= other:
+        found, other = self._compare(shared, user, item, time)
+        if found > other:
+            return True
+        comparable = time_unit(time) == time_unit(self.last)
+        if comparable and start is not None and start > self.newest:
+            return False
+        if comparable and time.min() > self.newest:
             raise ValueError(
-                f"the times of the exposures, {time.min()} to {time.max()}, cannot be compared with those of "
-                f"{self.path}, whose training ends at {self.trained_until:.15g}: {found} of its training events "
-                f"are among the exposures at their time, {other} times another item is. Held-out events could be "
-                "trained on. Give every impression of the log that the data was prepared from, with the same "
-                "timestamps in the same unit."
+                f"the exposures, {time.min()} to {time.max()}, are all newer than the rows of {self.path}, which end "
+                f"at {self.newest:.15g}: held-out events could be among them. To train on newer exposures alone, give "
+                "--start, a time after everything that is held out; else give every impression of the log that the "
+                "data was prepared from."
             )
+        raise ValueError(
+            f"the times of the exposures, {time.min()} to {time.max()}, cannot be compared with those of "
+            f"{self.path}, whose training ends at {self.trained_until:.15g}: {found} of its training events "
+            f"are among the exposures at their time, {other} times another item is. Held-out events could be "
+            "trained on. Give every impression of the log that the data was prepared from, with the same "
+            "timestamps in the same unit."
+        )
+
+    def _compare(self, shared: np.ndarray, user: np.ndarray, item: np.ndarray, time: np.ndarray) -> tuple[int, int]:
+        """Training events of some users that are among the exposures, and those of whose users and times other
+        exposures are.
+        """
+        rows = np.flatnonzero(np.isin(user, shared))
+        owners, events, times = [user[rows]], [item[rows]], [time[rows]]
+        for owner, event, at in _events(self.train, self.sessions):
+            kept = np.isin(owner, shared)
+            owners.append(owner[kept])
+            events.append(event[kept])
+            times.append(at[kept])
+        # a number for each pair of user and time, then one for each of such a pair and an item, which may be -1
+        when, at = np.unique(np.concatenate(times), return_inverse=True)
+        pair = np.unique(np.searchsorted(shared, np.concatenate(owners)) * len(when) + at, return_inverse=True)[1]
+        same_time = np.isin(pair[len(rows) :], pair[: len(rows)])
+        key = pair * (self.num_items + 1) + np.concatenate(events) + 1
+        same = np.isin(key[len(rows) :], key[: len(rows)])
+        return int(same.sum()), int((same_time & ~same).sum())
 
     def _is_pair(self, user: np.ndarray, item: np.ndarray, among: np.ndarray) -> np.ndarray:
         """Exposures of a held-out item to its user."""
         return among & (item >= 0) & np.isin(user.astype(np.int64) * self.num_items + item, self.pairs)
 
-    def _newest(self, user: np.ndarray, item: np.ndarray, time: np.ndarray, watched: np.ndarray) -> float:
-        """A time after which nothing is held out: of a held-out item that was watched several times, the first time
-        after the training counts.
+    def _watched_first(self, user: np.ndarray, item: np.ndarray, time: np.ndarray, watched: np.ndarray) -> np.ndarray:
+        """Rows of the exposures that may be the held-out events: of a held-out item that was watched several times,
+        the first time after the training counts.
         """
         rows = np.flatnonzero(self._is_pair(user, item, watched & (user >= 0)))
         rows = rows[time[rows] >= self.last[user[rows]]]
         _, first = np.unique(user[rows].astype(np.int64) * self.num_items + item[rows], return_index=True)
-        return max(self.newest, _latest(time[rows][first]))  # of a user, exposures come in order of time
+        return rows[first]  # of a user, exposures come in order of time
 
 
 def has_times(splits: Mapping[str, datasets.Dataset]) -> bool:

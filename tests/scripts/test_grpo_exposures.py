@@ -66,6 +66,14 @@ def arrays(log: pd.DataFrame, events) -> tuple:
     return user, np.searchsorted(events.item_ids, log.item_id), log.timestamp.to_numpy(), log.is_click.to_numpy() > 0
 
 
+def splits_of(events, kind: str, boundaries: tuple[float, float]):
+    if kind == "last":
+        return leave_last_out(events)
+    if kind == "time":
+        return global_time_split(events, *boundaries, min_history=1)
+    return session_splits(events, EXPOSURES, *((None, None) if kind == "sessions" else boundaries))
+
+
 @pytest.mark.parametrize("ties", [False, True])
 @pytest.mark.parametrize("kind", ["last", "time", "sessions", "sessions by time"])
 def test_nothing_from_the_first_held_out_event_on_is_trained(kind, ties):
@@ -73,13 +81,7 @@ def test_nothing_from_the_first_held_out_event_on_is_trained(kind, ties):
     for seed in range(15):
         log = impressions(seed, ties)
         events = folder_of(log)
-        if kind == "last":
-            splits, by_user = leave_last_out(events), True
-        elif kind == "time":
-            splits, by_user = global_time_split(events, *boundaries, min_history=1), False
-        else:
-            by_user = kind == "sessions"
-            splits = session_splits(events, EXPOSURES, *((None, None) if by_user else boundaries))
+        splits, by_user = splits_of(events, kind, boundaries), kind in ("last", "sessions")
         held_out = HeldOut(splits, events.num_users, events.num_items, "data")
         user, item, time, watched = arrays(log, events)
         kept = held_out.allowed(user, item, time, watched)
@@ -104,6 +106,29 @@ def test_nothing_from_the_first_held_out_event_on_is_trained(kind, ties):
             assert right.all()  # as without the check
             late = held_out.allowed(user, item, time, watched, end=boundaries[1])
             assert not (late & ~expected.to_numpy()).any()
+
+
+@pytest.mark.parametrize("kind", ["last", "time", "sessions", "sessions by time"])
+def test_newer_exposures_without_the_log(kind):
+    """With a start after all that is held out they are trained on; without one, or in another unit, they are not."""
+    for seed in range(5):
+        log = impressions(seed)
+        events = folder_of(log)
+        held_out = HeldOut(splits_of(events, kind, (1250, 1330)), events.num_users, events.num_items, "data")
+        user, item, time, watched = arrays(log.assign(timestamp=log.timestamp + 1000), events)
+        kept = held_out.allowed(user, item, time, watched, start=1900.0)
+        if kind.startswith("sessions"):
+            assert kept.all()
+        else:  # the first time that a user watches an item which is held out of his, it may be that event
+            pairs = [int(pair) for pair in user[~kept] * ITEMS + item[~kept]]
+            assert watched[~kept].all() and len(pairs) == len(set(pairs)) and set(pairs) <= set(held_out.pairs)
+        for start in (None, 1100.0):
+            with pytest.raises(
+                ValueError, match=r"are all newer than the rows of data, which end at 1\d\d\d: .*--start"
+            ):
+                held_out.allowed(user, item, time, watched, start=start)
+        with pytest.raises(ValueError, match="cannot be compared"):
+            held_out.allowed(user, item, time * 1_000_000, watched, start=1e9)
 
 
 @pytest.fixture
@@ -188,6 +213,10 @@ def test_only_held_out_exposures_are_refused(data):
 def test_newer_exposures_than_all_that_is_held_out(data, warnings):
     """A policy's own, after the log."""
     newer = data[1].assign(timestamp=data[1].timestamp + 10_000, request_id=data[1].request_id + 1000)
+    assert len(load(data, newer, start=1_600_005_000.0)) == 360  # two items of each user were held out
+    warnings.clear()
+    with pytest.raises(ValueError, match=r"are all newer than the rows of .* give --start, a time after everything"):
+        load(data, newer)
     log = pd.concat([data[1], newer])
     assert len(load(data, log, start=1_600_005_000.0)) == 400
     assert "start=1600005000 is after everything that" in warnings[0]
