@@ -15,6 +15,7 @@ from ..data import time_unit
 logger = logging.get_logger(__name__)
 
 _COMPARED_USERS = 1000  # whose training events are looked for in the exposures: enough to see another unit of time
+_COMPARED_EVENTS = 300_000  # of them, about; of more, every n-th
 
 
 class HeldOut:
@@ -168,20 +169,25 @@ class HeldOut:
         """Training events of some users that are among the exposures, and those of whose users and times other
         exposures are.
         """
-        rows = np.flatnonzero(np.isin(user, shared))
-        owners, events, times = [user[rows]], [item[rows]], [time[rows]]
-        for owner, event, at in _events(self.train, self.sessions):
-            kept = np.isin(owner, shared)
-            owners.append(owner[kept])
-            events.append(event[kept])
-            times.append(at[kept])
+        gathered: tuple[list, list, list] = ([], [], [])
+        for columns in _events(self.train, self.sessions):
+            kept = np.isin(columns[0], shared)
+            for values, column in zip(gathered, columns):
+                values.append(column[kept])
+        if not (count := sum(map(len, gathered[0]))):
+            return 0, 0
+        step = 1 + count // _COMPARED_EVENTS
+        owner, event, at = (np.concatenate(values)[::step] for values in gathered)
         # a number for each pair of user and time, then one for each of such a pair and an item, which may be -1
-        when, at = np.unique(np.concatenate(times), return_inverse=True)
-        pair = np.unique(np.searchsorted(shared, np.concatenate(owners)) * len(when) + at, return_inverse=True)[1]
-        same_time = np.isin(pair[len(rows) :], pair[: len(rows)])
-        key = pair * (self.num_items + 1) + np.concatenate(events) + 1
-        same = np.isin(key[len(rows) :], key[: len(rows)])
-        return int(same.sum()), int((same_time & ~same).sum())
+        when, number = np.unique(at, return_inverse=True)
+        place = np.minimum(np.searchsorted(when, time), len(when) - 1)
+        rows = np.flatnonzero(np.isin(user, shared) & (when[place] == time))
+        pairs, number = np.unique(np.searchsorted(shared, owner) * len(when) + number, return_inverse=True)
+        pair = np.searchsorted(shared, user[rows]) * len(when) + place[rows]
+        place = np.minimum(np.searchsorted(pairs, pair), len(pairs) - 1)
+        rows, place = rows[pairs[place] == pair], place[pairs[place] == pair]
+        same = np.isin(number * (self.num_items + 1) + event + 1, place * (self.num_items + 1) + item[rows] + 1)
+        return int(same.sum()), int((np.isin(number, place) & ~same).sum())
 
     def _is_pair(self, user: np.ndarray, item: np.ndarray, among: np.ndarray) -> np.ndarray:
         """Exposures of a held-out item to its user."""

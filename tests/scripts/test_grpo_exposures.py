@@ -15,7 +15,7 @@ from onerec_hf.data import (
     load_interactions,
     session_splits,
 )
-from onerec_hf.scripts import grpo
+from onerec_hf.scripts import grpo, grpo_held_out
 from onerec_hf.scripts.grpo_held_out import HeldOut
 
 ITEMS, USERS, DAYS = 8, 25, 40
@@ -129,6 +129,30 @@ def test_newer_exposures_without_the_log(kind):
                 held_out.allowed(user, item, time, watched, start=start)
         with pytest.raises(ValueError, match="cannot be compared"):
             held_out.allowed(user, item, time * 1_000_000, watched, start=1e9)
+
+
+@pytest.mark.parametrize("most", [10**6, 60])
+@pytest.mark.parametrize("kind", ["last", "time", "sessions", "sessions by time"])
+def test_training_events_are_found_as_in_plain_python(kind, most, monkeypatch):
+    monkeypatch.setattr(grpo_held_out, "_COMPARED_EVENTS", most)
+    for seed in range(5):
+        log, rng = impressions(seed, ties=True), np.random.default_rng(seed)
+        events = folder_of(log)
+        splits = splits_of(events, kind, (1250, 1330))
+        held_out = HeldOut(splits, events.num_users, events.num_items, "data")
+        user, item, time, _ = arrays(log[rng.random(len(log)) < 0.8], events)
+        item = np.where(rng.random(len(item)) < 0.3, rng.integers(-1, ITEMS, len(item)), item)
+        time = time.astype(float) if seed % 2 else time
+        columns = ("targets", "target_timestamp") if "sessions" in kind else ("history", "timestamp")
+        train = [(row["user"], *pair) for row in splits["train"] for pair in zip(*(row[name] for name in columns))]
+        train = [event for event in train if event[0] in user[user < 20]]
+        train = train[:: 1 + len(train) // most]
+        exposures = set(zip(user.tolist(), item.tolist(), time.tolist()))
+        times = {event[::2] for event in exposures}
+        found = sum(event in exposures for event in train)
+        other = sum(event not in exposures and event[::2] in times for event in train)
+        assert held_out._compare(np.unique(user[user < 20]), user, item, time) == (found, other) and found and other
+        assert held_out._compare(np.array([events.num_users]), user, item, time) == (0, 0)
 
 
 @pytest.fixture
