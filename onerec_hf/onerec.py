@@ -37,8 +37,9 @@ class OneRec:
             folder, which is gone with this object.
         config (`str`, defaults to `"small_sft.yaml"`): Training arguments: a YAML file, or one that the package
             carries.
-        prepare (`dict`, *optional*): Arguments of `onerec prepare`, such as `{"codebook_size": 64, "text_fields":
-            ["title"]}`. Where it says nothing, codebooks and embeddings are as wide as the number of items allows.
+        prepare (`dict`, *optional*): Arguments of `onerec prepare`, such as `{"codebook_size": 64}` or
+            `{"text_model": "sentence-transformers/all-MiniLM-L6-v2", "text_fields": ["title"]}`. Where it says
+            nothing, codebooks and embeddings are as wide as the number of items allows.
         arguments: Arguments of `onerec sft`, over those of `config`: `num_train_epochs`, `model`, `seed`, `use_cpu`,
             ...
 

@@ -213,6 +213,11 @@ def _check_embedding_arguments(args: PrepareArguments) -> None:
         raise ValueError(f"caption_model {args.caption_model!r} is part of the alignment: set align, too.")
     if (args.text_model or args.caption_model) and not (args.text_fields or args.optional_text_fields):
         raise ValueError("text_model and caption_model read texts: name columns of the items in text_fields.")
+    if args.text_fields and not (args.text_model or args.caption_model):
+        raise ValueError(
+            f"text_fields={args.text_fields} would do nothing: no model reads them. Give --text_model "
+            "sentence-transformers/all-MiniLM-L6-v2, or another encoder, or leave them out."
+        )
     if args.text_shard is not None:
         text_shard(args)
         if not args.text_model:

@@ -127,6 +127,7 @@ def test_pairs_of_any_table(suffix, tmp_path):
         ({"collaborative_dim": 0}, "no embedding: give --embeddings"),
         ({"embeddings": "no/such.npy"}, "embeddings='no/such.npy' is not there"),
         ({"text_model": "encoder"}, "name columns of the items in text_fields"),
+        ({"text_fields": ["title"]}, r"text_fields=\['title'\] would do nothing: .*Give --text_model"),
         ({"align": True}, "align adapts embeddings"),
         ({"codebook_size": 1}, "codebook_size=1: at least 2"),
         ({"output": __file__}, "is a file: name a folder"),
@@ -142,7 +143,7 @@ def test_prepare_checks_its_arguments_before_it_reads(change, match, tmp_path):
 @pytest.mark.parametrize(
     ("change", "match"),
     [
-        ({"text_fields": ["title"]}, r"text_fields=\['title'\]: the items have only \[\]"),
+        ({"text_fields": ["title"], "text_model": "x"}, r"text_fields=\['title'\]: the items have only \[\]"),
         ({"collaborative_dim": 128}, "20 items are too few for collaborative_dim=128. Give --collaborative_dim 20"),
         (
             {"collaborative_dim": 21, "codebook_size": 21},
