@@ -168,21 +168,19 @@ def read_columns(collator: Any, rows: datasets.Dataset, column: str) -> list[str
     Raises:
         ValueError: Lists of events that do not run parallel to the histories.
     """
-    events = sorted({*collator.event_features, *collator.settings.get("positive", ())})
-    names = [name for name in (*events, *collator.user_feature_sizes) if name in rows.column_names]
-    for name in sorted({*events} & {*names}):
-        kind = rows.features[name]
-        if not isinstance(kind, (datasets.List, datasets.LargeList)) or not _is_number(kind.feature):
-            names.remove(name)
-    if absent := [name for name in (*events, *collator.user_feature_sizes) if name not in names]:
+    reads = sorted({*collator.event_features, *collator.settings.get("positive", ())})
+    events = [name for name in reads if name in rows.column_names and _are_numbers(rows.features[name])]
+    names = [*events, *(name for name in collator.user_feature_sizes if name in rows.column_names)]
+    if absent := [name for name in (*reads, *collator.user_feature_sizes) if name not in names]:
         logger.warning(
             f"The model reads {absent} beside the ids, the data set has no such columns (of events: lists of "
             "numbers): they are unknown."
         )
     start = 0
-    for table in rows.select_columns([column, *names]).with_format("arrow").iter(batch_size=100_000):
+    chunks = rows.select_columns([column, *events]).with_format("arrow").iter(batch_size=100_000) if events else ()
+    for table in chunks:
         items = pc.list_value_length(table[column])
-        for name in sorted({*events} & {*names}):
+        for name in events:
             values = pc.list_value_length(table[name])
             if odd := pc.indices_nonzero(pc.fill_null(pc.not_equal(items, values), False)).to_pylist():
                 raise ValueError(
@@ -193,9 +191,11 @@ def read_columns(collator: Any, rows: datasets.Dataset, column: str) -> list[str
     return names
 
 
-def _is_number(feature: Any) -> bool:
-    kind = getattr(feature, "dtype", "")
-    return kind.startswith(("int", "uint", "float", "bool", "null", "decimal"))
+def _are_numbers(feature: Any) -> bool:
+    """Whether a column holds lists of numbers."""
+    numbers = ("int", "uint", "float", "bool", "null", "decimal")
+    listed = isinstance(feature, (datasets.List, datasets.LargeList))
+    return listed and getattr(feature.feature, "dtype", "").startswith(numbers)
 
 
 def recommend_rows(
@@ -205,9 +205,9 @@ def recommend_rows(
     event columns and user features that the model reads are taken from the columns of their names.
     """
     collator, names = recommender.ranker.collator, read_columns(recommender.ranker.collator, rows, column)
-    item_ids, scores = [], []
+    read, item_ids, scores = rows.select_columns([column, *names]), [], []
     for start in tqdm(range(0, len(rows), batch_size), desc="recommend", disable=int(os.environ.get("RANK", 0)) > 0):
-        batch = rows[start : start + batch_size]
+        batch = read[start : start + batch_size]
         users = [
             {"history": history, **dict(zip(names, values))}
             for history, *values in zip(batch[column], *(batch[name] for name in names))

@@ -12,7 +12,6 @@ row per user, for `evaluation.paired_bootstrap`) and, for what was trained, `mod
 `BaselineArguments` can also stand in a YAML file: `--config FILE`.
 """
 
-import hashlib
 import json
 import time
 from collections.abc import Iterable
@@ -38,6 +37,7 @@ from ..baselines import (
     attribute_codes,
 )
 from ..baselines.training import train_baseline
+from ..data.data_folder import id_fingerprint
 from ..evaluation import evaluate
 from ..models.catalogue import CATALOGUE_NAME
 from .checks import check_columns, check_keywords, check_output, check_splits
@@ -82,11 +82,6 @@ class BaselineArguments:
     )
 
 
-def item_fingerprint(item_ids: Iterable) -> str:
-    """Tells whether two data folders have the same items in the same order: a baseline knows them by number alone."""
-    return hashlib.sha256(json.dumps([str(item) for item in item_ids]).encode()).hexdigest()[:16]
-
-
 def check_same_items(reports: dict[Path, dict], item_ids: Iterable, place: str) -> None:
     """
     Refuses baselines of other items than those of `place`; says of which it cannot be told.
@@ -96,7 +91,7 @@ def check_same_items(reports: dict[Path, dict], item_ids: Iterable, place: str) 
         item_ids: Of `place`, in its order.
     """
     item_ids, unknown = list(item_ids), []
-    own = item_fingerprint(item_ids)
+    own = id_fingerprint(item_ids)
     for folder, report in reports.items():
         known, advice = report.get(ITEM_FINGERPRINT), f"Run `onerec baseline --data {place}`, or name what that wrote."
         if report.get("num_items", len(item_ids)) != len(item_ids):
@@ -104,7 +99,7 @@ def check_same_items(reports: dict[Path, dict], item_ids: Iterable, place: str) 
                 f"{folder} knows {report['num_items']} items, {place} has {len(item_ids)}: another log. {advice}"
             )
         if known is None and (folder / CATALOGUE_NAME).is_file():  # of `onerec sft` and what follows it
-            known = item_fingerprint(Catalogue.from_pretrained(folder).item_ids)
+            known = id_fingerprint(Catalogue.from_pretrained(folder).item_ids)
         if known is None:
             unknown.append(str(folder))
         elif known != own:
@@ -211,7 +206,7 @@ def main(args: BaselineArguments) -> dict:
     num_items = len(item_ids)
     test, output = some(splits["test"], args.test_users, "test_users"), Path(args.output)
     output.mkdir(parents=True, exist_ok=True)
-    report = {"arguments": asdict(args), "num_items": num_items, ITEM_FINGERPRINT: item_fingerprint(item_ids)}
+    report = {"arguments": asdict(args), "num_items": num_items, ITEM_FINGERPRINT: id_fingerprint(item_ids)}
     start = time.perf_counter()
     if args.name in COUNTERS:
         model.fit(splits["train"]["history"])

@@ -262,7 +262,7 @@ def train_checked(
 ) -> dict[str, Any]:
     """Trains once sharding, rows and all that comes after the training have been tried; returns `train_seconds`."""
     check_sharding(trainer, score)
-    for rows in (train, *splits.values()):
+    for rows in ({"train": train} | splits).values():  # of a stream, `train` are its first rows
         check_event_features(recommender.ranker.collator.event_features, rows)
     rehearse(recommender, train, splits, score)
     trainer.add_callback(_TimeEstimate())

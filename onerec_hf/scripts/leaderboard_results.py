@@ -10,11 +10,12 @@ from matplotlib.figure import Figure
 
 from .. import Catalogue
 from ..data import DataFolder
+from ..data.data_folder import id_fingerprint
 from ..evaluation import frequency_strata, history_strata, novelty_at_k, recall_by_frequency, recall_by_history
 from ..evaluation.metrics import coverage_at_k, diversity_at_k
 from ..hub import table_cell
 from ..hub.pictures import plot_label
-from .baseline import ITEM_FINGERPRINT, item_fingerprint
+from .baseline import ITEM_FINGERPRINT
 from .ending import PREDICTIONS
 
 METRICS = ("recall@5", "recall@10", "recall@20", "ndcg@10")
@@ -65,7 +66,7 @@ class HeldOut(NamedTuple):
 
 def check_runs(folders: list[Path], data: DataFolder) -> None:
     """Refuses runs on another data folder: their test users may be the same, their items are not."""
-    items = item_fingerprint(data.items["item_id"][:])
+    items = id_fingerprint(data.items["item_id"][:])
     for folder in folders:
         report = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
         known = report.get("num_items", data.num_items)

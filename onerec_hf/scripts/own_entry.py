@@ -13,7 +13,8 @@ from typing import Any
 import numpy as np
 
 from ..data import DataFolder, match_ids, read_table
-from .baseline import ITEM_FINGERPRINT, item_fingerprint
+from ..data.data_folder import id_fingerprint
+from .baseline import ITEM_FINGERPRINT
 from .checks import check_columns, check_output
 from .ending import remove_earlier_results, score, write_metrics
 
@@ -58,7 +59,7 @@ def main(args: OwnEntryArguments) -> dict:
     start = time.perf_counter()
     report = score(recommend, data.splits["test"], data.num_items, output, args.seed)
     report |= {"arguments": asdict(args), "num_items": data.num_items, "seconds": time.perf_counter() - start}
-    report[ITEM_FINGERPRINT] = item_fingerprint(data.items["item_id"][:])
+    report[ITEM_FINGERPRINT] = id_fingerprint(data.items["item_id"][:])
     write_metrics(output, report)
     return report
 

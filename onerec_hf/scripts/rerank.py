@@ -34,11 +34,12 @@ from tqdm.auto import tqdm
 from ..baselines import SCORERS, EmbeddingKNN
 from ..collators.histories import allowed_items
 from ..data import DataFolder
+from ..data.data_folder import id_fingerprint
 from ..item_ranker import ItemRanker
 from ..models.catalogue import Catalogue
 from ..recommender import Recommender
 from ..reranker import ITEM_VECTORS, KINDS, VALUE, Reranker, item_neighbours
-from .baseline import BASELINES, ITEM_FINGERPRINT, check_same_items, item_fingerprint
+from .baseline import BASELINES, ITEM_FINGERPRINT, check_same_items
 from .checks import check_beams, check_output, check_splits, unique_names
 from .ending import remove_earlier_results, score, score_model, some, write_metrics
 from .item_values import check_value, item_values
@@ -239,7 +240,7 @@ def main(args: RerankArguments) -> dict:
         remove_earlier_results(output)
         reranker = Reranker(scorers, **settings, search=False)
         alone = ScorersAlone(reranker, data.catalogue)
-        items = {"num_items": data.num_items, ITEM_FINGERPRINT: item_fingerprint(data.items["item_id"][:])}
+        items = {"num_items": data.num_items, ITEM_FINGERPRINT: id_fingerprint(data.items["item_id"][:])}
         report: dict[str, Any] = items | {"reranker": fit(args, alone, reranker, data)}
         report["fit_seconds"] = report["reranker"]["seconds"]
         report |= score(alone, test, data.num_items, output, args.seed)

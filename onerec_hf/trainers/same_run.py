@@ -14,40 +14,24 @@ _OPTIMIZER = ("learning_rate", "weight_decay", "adam_beta1", "adam_beta2", "adam
 # names of one optimizer with one state; which of them is the default depends on the version of torch
 _ADAMW = {"adamw_torch", "adamw_torch_fused"}
 # fields of a model's config that only say how it is trained, besides those that end in "dropout"
-_KNOBS: tuple[str, ...] = (
-    "router_bias_update_rate",
-    "loss_reduction",
-    "item_loss_weight",
-    "fused_weight",
-    "target_weights",
-)
-_KNOBS += ("initializer_range", "reward_weights")
+_KNOBS = (
+    "router_bias_update_rate loss_reduction item_loss_weight fused_weight target_weights initializer_range "
+    "reward_weights"
+).split()
 # how long a run goes on, and what it writes, evaluates and runs on: none changes what the next step does
-_NEUTRAL: tuple[str, ...] = (
-    "max_steps",
-    "num_train_epochs",
-    "output_dir",
-    "resume_from_checkpoint",
-    "local_rank",
-    "use_cpu",
-    "debug",
+_NEUTRAL = (
+    "max_steps num_train_epochs output_dir resume_from_checkpoint local_rank use_cpu debug load_best_model_at_end "
+    "metric_for_best_model greater_is_better prediction_loss_only ignore_data_skip skip_memory_metrics "
+    "remove_unused_columns label_names run_name project batch_eval_metrics num_completions_to_print "
+    "enable_jit_checkpoint trust_remote_code"
+).split()
+_NEUTRAL_STARTS = tuple(
+    (
+        "logging_ log_ eval_ per_device_eval save_ hub_ push_ report_ trackio_ dataloader_num dataloader_p "
+        "dataloader_m ddp_ fsdp deepspeed torch_compile disable_tqdm do_ include_ vllm_ restore_ torch_empty "
+        "dataset_num_proc"
+    ).split()
 )
-_NEUTRAL += ("load_best_model_at_end", "metric_for_best_model", "greater_is_better", "prediction_loss_only")
-_NEUTRAL += ("ignore_data_skip", "skip_memory_metrics", "remove_unused_columns", "label_names", "run_name", "project")
-_NEUTRAL += ("batch_eval_metrics", "num_completions_to_print", "enable_jit_checkpoint", "trust_remote_code")
-_NEUTRAL_STARTS: tuple[str, ...] = (
-    "logging_",
-    "log_",
-    "eval_",
-    "per_device_eval",
-    "save_",
-    "hub_",
-    "push_",
-    "report_",
-    "trackio_",
-)
-_NEUTRAL_STARTS += ("dataloader_num", "dataloader_p", "dataloader_m", "ddp_", "fsdp", "deepspeed", "torch_compile")
-_NEUTRAL_STARTS += ("disable_tqdm", "do_", "include_", "vllm_", "restore_", "torch_empty", "dataset_num_proc")
 
 
 def run_settings(trainer: Trainer) -> dict[str, dict[str, Any]]:
